@@ -1,0 +1,179 @@
+"""One crystal as a graph, and many as one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class CrystalGraph:
+    """A crystal graph in CSR form: n rows (atoms, or symmetry classes of atoms) and e directed edges.
+
+    Edges are sorted by receiver; row ``i`` receives from ``sender[row_ptr[i]:row_ptr[i + 1]]``.
+    """
+
+    numbers: np.ndarray
+    """(n,) int32, atomic numbers."""
+    weight: np.ndarray
+    """(n,) float32, atoms that the row stands for (1 in a full graph)."""
+    sender: np.ndarray
+    """(e,) int32, row of the neighbour."""
+    distance: np.ndarray
+    """(e,) float32 or float64, Å."""
+    row_ptr: np.ndarray
+    """(n + 1,) int32."""
+    atom_class: np.ndarray
+    """(n_atoms,) int32, row of every atom of the full cell."""
+    atom_features: np.ndarray | None = None
+    """(n, A) float32, in place of the element table."""
+    edge_features: np.ndarray | None = None
+    """(e, K) float32, in place of the Gaussians of ``distance``."""
+    image: np.ndarray | None = None
+    """(e, 3) int32, lattice translation of the neighbour (full graphs only)."""
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def n_edges(self) -> int:
+        return len(self.sender)
+
+    @property
+    def n_atoms(self) -> int:
+        return len(self.atom_class)
+
+
+@dataclass
+class GraphBatch:
+    """B crystal graphs as one disjoint graph of N rows and E edges; what every model and operator takes."""
+
+    numbers: torch.Tensor
+    """(N,) int32, atomic numbers."""
+    weight: torch.Tensor
+    """(N,) float32, atoms that the row stands for."""
+    sender: torch.Tensor
+    """(E,) int32, row of the neighbour, counted through the batch."""
+    distance: torch.Tensor
+    """(E,) float32 (float64 on request), Å."""
+    row_ptr: torch.Tensor
+    """(N + 1,) int32, edges of each row."""
+    crystal_ptr: torch.Tensor
+    """(B + 1,) int32, rows of each crystal."""
+    atom_class: torch.Tensor
+    """(n_atoms,) int32, row of every atom of the full cells."""
+    atom_features: torch.Tensor | None = None
+    """(N, A), in place of the element table."""
+    edge_features: torch.Tensor | None = None
+    """(E, K), in place of the Gaussians of ``distance``."""
+    cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What follows from the graph alone, built once."""
+
+    @property
+    def num_rows(self) -> int:
+        return self.numbers.shape[0]
+
+    @property
+    def num_edges(self) -> int:
+        return self.sender.shape[0]
+
+    @property
+    def num_crystals(self) -> int:
+        return self.crystal_ptr.shape[0] - 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.sender.device
+
+    @property
+    def receiver(self) -> torch.Tensor:
+        """(E,) int64, the row that each edge ends in."""
+        return self._cached("receiver", lambda: _expand(self.row_ptr, self.num_edges))
+
+    @property
+    def atom_crystal(self) -> torch.Tensor:
+        """(N,) int64, the crystal of each row."""
+        return self._cached("atom_crystal", lambda: _expand(self.crystal_ptr, self.num_rows))
+
+    def _cached(self, key: Any, build: Any) -> Any:
+        if torch.compiler.is_compiling():  # a traced graph must not fill a cache with its own symbols
+            return build()
+        if key not in self.cache:
+            self.cache[key] = build()
+        return self.cache[key]
+
+    def _map(self, function: Any) -> GraphBatch:
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "cache"}
+        return replace(self, **{k: v if v is None else function(v) for k, v in tensors.items()}, cache={})
+
+    def to(
+        self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        non_blocking: bool = False,
+    ) -> GraphBatch:
+        """Move to ``device``; ``dtype`` converts the floating-point tensors only."""
+
+        def move(x: torch.Tensor) -> torch.Tensor:
+            wanted = dtype if dtype is not None and x.is_floating_point() else x.dtype
+            return x.to(device=device or x.device, dtype=wanted, non_blocking=non_blocking)
+
+        return self._map(move)
+
+    def pin_memory(self) -> GraphBatch:
+        return self._map(torch.Tensor.pin_memory)
+
+
+def _expand(ptr: torch.Tensor, length: int) -> torch.Tensor:
+    index = torch.arange(ptr.shape[0] - 1, device=ptr.device)
+    return torch.repeat_interleave(index, (ptr[1:] - ptr[:-1]).long(), output_size=length)
+
+
+def _offsets(counts: Sequence[int]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(np.asarray(counts, dtype=np.int64))])
+
+
+def collate(graphs: Sequence[CrystalGraph], distance_dtype: torch.dtype = torch.float32) -> GraphBatch:
+    """Join graphs into one batch on the CPU.
+
+    Raises:
+        InputError: no graph was given, the batch exceeds int32 indices, or only some graphs carry their own
+            atom or edge features.
+    """
+    if not graphs:
+        raise InputError("A batch needs at least one crystal graph; collate() was given none.")
+    rows = _offsets([g.n_rows for g in graphs])
+    edges = _offsets([g.n_edges for g in graphs])
+    if max(rows[-1], edges[-1]) > np.iinfo(np.int32).max:
+        raise InputError(f"A batch of {edges[-1]} edges is beyond 2^31 - 1; use smaller batches.")
+
+    def join(arrays: Sequence[np.ndarray], dtype: type) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(arrays).astype(dtype, copy=False))
+
+    def optional(name: str) -> torch.Tensor | None:
+        present = [getattr(g, name) for g in graphs if getattr(g, name) is not None]
+        if not present:
+            return None
+        if len(present) < len(graphs):
+            raise InputError(f"Only {len(present)} of {len(graphs)} graphs carry {name}; give it to all or to none.")
+        return join(present, np.float32)
+
+    shifted = list(zip(graphs, rows[:-1], strict=True))
+    return GraphBatch(
+        numbers=join([g.numbers for g in graphs], np.int32),
+        weight=join([g.weight for g in graphs], np.float32),
+        sender=join([g.sender + r for g, r in shifted], np.int32),
+        distance=join([g.distance for g in graphs], np.float64).to(distance_dtype),
+        row_ptr=join([[0], *(g.row_ptr[1:] + e for g, e in zip(graphs, edges[:-1], strict=True))], np.int32),
+        crystal_ptr=torch.from_numpy(rows.astype(np.int32)),
+        atom_class=join([g.atom_class + r for g, r in shifted], np.int32),
+        atom_features=optional("atom_features"),
+        edge_features=optional("edge_features"),
+    )
