@@ -1,0 +1,102 @@
+"""What a run writes while it trains, and the one progress bar that it shows."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from tqdm import tqdm
+
+from ..files import atomic_path
+
+
+class RunFiles(Checkpoint):
+    """Writes ``best.ckpt``, ``last.ckpt`` and ``metrics.csv`` after every epoch, each whole or not at all.
+
+    The history of epochs travels in the checkpoints, so a resumed run continues the same table.
+    """
+
+    def __init__(self, directory: Path, monitor: str, larger_is_better: bool) -> None:
+        self.directory = directory
+        self.monitor = monitor
+        self.sign = -1.0 if larger_is_better else 1.0
+        self.history: list[dict[str, float]] = []
+
+    @property
+    def best(self) -> dict[str, float]:
+        """The row of the best epoch; the earliest of several."""
+        return min(self.history, key=lambda row: self.sign * row[self.monitor])
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self.history.append({"epoch": trainer.current_epoch + 1, **scores})
+        if self.best is self.history[-1]:
+            self._checkpoint(trainer, "best.ckpt")
+        self._checkpoint(trainer, "last.ckpt")
+        write_table(self.directory / "metrics.csv", self.history)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = state_dict["history"]
+
+    def _checkpoint(self, trainer: pl.Trainer, name: str) -> None:
+        with atomic_path(self.directory / name) as temporary:
+            trainer.save_checkpoint(temporary)
+
+
+class RunBar(ProgressBar):
+    """One tqdm bar for all epochs, with the latest losses beside it."""
+
+    def __init__(self, title: str, monitor: str, unit: str) -> None:
+        super().__init__()
+        self.title = title
+        self.monitor = monitor
+        self.unit = unit
+        self._disabled = False
+
+    def disable(self) -> None:
+        self._disabled = True
+
+    def enable(self) -> None:
+        self._disabled = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        per_epoch = int(trainer.num_training_batches)
+        self._bar = tqdm(
+            total=trainer.max_epochs * per_epoch,
+            initial=trainer.current_epoch * per_epoch,
+            desc=self.title,
+            disable=self._disabled,
+            bar_format="{desc} {percentage:3.0f}%|{bar:24}| {elapsed}<{remaining}{postfix}",
+        )
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._bar.update()
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        score = float(trainer.callback_metrics[self.monitor])
+        epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        self._bar.set_postfix_str(f"{epoch}, {self.monitor} {score:.4g} {self.unit}".rstrip())
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._bar.close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if hasattr(self, "_bar"):
+            self._bar.close()
+
+
+def write_table(path: str | os.PathLike[str], rows: list[dict[str, float]]) -> None:
+    """Rows with the same keys as a CSV file."""
+    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+

@@ -1,0 +1,246 @@
+"""The paper's comparison: CGCNN with its own layers against one shared layer, trained under identical settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..errors import InputError
+from ..files import atomic_path
+from ..graph.build import GraphParameters
+from ..graph.store import GraphStore
+from ..nn import CGCNN, SRCGCNN
+from .data import GraphDataModule
+from .evaluate import Evaluation, evaluate
+from .fit import FitResult, fit
+from .module import Recipe
+from .plots import learning_curves, parity_plot
+from .sources import Source, prepared
+
+MIN_CRYSTALS = 20
+SMALL_SET = 10_000
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One trained model with what the table says about it."""
+
+    name: str
+    fit: FitResult
+    evaluation: Evaluation
+
+    @property
+    def conv_parameters(self) -> int:
+        return self.fit.model.count_conv_parameters()
+
+    @property
+    def mae(self) -> float:
+        return self.evaluation.metrics["mae"]
+
+    @property
+    def seconds(self) -> float:
+        """Spent in training steps, all epochs together."""
+        return sum(row["seconds"] for row in self.fit.history)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """CGCNN and SR-CGCNN on the same crystals."""
+
+    cgcnn: Contestant
+    sr_cgcnn: Contestant
+    target: str
+    unit: str
+    part: str
+    """The part of the data that was scored: "test", or "val" where no test crystals were set aside."""
+    settings: dict[str, Any]
+    out_dir: Path
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """SR-CGCNN over CGCNN."""
+        names = ("conv_parameters", "mae", "seconds")
+        return {name: getattr(self.sr_cgcnn, name) / getattr(self.cgcnn, name) for name in names}
+
+    def table(self) -> str:
+        """Markdown, as in the paper: parameters of the convolutions, MAE and time of each, and their ratios."""
+        rows = [
+            ["model", "convolution parameters", f"MAE ({self.unit})" if self.unit else "MAE", "seconds"],
+            *([c.name, f"{c.conv_parameters:,}", f"{c.mae:.4f}", f"{c.seconds:.1f}"] for c in self.contestants),
+            ["SR-CGCNN / CGCNN", *(f"{ratio:.3f}" for ratio in self.ratios.values())],
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["| " + " | ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
+        lines.insert(1, "| " + " | ".join("-" * w for w in widths) + " |")
+        return "\n".join(lines)
+
+    @property
+    def contestants(self) -> tuple[Contestant, Contestant]:
+        return self.cgcnn, self.sr_cgcnn
+
+
+def compare(
+    source: Source,
+    target: str,
+    *,
+    out_dir: str | os.PathLike[str],
+    epochs: int = 30,
+    lr: float = 2e-3,
+    optimizer: str = "adam",
+    schedule: str = "cosine",
+    batch_size: int | None = None,
+    split: tuple[float, float, float] = (0.8, 0.1, 0.1),
+    val_source: Source | None = None,
+    test_source: Source | None = None,
+    unit: str | None = None,
+    seed: int = 0,
+    n_conv: int = 3,
+    n_recurrent_steps: int = 3,
+    atom_fea_len: int = 64,
+    h_fea_len: int = 128,
+    parameters: GraphParameters | None = None,
+    progress: bool = False,
+) -> Comparison:
+    """Train a CGCNN of ``n_conv`` layers and an SR-CGCNN of ``n_recurrent_steps`` steps on the same crystals.
+
+    Split, seeds, batches and their order, optimiser, schedule and epochs are the same for both; each is scored with
+    the weights of its best validation epoch. Source: arXiv 2605.01304, where the shared layer needs 34.5 % of the
+    convolution parameters. ``out_dir`` receives compare.md, compare.json, parity.png, learning_curves.png, the run of
+    each model (cgcnn/, sr_cgcnn/) and the prepared graphs, which a repeated call uses again.
+
+    Args:
+        source: anything that ``prepare`` reads, a prepared store or its path.
+        target: name of the target column.
+        batch_size: crystals per batch; by default 64 for up to 10 000 training crystals, 256 beyond.
+        val_source, test_source: separate sources; ``split`` is then unused.
+        parameters: of the graphs; the default reduces by symmetry.
+
+    Raises:
+        InputError: the target does not exist or fewer than 20 crystals have it.
+    """
+    out = Path(out_dir)
+    stores = [s and prepared(s, target, out, parameters, progress) for s in (source, val_source, test_source)]
+    data = _data(*stores, target, split, batch_size, unit, seed)
+    recipe = Recipe(epochs=epochs, lr=lr, optimizer=optimizer, schedule=schedule)
+    part = "test" if len(data.parts["test"].indices) else "val"
+    widths = {"atom_fea_len": atom_fea_len, "h_fea_len": h_fea_len}
+
+    def contestant(name: str, directory: str, kind: type[nn.Module], **depth: int) -> Contestant:
+        shutil.rmtree(out / directory, ignore_errors=True)  # the run of an earlier comparison
+        torch.manual_seed(seed)
+        result = fit(kind(**depth, **widths), data, out / directory, recipe, seed=seed, progress=progress)
+        return Contestant(name, result, evaluate(result.model, data, part))
+
+    comparison = Comparison(
+        contestant("CGCNN", "cgcnn", CGCNN, n_conv=n_conv),
+        contestant("SR-CGCNN", "sr_cgcnn", SRCGCNN, n_recurrent_steps=n_recurrent_steps),
+        target=target,
+        unit=data.units[0],
+        part=part,
+        settings={**asdict(recipe), "batch_size": data.batch_size, "seed": seed, "split": split},
+        out_dir=out,
+    )
+    _write(comparison, data)
+    return comparison
+
+
+def _data(
+    store: GraphStore,
+    val_store: GraphStore | None,
+    test_store: GraphStore | None,
+    target: str,
+    split: tuple[float, float, float],
+    batch_size: int | None,
+    unit: str | None,
+    seed: int,
+) -> GraphDataModule:
+    data = GraphDataModule(
+        store,
+        target,
+        split=split,
+        val_store=val_store,
+        test_store=test_store,
+        units=None if unit is None else (unit,),
+        seed=seed,
+    )
+    sizes = {name: len(part.indices) for name, part in data.parts.items()}
+    if sum(sizes.values()) < MIN_CRYSTALS:
+        raise InputError(
+            f"Only {sum(sizes.values())} crystals have a graph and a {target}; a comparison needs at least {MIN_CRYSTALS}."
+        )
+    data.batch_size = batch_size or (64 if sizes["train"] <= SMALL_SET else 256)
+    return data
+
+
+def _write(comparison: Comparison, data: GraphDataModule) -> None:
+    out, contestants = comparison.out_dir, comparison.contestants
+    report = _report(comparison, data)
+    with atomic_path(out / "compare.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=2) + "\n")
+    with atomic_path(out / "compare.md") as temporary:
+        temporary.write_text(_markdown(comparison, report))
+    panels = {c.name: (c.evaluation.target[:, 0], c.evaluation.predicted[:, 0]) for c in contestants}
+    parity_plot(out / "parity.png", panels, comparison.target, comparison.unit)
+    histories = {c.name: c.fit.history for c in contestants}
+    learning_curves(out / "learning_curves.png", histories, unit=comparison.unit)
+
+
+def _report(comparison: Comparison, data: GraphDataModule) -> dict[str, Any]:
+    values = data.target_values("train")[:, 0]
+    scored = data.target_values(comparison.part)[:, 0]
+    return {
+        "target": comparison.target,
+        "unit": comparison.unit,
+        "scored_on": comparison.part,
+        "crystals": {name: len(part.indices) for name, part in data.parts.items()},
+        "mean_predictor_mae": float(np.abs(scored - values.mean()).mean()),
+        "settings": comparison.settings,
+        "graph": asdict(data.graph_parameters),
+        "models": {
+            c.name: {
+                "hyperparameters": c.fit.model.hyperparameters,
+                "conv_parameters": c.conv_parameters,
+                "parameters": sum(p.numel() for p in c.fit.model.parameters()),
+                **c.evaluation.metrics,
+                "val_mae": c.fit.best["val_mae"],
+                "best_epoch": c.fit.best["epoch"],
+                "seconds": c.seconds,
+            }
+            for c in comparison.contestants
+        },
+        "ratios": comparison.ratios,
+        "machine": {"threads": torch.get_num_threads(), "gpu": _gpu(), "torch": torch.__version__, "package": _version()},
+    }
+
+
+def _markdown(comparison: Comparison, report: dict[str, Any]) -> str:
+    sizes, settings, machine = report["crystals"], report["settings"], report["machine"]
+    device = machine["gpu"] or f"{machine['threads']} CPU threads"
+    return (
+        f"# {comparison.target}\n\n{comparison.table()}\n\n"
+        f"MAE of {sizes[comparison.part]:,} {comparison.part} crystals; {sizes['train']:,} were trained on, {sizes['val']:,} "
+        f"chose the best epoch. Predicting the mean gives {report['mean_predictor_mae']:.4f} {comparison.unit}.\n\n"
+        f"Both: {settings['epochs']} epochs, batches of {settings['batch_size']}, {settings['optimizer']}, lr {settings['lr']:g}, "
+        f"{settings['schedule']} schedule, seed {settings['seed']}; {device}. Seconds are those of the training steps.\n\n"
+        "![parity](parity.png)\n![learning curves](learning_curves.png)\n"
+    )
+
+
+def _gpu() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def _version() -> str | None:
+    try:
+        return version("srcgcnn_fast")
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,263 @@
+"""Batches of a prepared store for Lightning: split, shuffled and cut by a seed alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..errors import InputError
+from ..graph.batch import GraphBatch
+from ..graph.store import GraphStore
+
+logger = logging.getLogger(__name__)
+
+KNOWN_UNITS = {"formation_energy_per_atom": "eV/atom", "energy_per_atom": "eV/atom", "band_gap": "eV"}
+"""Units of targets whose usual name leaves no doubt."""
+
+Item = tuple[GraphBatch, torch.Tensor, torch.Tensor]
+"""A batch of B crystals, its targets (B, T) float32 and its indices in the store (B,) int64."""
+
+
+class Split(NamedTuple):
+    """Indices into the store for each part; int64, disjoint."""
+
+    train: np.ndarray
+    val: np.ndarray
+    test: np.ndarray
+
+
+def random_split(indices: np.ndarray, fractions: Sequence[float], seed: int) -> Split:
+    """Shuffle ``indices`` by ``seed`` and cut them into (train, val, test) by ``fractions``.
+
+    Raises:
+        InputError: the fractions are not three numbers in 0…1 that sum to at most 1.
+    """
+    if len(fractions) != 3 or min(fractions) < 0 or sum(fractions) > 1 + 1e-9:
+        raise InputError(
+            f"The split {tuple(fractions)} is not three fractions (train, val, test) that sum to at most 1."
+        )
+    order = np.random.default_rng(seed).permutation(np.asarray(indices, dtype=np.int64))
+    cuts = np.rint(np.cumsum(fractions) * len(order)).astype(int)
+    return Split(order[: cuts[0]], order[cuts[0] : cuts[1]], order[cuts[1] : cuts[2]])
+
+
+class EpochSampler(Sampler[np.ndarray]):
+    """Yields the indices of one batch at a time; the order depends on (seed, epoch) alone, so it resumes exactly.
+
+    ``batch_size`` counts crystals; a last training batch of one crystal joins the batch before (batch norm has no
+    variance over a single row). With ``batch_rows`` instead, batches hold about that many graph rows and at least
+    two crystals; their number is the same in every epoch.
+    """
+
+    def __init__(
+        self,
+        indices: np.ndarray,
+        row_counts: np.ndarray,
+        *,
+        batch_size: int = 256,
+        batch_rows: int | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+    ) -> None:
+        wanted = batch_size if batch_rows is None else batch_rows
+        if wanted < 1:
+            raise InputError(f"A batch cannot hold {wanted} crystals or rows; ask for at least 1.")
+        self.indices = indices
+        self.rows = row_counts[indices]
+        self.batch_size = batch_size
+        self.batch_rows = batch_rows
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next (Lightning calls this)."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        count = len(self.indices)
+        if self.batch_rows is not None:
+            return max(1, min(-(-int(self.rows.sum()) // self.batch_rows), count // 2))
+        whole, rest = divmod(count, self.batch_size)
+        return max(1, whole) if self.shuffle and rest == 1 else whole + (rest > 0)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        order = np.arange(len(self.indices))
+        if self.shuffle:
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(order)
+        yield from np.split(self.indices[order], self._cuts(order))
+
+    def _cuts(self, order: np.ndarray) -> np.ndarray:
+        n_cuts = len(self) - 1
+        if self.batch_rows is None:
+            return np.arange(1, n_cuts + 1) * self.batch_size
+        ends = np.cumsum(self.rows[order])
+        cuts = np.searchsorted(ends, np.arange(1, n_cuts + 1) * (ends[-1] / len(self))) + 1
+        twice = 2 * np.arange(n_cuts)  # at least two crystals between one cut and the next
+        return np.minimum(np.maximum.accumulate(np.maximum(cuts, 2) - twice) + twice, len(order) - twice[::-1] - 2)
+
+
+class GraphDataset(Dataset[Item]):
+    """Whole batches of a store: an item is asked for by the array of its crystals."""
+
+    def __init__(self, store: GraphStore, targets: np.ndarray) -> None:
+        self.store = store
+        self.targets = targets
+
+    def usable(self) -> np.ndarray:
+        """Indices of the crystals that have every target."""
+        return np.flatnonzero(np.isfinite(self.targets).all(axis=1))
+
+    def __getitem__(self, indices: np.ndarray) -> Item:
+        target = torch.from_numpy(self.targets[indices].astype(np.float32))
+        return self.store.batch(indices), target, torch.from_numpy(indices)
+
+
+class Part(NamedTuple):
+    """Crystals of one data set: training, validation or test."""
+
+    dataset: GraphDataset
+    indices: np.ndarray
+
+
+class GraphDataModule(pl.LightningDataModule):
+    """Training, validation and test batches (GraphBatch, target (B, T), index (B,)) of one store or of three.
+
+    Args:
+        store: crystals to split, or the training set where ``val_store`` is given.
+        targets: names of the target columns.
+        split: fractions (train, val, test) drawn by ``seed``, or the indices themselves.
+        batch_size: crystals per batch.
+        batch_rows: graph rows per batch instead; bounds the memory where sizes differ much.
+        val_store, test_store: separate stores; ``split`` is then unused.
+        units: of the targets, for tables and plots; those in ``KNOWN_UNITS`` need none.
+        num_workers: processes that assemble batches ahead; 0 assembles in the training process.
+
+    Crystals without the target are left out and counted in the log.
+
+    Raises:
+        InputError: a target does not exist, too few crystals have it, or given indices do not fit.
+    """
+
+    def __init__(
+        self,
+        store: GraphStore,
+        targets: str | Sequence[str],
+        *,
+        split: Sequence[float] | Split = (0.8, 0.1, 0.1),
+        batch_size: int = 256,
+        batch_rows: int | None = None,
+        val_store: GraphStore | None = None,
+        test_store: GraphStore | None = None,
+        units: Sequence[str] | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.targets = (targets,) if isinstance(targets, str) else tuple(targets)
+        self.units = tuple(units or (KNOWN_UNITS.get(name, "") for name in self.targets))
+        self.graph_parameters = store.parameters
+        self.batch_size = batch_size
+        self.batch_rows = batch_rows
+        self.seed = seed
+        self.num_workers = num_workers
+        _check_same_graphs(store, val_store, test_store)
+        if val_store is None and test_store is not None:
+            raise InputError("A test store was given without a validation store; give both, or one store to split.")
+        whole = _dataset(store, self.targets)
+        if val_store is None:
+            parts = split if isinstance(split, Split) else random_split(whole.usable(), split, seed)
+            self.parts = {name: Part(whole, np.asarray(part)) for name, part in parts._asdict().items()}
+        else:
+            datasets = {"train": whole, "val": _dataset(val_store, self.targets)}
+            datasets["test"] = _dataset(test_store, self.targets) if test_store else datasets["val"]
+            self.parts = {name: Part(dataset, dataset.usable()) for name, dataset in datasets.items()}
+            if test_store is None:
+                self.parts["test"] = Part(whole, whole.usable()[:0])
+        _check_parts(self.parts)
+
+    def target_values(self, part: str = "train") -> np.ndarray:
+        """(n, T) float64, the targets of one part, in the order of its indices."""
+        dataset, indices = self.parts[part]
+        return dataset.targets[indices]
+
+    def ids(self, part: str) -> list[str]:
+        """Names of the crystals of one part, in the order of its indices."""
+        dataset, indices = self.parts[part]
+        return [dataset.store.ids[i] for i in indices]
+
+    def loader(self, part: str, shuffle: bool = False) -> DataLoader[Item]:
+        """Batches of ``part`` ("train", "val" or "test")."""
+        dataset, indices = self.parts[part]
+        sampler = EpochSampler(
+            indices,
+            dataset.store.row_counts,
+            batch_size=self.batch_size,
+            batch_rows=self.batch_rows,
+            shuffle=shuffle,
+            seed=self.seed,
+        )
+        return DataLoader(
+            dataset,
+            batch_size=None,  # the sampler yields whole batches
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def train_dataloader(self) -> DataLoader[Item]:
+        return self.loader("train", shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Item]:
+        return self.loader("val")
+
+    def test_dataloader(self) -> DataLoader[Item]:
+        return self.loader("test")
+
+
+def target_matrix(store: GraphStore, targets: Sequence[str]) -> np.ndarray:
+    """(n, T) float64, the named target columns of a store; NaN where a crystal has none.
+
+    Raises:
+        InputError: a column does not exist; the message names those that do.
+    """
+    for name in targets:
+        if name not in store.targets:
+            known = ", ".join(sorted(store.targets)) or "none at all"
+            raise InputError(f"There is no target {name!r} in the data; the targets there are: {known}.")
+    return np.stack([store.targets[name] for name in targets], axis=1)
+
+
+def _dataset(store: GraphStore, targets: Sequence[str]) -> GraphDataset:
+    dataset = GraphDataset(store, target_matrix(store, targets))
+    if missing := len(store) - len(dataset.usable()):
+        logger.warning("%d of %d crystals have no %s and are left out", missing, len(store), " and ".join(targets))
+    return dataset
+
+
+def _check_same_graphs(store: GraphStore, *others: GraphStore | None) -> None:
+    for other in others:
+        if other is not None and other.parameters != store.parameters:
+            raise InputError(
+                f"The stores hold different graphs ({store.parameters} and {other.parameters}); prepare them alike."
+            )
+
+
+def _check_parts(parts: dict[str, Part]) -> None:
+    for name, (dataset, indices) in parts.items():
+        if len(indices) and not (0 <= indices.min() and indices.max() < len(dataset.store)):
+            raise InputError(f"The {name} indices leave the store of {len(dataset.store)} crystals.")
+        if not np.isfinite(dataset.targets[indices]).all():
+            raise InputError(f"The {name} indices name crystals without a target; leave those out.")
+    n_train, n_val = len(parts["train"].indices), len(parts["val"].indices)
+    if n_train < 2 or n_val < 1:
+        raise InputError(
+            f"Training needs at least 2 crystals with a target, and 1 to validate; there are {n_train} and {n_val}."
+        )

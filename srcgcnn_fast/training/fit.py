@@ -1,0 +1,206 @@
+"""Train one model by one recipe, so that the run can be stopped, resumed and repeated."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import Logger
+from torch import nn
+
+from ..errors import InputError, require
+from ..files import atomic_path
+from ..serialization import save_model
+from .callbacks import RunBar, RunFiles
+from .data import GraphDataModule
+from .module import Recipe, TrainingModule
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """A finished run."""
+
+    model: nn.Module
+    """With the weights of the best epoch, on the CPU, in eval mode; also in ``run_dir/model``."""
+    history: list[dict[str, float]]
+    """One row an epoch: epoch, train_loss, lr, seconds, crystals_per_second, val_…; also ``metrics.csv``."""
+    best: dict[str, float]
+    """The row of the best epoch (lowest ``val_mae``, or highest ``val_auc``)."""
+    seconds: float
+    """Wall time of this call, s; training alone is the sum of the history's ``seconds``."""
+    run_dir: Path
+
+
+def fit(
+    model: nn.Module,
+    data: GraphDataModule,
+    run_dir: str | os.PathLike[str],
+    recipe: Recipe | None = None,
+    *,
+    seed: int = 0,
+    resume: bool = False,
+    accelerator: str = "auto",
+    logger: Logger | str | None = None,
+    callbacks: Sequence[pl.Callback] = (),
+    progress: bool = False,
+) -> FitResult:
+    """Train ``model`` on ``data`` and keep the best epoch.
+
+    ``run_dir`` receives ``run.json`` (everything that decides the run), ``metrics.csv``, ``best.ckpt``, ``last.ckpt``
+    and, at the end, ``model/`` for ``load_model``. With ``resume`` an interrupted run continues from ``last.ckpt``; on
+    the CPU it ends with the same bits as an uninterrupted one. The initial weights are the caller's: seed before
+    building the model.
+
+    Args:
+        recipe: optimiser, schedule and epochs; ``Recipe()`` if not given.
+        seed: of dropout and workers (the data module has its own for split and order).
+        logger: a Lightning logger, or "tensorboard" for event files in ``run_dir``; ``metrics.csv`` comes anyway.
+        progress: show a bar.
+
+    Raises:
+        InputError: ``run_dir`` holds another run, there is nothing to resume, or the loss is no longer finite.
+    """
+    recipe = recipe or Recipe()
+    directory = Path(run_dir)
+    model.metadata = replace(model.metadata, targets=data.targets, units=data.units, graph=data.graph_parameters)
+    module = TrainingModule(model, recipe, data.target_values("train"), seed)
+    monitor = _monitor(module, data)
+    _claim(directory, _record(module, data), resume)
+    files = RunFiles(directory, monitor, larger_is_better=module.classification)
+    bars = [RunBar(type(model).__name__, monitor, model.metadata.units[0])] if progress else []
+    started = time.perf_counter()
+    with _quiet(), _deterministic():
+        pl.seed_everything(seed, workers=True, verbose=False)
+        trainer = pl.Trainer(
+            max_epochs=recipe.epochs,
+            accelerator=accelerator,
+            devices=1,
+            deterministic="warn",
+            gradient_clip_val=recipe.gradient_clip,
+            logger=_logger(logger, directory),
+            callbacks=[files, *bars, *callbacks],
+            enable_progress_bar=progress,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            default_root_dir=directory,
+        )
+        with _ctrl_c():
+            trainer.fit(module, data, ckpt_path=directory / "last.ckpt" if resume else None, weights_only=True)
+    best = torch.load(directory / "best.ckpt", map_location="cpu", weights_only=True)
+    module.load_state_dict(best["state_dict"])
+    model.cpu().eval()
+    save_model(model, directory / "model")
+    return FitResult(model, files.history, files.best, time.perf_counter() - started, directory)
+
+
+def _monitor(module: TrainingModule, data: GraphDataModule) -> str:
+    if not module.classification:
+        return "val_mae"
+    if len(set(data.target_values("val")[:, 0])) < 2:
+        raise InputError("The validation set holds one class only, so its ROC area means nothing; make it larger.")
+    return "val_auc"
+
+
+def _record(module: TrainingModule, data: GraphDataModule) -> dict[str, Any]:
+    """What must agree between a run and its continuation."""
+    return {
+        **module.hparams,
+        "targets": data.targets,
+        "graph": asdict(data.graph_parameters),
+        "batch_size": data.batch_size,
+        "batch_rows": data.batch_rows,
+        "data_seed": data.seed,
+        "crystals": {name: len(part.indices) for name, part in data.parts.items()},
+        "target_mean": module.target_mean.tolist(),
+        "target_std": module.target_std.tolist(),
+    }
+
+
+def _claim(directory: Path, record: dict[str, Any], resume: bool) -> None:
+    """Take ``directory`` for a new run, or check that the run in it is the one to continue."""
+    record = json.loads(json.dumps(record))
+    file, checkpoint = directory / "run.json", directory / "last.ckpt"
+    if not resume:
+        if checkpoint.exists():
+            raise InputError(f"{directory} already holds a run; resume it, or choose another directory.")
+        with atomic_path(file) as temporary:
+            temporary.write_text(json.dumps(record, indent=2) + "\n")
+        return
+    if not (checkpoint.exists() and file.exists()):
+        raise InputError(f"There is no run to resume in {directory}; start one without resume.")
+    before = json.loads(file.read_text())
+    changed = [f"{name} ({before.get(name)} before, {record[name]} now)" for name in record if before.get(name) != record[name]]
+    if changed:
+        raise InputError(f"The run in {directory} was started differently: {'; '.join(changed)}; use the same settings.")
+
+
+def _logger(choice: Logger | str | None, directory: Path) -> Logger | bool:
+    if choice is None:
+        return False
+    if choice != "tensorboard":
+        if isinstance(choice, str):
+            raise InputError(f"The logger {choice!r} is unknown; use 'tensorboard' or a Lightning logger.")
+        return choice
+    try:
+        require("tensorboard", "Logging to TensorBoard", extra="train")
+    except InputError:
+        raise InputError("Logging to TensorBoard needs tensorboard: python -m pip install tensorboard") from None
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    return TensorBoardLogger(directory, name="tensorboard", version="")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Lightning from advertising, and from asking for loader workers that one packed store does not need."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [log.level for log in loggers]
+    with warnings.catch_warnings():
+        for pattern in (".*does not have many workers.*", ".*Checkpoint directory.*", ".*number of training batches.*"):
+            warnings.filterwarnings("ignore", pattern)
+        warnings.filterwarnings("ignore", ".*(isinstance\\(treespec|pkg_resources).*")
+        for log in loggers:
+            log.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for log, level in zip(loggers, levels, strict=True):
+                log.setLevel(level)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Undo what Trainer(deterministic=…) sets for the process, and spare its filling of uninitialised memory."""
+    import torch.utils.deterministic as settings
+
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
+    try:
+        yield
+    finally:
+        settings.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[None]:
+    """Lightning turns Ctrl-C into exit(1) and leaves it ignored; hand the KeyboardInterrupt to the caller."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from None

@@ -1,0 +1,196 @@
+"""The Lightning module around one of our models: loss, optimiser, schedule and what is logged."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from .data import Item
+from .metrics import classification_metrics, regression_metrics
+
+OPTIMIZERS = ("sgd", "adam", "adamw")
+SCHEDULES = ("constant", "multistep", "cosine")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained; two models trained by one recipe can be compared.
+
+    ``schedule`` acts once an epoch: "cosine" falls to zero after the last one, "multistep" multiplies the rate by
+    ``gamma`` at every milestone. ``gradient_clip`` bounds the norm of the gradient.
+    """
+
+    epochs: int = 30
+    lr: float = 2e-3
+    optimizer: str = "adam"
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+    schedule: str = "cosine"
+    milestones: tuple[int, ...] = (100,)
+    gamma: float = 0.1
+    gradient_clip: float | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("optimizer", self.optimizer, OPTIMIZERS)
+        _one_of("schedule", self.schedule, SCHEDULES)
+        if self.epochs < 1:
+            raise InputError(f"Training for {self.epochs} epochs does nothing; ask for at least 1.")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise InputError(f"The learning rate {self.lr} is not a positive number.")
+
+
+class TrainingModule(pl.LightningModule):
+    """Trains ``model`` by ``recipe``: squared error of the normalised target, or NLL for a classifier.
+
+    Each epoch logs ``train_loss``, ``lr``, ``seconds`` (training part), ``crystals_per_second`` and the metrics of
+    ``metrics.py`` with the prefix ``val_``, in the target's units. The metadata of ``model`` receives mean and std
+    of the training targets; they are kept in the checkpoint.
+
+    Args:
+        model: a CGCNN or SRCGCNN.
+        recipe: optimiser, schedule and epochs.
+        train_targets: (n, T) targets of the training set; they alone set mean and standard deviation.
+        seed: of the dropout, epoch by epoch.
+
+    Raises:
+        InputError: the number of targets is not the model's, or a classifier's target is not 0 or 1.
+    """
+
+    target_mean: Tensor
+    target_std: Tensor
+
+    def __init__(self, model: nn.Module, recipe: Recipe, train_targets: np.ndarray, seed: int = 0) -> None:
+        super().__init__()
+        self.model = model
+        self.recipe = recipe
+        self.seed = seed
+        self.classification = bool(model.hyperparameters["classification"])
+        mean, std = self._normaliser(train_targets)
+        self.register_buffer("target_mean", torch.tensor(mean, dtype=torch.float32))
+        self.register_buffer("target_std", torch.tensor(std, dtype=torch.float32))
+        model.metadata = replace(model.metadata, mean=tuple(mean), std=tuple(std))
+        self.save_hyperparameters(
+            {"model": type(model).__name__, "hyperparameters": model.hyperparameters, **asdict(recipe), "seed": seed}
+        )
+        self._predicted: list[Tensor] = []
+        self._given: list[Tensor] = []
+
+    def _normaliser(self, targets: np.ndarray) -> tuple[list[float], list[float]]:
+        expected = 1 if self.classification else self.model.hyperparameters["n_targets"]
+        if targets.shape[1] != expected:
+            raise InputError(f"The model has {expected} target(s), the data {targets.shape[1]}; make them agree.")
+        if self.classification:
+            if not np.isin(targets, (0.0, 1.0)).all():
+                raise InputError("A classifier's target must be 0 or 1 for every crystal; this one has other values.")
+            return [0.0], [1.0]
+        std = targets.std(axis=0)
+        return targets.mean(axis=0).tolist(), np.where(std > 0, std, 1.0).tolist()
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Of network ``output`` (B, T) or (B, 2) against ``target`` (B, T) in its own units."""
+        if self.classification:
+            return nn.functional.nll_loss(output, target[:, 0].long())
+        return nn.functional.mse_loss(output, (target - self.target_mean) / self.target_std)
+
+    def values(self, output: Tensor) -> Tensor:
+        """(B, T) in the target's units, or (B, 1) P(class 1)."""
+        if self.classification:
+            return output[:, 1:].exp()
+        return output * self.target_std + self.target_mean
+
+    def transfer_batch_to_device(self, batch: Item, device: torch.device, dataloader_idx: int) -> Item:
+        graphs, target, index = batch
+        if device.type == "cpu":  # loaders yield host memory: nothing to move, and the graph's cache stays
+            return batch
+        return graphs.to(device, non_blocking=True), target.to(device, non_blocking=True), index
+
+    def on_train_epoch_start(self) -> None:
+        torch.manual_seed(self.seed * 1_000_003 + self.current_epoch)  # a resumed run draws the same dropout
+        self._loss_sum = torch.zeros((), device=self.device)
+        self._crystals = 0
+        self._lr = self.optimizers().param_groups[0]["lr"]  # the scheduler has stepped when the epoch ends
+        self._started = time.perf_counter()
+
+    def training_step(self, batch: Item, batch_idx: int) -> Tensor:
+        graphs, target, _ = batch
+        loss = self.loss(self.model(graphs), target)
+        self._loss_sum += loss.detach() * len(target)
+        self._crystals += len(target)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self._trained = time.perf_counter()  # validation runs inside the training epoch
+        self._predicted, self._given = [], []
+
+    def validation_step(self, batch: Item, batch_idx: int) -> None:
+        graphs, target, _ = batch
+        self._predicted.append(self.values(self.model(graphs)))
+        self._given.append(target)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict({f"val_{name}": value for name, value in self._scores().items()})
+
+    def on_test_epoch_start(self) -> None:
+        self._predicted, self._given = [], []
+
+    def test_step(self, batch: Item, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self.log_dict({f"test_{name}": value for name, value in self._scores().items()})
+
+    def predict_step(self, batch: Item, batch_idx: int) -> Tensor:
+        return self.values(self.model(batch[0]))
+
+    def on_train_epoch_end(self) -> None:
+        loss = float(self._loss_sum) / self._crystals
+        if not math.isfinite(loss):
+            raise InputError(
+                f"The training loss is {loss} in epoch {self.current_epoch}; try a lower learning rate or gradient_clip."
+            )
+        seconds = self._trained - self._started
+        self.log_dict(
+            {
+                "train_loss": loss,
+                "lr": self._lr,
+                "seconds": seconds,
+                "crystals_per_second": self._crystals / seconds,
+            }
+        )
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        recipe, parameters = self.recipe, self.model.parameters()
+        optimizer: torch.optim.Optimizer
+        if recipe.optimizer == "sgd":
+            optimizer = torch.optim.SGD(
+                parameters, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True
+            )
+        else:
+            kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
+            optimizer = kind(parameters, recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+        scheduler: torch.optim.lr_scheduler.LRScheduler
+        if recipe.schedule == "cosine":
+            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs)
+        elif recipe.schedule == "multistep":
+            scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(recipe.milestones), recipe.gamma)
+        else:
+            return {"optimizer": optimizer}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
+
+    def _scores(self) -> dict[str, float]:
+        predicted, given = torch.cat(self._predicted), torch.cat(self._given)
+        score = classification_metrics if self.classification else regression_metrics
+        return score(predicted, given)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"The {name} {value!r} is unknown; choose among {', '.join(allowed)}.")
