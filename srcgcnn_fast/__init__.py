@@ -26,8 +26,8 @@ _HOME = {
     "load_model": "serialization",
     "save_model": "serialization",
     "predict": "prediction",
-    "backends": "backends",
-    "use_backend": "backends",
+    "backends": "ops.registry",
+    "use_backend": "ops.registry",
     "InputError": "errors",
 }
 _MODULES = ("functional", "nn", "graph", "interop", "training", "errors")
@@ -36,8 +36,8 @@ __all__ = [*sorted(_HOME), "__version__", "functional"]
 
 if TYPE_CHECKING:
     from . import functional as functional
-    from .backends import backends as backends
-    from .backends import use_backend as use_backend
+    from .ops.registry import backends as backends
+    from .ops.registry import use_backend as use_backend
     from .errors import InputError as InputError
     from .graph import CrystalGraph as CrystalGraph
     from .graph import GraphBatch as GraphBatch

@@ -9,7 +9,7 @@ _HOME = {
     "CrystalGraph": "batch",
     "GraphBatch": "batch",
     "collate": "batch",
-    "GraphParameters": "build",
+    "GraphParameters": "parameters",
     "build_graph": "build",
     "build_graphs": "build",
     "Crystal": "readers",
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .batch import CrystalGraph as CrystalGraph
     from .batch import GraphBatch as GraphBatch
     from .batch import collate as collate
-    from .build import GraphParameters as GraphParameters
+    from .parameters import GraphParameters as GraphParameters
     from .build import build_graph as build_graph
     from .build import build_graphs as build_graphs
     from .elements import ELEMENT_SYMBOLS as ELEMENT_SYMBOLS

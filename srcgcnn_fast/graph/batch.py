@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -95,21 +95,22 @@ class GraphBatch:
     @property
     def receiver(self) -> torch.Tensor:
         """(E,) int64, the row that each edge ends in."""
-        return self._cached("receiver", lambda: _expand(self.row_ptr, self.num_edges))
+        return self.cached("receiver", lambda: _expand(self.row_ptr, self.num_edges))
 
     @property
     def atom_crystal(self) -> torch.Tensor:
         """(N,) int64, the crystal of each row."""
-        return self._cached("atom_crystal", lambda: _expand(self.crystal_ptr, self.num_rows))
+        return self.cached("atom_crystal", lambda: _expand(self.crystal_ptr, self.num_rows))
 
-    def _cached(self, key: Any, build: Any) -> Any:
+    def cached(self, key: Any, build: Callable[[], Any]) -> Any:
+        """What ``build`` makes of this graph alone, made once and kept in ``cache``."""
         if torch.compiler.is_compiling():  # a traced graph must not fill a cache with its own symbols
             return build()
         if key not in self.cache:
             self.cache[key] = build()
         return self.cache[key]
 
-    def _map(self, function: Any) -> GraphBatch:
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> GraphBatch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "cache"}
         return replace(self, **{k: v if v is None else function(v) for k, v in tensors.items()}, cache={})
 

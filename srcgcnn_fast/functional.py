@@ -1,0 +1,187 @@
+"""The stateless operators: gated graph convolutions over a :class:`~srcgcnn_fast.GraphBatch`.
+
+Shapes: N rows, E edges, F = ``atom_fea_len``, K edge features. Distances are in Å. A backend is chosen per call by
+device and dtype; :func:`srcgcnn_fast.use_backend` forces one. Under autocast the convolutions run in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+from .graph.batch import GraphBatch
+from .ops import fused, reference, registry
+from .ops.reference import BatchNorm, Edges
+
+__all__ = ["BatchNorm", "ConvParameters", "gated_conv", "recurrent_gated_conv", "stacked_gated_conv"]
+
+
+class ConvParameters(NamedTuple):
+    """One convolution: the linear map of [h_i, h_j, e_ij] and its two batch norms."""
+
+    weight: Tensor
+    """(2F, 2F + K), filter channels first."""
+    bias: Tensor | None
+    """(2F,)"""
+    bn1: BatchNorm
+    """Over the 2F channels of the edges."""
+    bn2: BatchNorm
+    """Over the F channels of the summed messages."""
+
+
+def gated_conv(
+    atom_fea: Tensor,
+    batch: GraphBatch,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn1: BatchNorm,
+    bn2: BatchNorm,
+    *,
+    dmin: float = 0.0,
+    step: float = 0.2,
+) -> Tensor:
+    """One gated graph convolution (Xie & Grossman, PRL 120, 145301 (2018), eq. 5).
+
+    z_ij = [h_i, h_j, e_ij] W^T + b;  y = bn1(z);  m_i = sum_j sigmoid(y[:F]) softplus(y[F:]);
+    h_i' = softplus(h_i + bn2(m)_i)
+
+    Args:
+        atom_fea: (N, F) features of the rows.
+        batch: the graphs; rows count by their ``weight`` in both batch norms.
+        weight: (2F, 2F + K).
+        bias: (2F,) or None.
+        bn1: batch norm of the edges' 2F channels; its running statistics move in place when it trains.
+        bn2: batch norm of the F summed channels.
+        dmin: centre of the first Gaussian, Å; ignored where the batch has ``edge_features``.
+        step: distance between the Gaussians' centres and their width, Å.
+
+    Returns:
+        (N, F)
+
+    Raises:
+        InputError: shapes do not fit, or batch statistics are asked of a single value.
+    """
+    return stacked_gated_conv(atom_fea, batch, [ConvParameters(weight, bias, bn1, bn2)], dmin=dmin, step=step)[0]
+
+
+def stacked_gated_conv(
+    atom_fea: Tensor,
+    batch: GraphBatch,
+    layers: Sequence[ConvParameters],
+    *,
+    dmin: float = 0.0,
+    step: float = 0.2,
+    return_steps: bool = False,
+) -> tuple[Tensor, list[Tensor]]:
+    """Several convolutions, each with its own parameters (CGCNN).
+
+    Returns:
+        The features after the last one, (N, F), and, with ``return_steps``, those after each (else an empty list).
+    """
+    return _stack(atom_fea, batch, layers, dmin, step, return_steps, lambda t, old, new: new)
+
+
+def recurrent_gated_conv(
+    atom_fea: Tensor,
+    batch: GraphBatch,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn1s: Sequence[BatchNorm],
+    bn2s: Sequence[BatchNorm],
+    *,
+    layer_norm: Callable[[Tensor], Tensor] | None = None,
+    alpha: Tensor | None = None,
+    dmin: float = 0.0,
+    step: float = 0.2,
+    return_steps: bool = False,
+) -> tuple[Tensor, list[Tensor]]:
+    """One convolution applied T = len(bn1s) times, with its own batch norms per step (SR-CGCNN, arXiv 2605.01304).
+
+    Args:
+        layer_norm: applied to (N, F) after each step, as the authors' ``recurrent_norm``.
+        alpha: (T,) gates; h <- (1 - sigmoid(alpha_t)) h + sigmoid(alpha_t) h'.
+
+    Other arguments and the result are those of :func:`gated_conv` and :func:`stacked_gated_conv`.
+    """
+    layers = [ConvParameters(weight, bias, bn1, bn2) for bn1, bn2 in zip(bn1s, bn2s, strict=True)]
+
+    def after(t: int, old: Tensor, new: Tensor) -> Tensor:
+        if alpha is not None:
+            gate = torch.sigmoid(alpha[t])
+            new = (1 - gate) * old + gate * new
+        return new if layer_norm is None else layer_norm(new)
+
+    return _stack(atom_fea, batch, layers, dmin, step, return_steps, after)
+
+
+def _stack(
+    h: Tensor,
+    batch: GraphBatch,
+    layers: Sequence[ConvParameters],
+    dmin: float,
+    step: float,
+    return_steps: bool,
+    after: Callable[[int, Tensor, Tensor], Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    device = h.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return _stack(h.float(), batch, layers, dmin, step, return_steps, after)
+    for layer in layers:
+        _check(h, batch, layer)
+    distance = batch.distance.to(h.dtype)
+    features = None if batch.edge_features is None else batch.edge_features.to(h.dtype)
+    edges = Edges(distance, features, batch.sender, batch.row_ptr, batch.crystal_ptr, float(dmin), float(step))
+    convolve = _convolution(h, batch, edges, layers)
+    steps: list[Tensor] = []
+    for t, layer in enumerate(layers):
+        h = after(t, h, convolve(h, edges, batch.weight, *layer))
+        if return_steps:
+            steps.append(h)
+    return h, steps
+
+
+def _convolution(
+    h: Tensor, batch: GraphBatch, edges: Edges, layers: Sequence[ConvParameters]
+) -> Callable[..., Tensor]:
+    """The backend's convolution for this call, with what its batch norms need of the graph."""
+    trains = any(layer.bn1.training for layer in layers)
+    if registry.select(h, edge_statistics_grad=trains and _requires_grad(edges)) == "reference":
+        return reference.gated_conv
+    if not trains:
+        return fused.gated_conv
+    n_features = layers[0].weight.shape[1] - 2 * h.shape[1]
+    key: Any = ("moments", n_features, edges.dmin, edges.step, h.dtype)
+    moments = batch.cached(key, lambda: fused.edge_moments(batch.weight, edges, n_features, h.dtype))
+    return lambda *arguments: fused.gated_conv(*arguments, moments=moments)
+
+
+def _requires_grad(edges: Edges) -> bool:
+    return edges.distance.requires_grad or (edges.features is not None and edges.features.requires_grad)
+
+
+def _check(h: Tensor, batch: GraphBatch, layer: ConvParameters) -> None:
+    if h.dim() != 2 or h.shape[0] != batch.num_rows:
+        raise InputError(f"atom_fea must be (N, F) with N = {batch.num_rows} rows of the batch, not {tuple(h.shape)}.")
+    width = h.shape[1]
+    n_features = layer.weight.shape[1] - 2 * width
+    if layer.weight.shape[0] != 2 * width or n_features < 1:
+        raise InputError(
+            f"weight must be (2F, 2F + K) with F = {width} as in atom_fea, not {tuple(layer.weight.shape)}."
+        )
+    given = batch.edge_features
+    if given is not None and given.shape[1] != n_features:
+        raise InputError(f"The batch has {given.shape[1]} edge features, but the weight expects K = {n_features}.")
+    single_edge = layer.bn1.training and batch.num_edges <= 1 and _at_most_one(batch, batch.num_edges)
+    single_row = layer.bn2.training and batch.num_rows <= 1 and _at_most_one(batch, batch.num_rows)
+    if single_edge or single_row:
+        raise InputError("Batch norm cannot train on a single atom or edge; use larger batches, or model.eval().")
+
+
+def _at_most_one(batch: GraphBatch, count: int) -> bool:
+    """Do the given ``count`` (0 or 1) rows or edges stand for at most one atom or edge of the full cell?"""
+    return count == 0 or torch.compiler.is_compiling() or float(batch.weight.max()) <= 1

@@ -1,0 +1,266 @@
+"""CGCNN and SR-CGCNN, with the parameters, state-dict names and numbers of the published programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax, softplus
+
+from .. import functional
+from ..errors import InputError
+from ..graph.batch import GraphBatch
+from ..graph.elements import element_features
+from .conv import GatedConv, batch_norm_state
+from .metadata import ModelMetadata
+
+
+def _positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, not {value}.")
+
+
+class CrystalModel(nn.Module):
+    """Embedding, convolutions, mean over atoms, head; the convolutions are the subclass's.
+
+    ``metadata`` says what the outputs mean; it is saved with the model.
+    """
+
+    element_table: Tensor
+
+    def __init__(
+        self,
+        atom_fea_len: int,
+        h_fea_len: int,
+        n_h: int,
+        classification: bool,
+        n_targets: int,
+        orig_atom_fea_len: int,
+        nbr_fea_len: int,
+        dmin: float,
+        step: float,
+    ) -> None:
+        super().__init__()
+        _positive(
+            atom_fea_len=atom_fea_len, h_fea_len=h_fea_len, n_h=n_h, n_targets=n_targets,
+            orig_atom_fea_len=orig_atom_fea_len, nbr_fea_len=nbr_fea_len,
+        )  # fmt: skip
+        if classification and n_targets > 1:
+            raise InputError(f"A classifier has one target, not {n_targets}; train one model per class label.")
+        if not step > 0:
+            raise InputError(f"The Gaussians' step must be positive, not {step}.")
+        self._hyperparameters: dict[str, Any] = {
+            "atom_fea_len": atom_fea_len,
+            "h_fea_len": h_fea_len,
+            "n_h": n_h,
+            "classification": classification,
+            "n_targets": n_targets,
+            "orig_atom_fea_len": orig_atom_fea_len,
+            "nbr_fea_len": nbr_fea_len,
+            "dmin": dmin,
+            "step": step,
+        }
+        self.classification = classification
+        self.metadata = ModelMetadata(
+            tuple(f"target_{k}" if n_targets > 1 else "target" for k in range(n_targets)),
+            *((x,) * n_targets for x in ("", 0.0, 1.0)),  # type: ignore[arg-type]
+        )
+        table = torch.from_numpy(element_features().copy())
+        if table.shape[1] != orig_atom_fea_len:  # the caller brings atom features, or sets a table of this width
+            table = torch.zeros(table.shape[0], orig_atom_fea_len)
+        self.register_buffer("element_table", table, persistent=False)
+        # The order of construction is the published programs', so that a seed gives the same weights.
+        self.embedding = nn.Linear(orig_atom_fea_len, atom_fea_len)
+        self._build_convolutions()
+        self.conv_to_fc = nn.Linear(atom_fea_len, h_fea_len)
+        if n_h > 1:
+            self.fcs = nn.ModuleList(nn.Linear(h_fea_len, h_fea_len) for _ in range(n_h - 1))
+        self.fc_out = nn.Linear(h_fea_len, 2 if classification else n_targets)
+        if classification:
+            self.dropout = nn.Dropout()
+
+    def _build_convolutions(self) -> None:
+        raise NotImplementedError
+
+    def _convolve(self, h: Tensor, batch: GraphBatch, return_steps: bool) -> tuple[Tensor, list[Tensor]]:
+        raise NotImplementedError
+
+    def _convolution_modules(self) -> list[nn.Module]:
+        raise NotImplementedError
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """The constructor's arguments, so that ``type(model)(**model.hyperparameters)`` is the same architecture."""
+        return dict(self._hyperparameters)
+
+    def count_conv_parameters(self) -> int:
+        """Trainable parameters of the convolutions: 66 432 for CGCNN, 22 912 for SR-CGCNN, at the defaults."""
+        modules = self._convolution_modules()
+        return sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
+
+    def embed(self, batch: GraphBatch) -> Tensor:
+        """(N, F): the embedded element vector, or atom features, of every row."""
+        if batch.atom_features is not None:
+            return self.embedding(batch.atom_features.to(self.embedding.weight.dtype))
+        if not bool(self._hyperparameters["orig_atom_fea_len"] == self.element_table.shape[1]):
+            raise InputError("The element table's width is not orig_atom_fea_len; set a table that fits.")
+        return self.embedding(self.element_table).index_select(0, batch.numbers)
+
+    def _pool(self, h: Tensor, batch: GraphBatch) -> Tensor:
+        weight = batch.weight.to(h.dtype)[:, None]
+        crystal = batch.atom_crystal
+        zeros = h.new_zeros(batch.num_crystals, h.shape[1])
+        atoms = weight.new_zeros(batch.num_crystals, 1).index_add(0, crystal, weight)
+        return zeros.index_add(0, crystal, weight * h) / atoms
+
+    def features(self, batch: GraphBatch) -> Tensor:
+        """The pooled crystal vector, (B, F): a descriptor of the crystal."""
+        return self._pool(self._convolve(self.embed(batch), batch, False)[0], batch)
+
+    def forward(self, batch: GraphBatch, return_steps: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """(B, n_targets) network outputs, normalised as ``metadata`` says; a classifier's (B, 2) log-probabilities.
+
+        With ``return_steps`` also the list of (N, F) features after each convolution.
+        """
+        h, steps = self._convolve(self.embed(batch), batch, return_steps)
+        crystal = softplus(self.conv_to_fc(softplus(self._pool(h, batch))))
+        if self.classification:
+            crystal = self.dropout(crystal)
+        for layer in getattr(self, "fcs", ()):
+            crystal = softplus(layer(crystal))
+        out = self.fc_out(crystal)
+        if self.classification:
+            out = log_softmax(out, dim=1)
+        return (out, steps) if return_steps else out
+
+    def predict(self, batch: GraphBatch) -> Tensor:
+        """(B, n_targets) in the targets' units; a classifier's P(class 1), (B, 1). Call ``eval()`` first."""
+        out = self(batch)
+        if self.classification:
+            return out[:, 1:].exp()
+        std, mean = out.new_tensor(self.metadata.std), out.new_tensor(self.metadata.mean)
+        return out * std + mean
+
+
+class CGCNN(CrystalModel):
+    """Crystal graph convolutional network: L gated convolutions, each with its own weights (Xie & Grossman 2018).
+
+    Args:
+        n_conv: L, convolutions.
+        atom_fea_len: F, features of an atom.
+        h_fea_len: features after pooling.
+        n_h: hidden layers after pooling.
+        classification: two classes and log-probabilities in place of a regression.
+        n_targets: properties predicted at once.
+        orig_atom_fea_len: components of the element vector.
+        nbr_fea_len: K, Gaussians (41 for 0 to 8 Å).
+        dmin: centre of the first Gaussian, Å.
+        step: distance between centres and width of the Gaussians, Å.
+    """
+
+    def __init__(
+        self,
+        n_conv: int = 3,
+        atom_fea_len: int = 64,
+        h_fea_len: int = 128,
+        n_h: int = 1,
+        classification: bool = False,
+        *,
+        n_targets: int = 1,
+        orig_atom_fea_len: int = 92,
+        nbr_fea_len: int = 41,
+        dmin: float = 0.0,
+        step: float = 0.2,
+    ) -> None:
+        _positive(n_conv=n_conv)
+        self._n_conv = n_conv
+        super().__init__(
+            atom_fea_len, h_fea_len, n_h, classification, n_targets, orig_atom_fea_len, nbr_fea_len, dmin, step
+        )
+        self._hyperparameters = {"n_conv": n_conv, **self._hyperparameters}
+
+    def _build_convolutions(self) -> None:
+        p = self._hyperparameters
+        self.convs = nn.ModuleList(
+            GatedConv(p["atom_fea_len"], p["nbr_fea_len"], dmin=p["dmin"], step=p["step"]) for _ in range(self._n_conv)
+        )
+
+    def _convolution_modules(self) -> list[nn.Module]:
+        return [self.convs]
+
+    def _convolve(self, h: Tensor, batch: GraphBatch, return_steps: bool) -> tuple[Tensor, list[Tensor]]:
+        layers = [conv.parameters_of_call() for conv in self.convs]  # type: ignore[operator]
+        p = self._hyperparameters
+        return functional.stacked_gated_conv(
+            h, batch, layers, dmin=p["dmin"], step=p["step"], return_steps=return_steps
+        )
+
+
+class SRCGCNN(CrystalModel):
+    """Shared-recurrent CGCNN: one gated convolution applied T times (Bhattacharjee, arXiv 2605.01304).
+
+    Args:
+        n_recurrent_steps: T, applications of the one convolution; each has its own batch norms.
+        recurrent_layer_norm: a LayerNorm after each step.
+        recurrent_learnable_alpha: a learned gate between old and new features per step.
+
+    The other arguments are those of :class:`CGCNN`.
+    """
+
+    def __init__(
+        self,
+        n_recurrent_steps: int = 3,
+        atom_fea_len: int = 64,
+        h_fea_len: int = 128,
+        n_h: int = 1,
+        classification: bool = False,
+        *,
+        recurrent_layer_norm: bool = False,
+        recurrent_learnable_alpha: bool = False,
+        n_targets: int = 1,
+        orig_atom_fea_len: int = 92,
+        nbr_fea_len: int = 41,
+        dmin: float = 0.0,
+        step: float = 0.2,
+    ) -> None:
+        _positive(n_recurrent_steps=n_recurrent_steps)
+        self._recurrence = {
+            "n_recurrent_steps": n_recurrent_steps,
+            "recurrent_layer_norm": recurrent_layer_norm,
+            "recurrent_learnable_alpha": recurrent_learnable_alpha,
+        }
+        super().__init__(
+            atom_fea_len, h_fea_len, n_h, classification, n_targets, orig_atom_fea_len, nbr_fea_len, dmin, step
+        )
+        self._hyperparameters = {**self._recurrence, **self._hyperparameters}
+
+    def _build_convolutions(self) -> None:
+        p, steps = self._hyperparameters, self._recurrence["n_recurrent_steps"]
+        width = p["atom_fea_len"]
+        self.shared_conv = GatedConv(width, p["nbr_fea_len"], batch_norm=False, dmin=p["dmin"], step=p["step"])
+        self.recurrent_bn1s = nn.ModuleList(nn.BatchNorm1d(2 * width) for _ in range(steps))
+        self.recurrent_bn2s = nn.ModuleList(nn.BatchNorm1d(width) for _ in range(steps))
+        self.recurrent_norm = nn.LayerNorm(width) if self._recurrence["recurrent_layer_norm"] else None
+        alpha = nn.Parameter(torch.ones(steps)) if self._recurrence["recurrent_learnable_alpha"] else None
+        self.register_parameter("recurrent_alpha", alpha)
+
+    def _convolution_modules(self) -> list[nn.Module]:
+        return [self.shared_conv, self.recurrent_bn1s, self.recurrent_bn2s]
+
+    def _convolve(self, h: Tensor, batch: GraphBatch, return_steps: bool) -> tuple[Tensor, list[Tensor]]:
+        p = self._hyperparameters
+        return functional.recurrent_gated_conv(
+            h,
+            batch,
+            self.shared_conv.fc_full.weight,
+            self.shared_conv.fc_full.bias,
+            [batch_norm_state(norm) for norm in self.recurrent_bn1s],  # type: ignore[arg-type]
+            [batch_norm_state(norm) for norm in self.recurrent_bn2s],  # type: ignore[arg-type]
+            layer_norm=self.recurrent_norm,
+            alpha=self.recurrent_alpha,
+            dmin=p["dmin"],
+            step=p["step"],
+            return_steps=return_steps,
+        )

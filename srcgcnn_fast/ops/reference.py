@@ -1,0 +1,139 @@
+"""The reference backend: the published equations in plain PyTorch, for any device and dtype, differentiable twice.
+
+Every other backend is compared with this one.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+
+class BatchNorm(NamedTuple):
+    """Parameters and state of one batch norm over C channels, as ``torch.nn.BatchNorm1d`` holds them.
+
+    With ``training`` the statistics are those of the batch, and the running ones, where given, move towards them
+    in place by ``momentum``; otherwise the running ones are used.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+    def normalize(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        """(x - mean) / sqrt(var + eps) * weight + bias"""
+        scale, shift = self.fold(mean, var)
+        return x * scale + shift
+
+    def fold(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift, (C,) each, that the norm amounts to with the given statistics."""
+        scale = torch.rsqrt(var + self.eps)
+        scale = scale if self.weight is None else scale * self.weight
+        shift = -mean * scale
+        return scale, shift if self.bias is None else shift + self.bias
+
+    @torch.no_grad()
+    def update(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+        """Move the running statistics towards those of a batch of ``count`` values (``var`` is biased)."""
+        if self.running_mean is None or self.running_var is None:
+            return
+        unbiased = var * (count / (count - 1))
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+
+
+class Edges(NamedTuple):
+    """The edges of a batch, sorted by receiver, and how their features follow from their distances."""
+
+    distance: Tensor
+    """(E,) Å."""
+    features: Tensor | None
+    """(E, K), in place of the Gaussians of ``distance``."""
+    sender: Tensor
+    """(E,) int32."""
+    row_ptr: Tensor
+    """(N + 1,) int32."""
+    crystal_ptr: Tensor
+    """(B + 1,) int32; an edge never leaves its crystal."""
+    dmin: float = 0.0
+    step: float = 0.2
+
+
+def receivers(edges: Edges) -> Tensor:
+    """(E,) int64, the row that each edge ends in."""
+    rows = torch.arange(edges.row_ptr.shape[0] - 1, device=edges.row_ptr.device)
+    return torch.repeat_interleave(rows, edges.row_ptr.diff().long(), output_size=edges.sender.shape[0])
+
+
+def edge_vectors(edges: Edges, n_features: int, dtype: torch.dtype) -> Tensor:
+    """(E, K): exp(-((d - mu_k) / step)^2), mu_k = dmin + k step (Xie & Grossman 2018, eq. of the supplement)."""
+    if edges.features is not None:
+        return edges.features.to(dtype)
+    mu = edges.dmin + edges.step * torch.arange(n_features, device=edges.distance.device, dtype=dtype)
+    return torch.exp(-(((edges.distance.to(dtype)[:, None] - mu) / edges.step) ** 2))
+
+
+def batch_norm(x: Tensor, norm: BatchNorm, weight: Tensor) -> Tensor:
+    """Batch norm of (n, C) values of which each counts ``weight`` (n, 1) times."""
+    if not norm.training:
+        assert norm.running_mean is not None and norm.running_var is not None
+        return norm.normalize(x, norm.running_mean, norm.running_var)
+    count = weight.sum()
+    mean = (weight * x).sum(0) / count
+    var = (weight * (x - mean) ** 2).sum(0) / count
+    norm.update(mean, var, count)
+    return norm.normalize(x, mean, var)
+
+
+def gated_conv(
+    h: Tensor, edges: Edges, row_weight: Tensor, weight: Tensor, bias: Tensor | None, bn1: BatchNorm, bn2: BatchNorm
+) -> Tensor:
+    """One gated graph convolution (Xie & Grossman 2018, eq. 5), (N, F) -> (N, F)."""
+    n, width = h.shape
+    receiver, sender = receivers(edges), edges.sender.long()
+    e = edge_vectors(edges, weight.shape[1] - 2 * width, h.dtype)
+    z = torch.nn.functional.linear(torch.cat([h[receiver], h[sender], e], dim=1), weight, bias)
+    count = row_weight.to(h.dtype)[:, None]
+    y = batch_norm(z, bn1, count[receiver])
+    message = torch.sigmoid(y[:, :width]) * softplus(y[:, width:])
+    m = h.new_zeros(n, width).index_add(0, receiver, message)
+    return softplus(h + batch_norm(m, bn2, count))
+
+
+def gate_sum(p: Tensor, q: Tensor, w_e: Tensor, edges: Edges) -> Tensor:
+    """m_i = sum_j sigmoid(y_ij[:F]) softplus(y_ij[F:]) with y_ij = p_i + q_j + e_ij w_e, (N, F)."""
+    width = p.shape[1] // 2
+    receiver = receivers(edges)
+    y = p[receiver] + q[edges.sender.long()] + edge_vectors(edges, w_e.shape[0], p.dtype) @ w_e
+    message = torch.sigmoid(y[:, :width]) * softplus(y[:, width:])
+    return p.new_zeros(p.shape[0], width).index_add(0, receiver, message)
+
+
+def neighbor_sum(h: Tensor, edges: Edges, transpose: bool = False) -> Tensor:
+    """(A h)_i = sum over the edges into i of h_sender; transposed: the sum over the edges out of i of h_receiver."""
+    source, target = edges.sender.long(), receivers(edges)
+    if transpose:
+        source, target = target, source
+    return torch.zeros_like(h).index_add(0, target, h[source])
+
+
+def edge_moments(row_weight: Tensor, edges: Edges, n_features: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """What batch norm needs of the edge vectors, from the graph alone.
+
+    Returns:
+        sum_j e_ij (N, K); sum_i w_i e_ij, by sender (N, K); sum_ij w_i e_ij^T e_ij (K, K), float64.
+    """
+    n = edges.row_ptr.shape[0] - 1
+    receiver = receivers(edges)
+    e = edge_vectors(edges, n_features, dtype)
+    we = row_weight.to(dtype)[receiver, None] * e
+    zeros = e.new_zeros(n, n_features)
+    gram = we.double().T @ e.double()
+    return zeros.index_add(0, receiver, e), zeros.index_add(0, edges.sender.long(), we), gram
