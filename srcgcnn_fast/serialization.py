@@ -1,0 +1,205 @@
+"""A model as a directory: ``model.safetensors`` (weights) and ``config.json`` (everything else that it needs)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from . import __version__
+from .errors import InputError
+from .graph.build import GraphParameters
+from .graph.elements import element_features
+from .nn import CGCNN, SRCGCNN, ModelMetadata
+
+FORMAT = "srcgcnn_fast model"
+FORMAT_VERSION = 1
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_BUILT_IN_TABLE = "cgcnn-92"
+_MODELS = {"CGCNN": CGCNN, "SRCGCNN": SRCGCNN}
+
+
+def save_model(model: CGCNN | SRCGCNN, directory: str | os.PathLike[str]) -> Path:
+    """Write ``model`` to ``directory``, which appears whole or not at all; an earlier model there is replaced.
+
+    Raises:
+        InputError: the model is of another type, ``directory`` holds anything but a model, or cannot be written.
+    """
+    model = getattr(model, "_orig_mod", model)  # torch.compile wraps
+    target = Path(directory).resolve()
+    if type(model) not in _MODELS.values():
+        raise InputError(f"save_model writes CGCNN and SRCGCNN models, not {type(model).__name__}; give one of those.")
+    _check_replaceable(target)
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    built_in = _is_built_in(model.element_table)
+    if not built_in:
+        tensors["element_table"] = model.element_table.detach().cpu().contiguous().clone()
+    weights = save(tensors)
+    metadata = model.metadata
+    config = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "package_version": __version__,
+        "model": type(model).__name__,
+        "hyperparameters": model.hyperparameters,
+        "dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
+        "targets": list(metadata.targets),
+        "units": list(metadata.units),
+        "normalizer": {"mean": list(metadata.mean), "std": list(metadata.std)},
+        "graph": asdict(metadata.graph),
+        "element_table": _BUILT_IN_TABLE if built_in else "element_table",
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "extra": metadata.extra,
+    }
+    try:
+        text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"Cannot write {target}: the model's metadata must be finite JSON values ({error})."
+        ) from error
+    _write_directory(target, {_WEIGHTS: weights, _CONFIG: text.encode()})
+    return target
+
+
+def load_model(path: str | os.PathLike[str]) -> CGCNN | SRCGCNN:
+    """The model of a directory that :func:`save_model` wrote, or of a published ``.pth.tar``, in eval mode on the CPU.
+
+    Raises:
+        InputError: there is none, or it is damaged, foreign, or of a later version.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _load_directory(path)
+    if path.name in (_CONFIG, _WEIGHTS) and path.exists():
+        raise InputError(f"{path} is one file of a model; give its directory {path.parent}.")
+    if not path.exists():
+        raise InputError(f"There is no model {path}; give a directory written by save_model or a .pth.tar file.")
+    from .interop.checkpoints import load_upstream_checkpoint
+
+    return load_upstream_checkpoint(path)
+
+
+def _load_directory(path: Path) -> CGCNN | SRCGCNN:
+    config = _read_config(path)
+    weights = _read_bytes(path / _WEIGHTS, path)
+    try:
+        tensors = load(weights)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{path / _WEIGHTS} is damaged or cut short ({error}); save or copy the model again."
+        ) from error
+    try:
+        kind = _MODELS[config["model"]]
+        model = kind(**config["hyperparameters"]).to(getattr(torch, config["dtype"]))
+        model.metadata = ModelMetadata(
+            targets=tuple(config["targets"]),
+            units=tuple(config["units"]),
+            mean=tuple(config["normalizer"]["mean"]),
+            std=tuple(config["normalizer"]["std"]),
+            graph=GraphParameters(**config["graph"]),
+            extra=dict(config["extra"]),
+        )
+        named, n_targets = len(model.metadata.targets), model.hyperparameters["n_targets"]
+        if named != n_targets:
+            raise InputError(f"{named} targets for n_targets = {n_targets}")
+        stored_table, digest = config["element_table"] != _BUILT_IN_TABLE, config["weights_sha256"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{path / _CONFIG} does not describe a model ({type(error).__name__}: {error}); save the model again."
+        ) from error
+    try:
+        if stored_table:
+            model.element_table = tensors.pop("element_table").to(model.element_table)
+        model.load_state_dict(tensors, strict=True)
+    except (KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path / _WEIGHTS} does not fit {path / _CONFIG}: {reason}; save the model again.") from error
+    if hashlib.sha256(weights).hexdigest() != digest:
+        raise InputError(f"{path / _WEIGHTS} is not the file that was saved; save or copy the model again.")
+    return model.eval()
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not (path / _CONFIG).is_file():
+        raise InputError(f"{path} has no {_CONFIG}, so it is no model; give a directory written by save_model.")
+    try:
+        config = json.loads(_read_bytes(path / _CONFIG, path))
+    except ValueError as error:
+        raise InputError(f"{path / _CONFIG} is not valid JSON ({error}); save or copy the model again.") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise InputError(f"{path / _CONFIG} is not of a {FORMAT}; give a directory written by save_model.")
+    version = config.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise InputError(
+            f"{path} has format version {version}, and srcgcnn_fast {__version__} reads up to {FORMAT_VERSION}; "
+            "upgrade srcgcnn_fast."
+        )
+    return config
+
+
+def _read_bytes(file: Path, model: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError as error:
+        raise InputError(f"{model} lacks {file.name}; save or copy the model again.") from error
+    except OSError as error:
+        raise InputError(f"Cannot read {file}: {error.strerror or error}; check its permissions.") from error
+
+
+def _check_replaceable(target: Path) -> None:
+    """Only an empty directory or a model of ours, with nothing beside it, is ever replaced."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise InputError(f"{target} is a file; give save_model a directory.")
+    held = sorted(entry.name for entry in target.iterdir())
+    if not held:
+        return
+    foreign = [name for name in held if name not in (_CONFIG, _WEIGHTS)]
+    if foreign or _CONFIG not in held:
+        names = ", ".join((foreign or held)[:4])
+        raise InputError(f"{target} holds other files ({names}); give save_model a new directory.")
+    _read_config(target)
+
+
+def _write_directory(target: Path, files: dict[str, bytes]) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise InputError(f"Cannot write {target}: {error.strerror or error}; choose another directory.") from error
+    new, old = scratch / "new", scratch / "old"
+    try:
+        new.mkdir()
+        for name, data in files.items():
+            with open(new / name, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        if target.exists():
+            os.rename(target, old)
+        try:
+            os.rename(new, target)
+        except OSError:
+            if old.exists():
+                os.rename(old, target)
+            raise
+    except OSError as error:
+        raise InputError(f"Cannot write {target}: {error.strerror or error}; choose another directory.") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _is_built_in(table: torch.Tensor) -> bool:
+    built_in = element_features()
+    return tuple(table.shape) == built_in.shape and np.array_equal(table.detach().cpu().float().numpy(), built_in)
