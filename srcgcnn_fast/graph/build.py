@@ -1,0 +1,396 @@
+"""From crystals to graphs: batching, and the checks before native code."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from ..errors import InputError
+from .batch import CrystalGraph
+from .elements import MAX_ATOMIC_NUMBER
+from .parameters import GraphParameters
+
+logger = logging.getLogger(__name__)
+
+_TIE_TOLERANCE = 1e-5  # Å; distances of a full graph that count as equal when neighbours are chosen
+_CHUNK_ATOMS = 4096  # atoms per kernel call: what the caches hold
+_BATCH_ATOMS = 100_000  # atoms that build_graphs collects before it calls the kernels
+_MAX_COORDINATE = 1e9
+_COMPILE_SECONDS = 20
+
+
+class PackedGraphs(NamedTuple):
+    """Graphs of B crystals as concatenated arrays: R rows, E edges, A atoms; a failed crystal has none of them."""
+
+    numbers: np.ndarray
+    """(R,) int32, atomic numbers."""
+    weight: np.ndarray
+    """(R,) float32, atoms that the row stands for."""
+    sender: np.ndarray
+    """(E,) int32, row of the neighbour, counted within its crystal."""
+    distance: np.ndarray
+    """(E,) float64, Å."""
+    row_ptr: np.ndarray
+    """(R + 1,) int64, edges of each row, counted through the batch."""
+    crystal_ptr: np.ndarray
+    """(B + 1,) int64, rows of each crystal."""
+    edge_ptr: np.ndarray
+    """(B + 1,) int64, edges of each crystal."""
+    atom_class: np.ndarray
+    """(A,) int32, row of every atom, counted within its crystal."""
+    atom_ptr: np.ndarray
+    """(B + 1,) int64, atoms of each crystal."""
+    image: np.ndarray | None
+    """(E, 3) int32, lattice translation of the neighbour; None for symmetry quotients."""
+    errors: dict[int, str]
+    """What was wrong with each crystal that failed, one sentence each."""
+
+    def graph(self, index: int, distance_dtype: Any = np.float32) -> CrystalGraph:
+        """The graph of one crystal (its arrays are views where they can be).
+
+        Raises:
+            InputError: that crystal failed.
+        """
+        if index in self.errors:
+            raise InputError(self.errors[index])
+        r0, r1 = self.crystal_ptr[index : index + 2]
+        e0, e1 = self.edge_ptr[index : index + 2]
+        return CrystalGraph(
+            numbers=self.numbers[r0:r1],
+            weight=self.weight[r0:r1],
+            sender=self.sender[e0:e1],
+            distance=self.distance[e0:e1].astype(distance_dtype),
+            row_ptr=(self.row_ptr[r0 : r1 + 1] - e0).astype(np.int32),
+            atom_class=self.atom_class[self.atom_ptr[index] : self.atom_ptr[index + 1]],
+            image=None if self.image is None else self.image[e0:e1],
+        )
+
+
+def build_packed(
+    lattices: np.ndarray,
+    frac_coords: np.ndarray,
+    numbers: np.ndarray,
+    ptr: np.ndarray,
+    parameters: GraphParameters | None = None,
+) -> PackedGraphs:
+    """Graphs of B crystals that are given as concatenated arrays.
+
+    Runs on ``torch.get_num_threads()`` threads; the result does not depend on how many.
+
+    Args:
+        lattices: (B, 3, 3), rows a b c in Å.
+        frac_coords: (N, 3), in any cell.
+        numbers: (N,) atomic numbers.
+        ptr: (B + 1,), atoms of crystal b are ``ptr[b]:ptr[b + 1]``.
+        parameters: GraphParameters() if None.
+
+    Raises:
+        InputError: the shapes do not fit together. What is wrong with one crystal goes to ``errors`` instead.
+    """
+    parameters = parameters or GraphParameters()
+    lattices, frac_coords = _kernel_array(lattices, np.float64), _kernel_array(frac_coords, np.float64)
+    ptr = _kernel_array(ptr, np.int64)
+    wide_numbers = np.asarray(numbers)
+    crystals = len(ptr) - 1
+    if (
+        ptr.ndim != 1
+        or crystals < 0
+        or lattices.shape != (crystals, 3, 3)
+        or frac_coords.shape != (len(wide_numbers), 3)
+        or ptr[0] != 0
+        or ptr[-1] != len(wide_numbers)
+        or (np.diff(ptr) < 0).any()
+    ):
+        raise InputError(
+            f"Packed crystals are lattices (B, 3, 3), frac_coords (N, 3), numbers (N,) and ptr (B + 1,) from 0 to N, "
+            f"not {lattices.shape}, {frac_coords.shape}, {wide_numbers.shape} and {ptr.shape}; mend the arrays."
+        )
+    errors = _unusable(lattices, frac_coords, wide_numbers, ptr)
+    if errors:
+        lattices, frac_coords, wide_numbers, ptr = _without(errors, lattices, frac_coords, wide_numbers, ptr)
+    numbers = _kernel_array(wide_numbers, np.int32)
+    good = np.setdiff1d(np.arange(crystals), np.fromiter(errors, np.int64, len(errors)))
+    chunks = _chunks(ptr)
+    _announce_compilation()
+    threads = min(len(chunks), torch.get_num_threads())
+
+    def run(chunk: tuple[int, int]) -> tuple[np.ndarray, ...]:
+        return _run_kernels(lattices, frac_coords, numbers, ptr, chunk, parameters)
+
+    if threads > 1:
+        with ThreadPoolExecutor(threads) as pool:
+            results = list(pool.map(run, chunks))
+    else:
+        results = [run(chunk) for chunk in chunks]
+    return _join(results, chunks, good, crystals, numbers, ptr, parameters, errors)
+
+
+def _kernel_array(array: np.ndarray, dtype: Any) -> np.ndarray:
+    """Contiguous and writable, so that a kernel is compiled for one kind of array only."""
+    return np.require(array, dtype=dtype, requirements=["C", "W"])
+
+
+def _unusable(lattices: np.ndarray, frac_coords: np.ndarray, numbers: np.ndarray, ptr: np.ndarray) -> dict[int, str]:
+    """What native code must not see, by crystal."""
+    errors: dict[int, str] = {}
+    owner = np.repeat(np.arange(len(ptr) - 1), np.diff(ptr))
+
+    def first_atom(bad: np.ndarray) -> Iterator[tuple[int, int]]:
+        for atom in np.flatnonzero(bad)[::-1]:
+            yield int(owner[atom]), int(atom - ptr[owner[atom]])
+
+    for b in np.flatnonzero(np.diff(ptr) == 0):
+        errors[int(b)] = "The crystal has no atoms; give it at least one."
+    known = (numbers >= 1) & (numbers <= MAX_ATOMIC_NUMBER) & (numbers == numbers.astype(np.int64))
+    for b, i in first_atom(~known):
+        errors[b] = (
+            f"Atomic number {numbers[ptr[b] + i]} at site {i + 1} is not one of the elements 1 to "
+            f"{MAX_ATOMIC_NUMBER}; mend the species."
+        )
+    with np.errstate(invalid="ignore"):
+        usable = (np.abs(frac_coords) < _MAX_COORDINATE).all(axis=1)  # NaN compares False
+    for b, i in first_atom(~usable):
+        errors[b] = (
+            f"The fractional coordinates {frac_coords[ptr[b] + i].tolist()} at site {i + 1} are not "
+            f"finite numbers below {_MAX_COORDINATE:g}; mend the coordinates."
+        )
+    for b in np.flatnonzero(~(np.abs(lattices) < _MAX_COORDINATE).all(axis=(1, 2))):
+        errors[int(b)] = (
+            f"The lattice {lattices[b].tolist()} has an entry that is not a finite number below "
+            f"{_MAX_COORDINATE:g} Å; mend the lattice."
+        )
+    return errors
+
+
+def _without(
+    errors: dict[int, str],
+    lattices: np.ndarray,
+    frac_coords: np.ndarray,
+    numbers: np.ndarray,
+    ptr: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    keep = np.ones(len(lattices), dtype=bool)
+    keep[list(errors)] = False
+    atoms = np.repeat(keep, np.diff(ptr))
+    kept_ptr = np.concatenate([[0], np.cumsum(np.diff(ptr)[keep])])
+    return lattices[keep], frac_coords[atoms], numbers[atoms], kept_ptr
+
+
+def _chunks(ptr: np.ndarray) -> list[tuple[int, int]]:
+    """Runs of whole crystals of about ``_CHUNK_ATOMS`` atoms."""
+    if len(ptr) == 1:
+        return []
+    group = ptr[:-1] // _CHUNK_ATOMS
+    first = np.flatnonzero(np.diff(group, prepend=-1))
+    return list(zip(first.tolist(), [*first[1:].tolist(), len(ptr) - 1], strict=True))
+
+
+@cache
+def _announce_compilation() -> None:
+    """Say once per machine that the first call compiles."""
+    from . import neighbors, symmetry
+
+    for kernel in (neighbors.search, symmetry.reduce):
+        name = f"{Path(kernel.py_func.__code__.co_filename).stem}.{kernel.py_func.__name__}-*.nbc"
+        directory = kernel.stats.cache_path
+        if not kernel.signatures and not (directory and any(Path(directory).glob(name))):
+            logger.warning("Compiling the neighbour search (about %d s, once).", _COMPILE_SECONDS)
+            return
+
+
+def _run_kernels(
+    lattices: np.ndarray,
+    frac_coords: np.ndarray,
+    numbers: np.ndarray,
+    ptr: np.ndarray,
+    chunk: tuple[int, int],
+    parameters: GraphParameters,
+) -> tuple[np.ndarray, ...]:
+    """status (b,), detail (b, 2), gap (b,), then what ``symmetry.reduce`` returns."""
+    from . import neighbors, symmetry
+
+    begin, end = chunk
+    atoms = slice(ptr[begin], ptr[end])
+    local_ptr = ptr[begin : end + 1] - ptr[begin]
+    tolerance = parameters.symmetry_tolerance
+    slack = _TIE_TOLERANCE if tolerance is None else float(tolerance)
+    radius, count = float(parameters.radius), int(parameters.max_neighbors)
+    status, detail, gap, *candidates = neighbors.search(
+        lattices[begin:end], frac_coords[atoms], local_ptr, radius, count, slack
+    )
+    graphs = symmetry.reduce(
+        numbers[atoms], local_ptr, status, detail, *candidates, radius, count, slack, tolerance is not None,
+        bool(parameters.padded), parameters.isolated == "keep",
+    )  # fmt: skip
+    return (status, detail, gap, *graphs)
+
+
+def _join(
+    results: list[tuple[np.ndarray, ...]],
+    chunks: list[tuple[int, int]],
+    good: np.ndarray,
+    crystals: int,
+    numbers: np.ndarray,
+    ptr: np.ndarray,
+    parameters: GraphParameters,
+    errors: dict[int, str],
+) -> PackedGraphs:
+    """Chunks to one set of arrays; ``good`` are the crystals that reached the kernels."""
+    from . import neighbors
+
+    dtypes = (np.int64,) * 2 + (np.float64,) + (np.int64,) * 2 + (
+        np.int32, np.int32, np.float32, np.int32, np.int32, np.float64, np.int32,
+    )  # fmt: skip
+    empty = [np.empty((0, 2) if k == 1 else (0, 3) if k == 11 else 0, dtype) for k, dtype in enumerate(dtypes)]
+    columns = [np.concatenate(column) for column in zip(*(results or [empty]), strict=True)]
+    status, detail, gap, rows, edges, atom_class, row_numbers, weight, row_size, sender, distance, image = columns
+    for k in np.flatnonzero(status != neighbors.OK):
+        atoms = numbers[ptr[k] : ptr[k + 1]]
+        errors[int(good[k])] = neighbors.failure(status[k], detail[k], gap[k], atoms, parameters.radius)
+    accepted = status == neighbors.OK
+    atom_class = atom_class[np.repeat(accepted, np.diff(ptr))]
+    counts = np.zeros((3, crystals), dtype=np.int64)
+    counts[:, good] = rows, edges, np.where(accepted, np.diff(ptr), 0)
+    crystal_ptr, edge_ptr, atom_ptr = (np.concatenate([[0], np.cumsum(c)]) for c in counts)
+    return PackedGraphs(
+        numbers=row_numbers,
+        weight=weight,
+        sender=sender,
+        distance=distance,
+        row_ptr=np.concatenate([[0], np.cumsum(row_size, dtype=np.int64)]),
+        crystal_ptr=crystal_ptr,
+        edge_ptr=edge_ptr,
+        atom_class=atom_class,
+        atom_ptr=atom_ptr,
+        image=image if parameters.symmetry_tolerance is None else None,
+        errors=dict(sorted(errors.items())),
+    )
+
+
+def build_graph(
+    structure: Any,
+    radius: float = 8.0,
+    max_neighbors: int = 12,
+    symmetry_tolerance: float | None = 1e-5,
+    *,
+    padded: bool = False,
+    isolated: Literal["error", "keep"] = "error",
+    distance_dtype: Any = np.float32,
+) -> CrystalGraph:
+    """The CGCNN graph of one crystal: each atom's nearest neighbours within a radius (Xie & Grossman 2018).
+
+    Neighbours at equal distance are chosen by (distance shell, atomic number, colour of the symmetry refinement), so
+    the graph depends on the crystal alone, not on the order of its atoms, the origin or the choice of cell.
+
+    Args:
+        structure: pymatgen Structure, ASE Atoms, path, or (lattice (3, 3) in Å, frac_coords (n, 3), numbers (n,)).
+        radius: cutoff in Å.
+        max_neighbors: neighbours kept per atom; an atom with fewer has a shorter row.
+        symmetry_tolerance: Å up to which distances count as equal when atoms of one symmetry kind are merged into
+            one row with a weight. Predictions are those of the full graph. None for the full graph.
+        padded: fill short rows as the published programs do.
+        isolated: "keep" accepts atoms without any neighbour.
+        distance_dtype: float32, or float64.
+
+    Raises:
+        InputError: the structure cannot be read, or is no usable crystal, or a parameter is out of range.
+    """
+    return build_graphs(
+        [structure], radius, max_neighbors, symmetry_tolerance,
+        padded=padded, isolated=isolated, distance_dtype=distance_dtype,
+    )[0]  # fmt: skip
+
+
+def build_graphs(
+    structures: Iterable[Any],
+    radius: float = 8.0,
+    max_neighbors: int = 12,
+    symmetry_tolerance: float | None = 1e-5,
+    *,
+    padded: bool = False,
+    isolated: Literal["error", "keep"] = "error",
+    errors: Literal["raise", "collect"] = "raise",
+    distance_dtype: Any = np.float32,
+) -> list[Any]:
+    """Graphs of many crystals, in their order; arguments as in ``build_graph``.
+
+    Args:
+        errors: "collect" leaves the InputError of a bad crystal in its place, "raise" stops at the first.
+
+    Raises:
+        InputError: a parameter is out of range, or with ``errors="raise"`` a crystal is unusable.
+    """
+    parameters = GraphParameters(radius, max_neighbors, symmetry_tolerance, padded, isolated)
+    if errors not in ("raise", "collect"):
+        raise InputError(f'errors = {errors!r} is neither "raise" nor "collect"; choose one.')
+    graphs: list[Any] = []
+    names: list[str] = []
+    batch: list[tuple[int, tuple[np.ndarray, np.ndarray, np.ndarray]]] = []
+    waiting = 0
+    for position, structure in enumerate(structures):
+        names.append(f"{structure}" if isinstance(structure, str | os.PathLike) else f"Structure {position}")
+        graphs.append(None)
+        try:
+            crystal = _as_arrays(structure)
+        except InputError as error:
+            graphs[position] = error
+        else:
+            batch.append((position, crystal))
+            waiting += len(crystal[2])
+        if waiting >= _BATCH_ATOMS:
+            _build_batch(batch, parameters, distance_dtype, graphs)
+            batch, waiting = [], 0
+    _build_batch(batch, parameters, distance_dtype, graphs)
+    if errors == "raise":
+        for name, graph in zip(names, graphs, strict=True):
+            if isinstance(graph, InputError):
+                raise graph if name in str(graph) or len(graphs) == 1 else InputError(f"{name}: {graph}") from graph
+    return graphs
+
+
+def _build_batch(
+    batch: list[tuple[int, tuple[np.ndarray, np.ndarray, np.ndarray]]],
+    parameters: GraphParameters,
+    distance_dtype: Any,
+    graphs: list[Any],
+) -> None:
+    if not batch:
+        return
+    positions, crystals = zip(*batch, strict=True)
+    lattices, frac_coords, numbers = zip(*crystals, strict=True)
+    ptr = np.concatenate([[0], np.cumsum([len(n) for n in numbers])])
+    packed = build_packed(np.stack(lattices), np.concatenate(frac_coords), np.concatenate(numbers), ptr, parameters)
+    for k, position in enumerate(positions):
+        failed = packed.errors.get(k)
+        graphs[position] = packed.graph(k, distance_dtype) if failed is None else InputError(failed)
+
+
+def _as_arrays(structure: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """lattice, frac_coords, numbers of anything that is a crystal; values are checked later, for all at once."""
+    if not (isinstance(structure, tuple) and len(structure) == 3):
+        from .readers import as_crystal
+
+        structure = as_crystal(structure)
+    try:
+        lattice, frac_coords = (np.asarray(x, dtype=np.float64) for x in structure[:2])
+        numbers = np.asarray(structure[2])
+        if numbers.dtype.kind not in "iuf":
+            raise ValueError("atomic numbers are not numbers")
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"A crystal is (lattice, frac_coords, numbers) of plain numbers, but {error}; mend the arrays."
+        ) from error
+    if lattice.shape != (3, 3) or numbers.ndim != 1 or frac_coords.shape != (len(numbers), 3):
+        raise InputError(
+            f"A crystal is a (3, 3) lattice, (n, 3) fractional coordinates and n atomic numbers, not {lattice.shape}, "
+            f"{frac_coords.shape} and {numbers.shape}; mend the shapes."
+        )
+    return lattice, frac_coords, numbers

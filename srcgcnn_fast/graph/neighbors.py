@@ -1,0 +1,521 @@
+"""Exact periodic neighbour search over a batch of crystals (Numba)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+
+from ..errors import InputError
+
+COINCIDENT_DISTANCE = 1e-3
+"""Å; two sites nearer than this are two atoms on one site."""
+
+OK, DEGENERATE_LATTICE, COINCIDENT_ATOMS, TOO_MANY_IMAGES, ISOLATED_ATOMS = range(5)
+"""Outcome of one crystal in the kernels."""
+
+_EDGE_SLACK = 1e-8  # Å; a neighbour at the cutoff radius up to rounding is inside
+_BINNED_ATOMS = 32  # from here on a crystal is searched through bins
+_RANKED = 96  # up to here a rank sort (vectorised, quadratic) is the fastest
+_MAX_GHOSTS = 100_000_000
+_MAX_IMAGE = 2**31 - 1
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """``numba.njit`` with the options of every kernel here; without a cache where no directory is writable."""
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:
+        return numba.njit(**options)(function)
+
+
+@jit
+def _reduce_lattice(lattice, reduced, transform):
+    """reduced = transform @ lattice, nearly Minkowski-reduced, transform unimodular; False if degenerate.
+
+    The search is exact for any unimodular transform: a poor one only costs time.
+    """
+    for i in range(3):
+        for j in range(3):
+            reduced[i, j] = lattice[i, j]
+            transform[i, j] = 1 if i == j else 0
+    norm = np.empty(3)
+    for _ in range(200):
+        changed = False
+        for i in range(3):
+            for j in range(3):
+                if i == j:
+                    continue
+                dot = 0.0
+                square = 0.0
+                for a in range(3):
+                    dot += reduced[i, a] * reduced[j, a]
+                    square += reduced[j, a] * reduced[j, a]
+                if square < COINCIDENT_DISTANCE**2:
+                    return False
+                q = dot / square
+                if abs(q) > 1e9:
+                    return False
+                if abs(q) > 0.5 + 1e-9:
+                    k = np.int64(math.floor(q + 0.5))
+                    for a in range(3):
+                        reduced[i, a] -= k * reduced[j, a]
+                        transform[i, a] -= k * transform[j, a]
+                    changed = True
+        if changed:
+            continue
+        # then the longest vector against the sums and differences of the other two
+        for i in range(3):
+            norm[i] = reduced[i, 0] ** 2 + reduced[i, 1] ** 2 + reduced[i, 2] ** 2
+        i = int(np.argmax(norm))
+        j = (i + 1) % 3
+        k = (i + 2) % 3
+        for signs in range(4):
+            s = 1 - 2 * (signs & 1)
+            t = 1 - (signs & 2)
+            square = 0.0
+            for a in range(3):
+                square += (reduced[i, a] + s * reduced[j, a] + t * reduced[k, a]) ** 2
+            if square < norm[i] * (1 - 1e-9):
+                for a in range(3):
+                    reduced[i, a] += s * reduced[j, a] + t * reduced[k, a]
+                    transform[i, a] += s * transform[j, a] + t * transform[k, a]
+                changed = True
+                break
+        if not changed:
+            break
+    return True
+
+
+@jit
+def _invert(matrix, inverse):
+    """Inverse of a 3 x 3 matrix; returns the determinant."""
+    for i in range(3):
+        for j in range(3):
+            p, q, r, s = (j + 1) % 3, (j + 2) % 3, (i + 1) % 3, (i + 2) % 3
+            inverse[i, j] = matrix[p, r] * matrix[q, s] - matrix[p, s] * matrix[q, r]
+    det = matrix[0, 0] * inverse[0, 0] + matrix[0, 1] * inverse[1, 0] + matrix[0, 2] * inverse[2, 0]
+    for i in range(3):
+        for j in range(3):
+            inverse[i, j] /= det
+    return det
+
+
+@jit
+def _wrap(frac, to_reduced, transform, inside, shift):
+    """Fractional coordinates in [0, 1] of the reduced cell, and the lattice translation taken off (own basis)."""
+    for i in range(frac.shape[0]):
+        f0, f1, f2 = math.floor(frac[i, 0]), math.floor(frac[i, 1]), math.floor(frac[i, 2])
+        u0, u1, u2 = frac[i, 0] - f0, frac[i, 1] - f1, frac[i, 2] - f2
+        shift[i, 0], shift[i, 1], shift[i, 2] = np.int64(f0), np.int64(f1), np.int64(f2)
+        for k in range(3):
+            v = u0 * to_reduced[0, k] + u1 * to_reduced[1, k] + u2 * to_reduced[2, k]
+            w = math.floor(v)
+            inside[i, k] = v - w
+            for a in range(3):
+                shift[i, a] += np.int64(w) * transform[k, a]
+
+
+@jit
+def _to_cartesian(frac, lattice, position):
+    for i in range(frac.shape[0]):
+        for a in range(3):
+            position[i, a] = frac[i, 0] * lattice[0, a] + frac[i, 1] * lattice[1, a] + frac[i, 2] * lattice[2, a]
+
+
+@jit
+def _count_ghosts(frac, low, high):
+    """Periodic images in the box low..high (fractional), as a float so that it cannot overflow."""
+    total = 0.0
+    for j in range(frac.shape[0]):
+        product = 1.0
+        for k in range(3):
+            product *= math.floor(high[k] - frac[j, k]) - math.ceil(low[k] - frac[j, k]) + 1
+        total += product
+    return total
+
+
+@jit
+def _fill_ghosts(frac, lattice, transform, shift, low, high, position, atom, image, home):
+    """Every image in the box: Cartesian position (3, g), atom, translation in the original basis."""
+    g = 0
+    for j in range(frac.shape[0]):
+        b0, e0 = math.ceil(low[0] - frac[j, 0]), math.floor(high[0] - frac[j, 0])
+        b1, e1 = math.ceil(low[1] - frac[j, 1]), math.floor(high[1] - frac[j, 1])
+        b2, e2 = math.ceil(low[2] - frac[j, 2]), math.floor(high[2] - frac[j, 2])
+        for n0 in range(int(b0), int(e0) + 1):
+            for n1 in range(int(b1), int(e1) + 1):
+                v0, v1 = frac[j, 0] + n0, frac[j, 1] + n1
+                x = v0 * lattice[0, 0] + v1 * lattice[1, 0]
+                y = v0 * lattice[0, 1] + v1 * lattice[1, 1]
+                z = v0 * lattice[0, 2] + v1 * lattice[1, 2]
+                for n2 in range(int(b2), int(e2) + 1):
+                    v2 = frac[j, 2] + n2
+                    position[0, g] = x + v2 * lattice[2, 0]
+                    position[1, g] = y + v2 * lattice[2, 1]
+                    position[2, g] = z + v2 * lattice[2, 2]
+                    atom[g] = j
+                    for a in range(3):
+                        translation = n0 * transform[0, a] + n1 * transform[1, a] + n2 * transform[2, a]
+                        image[g, a] = translation - shift[j, a]
+                    if n0 == 0 and n1 == 0 and n2 == 0:
+                        home[j] = g
+                    g += 1
+
+
+@jit
+def _bin_of(position, inverse, low, scale, bins, g):
+    index = 0
+    for k in range(3):
+        v = position[0, g] * inverse[0, k] + position[1, g] * inverse[1, k] + position[2, g] * inverse[2, k]
+        t = int((v - low[k]) * scale[k])
+        index = index * bins[k] + min(max(t, 0), bins[k] - 1)
+    return index
+
+
+@jit
+def _sort_into_bins(position, atom, image, home, inverse, low, scale, bins, bin_ptr):
+    """Counting sort of the ghosts by bin; returns them in the new order (home is renumbered in place)."""
+    ghosts = atom.shape[0]
+    where = np.empty(ghosts, np.int64)
+    for g in range(ghosts):
+        where[g] = _bin_of(position, inverse, low, scale, bins, g)
+        bin_ptr[where[g] + 2] += 1
+    for q in range(2, bin_ptr.shape[0]):
+        bin_ptr[q] += bin_ptr[q - 1]
+    new_position = np.empty_like(position)
+    new_atom = np.empty_like(atom)
+    new_image = np.empty_like(image)
+    for g in range(ghosts):
+        t = bin_ptr[where[g] + 1]
+        bin_ptr[where[g] + 1] = t + 1
+        for a in range(3):
+            new_position[a, t] = position[a, g]
+            new_image[t, a] = image[g, a]
+        new_atom[t] = atom[g]
+        where[g] = t
+    for j in range(home.shape[0]):
+        home[j] = where[home[j]]
+    return new_position, new_atom, new_image
+
+
+@jit
+def _within(position, begin, end, x, y, z, limit, square, key, index, m):
+    """Append the ghosts begin..end within sqrt(limit) of (x, y, z); branch-free, returns the new count."""
+    for g in range(begin, end):
+        dx = position[0, g] - x
+        dy = position[1, g] - y
+        dz = position[2, g] - z
+        square[g - begin] = dx * dx + dy * dy + dz * dz
+    for g in range(begin, end):
+        v = square[g - begin]
+        key[m] = v
+        index[m] = g
+        m += v <= limit
+    return m
+
+
+@jit
+def _sort(key, index, m, sorted_key, sorted_index, rank):
+    """Sort the first m (key, index) pairs by key."""
+    if m > _RANKED:
+        order = np.argsort(key[:m])
+        for a in range(m):
+            sorted_key[a] = key[order[a]]
+            sorted_index[a] = index[order[a]]
+        return
+    for a in range(m):
+        rank[a] = 0
+    for b in range(m):
+        v = key[b]
+        for a in range(b):
+            rank[a] += v < key[a]
+        for a in range(b + 1, m):
+            rank[a] += v <= key[a]
+    for a in range(m):
+        sorted_key[rank[a]] = key[a]
+        sorted_index[rank[a]] = index[a]
+
+
+@jit
+def _grown(array, used, needed):
+    """The array itself, or a longer copy of its first ``used`` entries."""
+    if needed <= array.shape[0]:
+        return array
+    longer = np.empty(max(needed, 2 * array.shape[0]), array.dtype)
+    longer[:used] = array[:used]
+    return longer
+
+
+@jit
+def search(lattices, frac_coords, ptr, radius, count, slack):
+    """Neighbours of every atom: all within ``radius``, or those up to the ``count``-th distance + ``slack``.
+
+    A crystal is taken through its reduced cell; the radius starts where about 1.5 ``count`` neighbours lie and
+    grows, for the atoms that need it, until ``count`` are certain. The images are those of the cell as given.
+
+    Args:
+        lattices: (B, 3, 3) float64, rows a b c in Å, finite.
+        frac_coords: (N, 3) float64, finite, magnitude below 1e9.
+        ptr: (B + 1,) int64, first atom of each crystal, ``ptr[0]`` = 0.
+        radius: cutoff in Å. count: neighbours wanted; 0 for all within the radius.
+        slack: Å beyond the ``count``-th distance that are kept as well.
+
+    Returns:
+        status (B,), detail (B, 2) and gap (B,): outcome, the two atoms concerned and their distance;
+        first (N,), size (N,): where an atom's candidates lie in the arrays that follow;
+        sender (C,) int32 (atom of the same crystal), image (3 C,) int32, distance (C,) float64, by distance.
+    """
+    crystals = ptr.shape[0] - 1
+    status = np.zeros(crystals, np.int64)
+    detail = np.zeros((crystals, 2), np.int64)
+    gap = np.zeros(crystals)
+    first = np.zeros(ptr[-1], np.int64)
+    size = np.zeros(ptr[-1], np.int64)
+    out_sender = np.empty(ptr[-1] * (count + 6) + 64, np.int32)
+    out_distance = np.empty(out_sender.shape[0])
+    out_image = np.empty(3 * out_sender.shape[0], np.int32)
+    used = 0
+    reduced, transform = np.empty((3, 3)), np.empty((3, 3), np.int64)
+    inverse, to_reduced = np.empty((3, 3)), np.empty((3, 3))
+    low, high, lowest, highest = np.empty(3), np.empty(3), np.empty(3), np.empty(3)
+    reach, scale, height = np.empty(3), np.empty(3), np.empty(3)
+    bins = np.empty(3, np.int64)
+    square, key, index = np.empty(1024), np.empty(1024), np.empty(1024, np.int64)
+    sorted_key, sorted_index, rank = np.empty(1024), np.empty(1024, np.int64), np.empty(1024, np.int64)
+    for b in range(crystals):
+        atoms = ptr[b + 1] - ptr[b]
+        if atoms == 0:
+            continue
+        if not _reduce_lattice(lattices[b], reduced, transform):
+            status[b] = DEGENERATE_LATTICE
+            continue
+        volume = abs(_invert(reduced, inverse))
+        for k in range(3):
+            height[k] = 1 / math.sqrt(inverse[0, k] ** 2 + inverse[1, k] ** 2 + inverse[2, k] ** 2)
+        if not (min(height[0], height[1], height[2]) >= COINCIDENT_DISTANCE):  # NaN fails too
+            status[b] = DEGENERATE_LATTICE
+            continue
+        _invert(transform.astype(np.float64), to_reduced)
+        for i in range(3):
+            for j in range(3):
+                to_reduced[i, j] = math.floor(to_reduced[i, j] + 0.5)
+        frac, position = np.empty((atoms, 3)), np.empty((atoms, 3))
+        shift, home = np.empty((atoms, 3), np.int64), np.empty(atoms, np.int64)
+        _wrap(frac_coords[ptr[b] : ptr[b + 1]], to_reduced, transform, frac, shift)
+        _to_cartesian(frac, reduced, position)
+        for k in range(3):
+            lowest[k], highest[k] = 2.0, -1.0
+        for i in range(atoms):
+            for k in range(3):
+                lowest[k] = min(lowest[k], frac[i, k])
+                highest[k] = max(highest[k], frac[i, k])
+        pending = np.arange(atoms)
+        left = atoms
+        r = radius
+        if count > 0:
+            r = min(radius, (3 * 1.5 * count * volume / (4 * math.pi * atoms)) ** (1 / 3) + 2 * slack)
+        while left > 0:
+            last = r >= radius
+            limit = r + _EDGE_SLACK if last else r
+            for k in range(3):
+                reach[k] = limit / height[k] + 1e-9
+                low[k], high[k] = lowest[k] - reach[k], highest[k] + reach[k]
+            expected = _count_ghosts(frac, low, high)
+            if expected > _MAX_GHOSTS:
+                status[b] = TOO_MANY_IMAGES
+                break
+            ghosts = int(expected)
+            ghost_position = np.empty((3, ghosts))
+            ghost_atom, ghost_image = np.empty(ghosts, np.int64), np.empty((ghosts, 3), np.int64)
+            _fill_ghosts(frac, reduced, transform, shift, low, high, ghost_position, ghost_atom, ghost_image, home)
+            if square.shape[0] < ghosts:
+                square, key, index = np.empty(ghosts), np.empty(ghosts), np.empty(ghosts, np.int64)
+                sorted_key, sorted_index = np.empty(ghosts), np.empty(ghosts, np.int64)
+                rank = np.empty(ghosts, np.int64)
+            binned = atoms >= _BINNED_ATOMS
+            bin_ptr = np.zeros(0, np.int64)
+            if binned:
+                for k in range(3):
+                    bins[k] = max(1, int(min(2 * (high[k] - low[k]) / reach[k], 1e4)))
+                while bins[0] * bins[1] * bins[2] > 4 * ghosts:
+                    widest = int(np.argmax(bins))
+                    bins[widest] = (bins[widest] + 1) // 2
+                for k in range(3):
+                    scale[k] = bins[k] / (high[k] - low[k])
+                bin_ptr = np.zeros(bins[0] * bins[1] * bins[2] + 2, np.int64)
+                ghost_position, ghost_atom, ghost_image = _sort_into_bins(
+                    ghost_position, ghost_atom, ghost_image, home, inverse, low, scale, bins, bin_ptr
+                )
+            still = 0
+            for p in range(left):
+                i = pending[p]
+                x, y, z = position[i, 0], position[i, 1], position[i, 2]
+                m = 0
+                if binned:
+                    b0 = max(0, int((frac[i, 0] - reach[0] - low[0]) * scale[0] - 1e-6))
+                    e0 = min(bins[0] - 1, int((frac[i, 0] + reach[0] - low[0]) * scale[0] + 1e-6))
+                    b1 = max(0, int((frac[i, 1] - reach[1] - low[1]) * scale[1] - 1e-6))
+                    e1 = min(bins[1] - 1, int((frac[i, 1] + reach[1] - low[1]) * scale[1] + 1e-6))
+                    b2 = max(0, int((frac[i, 2] - reach[2] - low[2]) * scale[2] - 1e-6))
+                    e2 = min(bins[2] - 1, int((frac[i, 2] + reach[2] - low[2]) * scale[2] + 1e-6))
+                    for t0 in range(b0, e0 + 1):
+                        for t1 in range(b1, e1 + 1):
+                            q = (t0 * bins[1] + t1) * bins[2]
+                            m = _within(
+                                ghost_position, bin_ptr[q + b2], bin_ptr[q + e2 + 1],
+                                x, y, z, limit * limit, square, key, index, m,
+                            )  # fmt: skip
+                else:
+                    m = _within(ghost_position, 0, ghosts, x, y, z, limit * limit, square, key, index, 0)
+                # the atom itself is no neighbour, its images are
+                for a in range(m):
+                    if index[a] == home[i]:
+                        m -= 1
+                        key[a], index[a] = key[m], index[m]
+                        break
+                if not last:
+                    certain = (r - slack - _EDGE_SLACK) ** 2 if r > slack + _EDGE_SLACK else 0.0
+                    inside = 0
+                    for a in range(m):
+                        inside += key[a] < certain
+                    if inside < count:
+                        pending[still] = i
+                        still += 1
+                        continue
+                _sort(key, index, m, sorted_key, sorted_index, rank)
+                keep = m
+                if 0 < count < m:
+                    bound = (math.sqrt(sorted_key[count - 1]) + slack) ** 2
+                    keep = count
+                    while keep < m and sorted_key[keep] <= bound:
+                        keep += 1
+                if keep > 0 and sorted_key[0] < COINCIDENT_DISTANCE**2:
+                    status[b] = COINCIDENT_ATOMS
+                    detail[b, 0], detail[b, 1] = i, ghost_atom[sorted_index[0]]
+                    gap[b] = math.sqrt(sorted_key[0])
+                    break
+                if used + keep > out_sender.shape[0]:
+                    out_sender = _grown(out_sender, used, used + keep)
+                    out_distance = _grown(out_distance, used, used + keep)
+                    out_image = _grown(out_image, 3 * used, 3 * (used + keep))
+                first[ptr[b] + i], size[ptr[b] + i] = used, keep
+                for a in range(keep):
+                    g = sorted_index[a]
+                    out_sender[used + a] = ghost_atom[g]
+                    out_distance[used + a] = math.sqrt(sorted_key[a])
+                    for k in range(3):
+                        translation = ghost_image[g, k] + shift[i, k]
+                        if abs(translation) > _MAX_IMAGE:
+                            status[b] = TOO_MANY_IMAGES
+                        out_image[3 * (used + a) + k] = translation
+                used += keep
+            if status[b] != OK:
+                break
+            left = still
+            r = min(radius, 1.26 * r)
+    return (
+        status, detail, gap, first, size,
+        out_sender[:used], out_image[: 3 * used], out_distance[:used],
+    )  # fmt: skip
+
+
+class NeighborList(NamedTuple):
+    """Directed pairs of one crystal, sorted by receiver, then by distance."""
+
+    receiver: np.ndarray
+    """(e,) int32."""
+    sender: np.ndarray
+    """(e,) int32."""
+    image: np.ndarray
+    """(e, 3) int32; the pair's vector is (frac[sender] + image - frac[receiver]) @ lattice."""
+    distance: np.ndarray
+    """(e,) float64, Å."""
+
+
+def failure(status: int, detail: np.ndarray, gap: float, numbers: np.ndarray, radius: float) -> str:
+    """The sentence for a crystal that a kernel refused; ``numbers`` are its atomic numbers."""
+    if status == COINCIDENT_ATOMS:
+        i, j = sorted(int(x) for x in detail)
+        if i != j:
+            return (
+                f"Two atoms are on one site: sites {i + 1} ({_symbol(numbers[i])}) and {j + 1} ({_symbol(numbers[j])}) "
+                f"are {gap:.1e} Å apart; remove one of them."
+            )
+        status = DEGENERATE_LATTICE
+    if status == DEGENERATE_LATTICE:
+        return (
+            "The lattice is singular or has a lattice vector or cell height below 0.001 Å; give three independent "
+            "lattice vectors in Å."
+        )
+    if status == ISOLATED_ATOMS:
+        count, i = (int(x) for x in detail)
+        which = f"site {i + 1}, {_symbol(numbers[i])}" + (", is the first" if count > 1 else "")
+        return (
+            f"{count} of {len(numbers)} atoms {'has' if count == 1 else 'have'} no neighbour within {radius:g} Å "
+            f'({which}); use a larger radius, or isolated="keep".'
+        )
+    return (
+        f"The radius of {radius:g} Å reaches too many periodic images of this cell; use a smaller radius, or a cell "
+        "with fractional coordinates near 0."
+    )
+
+
+def _symbol(number: int) -> str:
+    from .elements import ELEMENT_SYMBOLS
+
+    return ELEMENT_SYMBOLS[number] if 0 < number < len(ELEMENT_SYMBOLS) else f"Z = {number}"
+
+
+def neighbor_list(
+    lattice: np.ndarray,
+    frac_coords: np.ndarray,
+    numbers: np.ndarray,
+    radius: float,
+    max_neighbors: int | None = None,
+) -> NeighborList:
+    """Neighbours of every atom of a crystal, periodic in all three directions.
+
+    An atom's own periodic images count, the atom itself does not. Among neighbours at the same distance the order
+    is arbitrary; ``build_graph`` makes it canonical.
+
+    Args:
+        lattice: (3, 3), rows a b c in Å.
+        frac_coords: (n, 3), any cell.
+        numbers: (n,) atomic numbers.
+        radius: cutoff in Å.
+        max_neighbors: keep only the nearest of each atom; None for all within the radius.
+
+    Raises:
+        InputError: a shape or value is unusable, the lattice is singular, or two atoms share a site.
+    """
+    lattice, frac_coords = (np.array(x, dtype=np.float64, order="C") for x in (lattice, frac_coords))
+    numbers = np.asarray(numbers)
+    if lattice.shape != (3, 3) or frac_coords.ndim != 2 or frac_coords.shape != (len(numbers), 3):
+        raise InputError(
+            f"A crystal is a (3, 3) lattice, (n, 3) fractional coordinates and n atomic numbers, not {lattice.shape}, "
+            f"{frac_coords.shape} and {numbers.shape}; mend the shapes."
+        )
+    if not (np.isfinite(lattice).all() and np.isfinite(frac_coords).all() and np.abs(frac_coords).max(initial=0) < 1e9):
+        raise InputError("A lattice or fractional coordinate is NaN, infinite or beyond 1e9; mend the coordinates.")
+    if not (0 < radius < math.inf) or (max_neighbors is not None and max_neighbors < 1):
+        raise InputError(
+            f"radius = {radius} Å and max_neighbors = {max_neighbors} must be positive and finite; choose such values."
+        )
+    n = len(numbers)
+    ptr = np.array([0, n], dtype=np.int64)
+    status, detail, gap, first, size, sender, image, distance = search(
+        lattice[None], frac_coords, ptr, float(radius), max_neighbors or 0, 0.0
+    )
+    if status[0] != OK:
+        raise InputError(failure(status[0], detail[0], gap[0], numbers, radius))
+    if max_neighbors is not None:
+        size = np.minimum(size, max_neighbors)
+    receiver = np.repeat(np.arange(n, dtype=np.int32), size)
+    start = np.cumsum(size) - size
+    edge = np.arange(len(receiver)) + np.repeat(first - start, size)
+    return NeighborList(receiver, sender[edge], image.reshape(-1, 3)[edge], distance[edge])
