@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -141,13 +142,15 @@ _ALLOWED = [
 def _read(path: Path) -> dict[str, Any]:
     """The checkpoint's dictionary; its ``state_dict`` maps names to finite tensors."""
     try:
-        with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            found = torch.load(path, map_location="cpu", weights_only=True, encoding="latin-1")
+        data = path.read_bytes()
     except FileNotFoundError as error:
         raise InputError(f"There is no checkpoint {path}; check the path.") from error
     except OSError as error:
         raise InputError(f"Cannot read {path}: {error.strerror or error}; give a .pth.tar file.") from error
+    try:
+        with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True, encoding="latin-1")
     except (Exception, MemoryError) as error:  # a damaged file fails anywhere inside the unpickler
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         if asked:
@@ -252,7 +255,7 @@ def _data_options(path: Path, args: Mapping[str, Any], nbr_fea_len: int) -> tupl
             "radius, dmin, step] of its training into args['data_options']."
         )
     graph = GraphParameters(radius=radius, max_neighbors=int(neighbors), padded=True)
-    return {"nbr_fea_len": nbr_fea_len, "dmin": dmin, "step": step}, graph
+    return {"dmin": dmin, "step": step}, graph
 
 
 def _element_table(path: Path, width: int, atom_init: str | os.PathLike[str] | None) -> np.ndarray:
