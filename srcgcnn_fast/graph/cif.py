@@ -1,0 +1,255 @@
+"""CIF files: pymatgen's parser, with checks before and after it so that no file is read wrongly in silence."""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import re
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError, require
+from .crystal import Crystal, _one_line, from_pymatgen
+from .elements import ELEMENT_SYMBOLS
+
+logger = logging.getLogger(__name__)
+
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?(\(\d*\))?")
+_OPERATION = re.compile(r"[-+\dxyz./]+,[-+\dxyz./]+,[-+\dxyz./]+")
+_CELL = [f"_cell_length_{x}" for x in "abc"] + [f"_cell_angle_{x}" for x in ("alpha", "beta", "gamma")]
+_COORDINATES = [f"_atom_site_fract_{x}" for x in "xyz"]
+_SPACE_GROUPS = (
+    "_symmetry_space_group_name_H-M",
+    "_space_group_name_H-M_alt",
+    "_space_group_name_Hall",
+    "_symmetry_space_group_name_Hall",
+    "_symmetry_Int_Tables_number",
+    "_space_group_IT_number",
+)
+_FORMULA_TOLERANCE = 0.01
+"""Relative; published formulas round."""
+
+
+def read_text(path: Path) -> str:
+    """The text of a (gzipped) file; bytes that are not UTF-8 are replaced."""
+    data = path.read_bytes()
+    if path.suffix.lower() == ".gz":
+        data = gzip.decompress(data)
+    return data.decode("utf-8-sig", errors="replace")
+
+
+def read_cif(path: Path) -> Crystal:
+    """The one ordered structure of a CIF file, every symmetry operation applied.
+
+    Deuterium counts as hydrogen; oxidation states and magnetic moments are ignored.
+
+    Raises:
+        InputError: the file cannot be read, has no or several structures, a site that is not one full known
+            atom, a coordinate that is not a number, hydrogen atoms without positions, or content that
+            contradicts its own ``_chemical_formula_sum`` times ``_cell_formula_units_Z``.
+    """
+    require("pymatgen", "Reading CIF files", extra="io")
+    name = path.name
+    try:
+        return _parse(read_text(path), name)
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{name} cannot be read ({error.strerror or _one_line(error)}); check the file.") from error
+    except Exception as error:  # pymatgen raises anything: ZeroDivisionError, AttributeError, RecursionError ...
+        raise InputError(
+            f"{name} is not a CIF file that pymatgen can read ({type(error).__name__}: {_one_line(error)}); "
+            "correct the file or export it again."
+        ) from error
+
+
+def _parse(text: str, name: str) -> Crystal:
+    from pymatgen.io.cif import CifParser
+
+    block = _structure_block(text, name)
+    tolerance = 0.0 if _only_identity(block) else 1e-4  # pymatgen's snapping to thirds serves symmetry alone
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        parser = CifParser.from_str(block, frac_tolerance=tolerance, check_cif=False)
+        items: dict[str, Any] = next(iter(parser.as_dict().values()), {})
+        _check_items(items, name)
+        structure = parser.parse_structures(primitive=False, on_error="raise")[0]
+    reasons = [_one_line(w.message) for w in caught]
+    for reason in reasons:
+        logger.debug("%s: %s", name, reason)
+    if any("Defaulting to P1" in reason for reason in reasons):
+        _check_really_p1(items, name)
+    if any(structure.site_properties.get("implicit_hydrogens", ())):
+        raise _no_hydrogen(name, "some sites stand for water or hydroxyl")
+    crystal = from_pymatgen(structure, name)
+    _check_formula(items, crystal, name)
+    return crystal
+
+
+def _structure_block(text: str, name: str) -> str:
+    """The lines of the one data block with atom sites, loops without rows left out."""
+    if not text.strip():
+        raise InputError(f"{name} is empty; give a CIF file with a cell and atom sites.")
+    blocks: list[list[str]] = [[]]
+    in_text_field = False
+    for line in text.splitlines():
+        if line.startswith(";"):
+            in_text_field = not in_text_field
+        elif not in_text_field and line.lstrip().lower().startswith("data_"):
+            blocks.append([])
+        blocks[-1].append(line)
+    held = [block for block in blocks if any(_is_tag(line, _COORDINATES[0]) for line in block)]
+    if not held:
+        raise InputError(f"{name} has no atom sites ({_COORDINATES[0]} is missing); give a CIF file of a crystal.")
+    if len(held) > 1:
+        titles = ", ".join(block[0].split()[0][5:] or "unnamed" for block in held)
+        raise InputError(f"{name} has {len(held)} structures ({titles}); split it into one file for each data block.")
+    kept = _without_empty_loops(held[0])
+    if not any(_is_tag(line, _COORDINATES[0]) for line in kept):
+        raise InputError(f"{name} has no atoms (its atom-site loop has no rows); give at least one site.")
+    return "\n".join(kept) + "\n"
+
+
+def _is_tag(line: str, tag: str) -> bool:
+    return tag in line.lower().split()
+
+
+def _without_empty_loops(lines: list[str]) -> list[str]:
+    """Drop loops that hold tags alone: some writers end a file so, and pymatgen divides by their length."""
+    kept: list[str] = []
+    header: list[str] | None = None  # the loop_ and tag lines of a loop that has shown no row yet
+    in_text_field = False
+    for line in lines:
+        word = line.strip().lower()
+        if header is not None:
+            if not word or word[0] == "#" or (word[0] == "_" and len(word.split()) == 1):
+                header.append(line)
+                continue
+            if not word.startswith("loop_"):
+                kept += header
+            header = None
+        if line.startswith(";"):
+            in_text_field = not in_text_field
+        if word == "loop_" and not in_text_field:
+            header = [line]
+        else:
+            kept.append(line)
+    return kept
+
+
+def _only_identity(block: str) -> bool:
+    """Whether the block lists symmetry operations and x, y, z is the only one."""
+    operations = set()
+    for line in block.splitlines():
+        text = re.sub(r"^\d+\s+(?=['\"]?[-+\dxyz])", "", line.strip().lower()).strip("'\"").replace(" ", "")
+        if _OPERATION.fullmatch(text) and any(x in text for x in "xyz"):
+            operations.add(text)
+    return bool(operations) and operations <= {"x,y,z", "+x,+y,+z"}
+
+
+def _check_items(items: dict[str, Any], name: str) -> None:
+    for tag in _CELL:
+        if not _NUMBER.fullmatch(str(items.get(tag, "?"))):
+            raise InputError(f"{name} has no usable cell ({tag} is {items.get(tag, 'missing')}); give all six numbers.")
+    columns = {tag: _column(items, tag) for tag in ("_atom_site_label", "_atom_site_type_symbol")}
+    labels = columns["_atom_site_label"]
+    if not labels:
+        raise InputError(f"{name} has atom sites without _atom_site_label; add a label to every site.")
+    for tag in _COORDINATES:
+        values = _column(items, tag)
+        if len(values) != len(labels):
+            raise InputError(
+                f"{name} has {len(labels)} atom sites but {len(values)} values of {tag}; correct the loop."
+            )
+        for label, value in zip(labels, values, strict=True):
+            if not _NUMBER.fullmatch(value):
+                raise InputError(f"{name} has the coordinate {value!r} ({tag}) at site {label}; give a finite number.")
+    for label, value in zip(labels, _column(items, "_atom_site_occupancy"), strict=False):
+        if value != "?" and not _NUMBER.fullmatch(value):
+            raise InputError(f"{name} has the occupancy {value!r} at site {label}; give 1 for a full site.")
+        if value != "?" and float(value.split("(")[0]) > 1 + 1e-6:
+            raise InputError(f"{name} has the occupancy {value} above 1 at site {label}; correct it.")
+    for symbol in columns["_atom_site_type_symbol"]:
+        letters = re.match(r"[A-Za-z]*", symbol)[0]  # type: ignore[index]
+        if len(letters) in (1, 2) and letters.title() not in {*ELEMENT_SYMBOLS, "D", "T", "Ow", "Hw"}:
+            raise InputError(f"{name} has the unknown element {symbol}; only H to Fm are known.")
+    if any(_NUMBER.fullmatch(x) and float(x) for x in _column(items, "_atom_site_attached_hydrogens")):
+        raise _no_hydrogen(name, "_atom_site_attached_hydrogens counts some")
+
+
+def _column(items: dict[str, Any], tag: str) -> list[str]:
+    values = items.get(tag, [])
+    return [values] if isinstance(values, str) else list(values)
+
+
+def _no_hydrogen(name: str, reason: str) -> InputError:
+    return InputError(f"{name} lacks positions of hydrogen atoms ({reason}); add the missing hydrogen atoms.")
+
+
+def _check_really_p1(items: dict[str, Any], name: str) -> None:
+    for tag in _SPACE_GROUPS:
+        group = "".join(str(items.get(tag, "?")).split())
+        if group.upper() not in ("?", ".", "", "P1", "1"):
+            raise InputError(
+                f"{name} gives the space group {items[tag]} but no symmetry operations that can be read; "
+                "add _symmetry_equiv_pos_as_xyz."
+            )
+
+
+def _check_formula(items: dict[str, Any], crystal: Crystal, name: str) -> None:
+    """Compare the cell's content with formula times Z; a file without either is taken at its word."""
+    formula = str(items.get("_chemical_formula_sum", "?"))
+    expected = _parse_formula(formula)
+    if not expected:
+        return
+    found = Counter(crystal.numbers.tolist())
+    units = str(items.get("_cell_formula_units_Z", "?"))
+    z = float(units.split("(")[0]) if _NUMBER.fullmatch(units) else 0.0
+    shared = [e for e in expected if e != 1 and e in found] or [e for e in expected if e in found]
+    ratios = [found[e] / expected[e] for e in shared]
+    factors = [z] if z else [float(np.median(ratios))] if ratios else [1.0]
+    if z > 1 and _is_multiple(expected, z):
+        factors.append(1.0)  # pymatgen writes the whole cell as the formula sum, beside Z
+    if any(_agrees(found, expected, factor, skip_hydrogen=False) for factor in factors):
+        return
+    if any(_agrees(found, expected, factor, skip_hydrogen=True) for factor in factors):
+        factor = factors[0]
+        if found[1] < expected.get(1, 0.0) * factor:
+            raise _no_hydrogen(name, f"{found[1]} of {expected[1] * factor:g} of {formula} are listed")
+    cell = " ".join(f"{ELEMENT_SYMBOLS[e]}{n}" for e, n in sorted(found.items()))
+    stated = f"{formula} with Z = {units}" if z else formula
+    raise InputError(
+        f"{name} contradicts itself: its sites and symmetry operations give {cell} in the cell, its formula says "
+        f"{stated}; correct the sites, the operations or the formula."
+    )
+
+
+def _parse_formula(formula: str) -> dict[int, float]:
+    """Atomic number -> amount of a CIF formula sum ('Al2 Ca3 O12 Si3'); empty where it is written otherwise."""
+    amounts: dict[int, float] = {}
+    for token in formula.split():
+        match = re.fullmatch(r"([A-Z][a-z]?)(\d+\.?\d*|\.\d+)?", token)
+        symbol = "H" if match and match[1] in ("D", "T") else match[1] if match else ""
+        if not match or symbol not in ELEMENT_SYMBOLS[1:]:
+            return {}
+        number = ELEMENT_SYMBOLS.index(symbol)
+        amounts[number] = amounts.get(number, 0.0) + float(match[2] or 1)
+    return {number: amount for number, amount in amounts.items() if amount > 0}
+
+
+def _is_multiple(expected: dict[int, float], z: float) -> bool:
+    """Whether z is the number of reduced formulas in the formula (pymatgen keeps O2, N2 ... as molecules)."""
+    amounts = list(expected.values())
+    if any(x != int(x) for x in [*amounts, z]):
+        return False
+    common = int(np.gcd.reduce([int(x) for x in amounts]))
+    return common == z or (len(amounts) == 1 and common == 2 * z)
+
+
+def _agrees(found: Counter[int], expected: dict[int, float], factor: float, *, skip_hydrogen: bool) -> bool:
+    elements = (set(found) | set(expected)) - ({1} if skip_hydrogen else set())
+    return all(abs(found[e] - expected.get(e, 0.0) * factor) <= _FORMULA_TOLERANCE * max(found[e], 1) for e in elements)

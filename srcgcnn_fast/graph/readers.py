@@ -1,0 +1,542 @@
+"""Whatever holds crystals, read one :class:`Record` at a time: files, folders, tables, objects."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import logging
+import math
+import os
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError, require
+from .cif import read_cif, read_text
+from .crystal import Crystal, _one_line, checked_crystal, from_ase, from_pymatgen
+from .pool import CifPool
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["Crystal", "Record", "as_crystal", "read_inputs"]
+
+STRUCTURE_COLUMNS = ("material_id", "lattice", "frac_coords", "atomic_numbers")
+_NOT_TARGETS = {*STRUCTURE_COLUMNS, "id", "formula", "n_sites", "structure"}
+_FEW_FILES = 64
+"""Up to this many CIF files are read by one process."""
+
+
+@dataclass
+class Record:
+    """One input: a crystal with its targets, or the sentence that says why there is none."""
+
+    id: str
+    crystal: Crystal | None = None
+    targets: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+
+
+def as_crystal(structure: Any, name: str | None = None) -> Crystal:
+    """One crystal as arrays.
+
+    Args:
+        structure: a :class:`Crystal` or (lattice (3, 3) Å, frac_coords (n, 3), numbers (n,)), a pymatgen
+            ``Structure`` or its dictionary, ASE ``Atoms``, or the path of a file that holds one structure.
+            Oxidation states are ignored and deuterium counts as hydrogen.
+        name: what error messages call it.
+
+    Raises:
+        InputError: it is none of these; it is disordered, empty, not finite, or not periodic; its lattice is
+            singular; an element is not among H to Fm.
+    """
+    if isinstance(structure, str | os.PathLike):
+        return _only_crystal(Path(structure))
+    kind = type(structure).__name__
+    label = name or f"The {kind} object"
+    if _is_arrays(structure):
+        lattice, frac_coords, numbers = structure
+        return checked_crystal(lattice, frac_coords, numbers, name or "The crystal")
+    if hasattr(structure, "lattice") and hasattr(structure, "frac_coords"):
+        return from_pymatgen(structure, label)
+    if hasattr(structure, "get_scaled_positions") and hasattr(structure, "cell"):
+        return from_ase(structure, label)
+    if isinstance(structure, Mapping) and "sites" in structure:
+        return _from_dictionary(structure, name or "The structure dictionary")
+    raise InputError(
+        f"{label} is not a crystal; give a pymatgen Structure, ASE Atoms, a path, or (lattice, frac_coords, numbers)."
+    )
+
+
+def read_inputs(source: Any, *, targets: Sequence[str] | None = None, timeout: float = 60.0) -> Iterator[Record]:
+    """One :class:`Record` per input, in order. What is wrong with one input becomes its ``Record.error``.
+
+    Args:
+        source: the path of a CIF, POSCAR/CONTCAR (``*.vasp``), extended XYZ, pymatgen JSON (``.json``,
+            ``.json.gz``) or Parquet file (columns ``material_id``, ``lattice`` (9), ``frac_coords`` (3n),
+            ``atomic_numbers`` (n), and numbers as targets); a folder with ``id_prop.csv`` (rows ``id,target``,
+            files ``id.cif``; a first row ``id,name,...`` names the targets) or without (every structure file,
+            by name); one object that :func:`as_crystal` takes, an iterable of them, or a dictionary id -> object.
+        targets: names of the targets to keep, by default all numbers that the source has. A blank is NaN.
+        timeout: seconds for one CIF file of a folder or an iterable. Each is read in a child process that is
+            ended after this time; a single file is read in this process without a limit.
+
+    Raises:
+        InputError: the path does not exist or is of no known kind, the folder has no structure files, or a
+            target does not exist in the source.
+    """
+    if not timeout > 0:
+        raise InputError(f"timeout is {timeout}; give a positive number of seconds.")
+    wanted = list(targets) if targets is not None else None
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        if not path.exists():
+            raise InputError(f"{path} does not exist; give the path of a structure file or folder.")
+        if path.is_dir():
+            return _read_folder(path, wanted, timeout)
+        return _read_file(path, wanted)
+    if _is_single(source):
+        items, count = iter([_Item("0", source)]), 1
+    elif isinstance(source, Mapping):
+        items, count = (_Item(str(key), value) for key, value in source.items()), len(source)
+    elif isinstance(source, Iterable):
+        items = (_Item(_default_id(value, index), value) for index, value in enumerate(source))
+        count = len(source) if isinstance(source, Sequence) else -1
+    else:
+        raise InputError(
+            f"A {type(source).__name__} holds no crystals; give a path, a structure, or an iterable of structures."
+        )
+    return _select(_read_items(items, count, timeout), wanted)
+
+
+# ---- objects
+
+
+def _is_arrays(value: Any) -> bool:
+    if isinstance(value, Crystal):
+        return True
+    if not isinstance(value, tuple | list) or len(value) != 3 or isinstance(value[0], str | os.PathLike | Mapping):
+        return False
+    try:
+        return np.shape(value[0]) in ((3, 3), (9,)) and np.asarray(value[0]).dtype.kind in "fiu"
+    except ValueError:
+        return False
+
+
+def _is_single(value: Any) -> bool:
+    return (
+        _is_arrays(value)
+        or (hasattr(value, "lattice") and hasattr(value, "frac_coords"))
+        or (hasattr(value, "get_scaled_positions") and hasattr(value, "cell"))
+        or (isinstance(value, Mapping) and "sites" in value and "lattice" in value)
+    )
+
+
+def _from_dictionary(value: Mapping[str, Any], name: str) -> Crystal:
+    structure_class = require("pymatgen.core", "Reading pymatgen dictionaries", extra="io").Structure
+    if "lattice" not in value:
+        raise InputError(f"{name} has no lattice; give a periodic structure.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            structure = structure_class.from_dict(dict(value))
+    except Exception as error:
+        raise InputError(
+            f"{name} is not a pymatgen Structure ({type(error).__name__}: {_one_line(error)}); export it again."
+        ) from error
+    return from_pymatgen(structure, name)
+
+
+def _only_crystal(path: Path) -> Crystal:
+    if not path.exists():
+        raise InputError(f"{path} does not exist; give the path of a structure file.")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the path of one structure file.")
+    records = list(_read_file(path, None))
+    if len(records) != 1:
+        raise InputError(f"{path.name} holds {len(records)} structures; read it with read_inputs.")
+    if records[0].crystal is None:
+        raise InputError(records[0].error or f"{path.name} holds no crystal; check the file.")
+    return records[0].crystal
+
+
+# ---- many inputs, the CIF files among them in child processes
+
+
+@dataclass
+class _Item:
+    id: str
+    value: Any = None
+    targets: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+
+
+def _default_id(value: Any, index: int) -> str:
+    return _stem(Path(value)) if isinstance(value, str | os.PathLike) else str(index)
+
+
+def _read_items(items: Iterable[_Item], count: int, timeout: float) -> Iterator[Record]:
+    """Records in the order of the ``count`` (-1: unknown) items; among many, CIF files are read ahead."""
+    if count == 1:
+        for item in items:
+            yield from _finish(item)
+        return
+    workers = min(4, os.cpu_count() or 1)
+    pool = CifPool(timeout, workers)
+    waiting: deque[tuple[_Item, Any]] = deque()
+    submitted = 0
+    try:
+        for item in items:
+            if item.error is None and _kind(item.value) == "cif" and Path(item.value).is_file():
+                require("pymatgen", "Reading CIF files", extra="io")
+                waiting.append((item, pool.submit(Path(item.value))))
+                submitted += 1
+            else:
+                waiting.append((item, None))
+            while len(waiting) > (8 * workers if max(count, submitted) > _FEW_FILES else 0):
+                yield from _finish(*waiting.popleft())
+        while waiting:
+            yield from _finish(*waiting.popleft())
+    finally:
+        pool.close()
+
+
+def _finish(item: _Item, future: Any = None) -> Iterator[Record]:
+    if item.error is not None:
+        yield Record(item.id, None, item.targets, item.error)
+    elif future is not None:
+        result = future.result()
+        failed = isinstance(result, str)
+        yield Record(item.id, None if failed else result, item.targets, result if failed else None)
+    elif isinstance(item.value, Record):
+        yield item.value
+    elif isinstance(item.value, str | os.PathLike):
+        yield from _file_records(item)
+    else:
+        record = _entry_record(item.id, item.value, f"Structure {item.id}")
+        record.targets.update(item.targets)
+        yield record
+
+
+def _entry_record(id: str, entry: Any, name: str) -> Record:
+    """A structure object or dictionary, or a dictionary of a ``structure``, perhaps its id, and its targets."""
+    if isinstance(entry, Mapping) and "structure" in entry:
+        id = name = str(entry.get("id", entry.get("material_id", id)))
+        targets, entry = _numbers_of(entry), entry["structure"]
+        if isinstance(entry, str) and entry.lstrip().startswith("{"):  # some exports keep a structure as JSON text
+            entry = _json_or_none(entry)
+    else:
+        info = getattr(entry, "info", None) or getattr(entry, "properties", None)
+        targets = _numbers_of(info) if isinstance(info, Mapping) else {}
+    return _record(id, targets, lambda: as_crystal(entry, name))
+
+
+def _json_or_none(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _file_records(item: _Item) -> Iterator[Record]:
+    path = Path(item.value)
+    try:
+        if not path.is_file():
+            raise InputError(f"{path} does not exist; give the path of a structure file.")
+        records = list(_read_file(path, None))
+    except InputError as error:
+        yield Record(item.id, None, item.targets, str(error))
+        return
+    for record in records:
+        if len(records) == 1:
+            record.id = item.id
+        record.targets.update(item.targets)
+        yield record
+
+
+def _record(id: str, targets: dict[str, float], read: Any) -> Record:
+    try:
+        return Record(id, read(), targets)
+    except InputError as error:
+        return Record(id, None, targets, str(error))
+
+
+# ---- folders
+
+
+def _read_folder(folder: Path, wanted: list[str] | None, timeout: float) -> Iterator[Record]:
+    table = folder / "id_prop.csv"
+    if table.is_file():
+        names, items = _id_prop_items(table, wanted)
+        return _select(_read_items(items, len(items), timeout), names)
+    files = sorted(p for p in folder.iterdir() if p.is_file() and _kind(p) and not p.name.startswith("."))
+    if not files:
+        raise InputError(
+            f"{folder} has no structure files; put CIF, POSCAR, extended XYZ, JSON or Parquet files there."
+        )
+    if wanted and all(_kind(p) in ("cif", "poscar") for p in files):
+        raise InputError(
+            f"{folder} has no id_prop.csv and so no target {', '.join(wanted)}; add one with rows id,target."
+        )
+    return _select(_read_items((_Item(_stem(p), p) for p in files), len(files), timeout), wanted)
+
+
+def _id_prop_items(table: Path, wanted: list[str] | None) -> tuple[list[str], list[_Item]]:
+    lines = enumerate(csv.reader(read_text(table).splitlines()), start=1)
+    rows = [(number, [x.strip() for x in row]) for number, row in lines if any(x.strip() for x in row)]
+    if not rows:
+        raise InputError(f"{table} is empty; write one row id,target for each structure.")
+    if rows[0][1][0].lower() in ("id", "material_id", "cif_id", "name"):
+        names = rows.pop(0)[1][1:]
+    else:
+        extra = max(len(row) for _, row in rows) - 1
+        names = ["target"] + [f"target_{i}" for i in range(2, extra + 1)] if extra else []
+    keep = _chosen(names, wanted, str(table))
+    return keep, [_id_prop_item(table, number, row, names, keep) for number, row in rows]
+
+
+def _id_prop_item(table: Path, number: int, row: list[str], names: list[str], keep: list[str]) -> _Item:
+    id, values = row[0], dict(zip(names, row[1:], strict=False))
+    item = _Item(id, _structure_file(table.parent, id))
+    if item.value is None:
+        item.error = f"{id} (row {number} of {table.name}) has no structure file; add {id}.cif to {table.parent}."
+    for name in keep:
+        text = values.get(name, "")
+        try:
+            item.targets[name] = _target(text)
+        except ValueError:
+            item.error = f"{id} (row {number} of {table.name}) has the {name} {text!r}; give a number or a blank."
+    return item
+
+
+def _target(text: str) -> float:
+    value = float(text) if text else math.nan
+    if math.isinf(value):
+        raise ValueError
+    return value
+
+
+def _structure_file(folder: Path, id: str) -> Path | None:
+    names = [f"{id}{suffix}" for suffix in (".cif", ".cif.gz", ".json", ".json.gz", ".vasp", ".extxyz", ".xyz")]
+    found = [folder / name for name in [*names, id] if id and (folder / name).is_file() and _kind(folder / name)]
+    return found[0] if found else None
+
+
+def _chosen(names: Sequence[str], wanted: list[str] | None, where: str) -> list[str]:
+    missing = [name for name in wanted or () if name not in names]
+    if missing:
+        has = ", ".join(names) or "none"
+        raise InputError(f"{where} has no target {', '.join(missing)}; it has {has}.")
+    return list(names) if wanted is None else wanted
+
+
+# ---- files
+
+
+def _kind(value: Any) -> str | None:
+    """The format that a path's name stands for; None where there is none."""
+    if not isinstance(value, str | os.PathLike):
+        return None
+    name = Path(value).name.lower()
+    plain = name.removesuffix(".gz")
+    if plain.endswith((".cif", ".mcif")):
+        return "cif"
+    if plain.endswith(".json"):
+        return "json"
+    if name.startswith(("poscar", "contcar")) or name.endswith((".vasp", ".poscar")):
+        return "poscar"
+    if name.endswith((".xyz", ".extxyz")):
+        return "extxyz"
+    return "parquet" if name.endswith((".parquet", ".pq")) else None
+
+
+def _stem(path: Path) -> str:
+    name = path.name.removesuffix(".gz")
+    stem, _, suffix = name.rpartition(".")
+    known = suffix.lower() in ("cif", "mcif", "json", "vasp", "poscar", "xyz", "extxyz", "parquet", "pq")
+    return stem if stem and known else name
+
+
+def _read_file(path: Path, wanted: list[str] | None) -> Iterator[Record]:
+    kind = _kind(path)
+    if kind is None:
+        raise InputError(
+            f"{path.name} is of no known kind; name it *.cif, POSCAR, *.vasp, *.extxyz, *.json(.gz) or *.parquet."
+        )
+    if kind == "parquet":
+        return _read_parquet(path, wanted)
+    if kind in ("cif", "poscar"):
+        _chosen([], wanted, path.name)
+        read = read_cif if kind == "cif" else _read_poscar
+        return iter([_record(_stem(path), {}, lambda: read(path))])
+    return _select(_read_json(path) if kind == "json" else _read_extxyz(path), wanted)
+
+
+def _select(records: Iterator[Record], wanted: list[str] | None) -> Iterator[Record]:
+    """Keep the wanted targets; a record that has some of them gets NaN for the others, one with none an error."""
+    for record in records:
+        if wanted:
+            has = record.targets
+            record.targets = {name: has.get(name, math.nan) for name in wanted}
+            if record.error is None and not any(name in has for name in wanted):
+                record.crystal = None
+                record.error = f"{record.id} has no target {', '.join(wanted)}; it has {', '.join(has) or 'none'}."
+        elif wanted is not None:
+            record.targets = {}
+        yield record
+
+
+def _read_poscar(path: Path) -> Crystal:
+    poscar = require("pymatgen.io.vasp.inputs", "Reading POSCAR files", extra="io").Poscar
+    try:
+        text = read_text(path)
+        if not text.strip():
+            raise InputError(f"{path.name} is empty; give a POSCAR file.")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            structure = poscar.from_str(text).structure
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{path.name} is not a POSCAR file ({type(error).__name__}: {_one_line(error)}); correct it."
+        ) from error
+    reasons = [_one_line(w.message) for w in caught]
+    for reason in reasons:
+        logger.debug("%s: %s", path.name, reason)
+    if any("false names" in reason or "cannot be determined" in reason for reason in reasons):
+        raise InputError(f"{path.name} does not name its elements; add the line of element symbols (VASP 5 format).")
+    return from_pymatgen(structure, path.name)
+
+
+def _read_extxyz(path: Path) -> Iterator[Record]:
+    iread = require("ase.io", "Reading extended XYZ files", extra="io").iread
+    stem = _stem(path)
+    frames = iread(str(path), index=":", format="extxyz")
+    index, previous = 0, None
+    while True:
+        try:
+            atoms = next(frames, None)
+        except Exception as error:  # ASE cannot find the next frame after a broken one
+            reason = f"{type(error).__name__}: {_one_line(error)}"
+            message = f"{path.name} cannot be read from frame {index + 1} on ({reason}); correct that frame."
+            if previous is not None:
+                yield _frame(previous, f"{stem}-{index - 1}", path.name)
+            yield Record(f"{stem}-{index}" if index else stem, None, {}, message)
+            return
+        if previous is not None:
+            yield _frame(previous, stem if index == 1 and atoms is None else f"{stem}-{index - 1}", path.name)
+        if atoms is None:
+            break
+        index, previous = index + 1, atoms
+    if index == 0:
+        yield Record(stem, None, {}, f"{path.name} has no frames; give a file in extended XYZ format.")
+
+
+def _frame(atoms: Any, id: str, where: str) -> Record:
+    info = {**atoms.info, **(getattr(atoms.calc, "results", None) or {})}
+    id = str(info.get("material_id", info.get("id", id)))
+    return _record(id, _numbers_of(info), lambda: from_ase(atoms, f"{id} ({where})"))
+
+
+def _read_json(path: Path) -> Iterator[Record]:
+    stem = _stem(path)
+    try:
+        text = read_text(path)
+        if not text.strip():
+            raise ValueError("the file is empty")
+        content = json.loads(text)
+    except (OSError, EOFError, gzip.BadGzipFile, ValueError, RecursionError) as error:
+        yield Record(stem, None, {}, f"{path.name} is not a JSON file ({_one_line(error)}); export it again.")
+        return
+    if isinstance(content, Mapping) and "sites" in content:
+        entries: Iterable[tuple[str, Any]] = [(stem, content)]
+    elif isinstance(content, Mapping):
+        entries = content.items()
+    elif isinstance(content, list):
+        entries = ((f"{stem}-{i}", entry) for i, entry in enumerate(content))
+    else:
+        entries = []
+    first = next(iter(entries := iter(entries)), None)
+    if first is None:
+        yield Record(stem, None, {}, f"{path.name} holds no structures; give a pymatgen Structure or a list of them.")
+        return
+    for id, entry in chain([first], entries):
+        if isinstance(entry, Mapping):
+            yield _entry_record(str(id), entry, f"{id} ({path.name})")
+        else:
+            message = f"{id} ({path.name}) is not a pymatgen Structure dictionary; give one with lattice and sites."
+            yield Record(str(id), None, {}, message)
+
+
+def _numbers_of(values: Mapping[str, Any]) -> dict[str, float]:
+    """The entries that are one finite number or NaN."""
+    found = {}
+    for key, value in values.items():
+        if key in _NOT_TARGETS or isinstance(value, bool | np.bool_):
+            continue
+        if isinstance(value, int | float | np.integer | np.floating) and not math.isinf(value):
+            found[str(key)] = float(value)
+    return found
+
+
+def _read_parquet(path: Path, wanted: list[str] | None) -> Iterator[Record]:
+    parquet = require("pyarrow.parquet", "Reading Parquet files", extra="io")
+    try:
+        table = parquet.ParquetFile(path)
+    except Exception as error:
+        raise InputError(f"{path.name} is not a Parquet file ({_one_line(error)}); export it again.") from error
+    schema = table.schema_arrow
+    missing = [name for name in STRUCTURE_COLUMNS[1:] if name not in schema.names]
+    if missing:
+        raise InputError(f"{path.name} lacks the column {', '.join(missing)}; it has {', '.join(schema.names)}.")
+    types = require("pyarrow", "Reading Parquet files", extra="io").types
+    numeric = [f.name for f in schema if types.is_integer(f.type) or types.is_floating(f.type)]
+    keep = _chosen([name for name in numeric if name not in _NOT_TARGETS], wanted, path.name)
+    return _parquet_records(table, path.name, keep, "material_id" in schema.names)
+
+
+def _parquet_records(table: Any, where: str, keep: list[str], has_id: bool) -> Iterator[Record]:
+    columns = [*STRUCTURE_COLUMNS[0 if has_id else 1 :], *keep]
+    stem, row = _stem(Path(where)), 0
+    for batch in table.iter_batches(batch_size=1024, columns=columns):
+        held = {name: _rows(batch.column(name)) for name in STRUCTURE_COLUMNS[1:]}
+        targets = np.array([_floats(batch.column(name)) for name in keep]).reshape(len(keep), len(batch)).T
+        ids = batch.column("material_id").to_pylist() if has_id else [None] * len(batch)
+        for i, given in enumerate(ids):
+            id = str(given) if given is not None else f"{stem}-{row}"
+            row += 1
+            arrays = [held[name][i] for name in STRUCTURE_COLUMNS[1:]]
+            values = dict(zip(keep, targets[i].tolist(), strict=True))
+            yield _parquet_record(id, f"{id} (row {row} of {where})", arrays, values)
+
+
+def _parquet_record(id: str, name: str, arrays: list[Any], targets: dict[str, float]) -> Record:
+    for column, array in zip(STRUCTURE_COLUMNS[1:], arrays, strict=True):
+        if array is None:
+            return Record(id, None, targets, f"{name} has no {column}; fill it in or drop the row.")
+    for target, value in targets.items():
+        if math.isinf(value):
+            return Record(id, None, targets, f"{name} has the {target} {value}; give a finite number or a blank.")
+    lattice, frac_coords, numbers = arrays
+    return _record(id, targets, lambda: checked_crystal(lattice, frac_coords, numbers, name))
+
+
+def _rows(column: Any) -> list[Any]:
+    """One NumPy view a row of a list column, None where the row or an entry of it is missing."""
+    if not hasattr(column, "offsets") or column.values.null_count:
+        return column.to_pylist()
+    flat = column.values.to_numpy(zero_copy_only=False)
+    ends = column.offsets.to_numpy().tolist()
+    valid = column.is_valid().to_pylist()
+    return [flat[a:b] if ok else None for a, b, ok in zip(ends, ends[1:], valid, strict=False)]
+
+
+def _floats(column: Any) -> np.ndarray:
+    return column.cast("float64").to_numpy(zero_copy_only=False)
