@@ -32,7 +32,7 @@ class RunFiles(Checkpoint):
         return min(self.history, key=lambda row: self.sign * row[self.monitor])
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        scores = {name: float(f"{float(value):.7g}") for name, value in trainer.callback_metrics.items()}
         self.history.append({"epoch": trainer.current_epoch + 1, **scores})
         if self.best is self.history[-1]:
             self._checkpoint(trainer, "best.ckpt")
@@ -79,7 +79,7 @@ class RunBar(ProgressBar):
     def on_train_batch_end(self, *_: Any) -> None:
         self._bar.update()
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         score = float(trainer.callback_metrics[self.monitor])
         epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         self._bar.set_postfix_str(f"{epoch}, {self.monitor} {score:.4g} {self.unit}".rstrip())

@@ -6,17 +6,16 @@ import json
 import os
 import shutil
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
+from .. import __version__
 from ..errors import InputError
 from ..files import atomic_path
-from ..graph.build import GraphParameters
+from ..graph.parameters import GraphParameters
 from ..graph.store import GraphStore
 from ..nn import CGCNN, SRCGCNN
 from .data import GraphDataModule
@@ -62,7 +61,12 @@ class Comparison:
     unit: str
     part: str
     """The part of the data that was scored: "test", or "val" where no test crystals were set aside."""
+    crystals: dict[str, int]
+    """In each part."""
+    mean_predictor_mae: float
+    """Of always answering the mean of the training targets."""
     settings: dict[str, Any]
+    graph: GraphParameters
     out_dir: Path
 
     @property
@@ -134,7 +138,7 @@ def compare(
     part = "test" if len(data.parts["test"].indices) else "val"
     widths = {"atom_fea_len": atom_fea_len, "h_fea_len": h_fea_len}
 
-    def contestant(name: str, directory: str, kind: type[nn.Module], **depth: int) -> Contestant:
+    def contestant(name: str, directory: str, kind: type[CGCNN] | type[SRCGCNN], **depth: int) -> Contestant:
         shutil.rmtree(out / directory, ignore_errors=True)  # the run of an earlier comparison
         torch.manual_seed(seed)
         result = fit(kind(**depth, **widths), data, out / directory, recipe, seed=seed, progress=progress)
@@ -146,10 +150,13 @@ def compare(
         target=target,
         unit=data.units[0],
         part=part,
+        crystals={name: len(part.indices) for name, part in data.parts.items()},
+        mean_predictor_mae=_mean_predictor_mae(data, part),
         settings={**asdict(recipe), "batch_size": data.batch_size, "seed": seed, "split": split},
+        graph=data.graph_parameters,
         out_dir=out,
     )
-    _write(comparison, data)
+    _write(comparison)
     return comparison
 
 
@@ -181,9 +188,13 @@ def _data(
     return data
 
 
-def _write(comparison: Comparison, data: GraphDataModule) -> None:
+def _mean_predictor_mae(data: GraphDataModule, part: str) -> float:
+    return float(np.abs(data.target_values(part) - data.target_values("train").mean(axis=0)).mean())
+
+
+def _write(comparison: Comparison) -> None:
     out, contestants = comparison.out_dir, comparison.contestants
-    report = _report(comparison, data)
+    report = _report(comparison)
     with atomic_path(out / "compare.json") as temporary:
         temporary.write_text(json.dumps(report, indent=2) + "\n")
     with atomic_path(out / "compare.md") as temporary:
@@ -194,17 +205,15 @@ def _write(comparison: Comparison, data: GraphDataModule) -> None:
     learning_curves(out / "learning_curves.png", histories, unit=comparison.unit)
 
 
-def _report(comparison: Comparison, data: GraphDataModule) -> dict[str, Any]:
-    values = data.target_values("train")[:, 0]
-    scored = data.target_values(comparison.part)[:, 0]
+def _report(comparison: Comparison) -> dict[str, Any]:
     return {
         "target": comparison.target,
         "unit": comparison.unit,
         "scored_on": comparison.part,
-        "crystals": {name: len(part.indices) for name, part in data.parts.items()},
-        "mean_predictor_mae": float(np.abs(scored - values.mean()).mean()),
+        "crystals": comparison.crystals,
+        "mean_predictor_mae": comparison.mean_predictor_mae,
         "settings": comparison.settings,
-        "graph": asdict(data.graph_parameters),
+        "graph": asdict(comparison.graph),
         "models": {
             c.name: {
                 "hyperparameters": c.fit.model.hyperparameters,
@@ -218,7 +227,12 @@ def _report(comparison: Comparison, data: GraphDataModule) -> dict[str, Any]:
             for c in comparison.contestants
         },
         "ratios": comparison.ratios,
-        "machine": {"threads": torch.get_num_threads(), "gpu": _gpu(), "torch": torch.__version__, "package": _version()},
+        "machine": {
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "torch": torch.__version__,
+            "srcgcnn_fast": __version__,
+        },
     }
 
 
@@ -234,13 +248,3 @@ def _markdown(comparison: Comparison, report: dict[str, Any]) -> str:
         "![parity](parity.png)\n![learning curves](learning_curves.png)\n"
     )
 
-
-def _gpu() -> str | None:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
-
-
-def _version() -> str | None:
-    try:
-        return version("srcgcnn_fast")
-    except PackageNotFoundError:
-        return None

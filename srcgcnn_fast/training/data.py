@@ -203,6 +203,8 @@ class GraphDataModule(pl.LightningDataModule):
             shuffle=shuffle,
             seed=self.seed,
         )
+        if shuffle and self.trainer is not None:  # workers take their first batches before Lightning sets the epoch
+            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
         return DataLoader(
             dataset,
             batch_size=None,  # the sampler yields whole batches

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from ..files import atomic_path
+from ..nn import CGCNN, SRCGCNN
 from .data import GraphDataModule
 from .metrics import classification_metrics, regression_metrics
 
@@ -40,7 +40,7 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, data: GraphDataModule, part: str = "test") -> Evaluation:
+def evaluate(model: CGCNN | SRCGCNN, data: GraphDataModule, part: str = "test") -> Evaluation:
     """Predict one part ("train", "val" or "test") with ``model``, on the model's device, and score it."""
     device = next(model.parameters()).device
     training = model.training

@@ -10,17 +10,17 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import Logger
-from torch import nn
 
 from ..errors import InputError, require
 from ..files import atomic_path
+from ..nn import CGCNN, SRCGCNN
 from ..serialization import save_model
 from .callbacks import RunBar, RunFiles
 from .data import GraphDataModule
@@ -31,7 +31,7 @@ from .module import Recipe, TrainingModule
 class FitResult:
     """A finished run."""
 
-    model: nn.Module
+    model: CGCNN | SRCGCNN
     """With the weights of the best epoch, on the CPU, in eval mode; also in ``run_dir/model``."""
     history: list[dict[str, float]]
     """One row an epoch: epoch, train_loss, lr, seconds, crystals_per_second, val_…; also ``metrics.csv``."""
@@ -43,7 +43,7 @@ class FitResult:
 
 
 def fit(
-    model: nn.Module,
+    model: CGCNN | SRCGCNN,
     data: GraphDataModule,
     run_dir: str | os.PathLike[str],
     recipe: Recipe | None = None,
@@ -73,8 +73,7 @@ def fit(
     """
     recipe = recipe or Recipe()
     directory = Path(run_dir)
-    model.metadata = replace(model.metadata, targets=data.targets, units=data.units, graph=data.graph_parameters)
-    module = TrainingModule(model, recipe, data.target_values("train"), seed)
+    module = TrainingModule(model, data, recipe, seed)
     monitor = _monitor(module, data)
     _claim(directory, _record(module, data), resume)
     files = RunFiles(directory, monitor, larger_is_better=module.classification)
@@ -167,9 +166,7 @@ def _quiet() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [log.level for log in loggers]
     with warnings.catch_warnings():
-        for pattern in (".*does not have many workers.*", ".*Checkpoint directory.*", ".*number of training batches.*"):
-            warnings.filterwarnings("ignore", pattern)
-        warnings.filterwarnings("ignore", ".*(isinstance\\(treespec|pkg_resources).*")
+        warnings.filterwarnings("ignore", module="lightning")
         for log in loggers:
             log.setLevel(logging.ERROR)
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .data import Item
+from ..nn import CGCNN, SRCGCNN, ModelMetadata
+from .data import GraphDataModule, Item
 from .metrics import classification_metrics, regression_metrics
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
@@ -51,13 +52,13 @@ class TrainingModule(pl.LightningModule):
     """Trains ``model`` by ``recipe``: squared error of the normalised target, or NLL for a classifier.
 
     Each epoch logs ``train_loss``, ``lr``, ``seconds`` (training part), ``crystals_per_second`` and the metrics of
-    ``metrics.py`` with the prefix ``val_``, in the target's units. The metadata of ``model`` receives mean and std
-    of the training targets; they are kept in the checkpoint.
+    ``metrics.py`` with the prefix ``val_``, in the target's units. The metadata of ``model`` receives the targets, their
+    units, the graph parameters, and mean and standard deviation of the training targets.
 
     Args:
         model: a CGCNN or SRCGCNN.
+        data: what it will be trained on; its training targets alone set the normaliser.
         recipe: optimiser, schedule and epochs.
-        train_targets: (n, T) targets of the training set; they alone set mean and standard deviation.
         seed: of the dropout, epoch by epoch.
 
     Raises:
@@ -67,16 +68,18 @@ class TrainingModule(pl.LightningModule):
     target_mean: Tensor
     target_std: Tensor
 
-    def __init__(self, model: nn.Module, recipe: Recipe, train_targets: np.ndarray, seed: int = 0) -> None:
+    def __init__(self, model: CGCNN | SRCGCNN, data: GraphDataModule, recipe: Recipe, seed: int = 0) -> None:
         super().__init__()
         self.model = model
         self.recipe = recipe
         self.seed = seed
         self.classification = bool(model.hyperparameters["classification"])
-        mean, std = self._normaliser(train_targets)
+        mean, std = self._normaliser(data.target_values("train"))
         self.register_buffer("target_mean", torch.tensor(mean, dtype=torch.float32))
         self.register_buffer("target_std", torch.tensor(std, dtype=torch.float32))
-        model.metadata = replace(model.metadata, mean=tuple(mean), std=tuple(std))
+        model.metadata = ModelMetadata(
+            data.targets, data.units, tuple(mean), tuple(std), data.graph_parameters, model.metadata.extra
+        )
         self.save_hyperparameters(
             {"model": type(model).__name__, "hyperparameters": model.hyperparameters, **asdict(recipe), "seed": seed}
         )
@@ -113,13 +116,14 @@ class TrainingModule(pl.LightningModule):
         return graphs.to(device, non_blocking=True), target.to(device, non_blocking=True), index
 
     def on_train_epoch_start(self) -> None:
-        torch.manual_seed(self.seed * 1_000_003 + self.current_epoch)  # a resumed run draws the same dropout
         self._loss_sum = torch.zeros((), device=self.device)
         self._crystals = 0
         self._lr = self.optimizers().param_groups[0]["lr"]  # the scheduler has stepped when the epoch ends
         self._started = time.perf_counter()
 
     def training_step(self, batch: Item, batch_idx: int) -> Tensor:
+        if batch_idx == 0:  # after the loader drew its own numbers, so that a resumed run has the same dropout
+            torch.manual_seed(self.seed * 1_000_003 + self.current_epoch)
         graphs, target, _ = batch
         loss = self.loss(self.model(graphs), target)
         self._loss_sum += loss.detach() * len(target)

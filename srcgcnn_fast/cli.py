@@ -1,0 +1,309 @@
+"""The command line: one thin layer over the Python interface."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from .graph.parameters import GraphParameters
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns 0, 1 where every input failed, 2 for bad input (one sentence on stderr), 130 for Ctrl-C."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    if not arguments.debug:
+        warnings.filterwarnings("ignore")  # those of third-party packages; ours go through logging
+    try:
+        return arguments.command(arguments) or 0
+    except InputError as error:
+        if arguments.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    from .training.demo import demo
+
+    print(demo(arguments.out, crystals=arguments.crystals, epochs=arguments.epochs, seed=arguments.seed, progress=True))
+
+
+def prepare(arguments: argparse.Namespace) -> int:
+    from .graph.parameters import GraphParameters
+    from .graph.store import prepare
+
+    parameters = _graph_parameters(arguments) or GraphParameters()
+    store = prepare(arguments.source, arguments.store, parameters, targets=arguments.target or None, progress=True)
+    for name, reason in store.rejected[:5]:
+        print(f"rejected {name}: {reason}", file=sys.stderr)
+    if len(store.rejected) > 5:
+        print(f"… and {len(store.rejected) - 5} more", file=sys.stderr)
+    reduction = store.n_atoms / store.n_rows if store.n_rows else 1.0
+    print(
+        f"{len(store):,} crystals, {store.n_atoms:,} atoms, {store.n_rows:,} rows ({reduction:.2f} times fewer by symmetry), "
+        f"{store.n_edges:,} edges; {len(store.rejected):,} rejected; targets: {', '.join(sorted(store.targets)) or 'none'}\n"
+        f"written to {arguments.store}"
+    )
+    return 0 if len(store) else 1
+
+
+def train(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from .nn import CGCNN, SRCGCNN
+    from .training import GraphDataModule, Recipe, evaluate, fit, prepared
+
+    out, parameters = Path(arguments.out), _graph_parameters(arguments)
+    sources = (arguments.source, arguments.val, arguments.test)
+    store, val_store, test_store = (s and prepared(s, arguments.target, out, parameters, True) for s in sources)
+    data = GraphDataModule(
+        store,
+        arguments.target,
+        split=arguments.split,
+        val_store=val_store,
+        test_store=test_store,
+        units=arguments.unit and [arguments.unit],
+        batch_size=arguments.batch_size or 256,
+        batch_rows=arguments.batch_rows,
+        seed=arguments.seed,
+        num_workers=arguments.workers,
+    )
+    recipe = Recipe(
+        epochs=arguments.epochs,
+        lr=arguments.lr,
+        optimizer=arguments.optimizer,
+        weight_decay=arguments.weight_decay,
+        schedule=arguments.schedule,
+        milestones=tuple(arguments.lr_milestones),
+        gradient_clip=arguments.gradient_clip,
+    )
+    widths = {"atom_fea_len": arguments.atom_fea_len, "h_fea_len": arguments.h_fea_len, "n_h": arguments.n_h}
+    torch.manual_seed(arguments.seed)
+    if arguments.model == "cgcnn":
+        model = CGCNN(n_conv=arguments.n_conv, classification=arguments.classification, **widths)
+    else:
+        model = SRCGCNN(
+            n_recurrent_steps=arguments.n_recurrent_steps,
+            classification=arguments.classification,
+            recurrent_layer_norm=arguments.recurrent_layer_norm,
+            recurrent_learnable_alpha=arguments.recurrent_learnable_alpha,
+            **widths,
+        )
+    result = fit(
+        model,
+        data,
+        out,
+        recipe,
+        seed=arguments.seed,
+        resume=arguments.resume,
+        logger="tensorboard" if arguments.tensorboard else None,
+        progress=True,
+    )
+    part = "test" if len(data.parts["test"].indices) else "val"
+    evaluation = evaluate(result.model, data, part)
+    table = evaluation.write(out / f"{part}_predictions.csv")
+    scores = ", ".join(f"{name} {value:.4g}" for name, value in evaluation.metrics.items())
+    print(f"{part}: {scores} ({data.units[0] or 'units of the target'}; {len(evaluation.ids):,} crystals)")
+    print(f"best epoch {result.best['epoch']} of {len(result.history)}, {result.seconds:.1f} s")
+    print(f"model in {out / 'model'}, epochs in {out / 'metrics.csv'}, predictions in {table}")
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    from .training import compare
+
+    result = compare(
+        arguments.source,
+        arguments.target,
+        out_dir=arguments.out,
+        epochs=arguments.epochs,
+        lr=arguments.lr,
+        optimizer=arguments.optimizer,
+        schedule=arguments.schedule,
+        batch_size=arguments.batch_size,
+        split=arguments.split,
+        val_source=arguments.val,
+        test_source=arguments.test,
+        unit=arguments.unit,
+        seed=arguments.seed,
+        n_conv=arguments.n_conv,
+        n_recurrent_steps=arguments.n_recurrent_steps,
+        atom_fea_len=arguments.atom_fea_len,
+        h_fea_len=arguments.h_fea_len,
+        parameters=_graph_parameters(arguments),
+        progress=True,
+    )
+    print(f"\n{result.table()}\n")
+    print(f"compare.md, compare.json, parity.png, learning_curves.png and both models are in {result.out_dir}")
+
+
+def predict(arguments: argparse.Namespace) -> int:
+    from contextlib import nullcontext
+
+    from .backends import use_backend
+    from .files import atomic_path
+    from .prediction import predict, write_table
+
+    with atomic_path(arguments.out):  # an unwritable place is told before the work
+        pass
+    with use_backend(arguments.backend) if arguments.backend else nullcontext():
+        table = predict(arguments.model, arguments.input, batch_atoms=arguments.batch_atoms)
+    write_table(table, arguments.out)
+    failed = table["error"].notna()
+    print(f"{len(table):,} rows, {int(failed.sum()):,} errors; written to {arguments.out}")
+    for reason in table["error"][failed][:3]:
+        print(f"  {reason}", file=sys.stderr)
+    return 1 if len(table) and failed.all() else 0
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    from .serialization import load_model, save_model
+
+    model = load_model(arguments.model)
+    if str(arguments.out).endswith(".pth.tar"):
+        from .interop.checkpoints import save_upstream_checkpoint
+
+        save_upstream_checkpoint(model, arguments.out)
+    else:
+        save_model(model, arguments.out)
+    metadata = model.metadata
+    print(f"{type(model).__name__} for {', '.join(metadata.targets)}, written to {arguments.out}")
+
+
+def doctor(arguments: argparse.Namespace) -> None:
+    from .doctor import report
+
+    print(report())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="srcgcnn-fast", description="Crystal graph networks, fast: CGCNN and SR-CGCNN.")
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.set_defaults(debug=False)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(function: Any, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            function.__name__, help=help, description=help, formatter_class=_Help
+        )
+        sub.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
+        sub.set_defaults(command=function)
+        return sub
+
+    sub = command(demo, "Make a data set, train and compare both models on it, predict new crystals (two minutes).")
+    sub.add_argument("--out", metavar="DIR", help="where to write; by default in the user's cache directory")
+    sub.add_argument("--crystals", type=int, default=2400)
+    sub.add_argument("--epochs", type=int, default=40)
+    sub.add_argument("--seed", type=int, default=0)
+
+    sub = command(prepare, "Build the graphs of a data set once, into a store that trains without parsing.")
+    sub.add_argument("source", metavar="SOURCE", help=_SOURCE)
+    sub.add_argument("store", metavar="STORE", help="path of the store to write")
+    sub.add_argument("--target", action="append", default=[], help="target column to keep; may be repeated; default all")
+    _add_graph_options(sub)
+
+    sub = command(train, "Train one model.")
+    _add_training_options(sub, batch_size="256", lr=2e-3)
+    sub.add_argument("--out", metavar="DIR", required=True, help="run directory")
+    sub.add_argument("--model", choices=("cgcnn", "sr-cgcnn"), default="sr-cgcnn")
+    sub.add_argument("--classification", action="store_true", help="the target is a class, 0 or 1")
+    sub.add_argument("--resume", action="store_true", help="continue the run in DIR after its last whole epoch")
+    sub.add_argument("--n-h", type=int, default=1, help="hidden layers after pooling")
+    sub.add_argument("--recurrent-layer-norm", action="store_true")
+    sub.add_argument("--recurrent-learnable-alpha", action="store_true")
+    sub.add_argument("--batch-rows", type=int, help="graph rows per batch, in place of --batch-size")
+    sub.add_argument("--weight-decay", type=float, default=0.0)
+    sub.add_argument("--lr-milestones", type=int, nargs="+", default=[100], help="epochs of the multistep schedule")
+    sub.add_argument("--gradient-clip", type=float, help="largest norm of the gradient")
+    sub.add_argument("--workers", type=int, default=0, help="processes that assemble batches")
+    sub.add_argument("--tensorboard", action="store_true", help="log for TensorBoard, too")
+
+    sub = command(compare, "Train a CGCNN and an SR-CGCNN under identical settings and tabulate error, size and time.")
+    _add_training_options(sub, batch_size="64 for up to 10 000 crystals, else 256", lr=2e-3)
+    sub.add_argument("--out", metavar="DIR", default="srcgcnn_fast_compare", help="where to write")
+
+    sub = command(predict, "Predict crystals: one row per input, errors as rows.")
+    sub.add_argument("model", metavar="MODEL", help="a model directory, or a published .pth.tar")
+    sub.add_argument("input", metavar="INPUT", help=_SOURCE)
+    sub.add_argument("--out", metavar="TABLE", default="predictions.csv", help=".csv, .parquet or .json")
+    sub.add_argument("--batch-atoms", type=int, default=20_000, help="atoms in one forward pass")
+    sub.add_argument("--backend", help="force a backend, such as reference")
+
+    sub = command(convert, "Convert a published .pth.tar to a model directory, or a model directory to a .pth.tar.")
+    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("out", metavar="OUT", help="a directory, or a name that ends with .pth.tar")
+
+    command(doctor, "Say what is installed, which backends run here, and why others do not.")
+    return parser
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults in the help, where there is one to tell."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+
+
+_SOURCE = "CIF, POSCAR, extxyz, pymatgen JSON, Parquet, a folder of these (with or without id_prop.csv)"
+
+
+def _add_graph_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("graphs")
+    group.add_argument("--radius", type=float, help="cutoff radius, Å (8)")
+    group.add_argument("--max-neighbors", type=int, help="neighbours kept per atom (12)")
+    group.add_argument("--symmetry-tolerance", type=float, help="Å within which atoms count as equal (1e-5)")
+    group.add_argument("--full-graph", action="store_true", help="keep every atom: no reduction by symmetry")
+    group.add_argument("--padded", action="store_true", help="pad short neighbour lists as the published program does")
+
+
+def _graph_parameters(arguments: argparse.Namespace) -> GraphParameters | None:
+    """None where no option was given, so that a prepared store keeps its own."""
+    from .graph.parameters import GraphParameters
+
+    if arguments.full_graph and arguments.symmetry_tolerance is not None:
+        raise InputError("--full-graph and --symmetry-tolerance exclude each other; give one of them.")
+    names = ("radius", "max_neighbors", "symmetry_tolerance")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    if arguments.full_graph:
+        given["symmetry_tolerance"] = None
+    if arguments.padded:
+        given["padded"] = True
+    return GraphParameters(**given) if given else None
+
+
+def _add_training_options(parser: argparse.ArgumentParser, batch_size: str, lr: float) -> None:
+    parser.add_argument("source", metavar="SOURCE", help=f"a prepared store, or {_SOURCE}")
+    parser.add_argument("--target", required=True, help="name of the target column")
+    parser.add_argument("--unit", help="of the target, for tables and plots")
+    parser.add_argument("--val", metavar="SOURCE", help="separate validation set; --split is then unused")
+    parser.add_argument("--test", metavar="SOURCE", help="separate test set")
+    parser.add_argument(
+        "--split", type=float, nargs=3, metavar=("TRAIN", "VAL", "TEST"), default=(0.8, 0.1, 0.1), help="fractions"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--batch-size", type=int, help=f"crystals per batch ({batch_size})")
+    parser.add_argument("--lr", type=float, default=lr, help="initial learning rate")
+    parser.add_argument("--optimizer", choices=("sgd", "adam", "adamw"), default="adam")
+    parser.add_argument("--schedule", choices=("constant", "multistep", "cosine"), default="cosine")
+    parser.add_argument("--n-conv", type=int, default=3, help="layers of a CGCNN")
+    parser.add_argument("--n-recurrent-steps", type=int, default=3, help="steps of an SR-CGCNN")
+    parser.add_argument("--atom-fea-len", type=int, default=64)
+    parser.add_argument("--h-fea-len", type=int, default=128)
+    _add_graph_options(parser)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
