@@ -32,6 +32,7 @@ def predict(
     inputs: Any,
     *,
     batch_atoms: int = 20_000,
+    timeout: float = 60.0,
     progress: Callable[[int], None] | None = None,
 ) -> pd.DataFrame:
     """What ``model`` predicts for every crystal of ``inputs``, built into graphs as the model was trained on them.
@@ -44,7 +45,8 @@ def predict(
         inputs: a path (CIF, POSCAR, extxyz, pymatgen JSON, Parquet, a folder of such) or an iterable of structures
             (pymatgen, ASE, paths, or lattice, fractional coordinates and atomic numbers).
         batch_atoms: most graph rows in one forward pass; one larger crystal goes alone.
-        progress: called with the number of inputs done so far.
+        timeout: seconds for reading one CIF file among several.
+        progress: called after each input is read, with the number read so far.
 
     Returns:
         One row per input in input order: ``id``, a column per target in its unit (a classifier: P(class 1)),
@@ -67,13 +69,11 @@ def predict(
     training = model.training
     model.eval()
     try:
-        for chunk in _chunks(read_inputs(inputs, targets=())):
+        for chunk in _chunks(_counted(read_inputs(inputs, targets=(), timeout=timeout), progress)):
             found, failures = _predict_chunk(model, chunk, batch_atoms)
             ids += [record.id for record in chunk]
             values.append(found)
             errors += failures
-            if progress is not None:
-                progress(len(ids))
     finally:
         model.train(training)
     table = np.concatenate(values) if values else np.empty((0, len(targets)))
@@ -108,8 +108,14 @@ def write_table(frame: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def _counted(records: Iterator[Record], progress: Callable[[int], None] | None) -> Iterator[Record]:
+    for count, record in enumerate(records, start=1):
+        if progress is not None:
+            progress(count)
+        yield record
+
+
 def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
-    records = iter(records)
     while chunk := list(islice(records, _CHUNK)):
         yield chunk
 
@@ -117,9 +123,9 @@ def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
 def _predict_chunk(model: Any, records: Sequence[Record], batch_atoms: int) -> tuple[np.ndarray, list[str | None]]:
     """(len(records), n_targets) float64, NaN where the sentence beside it is not None."""
     weight = model.embedding.weight
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32  # of the distances
     values = np.full((len(records), len(model.metadata.targets)), np.nan)
-    graphs, errors = _graphs(model, records)
+    graphs, errors = _graphs(model, records, np.float64 if dtype == torch.float64 else np.float32)
     for batch in _batches(graphs, batch_atoms):
         with torch.inference_mode():
             outputs = model.predict(collate([graphs[i] for i in batch], dtype).to(weight.device))
@@ -131,7 +137,9 @@ def _predict_chunk(model: Any, records: Sequence[Record], batch_atoms: int) -> t
     return values, errors
 
 
-def _graphs(model: Any, records: Sequence[Record]) -> tuple[dict[int, CrystalGraph], list[str | None]]:
+def _graphs(
+    model: Any, records: Sequence[Record], distance_dtype: Any
+) -> tuple[dict[int, CrystalGraph], list[str | None]]:
     """The graph of each record that has one, by position, and the sentence of each that has none."""
     parameters = model.metadata.graph
     errors = [record.error for record in records]
@@ -144,12 +152,14 @@ def _graphs(model: Any, records: Sequence[Record]) -> tuple[dict[int, CrystalGra
         padded=parameters.padded,
         isolated=parameters.isolated,
         errors="collect",
+        distance_dtype=distance_dtype,
     )
     has_vector = model.element_table.any(dim=1).cpu().numpy()
     graphs = {}
     for i, graph in zip(good, built, strict=True):
         if isinstance(graph, InputError):
-            errors[i] = str(graph)
+            text = str(graph)
+            errors[i] = text if records[i].id in text else f"{records[i].id}: {text}"
         elif not has_vector[graph.numbers].all():
             symbol = ELEMENT_SYMBOLS[graph.numbers[~has_vector[graph.numbers]][0]]
             errors[i] = f"{records[i].id} has {symbol}, which the model's element table lacks; leave it out."

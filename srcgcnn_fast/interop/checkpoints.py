@@ -132,7 +132,7 @@ def _scalar(dtype: _DType, data: bytes | str) -> float | int | bool:
     return np.frombuffer(raw, dtype=dtype.order + dtype.code, count=1)[0].item()
 
 
-_ALLOWED = [
+_ALLOWED: list[Any] = [
     (_DType, "numpy.dtype"),
     (_scalar, "numpy.core.multiarray.scalar"),  # NumPy 1
     (_scalar, "numpy._core.multiarray.scalar"),  # NumPy 2
@@ -285,15 +285,15 @@ def _metadata(
 ) -> ModelMetadata:
     n, normalizer = sizes["n_targets"], checkpoint.get("normalizer")
     if sizes["classification"]:  # its log-probabilities are not normalised
-        mean, std = (0.0,), (1.0,)
-    else:
-        normalizer = normalizer if isinstance(normalizer, Mapping) else {}
-        mean, std = (_numbers(normalizer.get(key), n) for key in ("mean", "std"))
-        if mean is None or std is None:
-            raise InputError(
-                f"{path} lacks its normalizer's mean and std, without which its outputs have no units; add "
-                "checkpoint['normalizer'] = {'mean': ..., 'std': ...}."
-            )
+        normalizer = {"mean": 0.0, "std": 1.0}
+    elif not isinstance(normalizer, Mapping):
+        normalizer = {}
+    mean, std = (_numbers(normalizer.get(key), n) for key in ("mean", "std"))
+    if mean is None or std is None:
+        raise InputError(
+            f"{path} lacks its normalizer's mean and std, without which its outputs have no units; add "
+            "checkpoint['normalizer'] = {'mean': ..., 'std': ...}."
+        )
     extra = {}
     for key in ("epoch", "best_mae_error"):
         value = _numbers(checkpoint.get(key), 1)

@@ -161,11 +161,12 @@ def from_pyg(data: Any) -> GraphBatch:
     if index is None:
         raise InputError("The graph has no edge_index; give a PyTorch Geometric Data object.")
     z, x = getattr(data, "z", None), getattr(data, "x", None)
-    if z is None and x is None:
+    atoms = x if z is None else z
+    if atoms is None:
         raise InputError("The graph has neither z (atomic numbers) nor x (atom features); give one.")
-    if x is None and len(z) and not 1 <= int(z.min()) <= int(z.max()) <= MAX_ATOMIC_NUMBER:
+    n, device = len(atoms), index.device
+    if x is None and n and not 1 <= int(atoms.min()) <= int(atoms.max()) <= MAX_ATOMIC_NUMBER:
         raise InputError(f"z must hold atomic numbers from 1 to {MAX_ATOMIC_NUMBER}; give other atoms as features x.")
-    n, device = len(z if z is not None else x), index.device
     if index.ndim != 2 or index.shape[0] != 2 or (index.numel() and not 0 <= int(index.min()) <= int(index.max()) < n):
         raise InputError(f"edge_index must be (2, E) with values from 0 to {n - 1}; it is {tuple(index.shape)}.")
     distance, features = getattr(data, "edge_weight", None), getattr(data, "edge_attr", None)

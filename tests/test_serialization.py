@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import srcgcnn_fast as sf
+from srcgcnn_fast.nn import CGCNN, SRCGCNN, ModelMetadata
+
+SMALL = {"atom_fea_len": 8, "h_fea_len": 6}
+MODELS = [
+    lambda: CGCNN(n_conv=2, **SMALL),
+    lambda: CGCNN(n_conv=1, n_h=3, classification=True, **SMALL),
+    lambda: CGCNN(n_conv=1, n_targets=2, nbr_fea_len=21, dmin=0.5, step=0.3, **SMALL),
+    lambda: SRCGCNN(n_recurrent_steps=2, **SMALL),
+    lambda: SRCGCNN(n_recurrent_steps=3, recurrent_layer_norm=True, recurrent_learnable_alpha=True, **SMALL),
+    lambda: CGCNN(n_conv=1, **SMALL).double(),
+]
+
+
+def make_model(build=MODELS[0]):
+    torch.manual_seed(3)
+    model = build()
+    n = model.hyperparameters["n_targets"]
+    model.metadata = ModelMetadata(
+        targets=("band_gap", "energy")[:n],
+        units=("eV", "eV/atom")[:n],
+        mean=(1 / 3, -0.1)[:n],
+        std=(1e-7, 2.0)[:n],
+        graph=sf.GraphParameters(radius=6.7, max_neighbors=9, symmetry_tolerance=None, padded=True, isolated="keep"),
+        extra={"source": "made up", "mae": 0.1, "epochs": [1, 2]},
+    )
+    for module in model.modules():  # statistics that are not the initial ones
+        if isinstance(module, torch.nn.BatchNorm1d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return model
+
+
+def refusal(path) -> str:
+    with pytest.raises(sf.InputError) as caught:
+        sf.load_model(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("build", MODELS)
+def test_round_trip_is_bit_identical(build, tmp_path, make_batch):
+    model = make_model(build)
+    written = sf.save_model(model, tmp_path / "a" / "model")
+    assert written == tmp_path / "a" / "model"
+    assert sorted(p.name for p in written.iterdir()) == ["config.json", "model.safetensors"]
+    assert [p.name for p in written.parent.iterdir()] == ["model"]
+    again = sf.load_model(written)
+    assert type(again) is type(model) and not again.training and model.training
+    assert again.hyperparameters == model.hyperparameters and again.metadata == model.metadata
+    assert again.state_dict().keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert again.state_dict()[name].dtype == value.dtype and torch.equal(again.state_dict()[name], value), name
+    assert torch.equal(again.element_table, model.element_table)
+    batch = make_batch("weighted")
+    with torch.no_grad():
+        assert torch.equal(again.predict(batch), model.eval().predict(batch))
+
+
+def test_own_element_table(tmp_path):
+    model = make_model()
+    model.element_table[26] += 0.25
+    table = sf.load_model(sf.save_model(model, tmp_path / "own")).element_table
+    assert torch.equal(table, model.element_table)
+    narrow = make_model(lambda: CGCNN(n_conv=1, orig_atom_fea_len=4, **SMALL))
+    narrow.element_table = torch.rand(101, 4)
+    assert torch.equal(sf.load_model(sf.save_model(narrow, tmp_path / "narrow")).element_table, narrow.element_table)
+    plain = sf.save_model(make_model(), tmp_path / "plain")
+    assert "element_table" not in load_file(plain / "model.safetensors")
+
+
+def test_config_is_readable_and_complete(tmp_path):
+    config = json.loads((sf.save_model(make_model(), tmp_path / "m") / "config.json").read_text())
+    assert config["format_version"] == 1 and config["package_version"] == sf.__version__
+    assert config["model"] == "CGCNN" and config["targets"] == ["band_gap"] and config["units"] == ["eV"]
+    assert config["normalizer"] == {"mean": [1 / 3], "std": [1e-7]}
+    assert config["graph"]["radius"] == 6.7 and config["element_table"] == "cgcnn-92"
+
+
+def test_a_model_is_replaced_whole(tmp_path, monkeypatch):
+    first, second = make_model(MODELS[0]), make_model(MODELS[3])
+    sf.save_model(first, tmp_path / "m")
+    sf.save_model(second, tmp_path / "m")
+    assert type(sf.load_model(tmp_path / "m")) is SRCGCNN
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+    rename, calls = os.rename, []
+
+    def fail_at_the_second(source, target):
+        calls.append(source)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail_at_the_second)
+    with pytest.raises(sf.InputError, match="No space left"):
+        sf.save_model(first, tmp_path / "m")
+    assert type(sf.load_model(tmp_path / "m")) is SRCGCNN
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_nothing_foreign_is_replaced(tmp_path):
+    model = make_model()
+    (tmp_path / "empty").mkdir()
+    sf.save_model(model, tmp_path / "empty")
+    (tmp_path / "empty" / "notes.txt").write_text("mine")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text('{"architectures": ["Bert"]}')
+    (tmp_path / "file").write_text("x")
+    for name in ("empty", "foreign", "file"):
+        with pytest.raises(sf.InputError, match=name):
+            sf.save_model(model, tmp_path / name)
+    assert (tmp_path / "empty" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "foreign" / "config.json").exists() and (tmp_path / "file").read_text() == "x"
+
+
+def test_what_cannot_be_saved(tmp_path):
+    with pytest.raises(sf.InputError, match="Linear"):
+        sf.save_model(torch.nn.Linear(2, 2), tmp_path / "m")
+    model = make_model()
+    for value in (float("nan"), {1, 2}):
+        model.metadata.extra["value"] = value
+        with pytest.raises(sf.InputError, match="JSON"):
+            sf.save_model(model, tmp_path / "m")
+    (tmp_path / "file").write_text("x")
+    model.metadata.extra.clear()
+    with pytest.raises(sf.InputError, match="Cannot write"):
+        sf.save_model(model, tmp_path / "file" / "m")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_unwritable_directory(tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(sf.InputError, match="Cannot write"):
+            sf.save_model(make_model(), tmp_path / "m")
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_absent_and_foreign_paths(tmp_path):
+    assert "no model" in refusal(tmp_path / "absent")
+    assert "config.json" in refusal(tmp_path)
+    written = sf.save_model(make_model(), tmp_path / "m")
+    assert "directory" in refusal(written / "config.json")
+    assert "directory" in refusal(written / "model.safetensors")
+    (tmp_path / "README.md").write_text("# hello")
+    refusal(tmp_path / "README.md")
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"format_version": 2}, "upgrade"),
+        ({"format_version": "two"}, "upgrade"),
+        ({"format": "other"}, "save_model"),
+        ({"model": "ALIGNN"}, "ALIGNN"),
+        ({"hyperparameters": {"n_conv": 2, "colour": "red"}}, "colour"),
+        ({"hyperparameters": {"n_conv": 0}}, "n_conv"),
+        ({"graph": {"radius": -1}}, "radius"),
+        ({"normalizer": {"mean": [0.0]}}, "std"),
+        ({"targets": ["a", "b"], "units": ["", ""], "normalizer": {"mean": [0, 0], "std": [1, 1]}}, "n_targets"),
+        ({"dtype": "colour"}, "colour"),
+        ({"element_table": "element_table"}, "element_table"),
+    ],
+)
+def test_config_that_does_not_describe_a_model(change, word, tmp_path):
+    written = sf.save_model(make_model(), tmp_path / "m")
+    config = json.loads((written / "config.json").read_text())
+    (written / "config.json").write_text(json.dumps(config | change))
+    assert word in refusal(written)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x00\xff", '"model"'])
+def test_damaged_config(text, tmp_path):
+    written = sf.save_model(make_model(), tmp_path / "m")
+    (written / "config.json").write_text(text)
+    assert "config.json" in refusal(written)
+
+
+@pytest.mark.parametrize("name", ["model", "hyperparameters", "graph", "targets", "weights_sha256", "extra", "dtype"])
+def test_config_lacks_an_entry(name, tmp_path):
+    written = sf.save_model(make_model(), tmp_path / "m")
+    config = json.loads((written / "config.json").read_text())
+    del config[name]
+    (written / "config.json").write_text(json.dumps(config))
+    assert name in refusal(written)
+
+
+def test_damaged_weights(tmp_path):
+    written = sf.save_model(make_model(), tmp_path / "m")
+    file = written / "model.safetensors"
+    data = file.read_bytes()
+    for part in (0, 5, 100, len(data) // 2, len(data) - 1):
+        file.write_bytes(data[:part])
+        assert "cut short" in refusal(written)
+    file.write_bytes(data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
+    assert "not the file that was saved" in refusal(written)
+    file.unlink()
+    assert "lacks model.safetensors" in refusal(written)
+
+
+def test_weights_of_another_model(tmp_path):
+    written = sf.save_model(make_model(), tmp_path / "m")
+    file = written / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"fc_out.weight": torch.ones(1, 7)}, file)
+    assert "fc_out.weight" in refusal(written)
+    save_file(tensors | {"attention.weight": torch.ones(1, 7)}, file)
+    assert "attention.weight" in refusal(written)
+    save_file({k: v for k, v in tensors.items() if k != "conv_to_fc.bias"}, file)
+    assert "conv_to_fc.bias" in refusal(written)
+
+
+def test_published_checkpoint_as_a_directory(data_dir, tmp_path, make_batch):
+    model = sf.load_model(data_dir / "upstream" / "band-gap.pth.tar")
+    again = sf.load_model(sf.save_model(model, tmp_path / "m"))
+    assert again.metadata == model.metadata and again.metadata.units == ("eV",)
+    batch = make_batch("plain")
+    with torch.no_grad():
+        assert torch.equal(again.predict(batch), model.predict(batch))
