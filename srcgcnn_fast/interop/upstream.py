@@ -93,7 +93,8 @@ def from_upstream(
         crystal_atom_idx: the rows of each crystal; every row belongs to one crystal.
 
     Raises:
-        InputError: the shapes disagree, an index is out of range, or the crystals do not share out the rows.
+        InputError: the shapes disagree, an index is out of range or leaves its crystal, or the crystals do not share
+            out the rows.
     """
     n, device = atom_fea.shape[0], atom_fea.device
     if nbr_fea.ndim != 3 or nbr_fea_idx.shape != nbr_fea.shape[:2] or nbr_fea_idx.shape[0] != n:
@@ -102,7 +103,7 @@ def from_upstream(
             f"{tuple(nbr_fea_idx.shape)}; expected (N, A), (N, M, K) and (N, M)."
         )
     if nbr_fea_idx.numel() and not 0 <= int(nbr_fea_idx.min()) <= int(nbr_fea_idx.max()) < n:
-        raise InputError(f"nbr_fea_idx points outside the {n} rows of atom_fea; offset it by crystal before batching.")
+        raise InputError(f"nbr_fea_idx points outside the {n} rows of atom_fea; count it from 0 through the batch.")
     order = torch.cat([torch.as_tensor(rows, device=device).long() for rows in crystal_atom_idx] or [_empty(device)])
     rank = torch.full((n,), -1, device=device)
     if len(order) == n and (n == 0 or 0 <= int(order.min()) <= int(order.max()) < n):
@@ -113,6 +114,9 @@ def from_upstream(
     if len(counts) == 0 or int(counts.min()) == 0:
         raise InputError("crystal_atom_idx has no crystal, or one without atoms; leave it out.")
     sender, m = rank[nbr_fea_idx.long()[order]], nbr_fea_idx.shape[1]
+    crystal = torch.repeat_interleave(counts)
+    if bool((crystal[sender] != crystal[:, None]).any()):
+        raise InputError("nbr_fea_idx joins atoms of two crystals; offset it by crystal before batching.")
     return GraphBatch(
         numbers=torch.zeros(n, dtype=torch.int32, device=device),
         weight=torch.ones(n, dtype=torch.float32, device=device),

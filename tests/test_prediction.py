@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import srcgcnn_fast as sf
+from srcgcnn_fast import prediction
+from srcgcnn_fast.nn import CGCNN, ModelMetadata
+from srcgcnn_fast.prediction import write_table
+
+pandas = pytest.importorskip("pandas")
+
+ROCK_SALT = [[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0], [0.5, 0, 0], [0, 0.5, 0], [0, 0, 0.5], [0.5] * 3]
+
+
+def crystals(n: int) -> list[tuple]:
+    """Rock salts with different elements and random displacements, 8 atoms each."""
+    rng = np.random.default_rng(0)
+    return [
+        (
+            np.eye(3) * rng.uniform(4, 6),
+            np.array(ROCK_SALT) + rng.normal(0, 0.02, (8, 3)),
+            np.repeat(rng.integers(1, 101, 2), 4),
+        )
+        for _ in range(n)
+    ]
+
+
+def make_model(**options) -> CGCNN:
+    torch.manual_seed(0)
+    model = CGCNN(**({"n_conv": 2, "atom_fea_len": 16, "h_fea_len": 8} | options))
+    model.metadata.mean, model.metadata.std = (5.0,) * len(model.metadata.mean), (3.0,) * len(model.metadata.std)
+    return model
+
+
+def test_one_row_per_input_in_order():
+    model, inputs = make_model(), crystals(7)
+    model.metadata.targets = ("band_gap",)
+    frame = sf.predict(model, inputs)
+    assert list(frame.columns) == ["id", "band_gap", "error"] and list(frame["id"]) == [str(i) for i in range(7)]
+    assert frame["error"].isna().all() and all(e is None for e in frame["error"])
+    with torch.no_grad():
+        expected = model.eval().predict(sf.collate(sf.build_graphs(inputs)))[:, 0]
+    np.testing.assert_allclose(frame["band_gap"], expected.numpy(), atol=2e-5)
+    assert frame["band_gap"].dtype == np.float64 and frame["band_gap"].std() > 1e-4
+
+
+def test_iterables_are_read_in_chunks(monkeypatch):
+    monkeypatch.setattr(prediction, "_CHUNK", 5)
+    inputs, held = crystals(23), []
+
+    def watch(records):
+        held.append(len(records))
+        return records
+
+    original = prediction._predict_chunk
+    monkeypatch.setattr(prediction, "_predict_chunk", lambda m, records, b: original(m, watch(records), b))
+    counts = []
+    frame = sf.predict(make_model(), (c for c in inputs), progress=counts.append)
+    assert held == [5, 5, 5, 5, 3] and counts == list(range(1, 24)) and len(frame) == 23
+    whole = prediction.predict(make_model(), inputs)
+    assert list(frame["id"]) == list(whole["id"])
+    np.testing.assert_allclose(frame["target"], whole["target"], atol=2e-5)
+
+
+def test_the_rest_of_the_batch_does_not_matter(monkeypatch):
+    inputs, sizes = crystals(12), []
+    whole = sf.predict(make_model(), inputs)["target"]
+    collate = prediction.collate
+    monkeypatch.setattr(prediction, "collate", lambda g, *a: sizes.append(len(g)) or collate(g, *a))
+    alone = sf.predict(make_model(), inputs, batch_atoms=1)["target"]
+    assert sizes == [1] * 12
+    sizes.clear()
+    some = sf.predict(make_model(), inputs, batch_atoms=20)["target"]
+    assert sizes == [2] * 6
+    backwards = sf.predict(make_model(), inputs[::-1])["target"][::-1].to_numpy()
+    for other in (alone, some, backwards):
+        np.testing.assert_allclose(other, whole, atol=2e-5)
+
+
+def test_mode_is_kept_and_eval_is_used():
+    model, inputs = make_model(classification=True), crystals(3)
+    model.train()
+    frame = sf.predict(model, inputs)
+    assert model.training and all(m.training for m in model.modules())
+    assert int(model.convs[0].bn1.num_batches_tracked) == 0
+    model.eval()
+    assert sf.predict(model, inputs).equals(frame) and not model.training
+
+
+def test_mode_is_kept_when_the_input_fails(tmp_path):
+    model = make_model()
+    with pytest.raises(sf.InputError):
+        sf.predict(model, tmp_path / "absent")
+    assert model.training
+
+
+def test_a_classifier_gives_the_probability_of_class_1():
+    model, inputs = make_model(classification=True), crystals(4)
+    frame = sf.predict(model, inputs)
+    with torch.no_grad():
+        expected = model.eval()(sf.collate(sf.build_graphs(inputs)))[:, 1].exp()
+    np.testing.assert_allclose(frame["target"], expected.numpy(), atol=1e-6)
+    assert frame["target"].between(0, 1).all()
+
+
+def test_several_targets_and_float64():
+    model = make_model(n_targets=2)
+    frame = sf.predict(model, crystals(3))
+    assert list(frame.columns) == ["id", "target_0", "target_1", "error"]
+    double = sf.predict(model.double(), crystals(3))
+    np.testing.assert_allclose(double[["target_0", "target_1"]], frame[["target_0", "target_1"]], atol=2e-5)
+
+
+def test_graphs_are_those_of_the_training(monkeypatch):
+    model, inputs = make_model(), crystals(3)
+    default = sf.predict(model, inputs)["target"]
+    model.metadata.graph = sf.GraphParameters(radius=3.0, max_neighbors=5, symmetry_tolerance=None)
+    graphs = sf.build_graphs(inputs, 3.0, 5, None)
+    assert max(g.n_edges / g.n_rows for g in graphs) <= 5
+    with torch.no_grad():
+        expected = model.eval().predict(sf.collate(graphs))[:, 0]
+    frame = sf.predict(model, inputs)["target"]
+    np.testing.assert_allclose(frame, expected.numpy(), atol=2e-5)
+    assert not np.allclose(frame, default, atol=1e-3)
+
+
+def test_what_cannot_be_predicted_is_a_row():
+    good = crystals(2)
+    lattice, coords, numbers = good[0]
+    isolated = (np.eye(3) * 30, np.zeros((1, 3)), [10])
+    bad = {
+        "unknown element": (lattice, coords, numbers * 0 + 119),
+        "no neighbour": isolated,
+        "singular": (lattice * 0, coords, numbers),
+        "not finite": (lattice, coords * np.nan, numbers),
+        "no file": "absent.cif",
+    }
+    frame = sf.predict(make_model(), {"first": good[0], **bad, "last": good[1]}).set_index("id")
+    assert list(frame.index) == ["first", *bad, "last"]
+    assert frame.loc[["first", "last"], "error"].isna().all() and frame.loc[["first", "last"], "target"].notna().all()
+    for name in bad:
+        assert np.isnan(frame.loc[name, "target"]), name
+        error = frame.loc[name, "error"]
+        assert len(error) > 20 and "\n" not in error
+    alone = sf.predict(make_model(), good)["target"]
+    np.testing.assert_allclose(frame.loc[["first", "last"], "target"], alone, atol=2e-5)
+    kept = make_model()
+    kept.metadata.graph = sf.GraphParameters(isolated="keep")
+    assert sf.predict(kept, [isolated])["error"].isna().all()
+
+
+def test_an_element_without_a_vector_is_a_row():
+    model = make_model()
+    model.element_table[17] = 0
+    salt = (np.eye(3) * 5.6, np.array(ROCK_SALT), np.repeat([11, 17], 4))
+    metal = (np.eye(3) * 4.2, np.array([[0, 0, 0], [0.5] * 3]), [11, 11])
+    frame = sf.predict(model, [salt, metal])
+    assert "Cl" in frame["error"][0] and frame["error"][1] is None
+
+
+def test_output_that_is_not_finite_is_a_row():
+    model = make_model()
+    model.element_table[8] = float("inf")
+    model.element_table[8, 1] = float("nan")
+    inputs = crystals(2)
+    inputs[0] = (inputs[0][0], inputs[0][1], [8] * 8)
+    inputs[1] = (inputs[1][0], inputs[1][1], [11] * 8)
+    frame = sf.predict(model, inputs)
+    assert "not finite" in frame["error"][0] and np.isnan(frame["target"][0])
+    assert frame["error"][1] is None and np.isfinite(frame["target"][1])
+
+
+def test_nothing_but_errors_and_nothing_at_all():
+    model = make_model()
+    frame = sf.predict(model, ["absent.cif"])
+    assert len(frame) == 1 and frame["error"][0]
+    empty = sf.predict(model, [])
+    assert len(empty) == 0 and list(empty.columns) == ["id", "target", "error"]
+
+
+def test_bad_arguments():
+    model = make_model()
+    with pytest.raises(sf.InputError, match="batch_atoms"):
+        sf.predict(model, [], batch_atoms=0)
+    model.metadata = ModelMetadata(targets=("error",))
+    with pytest.raises(sf.InputError, match="clash"):
+        sf.predict(model, [])
+    with pytest.raises(sf.InputError, match="no model"):
+        sf.predict("absent_model", [])
+
+
+def write_poscar(path, scale: float) -> None:
+    rows = "\n".join(" ".join(map(str, row)) for row in ROCK_SALT)
+    path.write_text(f"salt\n{scale}\n1 0 0\n0 1 0\n0 0 1\nNa Cl\n4 4\nDirect\n{rows}\n")
+
+
+def test_a_folder_needs_no_targets(tmp_path):
+    pytest.importorskip("pymatgen")
+    for name, scale in (("b", 5.6), ("a", 5.0), ("c", 6.0)):
+        write_poscar(tmp_path / f"{name}.vasp", scale)
+    (tmp_path / "b.vasp").write_text("not a structure")
+    model = sf.save_model(make_model(), tmp_path / "model")
+    frame = sf.predict(model, tmp_path)
+    assert list(frame["id"]) == ["a", "b", "c"] and [e is None for e in frame["error"]] == [True, False, True]
+    (tmp_path / "id_prop.csv").write_text("c,unknown\na,\nz,1.0\n")
+    again = sf.predict(str(model), str(tmp_path)).set_index("id")
+    assert list(again.index) == ["c", "a", "z"] and "z.cif" in again["error"]["z"]
+    np.testing.assert_allclose(again["target"][["a", "c"]], frame["target"][[0, 2]], atol=2e-5)
+
+
+def test_a_parquet_file_needs_no_targets(tmp_path):
+    pytest.importorskip("pyarrow")
+    inputs = crystals(3)
+    table = pandas.DataFrame(
+        {
+            "material_id": ["x", "y", "z"],
+            "lattice": [c[0].ravel().tolist() for c in inputs],
+            "frac_coords": [c[1].ravel().tolist() for c in inputs],
+            "atomic_numbers": [c[2].tolist() for c in inputs],
+            "band_gap": [1.0, float("inf"), None],
+        }
+    )
+    table.to_parquet(tmp_path / "x.parquet")
+    frame = sf.predict(make_model(), tmp_path / "x.parquet")
+    assert list(frame["id"]) == ["x", "y", "z"] and frame["error"].isna().all()
+    np.testing.assert_allclose(frame["target"], sf.predict(make_model(), inputs)["target"], atol=2e-5)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".json"])
+def test_tables_are_written_whole(suffix, tmp_path, monkeypatch):
+    frame = sf.predict(make_model(), {"a": crystals(1)[0], "b": "absent.cif"})
+    path = write_table(frame, tmp_path / "new" / f"table{suffix}")
+    read = {
+        ".csv": lambda: pandas.read_csv(path),
+        ".parquet": lambda: pandas.read_parquet(path),
+        ".json": lambda: pandas.DataFrame(json.loads(path.read_text())),
+    }[suffix]()
+    assert list(read.columns) == list(frame.columns) and list(read["id"]) == ["a", "b"]
+    np.testing.assert_allclose(read["target"].astype(float), frame["target"], rtol=1e-12)
+    assert list(read["error"].isna()) == [True, False] and read["error"][1] == frame["error"][1]
+    before = path.read_bytes()
+
+    def stop(*args, **kwargs):
+        raise RuntimeError("full")
+
+    for name in ("to_csv", "to_parquet", "to_json"):
+        monkeypatch.setattr(type(frame), name, stop)
+    with pytest.raises(RuntimeError):
+        write_table(frame, path)
+    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_tables_of_other_kinds(tmp_path):
+    with pytest.raises(sf.InputError, match="xlsx"):
+        write_table(pandas.DataFrame(), tmp_path / "x.xlsx")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(sf.InputError, match="Cannot write"):
+        write_table(pandas.DataFrame({"id": []}), tmp_path / "file" / "x.csv")
