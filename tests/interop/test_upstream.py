@@ -132,7 +132,7 @@ def test_upstream_tuples_that_contradict_themselves():
         (atom_fea, nbr_fea, idx + len(atom_fea), rows),
         (atom_fea, nbr_fea, idx - 1, rows),
         (atom_fea, nbr_fea, idx, rows[1:]),
-        (atom_fea, nbr_fea, idx, [rows[0] * 0, *rows[1:]]),
+        (atom_fea, nbr_fea, idx, [*rows[:2], rows[2] * 0, *rows[3:]]),
         (atom_fea, nbr_fea, idx, [*rows, torch.arange(0)]),
         (atom_fea, nbr_fea, idx, []),
     ):
