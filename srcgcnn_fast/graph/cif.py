@@ -19,7 +19,7 @@ from .elements import ELEMENT_SYMBOLS
 logger = logging.getLogger(__name__)
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?(\(\d*\))?")
-_OPERATION = re.compile(r"[-+\dxyz./]+,[-+\dxyz./]+,[-+\dxyz./]+")
+_OPERATION = re.compile(r"[-+*\dxyz./]+,[-+*\dxyz./]+,[-+*\dxyz./]+")
 _CELL = [f"_cell_length_{x}" for x in "abc"] + [f"_cell_angle_{x}" for x in ("alpha", "beta", "gamma")]
 _COORDINATES = [f"_atom_site_fract_{x}" for x in "xyz"]
 _SPACE_GROUPS = (
@@ -30,6 +30,7 @@ _SPACE_GROUPS = (
     "_symmetry_Int_Tables_number",
     "_space_group_IT_number",
 )
+_OPERATIONS = ("_symmetry_equiv_pos_as_xyz", "_space_group_symop_operation_xyz")
 _FORMULA_TOLERANCE = 0.01
 """Relative; published formulas round."""
 
@@ -99,8 +100,11 @@ def _structure_block(text: str, name: str) -> str:
     for line in text.splitlines():
         if line.startswith(";"):
             in_text_field = not in_text_field
-        elif not in_text_field and line.lstrip().lower().startswith("data_"):
-            blocks.append([])
+        elif line.lstrip().lower().startswith("data_"):
+            if in_text_field:
+                line = f".{line.lstrip()}"  # pymatgen would begin a block inside of a text
+            else:
+                blocks.append([])
         blocks[-1].append(line)
     held = [block for block in blocks if any(_is_tag(line, _COORDINATES[0]) for line in block)]
     if not held:
@@ -177,6 +181,9 @@ def _check_items(items: dict[str, Any], name: str) -> None:
         letters = re.match(r"[A-Za-z]*", symbol)[0]  # type: ignore[index]
         if len(letters) in (1, 2) and letters.title() not in {*ELEMENT_SYMBOLS, "D", "T", "Ow", "Hw"}:
             raise InputError(f"{name} has the unknown element {symbol}; only H to Fm are known.")
+    for value in [x for tag in _OPERATIONS for x in _column(items, tag)]:
+        if not _OPERATION.fullmatch("".join(value.lower().split())):  # pymatgen makes an operation of anything
+            raise InputError(f"{name} has the symmetry operation {value!r}; write it like 'x, y+1/2, -z'.")
     if any(_NUMBER.fullmatch(x) and float(x) for x in _column(items, "_atom_site_attached_hydrogens")):
         raise _no_hydrogen(name, "_atom_site_attached_hydrogens counts some")
 

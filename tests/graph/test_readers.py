@@ -1,0 +1,541 @@
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from srcgcnn_fast.errors import InputError
+from srcgcnn_fast.graph import pool as pool_module
+from srcgcnn_fast.graph.readers import Crystal, Record, as_crystal, read_inputs
+
+Structure = pytest.importorskip("pymatgen.core").Structure
+Atoms = pytest.importorskip("ase").Atoms
+
+CELL = np.array([[4.1, 0.0, 0.0], [0.3, 4.7, 0.0], [0.1, -0.2, 5.3]])
+COORDS = np.array([[0.0, 0.01, 0.02], [0.5, 0.55, 0.45], [0.25, 0.7, 0.1]])
+NUMBERS = np.array([38, 22, 8])
+
+CIF = """data_made
+_cell_length_a 4.2
+_cell_length_b 4.2
+_cell_length_c 4.2
+_cell_angle_alpha 90
+_cell_angle_beta 90
+_cell_angle_gamma 90
+_symmetry_space_group_name_H-M 'P 1'
+{items}loop_
+_symmetry_equiv_pos_as_xyz
+{operations}
+loop_
+_atom_site_label
+_atom_site_type_symbol
+_atom_site_fract_x
+_atom_site_fract_y
+_atom_site_fract_z
+_atom_site_occupancy
+{sites}
+"""
+CSCL = "Cs1 Cs 0 0 0 1\nCl1 Cl 0.5 0.5 0.5 1"
+
+
+def cif(sites: str = CSCL, items: str = "", operations: str = "'x, y, z'") -> str:
+    return CIF.format(sites=sites, items=items and items + "\n", operations=operations)
+
+
+WITHOUT_OPERATIONS = cif().replace("loop_\n_symmetry_equiv_pos_as_xyz\n'x, y, z'\n", "")
+
+
+def structure() -> Structure:
+    return Structure(CELL, NUMBERS, COORDS)
+
+
+def crystals(source: object, **options: object) -> list[Crystal | None]:
+    return [record.crystal for record in read_inputs(source, **options)]
+
+
+def assert_same(found: Crystal | None, tolerance: float = 1e-9) -> None:
+    """Equal to the made crystal, whatever the order of the atoms and the orientation of the cell."""
+    assert found is not None
+    assert found.lattice.dtype == found.frac_coords.dtype == np.float64
+    assert found.numbers.dtype == np.int32
+    order = np.argsort(-found.numbers)
+    np.testing.assert_array_equal(found.numbers[order], NUMBERS)
+    np.testing.assert_allclose(found.lattice @ found.lattice.T, CELL @ CELL.T, atol=10 * tolerance)
+    np.testing.assert_allclose(found.frac_coords[order], COORDS, atol=tolerance)
+
+
+def only_error(source: object, **options: object) -> str:
+    (record,) = read_inputs(source, **options)
+    assert record.crystal is None
+    assert record.error
+    assert "\n" not in record.error
+    return record.error
+
+
+# ---- formats
+
+
+def test_objects_and_arrays() -> None:
+    atoms = Atoms(numbers=NUMBERS, cell=CELL, scaled_positions=COORDS, pbc=True)
+    arrays = (CELL, COORDS, NUMBERS)
+    for value in (structure(), atoms, arrays, Crystal(*arrays), structure().as_dict(), (CELL.ravel(), COORDS, NUMBERS)):
+        assert_same(as_crystal(value))
+        assert_same(crystals(value)[0])
+    assert [record.id for record in read_inputs([structure(), atoms])] == ["0", "1"]
+    assert [record.id for record in read_inputs({"a": structure(), "b": arrays})] == ["a", "b"]
+    assert_same(crystals(iter([atoms]))[0])
+
+
+def test_oxidation_states_and_deuterium() -> None:
+    decorated = Structure(CELL, ["Sr2+", "Ti4+", "O2-"], COORDS)
+    assert_same(as_crystal(decorated))
+    assert as_crystal(Structure(CELL, ["D", "D+", "O"], COORDS)).numbers.tolist() == [1, 1, 8]
+
+
+@pytest.mark.parametrize("name", ["made.cif", "made.cif.gz", "POSCAR", "CONTCAR_1", "made.vasp", "made.json"])
+def test_single_files(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    made = structure()
+    formats = {"cif": "cif", "gz": "cif", "json": "json"}
+    text = made.to(fmt=formats.get(name.rsplit(".", 1)[-1], "poscar"))
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    (record,) = read_inputs(path)
+    assert record.error is None
+    assert record.id == {"POSCAR": "POSCAR", "CONTCAR_1": "CONTCAR_1"}.get(name, "made")
+    assert_same(record.crystal, 1e-7)
+    assert_same(as_crystal(str(path)), 1e-7)
+
+
+def test_extended_xyz(tmp_path: Path) -> None:
+    from ase.io import write
+
+    atoms = Atoms(numbers=NUMBERS, cell=CELL, scaled_positions=COORDS, pbc=True, info={"gap": 1.5, "note": "x"})
+    write(tmp_path / "one.extxyz", atoms)
+    second = atoms.copy()
+    second.info = {"material_id": "named", "gap": 2.5}
+    write(tmp_path / "two.xyz", [atoms, second], format="extxyz")
+    (one,) = read_inputs(tmp_path / "one.extxyz")
+    assert (one.id, one.targets) == ("one", {"gap": 1.5})
+    assert_same(one.crystal, 1e-7)
+    two = list(read_inputs(tmp_path / "two.xyz", targets=["gap"]))
+    assert [(r.id, r.targets) for r in two] == [("two-0", {"gap": 1.5}), ("named", {"gap": 2.5})]
+    assert "two.xyz holds 2 structures" in str(pytest.raises(InputError, as_crystal, tmp_path / "two.xyz").value)
+    assert "two-0 has no target energy; it has gap" in next(read_inputs(tmp_path / "two.xyz", targets=["energy"])).error
+
+
+def test_extended_xyz_with_a_broken_frame(tmp_path: Path) -> None:
+    from ase.io import write
+
+    atoms = Atoms(numbers=NUMBERS, cell=CELL, scaled_positions=COORDS, pbc=True)
+    write(tmp_path / "x.extxyz", [atoms, atoms])
+    text = (tmp_path / "x.extxyz").read_text()
+    (tmp_path / "x.extxyz").write_text(text + "three\nLattice=\n")
+    records = list(read_inputs(tmp_path / "x.extxyz"))
+    assert records[-1].crystal is None
+    assert "x.extxyz cannot be read from frame" in records[-1].error
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_json_collections(tmp_path: Path, zipped: bool) -> None:
+    made = structure().as_dict()
+    forms = {
+        "list": ([made, made], ["list-0", "list-1"], {}),
+        "dict": ({"a": made, "b": made}, ["a", "b"], {}),
+        "rows": ([{"id": "q", "structure": made, "gap": 1, "flag": True}], ["q"], {"gap": 1.0}),
+        "text": ([{"material_id": "mp-1", "structure": json.dumps(made), "gap": 2.5}], ["mp-1"], {"gap": 2.5}),
+    }
+    for name, (content, ids, targets) in forms.items():
+        text = json.dumps(content).encode()
+        path = tmp_path / f"{name}.json{'.gz' if zipped else ''}"
+        path.write_bytes(gzip.compress(text) if zipped else text)
+        records = list(read_inputs(path))
+        assert [r.id for r in records] == ids
+        for record in records:
+            assert record.targets == targets
+            assert_same(record.crystal)
+
+
+def parquet(path: Path, **columns: list[object]) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    base: dict[str, list[object]] = {
+        "material_id": ["mp-1", "mp-2"],
+        "lattice": [CELL.ravel().tolist()] * 2,
+        "frac_coords": [COORDS.ravel().tolist()] * 2,
+        "atomic_numbers": [NUMBERS.tolist()] * 2,
+    }
+    pq.write_table(pa.table({**base, **columns}), path)
+    return path
+
+
+def test_parquet(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "t.parquet", gap=[1.0, None], energy=[3, 4], formula=["a", "b"], flag=[True, False])
+    records = list(read_inputs(path))
+    assert [r.id for r in records] == ["mp-1", "mp-2"]
+    assert records[0].targets == {"gap": 1.0, "energy": 3.0}
+    assert math.isnan(records[1].targets["gap"])
+    assert_same(records[1].crystal)
+    assert [r.targets for r in read_inputs(path, targets=["energy"])] == [{"energy": 3.0}, {"energy": 4.0}]
+    assert [r.targets for r in read_inputs(path, targets=())] == [{}, {}]
+    with pytest.raises(InputError, match=r"t\.parquet has no target mass; it has gap, energy"):
+        read_inputs(path, targets=["mass"])
+
+
+def test_parquet_rows_with_errors(tmp_path: Path) -> None:
+    path = parquet(
+        tmp_path / "t.parquet",
+        lattice=[None, CELL.ravel().tolist()],
+        frac_coords=[COORDS.ravel().tolist(), [0.0] * 8],
+    )
+    first, second = read_inputs(path)
+    assert "mp-1 (row 1 of t.parquet) has no lattice" in first.error
+    assert "mp-2 (row 2 of t.parquet) has frac_coords" in second.error
+    bad = parquet(tmp_path / "u.parquet", gap=[math.inf, 1.0], atomic_numbers=[NUMBERS.tolist(), [1, 2, 101]])
+    first, second = read_inputs(bad)
+    assert "mp-1 (row 1 of u.parquet) has the gap inf" in first.error
+    assert "unknown atomic number 101" in second.error
+    (tmp_path / "v.parquet").write_text("no table")
+    with pytest.raises(InputError, match=r"v\.parquet is not a Parquet file"):
+        read_inputs(tmp_path / "v.parquet")
+
+
+# ---- folders
+
+
+def test_folder_as_upstream_writes_it(tmp_path: Path) -> None:
+    (tmp_path / "a.cif").write_text(cif())
+    (tmp_path / "c.cif").write_text(cif())
+    (tmp_path / "atom_init.json").write_text("{}")
+    (tmp_path / "id_prop.csv").write_text("c,1.5\na,1e-3\n\nmissing,2\n")
+    c, a, missing = read_inputs(tmp_path)
+    assert (c.id, c.targets, len(c.crystal.numbers)) == ("c", {"target": 1.5}, 2)
+    assert (a.id, a.targets) == ("a", {"target": 1e-3})
+    assert "missing (row 4 of id_prop.csv) has no structure file" in missing.error
+    with pytest.raises(InputError, match=r"id_prop\.csv has no target gap; it has target"):
+        read_inputs(tmp_path, targets=["gap"])
+
+
+def test_folder_with_named_targets(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.cif").write_text(cif())
+    (tmp_path / "id_prop.csv").write_text("\ufeffid,gap,energy\na,1,\nb,much,3\n", encoding="utf-8")
+    a, b = read_inputs(tmp_path)
+    assert a.targets["gap"] == 1.0
+    assert math.isnan(a.targets["energy"])
+    assert "b (row 3 of id_prop.csv) has the gap 'much'" in b.error
+    assert [r.error for r in read_inputs(tmp_path, targets=["energy"])] == [None, None]
+    assert [r.error for r in read_inputs(tmp_path, targets=())] == [None, None]
+
+
+def test_folder_without_table(tmp_path: Path) -> None:
+    (tmp_path / "b.cif").write_text(cif())
+    (tmp_path / "a.vasp").write_text(structure().to(fmt="poscar"))
+    (tmp_path / "c.json").write_text(json.dumps([structure().as_dict()] * 2))
+    (tmp_path / "notes.txt").write_text("")
+    assert [(r.id, r.error) for r in read_inputs(tmp_path)] == [("a", None), ("b", None), ("c-0", None), ("c-1", None)]
+    (tmp_path / "c.json").unlink()
+    with pytest.raises(InputError, match=r"has no id_prop\.csv and so no target gap"):
+        read_inputs(tmp_path, targets=["gap"])
+
+
+def test_missing_and_empty_sources(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere\.cif does not exist"):
+        read_inputs(tmp_path / "nowhere.cif")
+    with pytest.raises(InputError, match="has no structure files"):
+        read_inputs(tmp_path)
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(InputError, match=r"notes\.txt is of no known kind"):
+        read_inputs(tmp_path / "notes.txt")
+    (tmp_path / "id_prop.csv").write_text("\n")
+    with pytest.raises(InputError, match=r"id_prop\.csv is empty"):
+        read_inputs(tmp_path)
+    with pytest.raises(InputError, match="A int holds no crystals"):
+        read_inputs(3)
+
+
+def test_one_bad_input_leaves_the_others(tmp_path: Path) -> None:
+    good = tmp_path / "good.cif"
+    good.write_text(cif())
+    (tmp_path / "bad.cif").write_text("data_x\n")
+    inputs = [structure(), good, tmp_path / "bad.cif", tmp_path / "gone.cif", "plain.txt", 7, None, (1, 2, 3)]
+    records = list(read_inputs(inputs))
+    assert [r.id for r in records] == ["0", "good", "bad", "gone", "plain.txt", "5", "6", "7"]
+    assert [r.crystal is not None for r in records] == [True, True] + [False] * 6
+    for record, said in zip(records[2:], ["bad.cif", "gone.cif", "plain.txt", "5", "6", "7"], strict=True):
+        assert said in record.error
+    kept = Record("kept", None, {}, "why not")
+    assert list(read_inputs([kept, kept])) == [kept, kept]
+
+
+def test_targets_of_objects() -> None:
+    atoms = Atoms(numbers=NUMBERS, cell=CELL, scaled_positions=COORDS, pbc=True, info={"gap": 1.5})
+    assert next(read_inputs([atoms], targets=["gap"])).targets == {"gap": 1.5}
+    rows = [{"id": "x", "structure": structure(), "gap": 2.0}]
+    assert [(r.id, r.targets, r.error) for r in read_inputs(rows)] == [("x", {"gap": 2.0}, None)]
+    assert "0 has no target gap; it has none" in only_error([structure()], targets=["gap"])
+
+
+# ---- bad crystals
+
+
+@pytest.mark.parametrize(
+    ("lattice", "coords", "numbers", "said"),
+    [
+        (CELL, COORDS * math.nan, NUMBERS, "coordinates"),
+        (CELL, np.full((3, 3), math.inf), NUMBERS, "give finite numbers"),
+        (CELL * math.nan, COORDS, NUMBERS, "lattice entry that is not finite"),
+        (CELL * [[1], [1], [0]], COORDS, NUMBERS, "singular lattice"),
+        (np.stack([CELL[0], CELL[1], CELL[0] + CELL[1]]), COORDS, NUMBERS, "singular lattice"),
+        (CELL, COORDS, [38, 22, 0], "unknown atomic number 0"),
+        (CELL, COORDS, [38, 22, 101], "unknown atomic number 101"),
+        (CELL, COORDS, [38, 22, 8.5], "not whole numbers"),
+        (CELL, COORDS, ["Sr", "Ti", "O"], "not whole numbers"),
+        (CELL, COORDS[:2], NUMBERS, "frac_coords of shape"),
+        (CELL, np.zeros((0, 3)), [], "no atoms"),
+    ],
+)
+def test_bad_arrays(lattice: object, coords: object, numbers: object, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        as_crystal((lattice, coords, numbers))
+    assert said in only_error([Crystal(lattice, coords, numbers)])
+    assert "Structure 0" in only_error([Crystal(lattice, coords, numbers)])
+
+
+def test_bad_objects() -> None:
+    assert "is disordered (site 1 holds" in only_error(Structure(CELL, [{"Sr": 0.5}, "Ti", "O"], COORDS))
+    assert "is disordered" in only_error(Structure(CELL, [{"Sr": 0.5, "Ba": 0.5}, "Ti", "O"], COORDS))
+    assert "unknown element Xx" in only_error(Structure(CELL, ["Xx", "Ti", "O"], COORDS))
+    assert "unknown element Md" in only_error(Structure(CELL, ["Md", "Ti", "O"], COORDS))
+    assert "has no cell" in only_error(Atoms("H2O", positions=np.eye(3)))
+    assert "set atoms.pbc = True" in only_error(Atoms("H2O", positions=np.eye(3), cell=CELL, pbc=[1, 1, 0]))
+    assert "singular lattice" in only_error(Atoms("H2O", positions=np.eye(3), cell=[4, 4, 0], pbc=True))
+    assert "has no atoms" in only_error(Atoms(cell=CELL, pbc=True))
+    with pytest.raises(InputError, match="The list object is not a crystal"):
+        as_crystal([])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "bad.cif is empty"),
+        ("words\n", "no atom sites"),
+        (cif(sites=""), "no atoms"),
+        (cif("Xx1 Xx 0 0 0 1"), "unknown element Xx"),
+        (cif("Cs1 Cs nan 0 0 1"), "coordinate 'nan'"),
+        (cif("Cs1 Cs ? 0 0 1"), "coordinate '?'"),
+        (cif("Cs1 Cs . . . 1"), "coordinate '.'"),
+        (cif("Cs1 Cs 0 0 0 0.5"), "is disordered (site 1 holds"),
+        (cif("Cs1 Cs 0 0 0 0.5\nRb1 Rb 0 0 0 0.5"), "is disordered"),
+        (cif("Cs1 Cs 0 0 0 1.2"), "occupancy 1.2 above 1"),
+        (cif("Cs1 Cs 0 0 0 ."), "occupancy '.'"),
+        (cif("Cs1 Cs 0 0 0 1\nCl1 Cl 0 0 0 1"), "Occupancy"),
+        (cif().replace("_cell_length_a 4.2", "_cell_length_a ?"), "no usable cell (_cell_length_a is ?)"),
+        (cif().replace("_cell_angle_gamma 90\n", ""), "no usable cell (_cell_angle_gamma is missing)"),
+        (cif().replace("_cell_angle_gamma 90", "_cell_angle_gamma 180"), "bad.cif"),
+        (cif().replace("_cell_length_a 4.2", "_cell_length_a 0"), "bad.cif"),
+        (cif() + cif().replace("data_made", "data_two"), "has 2 structures (made, two); split it"),
+        (cif() + cif(), "has 2 structures"),
+        (cif(items="_chemical_formula_sum 'Cs Cl2'"), "contradicts itself"),
+        (cif(items="_chemical_formula_sum 'Rb Cl'"), "contradicts itself"),
+        (cif(items="_chemical_formula_sum 'Cs Cl'\n_cell_formula_units_Z 4"), "contradicts itself"),
+        (cif(items="_chemical_formula_sum 'Cs Cl H4'"), "0 of 4 of Cs Cl H4 are listed"),
+        (cif(CSCL + "\nH1 H .2 .3 .4 1", "_chemical_formula_sum 'Cs Cl D4'"), "1 of 4 of Cs Cl D4 are listed"),
+        (cif(operations="unreadable"), "has the symmetry operation 'unreadable'"),
+        (cif(operations="?"), "has the symmetry operation '?'"),
+        (WITHOUT_OPERATIONS.replace("'P 1'", "'P b c n w'"), "gives the space group P b c n w but no symmetry"),
+        ("\x00\xff" * 100, "no atom sites"),
+    ],
+)
+def test_bad_cif(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "bad.cif"
+    path.write_text(text, encoding="latin-1")
+    message = only_error(path)
+    assert said in message
+    assert "bad.cif" in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        cif(),
+        WITHOUT_OPERATIONS,
+        cif().replace("data_made", "data_global\n_journal_year 1999\ndata_made"),
+        cif() + "loop_\n_geom_bond_distance\n_geom_bond_atom_site_label_1\n",
+        cif() + "loop_\n_geom_bond_distance\n\n# end\nloop_\n_other\n1\n2\n",
+        cif(items="_note\n;\nloop_\n_tag\ndata_inside a text field\n;"),
+        cif(items="_chemical_formula_sum 'Cs1 Cl1'\n_cell_formula_units_Z 1"),
+        cif(items="_chemical_formula_sum 'Cl Cs'"),
+        cif(items="_chemical_formula_sum ?"),
+        cif(items="_author 'Br\xfcck'"),
+        cif("Cs1 Cs+ 0 0 0 1.0(2)\nCl1 Cl- 0.5(1) .5 5e-1 ?"),
+        cif(sites="Cs1 Cs 0 0 0 1\nCl1 Cl 0.5 0.5 0.5 1", operations="'x, y, z'\n'-x, -y, -z'"),
+    ],
+)
+def test_good_cif(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "good.cif"
+    path.write_text(text, encoding="latin-1")
+    (record,) = read_inputs(path)
+    assert record.error is None
+    assert sorted(record.crystal.numbers.tolist()) == [17, 55]
+    np.testing.assert_allclose(record.crystal.lattice, 4.2 * np.eye(3), atol=1e-9)
+
+
+def test_cif_writer_counts_the_whole_cell(tmp_path: Path) -> None:
+    made = structure() * (2, 1, 1)
+    (tmp_path / "x.cif").write_text(made.to(fmt="cif"))
+    assert "_cell_formula_units_Z   2" in (tmp_path / "x.cif").read_text()
+    assert len(as_crystal(tmp_path / "x.cif").numbers) == 6
+
+
+def test_coordinates_near_a_third_stay_as_written_without_symmetry(tmp_path: Path) -> None:
+    (tmp_path / "p1.cif").write_text(cif("Cs1 Cs 0.33332 0 0 1"))
+    (tmp_path / "sym.cif").write_text(cif("Cs1 Cs 0.33332 0 0 1", operations="'x, y, z'\n'x, -y, -z'"))
+    assert as_crystal(tmp_path / "p1.cif").frac_coords[0, 0] == 0.33332
+    assert as_crystal(tmp_path / "sym.cif").frac_coords[0, 0] == pytest.approx(1 / 3, abs=1e-12)
+
+
+def test_other_bad_files(tmp_path: Path) -> None:
+    bad = {
+        "e.json": ("", "e.json is not a JSON file"),
+        "f.json": ("{", "f.json is not a JSON file"),
+        "g.json": ("3", "g.json holds no structures"),
+        "h.json": ("[]", "h.json holds no structures"),
+        "i.json": ('{"a": 3}', "a (i.json) is not a pymatgen Structure dictionary"),
+        "j.json": ('{"sites": []}', "j (j.json) has no lattice"),
+        "k.json": ('{"sites": [{}], "lattice": {}}', "k (k.json) is not a pymatgen Structure"),
+        "l.json.gz": ("not gzip", "l.json.gz is not a JSON file"),
+        "e.vasp": ("", "e.vasp is empty"),
+        "f.vasp": ("a\nb\n", "f.vasp is not a POSCAR file"),
+        "e.extxyz": ("", "e.extxyz"),
+        "f.extxyz": ("1\nno lattice\nH 0 0 0\n", "f (f.extxyz) has no cell"),
+    }
+    for name, (text, said) in bad.items():
+        (tmp_path / name).write_text(text)
+        assert said in only_error(tmp_path / name), name
+
+
+def test_poscar_without_element_names(tmp_path: Path) -> None:
+    lines = structure().to(fmt="poscar").splitlines()
+    lines[0] = "made"
+    del lines[5]
+    path = tmp_path / "POSCAR"
+    path.write_text("\n".join(" ".join(line.split()[:3]) for line in lines) + "\n")
+    assert "POSCAR does not name its elements" in only_error(path)
+
+
+# ---- child processes
+
+
+def test_many_cif_files_in_order(tmp_path: Path) -> None:
+    for i in range(70):
+        (tmp_path / f"{i:03}.cif").write_text(cif() if i % 7 else "broken")
+    records = list(read_inputs(tmp_path))
+    assert [r.id for r in records] == [f"{i:03}" for i in range(70)]
+    assert [r.crystal is None for r in records] == [i % 7 == 0 for i in range(70)]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a named pipe")
+def test_a_file_that_never_ends_costs_its_time_limit(tmp_path: Path) -> None:
+    good, stuck = tmp_path / "good.cif", tmp_path / "stuck.cif"
+    good.write_text(cif())
+    os.mkfifo(stuck)
+    pool = pool_module.CifPool(timeout=1.0, workers=1)
+    try:
+        start = time.monotonic()
+        before, never, after = [pool.submit(path) for path in (good, stuck, good)]
+        assert isinstance(before.result(), Crystal)
+        assert "stuck.cif took longer than 1 s to read" in never.result()
+        assert isinstance(after.result(), Crystal)
+        assert time.monotonic() - start < 40
+    finally:
+        pool.close()
+
+
+def test_a_reader_that_dies_is_an_error_of_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "_SERVE", "import pickle, sys; pickle.dump(None, sys.stdout.buffer)")
+    (tmp_path / "x.cif").write_text(cif())
+    pool = pool_module.CifPool(timeout=10.0, workers=1)
+    try:
+        assert "x.cif ended the process that read it" in pool.submit(tmp_path / "x.cif").result()
+    finally:
+        pool.close()
+
+
+def test_a_reader_left_early_leaves_no_process(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.cif").write_text(cif())
+    started = []
+    original = pool_module._Worker.__init__
+
+    def record(worker: pool_module._Worker) -> None:
+        original(worker)
+        started.append(worker)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool_module._Worker, "__init__", record)
+        records = read_inputs(tmp_path)
+        next(records)
+        records.close()
+    assert started
+    assert not any(worker.alive for worker in started)
+
+
+# ---- the hard cases
+
+HALF_THE_CELL = "large_cell__P24Ru4H252C296S24N16.cif"  # C 2/c without its centring: 4 of 8 formula units
+REJECTED = {
+    HALF_THE_CELL: "contradicts itself",
+    "multi_block__MultiStructure.cif": "split it",
+    "malformed_derived__unknown_element_Xx.cif": "unknown element Xx",
+    "species__cif_implicit_hydrogens_cod_1011130.cif": "hydrogen",
+    "species__Senegalite_implicit_hydrogen.cif": "hydrogen",
+}
+SOUND_BUT_FOR_AN_EMPTY_LOOP = {
+    "malformed__mp-23155_empty_geom_bond_loop.cif": 1,
+    "malformed__mp-623782_empty_geom_bond_loop.cif": 8,
+    "malformed__CsCl-manual-oxi-ref.mcif.cif": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def hard_cases(request: pytest.FixtureRequest) -> tuple[list[dict[str, str]], dict[str, Record]]:
+    folder = Path(request.getfixturevalue("data_dir")) / "hard_cases"
+    with (folder / "MANIFEST.csv").open(newline="") as file:
+        manifest = list(csv.DictReader(file))
+    paths = [folder / row["file"] for row in manifest]
+    return manifest, dict(zip([p.name for p in paths], read_inputs(paths, timeout=60), strict=True))
+
+
+def test_hard_cases(hard_cases: tuple[list[dict[str, str]], dict[str, Record]]) -> None:
+    manifest, records = hard_cases
+    assert len(records) == len(manifest) == 58
+    for row in manifest:
+        name = row["file"]
+        record = records[name]
+        assert (record.crystal is None) == (record.error is not None), name
+        if record.error is not None:
+            assert name in record.error
+            assert "\n" not in record.error
+        if name in REJECTED:
+            assert record.error is not None and REJECTED[name] in record.error, name
+        elif name in SOUND_BUT_FOR_AN_EMPTY_LOOP:
+            assert record.crystal is not None and len(record.crystal.numbers) == SOUND_BUT_FOR_AN_EMPTY_LOOP[name]
+        elif row["parse"] != "ok" or row["ordered"] != "True":
+            assert record.error is not None, name
+        else:
+            assert record.crystal is not None, record.error
+            assert len(record.crystal.numbers) == int(float(row["n_sites"])), name
+
+
+def test_upstream_sample(data_dir: Path) -> None:
+    records = list(read_inputs(data_dir / "upstream" / "cif"))
+    assert len(records) == 10
+    assert all(r.error is None and list(r.targets) == ["target"] for r in records)
