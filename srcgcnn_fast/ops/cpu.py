@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .reference import Edges
-from .registry import load_core
+from .registry import core, core_problem
 
 _SUFFIX = {torch.float32: "_f32", torch.float64: "_f64"}
 _FAULTS = {
@@ -20,9 +20,8 @@ _FAULTS = {
 
 
 def _kernel(name: str, dtype: torch.dtype) -> Any:
-    core, problem = load_core()
     if core is None:
-        raise InputError(f"The CPU backend cannot run: {problem}.")
+        raise InputError(f"The CPU backend cannot run: {core_problem}.")
     if dtype not in _SUFFIX:
         raise InputError(f"The CPU kernels take float32 and float64, not {dtype}.")
     return getattr(core, name + _SUFFIX[dtype])
@@ -61,7 +60,7 @@ class _Graph:
             0 if self.features is None else self.features.data_ptr(),
             *index,
         )
-        fault, where = load_core()[0].check_graph(*index, self.sizes)  # type: ignore[union-attr]
+        fault, where = core.check_graph(*index, self.sizes)
         if fault:
             raise InputError(f"Bad graph at position {where}: {_FAULTS[fault]}.")
 

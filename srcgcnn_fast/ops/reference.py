@@ -39,13 +39,12 @@ class BatchNorm(NamedTuple):
         shift = -mean * scale
         return scale, shift if self.bias is None else shift + self.bias
 
-    @torch.no_grad()
     def update(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
         """Move the running statistics towards those of a batch of ``count`` values (``var`` is biased)."""
         if self.running_mean is None or self.running_var is None:
             return
-        unbiased = var * (count / (count - 1))
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        unbiased = var.detach() * (count / (count - 1))
+        self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), self.momentum)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
 
 
@@ -83,8 +82,9 @@ def edge_vectors(edges: Edges, n_features: int, dtype: torch.dtype) -> Tensor:
 def batch_norm(x: Tensor, norm: BatchNorm, weight: Tensor) -> Tensor:
     """Batch norm of (n, C) values of which each counts ``weight`` (n, 1) times."""
     if not norm.training:
-        assert norm.running_mean is not None and norm.running_var is not None
-        return norm.normalize(x, norm.running_mean, norm.running_var)
+        return torch.nn.functional.batch_norm(
+            x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
+        )
     count = weight.sum()
     mean = (weight * x).sum(0) / count
     var = (weight * (x - mean) ** 2).sum(0) / count

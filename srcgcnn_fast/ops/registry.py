@@ -6,9 +6,11 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -32,29 +34,29 @@ class BackendStatus:
     """What it is, or why it cannot run."""
 
 
-@cache
-def load_core() -> tuple[object | None, str]:
-    """The compiled module, or None and the reason. Torch comes first, so that both share its OpenMP runtime."""
+def _load_core() -> tuple[Any, str]:
+    """The compiled module, or None and the reason. Torch was imported first, so that both share its OpenMP runtime."""
+    if find_spec("srcgcnn_fast._core") is None:
+        return None, "the compiled kernels were not built; install a C++17 compiler and reinstall srcgcnn_fast"
     try:
-        from .. import _core  # type: ignore[attr-defined]
+        return import_module("srcgcnn_fast._core"), ""
     except ImportError as error:
-        if "_core" in str(error) and "cannot import name" in str(error):
-            return None, "the compiled kernels were not built; install a C++17 compiler and reinstall srcgcnn_fast"
         return None, f"the compiled kernels do not load: {error}"
-    return _core, ""
+
+
+core, core_problem = _load_core()
 
 
 def backends() -> dict[str, BackendStatus]:
     """Every backend by name: whether it is built, whether it can run on this machine, and why not."""
-    core, problem = load_core()
     if core is None:
-        cpu = BackendStatus("cpu", "do not load" in problem, False, problem)
-        cuda = BackendStatus("cuda", False, False, problem)
+        cpu = BackendStatus("cpu", "do not load" in core_problem, False, core_problem)
+        cuda = BackendStatus("cuda", False, False, core_problem)
     else:
         threads = torch.get_num_threads()
-        cpu = BackendStatus("cpu", True, True, f"C++, SIMD level {core.simd_level()}, {threads} threads")  # type: ignore[attr-defined]
-        built = not core.cuda.startswith("not built")  # type: ignore[attr-defined]
-        why = "its kernels are not connected to the operators yet" if built else core.cuda  # type: ignore[attr-defined]
+        cpu = BackendStatus("cpu", True, True, f"C++, SIMD level {core.simd_level()}, {threads} threads")
+        built = not core.cuda.startswith("not built")
+        why = "its kernels are not connected to the operators yet" if built else core.cuda
         cuda = BackendStatus("cuda", built, False, why)
     return {
         "reference": BackendStatus("reference", True, True, "plain PyTorch, any device and dtype"),
@@ -64,24 +66,25 @@ def backends() -> dict[str, BackendStatus]:
     }
 
 
-_forced: ContextVar[str | None] = ContextVar("srcgcnn_fast_backend", default=None)
+_forced: str | None = None  # a plain global, which torch.compile can guard
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run everything inside the ``with`` block on one backend; one that cannot run is an error.
+    """Run everything inside the ``with`` block, in all threads, on one backend; one that cannot run is an error.
 
     The environment variable ``SRCGCNN_FAST_BACKEND`` does the same for a whole process.
 
     Raises:
         InputError: there is no such backend, or it cannot run here.
     """
+    global _forced
     _require(name)
-    token = _forced.set(name)
+    before, _forced = _forced, name
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 def _require(name: str) -> None:
@@ -93,7 +96,7 @@ def _require(name: str) -> None:
 
 
 def forced_backend() -> str | None:
-    return _forced.get() or os.environ.get("SRCGCNN_FAST_BACKEND") or None
+    return _forced or os.environ.get("SRCGCNN_FAST_BACKEND") or None
 
 
 def select(h: torch.Tensor, edge_statistics_grad: bool = False) -> str:
@@ -107,8 +110,8 @@ def select(h: torch.Tensor, edge_statistics_grad: bool = False) -> str:
     forced = forced_backend()
     if forced == "reference":
         return forced
-    if forced is not None:
-        _require(forced)
+    if forced not in (None, "cpu"):
+        _require(forced)  # type: ignore[arg-type]
     reason = _refusal(h.device.type, h.dtype)
     if edge_statistics_grad:
         reason = "gradients of distances through the batch norm of a training batch exist in the reference only"
@@ -125,8 +128,7 @@ def _refusal(device: str, dtype: torch.dtype) -> str | None:
         return f"tensors on {device!r} have no compiled backend in this version"
     if dtype not in (torch.float32, torch.float64):
         return f"the CPU kernels take float32 and float64, not {dtype}"
-    core, problem = load_core()
-    return None if core is not None else problem
+    return core_problem or None
 
 
 @cache

@@ -1,0 +1,78 @@
+"""Fixtures that every room of the tests shares."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import srcgcnn_fast as sf
+from srcgcnn_fast.graph import CrystalGraph, GraphBatch, collate
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Real crystals and published checkpoints; the tests that want them skip where they are absent."""
+    where = os.environ.get("SRCGCNN_TEST_DATA", "")
+    if not where or not Path(where).is_dir():
+        pytest.skip("SRCGCNN_TEST_DATA does not name the directory of test data")
+    return Path(where)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest):
+    """Parametrise indirectly with a backend's name; skips, saying why, where it cannot run."""
+    status = sf.backends()[request.param]
+    if not status.available:
+        pytest.skip(f"backend {request.param}: {status.reason}")
+    with sf.use_backend(request.param):
+        yield request.param
+
+
+def random_graph(rng: np.random.Generator, degrees: np.ndarray, weighted: bool = False) -> CrystalGraph:
+    """A graph with the given degree of every row, random senders, sorted distances of 0.5 to 9 Å."""
+    n, e = len(degrees), int(degrees.sum())
+    distance = np.concatenate([np.sort(rng.uniform(0.5, 9.0, k)) for k in degrees]) if e else np.zeros(0)
+    weight = rng.integers(1, 7, n) if weighted else np.ones(n)
+    return CrystalGraph(
+        numbers=rng.integers(1, 101, n).astype(np.int32),
+        weight=weight.astype(np.float32),
+        sender=rng.integers(0, max(n, 1), e).astype(np.int32),
+        distance=distance.astype(np.float32),
+        row_ptr=np.concatenate([[0], np.cumsum(degrees)]).astype(np.int32),
+        atom_class=np.repeat(np.arange(n), weight.astype(int)).astype(np.int32),
+    )
+
+
+@pytest.fixture
+def make_batch():
+    """make_batch(kind, seed=0) -> GraphBatch; the shapes that kernels get wrong."""
+
+    def make(kind: str, seed: int = 0) -> GraphBatch:
+        rng = np.random.default_rng(seed)
+        twelve = lambda n: np.full(n, 12)  # noqa: E731
+        degrees = {
+            "plain": [twelve(n) for n in (5, 1, 17, 30, 2, 64, 3)],
+            "weighted": [rng.integers(0, 16, n) for n in (7, 1, 40, 3, 25)],
+            "ragged": [rng.integers(0, 40, n) for n in (4, 33, 1, 12)],
+            "one atom": [twelve(1)],
+            "isolated": [np.array([0, 3, 0]), np.zeros(2, int), np.array([5])],
+            "no edges": [np.zeros(3, int)],
+            "one crystal": [twelve(150)],
+            "many crystals": [twelve(n) for n in rng.integers(1, 9, 200)],
+            "large": [twelve(n) for n in rng.integers(1, 60, 280)],
+        }[kind]
+        return collate([random_graph(rng, d, weighted=kind in ("weighted", "ragged")) for d in degrees])
+
+    return make
+
+
+@pytest.fixture
+def empty_batch() -> GraphBatch:
+    """A batch of one crystal without rows."""
+    none = torch.zeros(0, dtype=torch.int32)
+    two = torch.zeros(2, dtype=torch.int32)
+    return GraphBatch(none, torch.zeros(0), none, torch.zeros(0), torch.zeros(1, dtype=torch.int32), two, none)

@@ -1,0 +1,50 @@
+"""Batches: offsets, moves, what they refuse."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import srcgcnn_fast as sf
+
+
+def graph(n: int, seed: int = 0) -> sf.CrystalGraph:
+    rng = np.random.default_rng(seed)
+    return sf.CrystalGraph(
+        numbers=rng.integers(1, 90, n).astype(np.int32),
+        weight=np.ones(n, np.float32),
+        sender=rng.integers(0, n, 2 * n).astype(np.int32),
+        distance=rng.uniform(1, 8, 2 * n),
+        row_ptr=np.arange(0, 2 * n + 1, 2, dtype=np.int32),
+        atom_class=np.arange(n, dtype=np.int32),
+    )
+
+
+def test_offsets():
+    parts = [graph(3, 1), graph(1, 2), graph(4, 3)]
+    batch = sf.collate(parts)
+    assert (batch.num_rows, batch.num_edges, batch.num_crystals) == (8, 16, 3)
+    assert batch.crystal_ptr.tolist() == [0, 3, 4, 8]
+    assert batch.row_ptr.tolist() == list(range(0, 17, 2))
+    assert batch.sender[6:8].tolist() == [3, 3]
+    assert batch.atom_crystal.tolist() == [0, 0, 0, 1, 2, 2, 2, 2]
+    assert batch.receiver.tolist() == [i // 2 for i in range(16)]
+    assert batch.sender.dtype == batch.row_ptr.dtype == batch.atom_class.dtype == torch.int32
+    assert batch.distance.dtype == torch.float32
+    assert sf.collate(parts, torch.float64).distance.dtype == torch.float64
+
+
+def test_to_converts_floating_point_only():
+    batch = sf.collate([graph(3)]).to(dtype=torch.float64)
+    assert batch.distance.dtype == batch.weight.dtype == torch.float64
+    assert batch.sender.dtype == torch.int32
+
+
+def test_refusals():
+    with pytest.raises(sf.InputError, match="at least one"):
+        sf.collate([])
+    with pytest.raises(sf.InputError, match="1 of 2 graphs carry atom_features"):
+        sf.collate([graph(2), replace(graph(2), atom_features=np.ones((2, 5), np.float32))])

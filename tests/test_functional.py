@@ -1,0 +1,145 @@
+"""The public operators: what they refuse, and how batch norm's state behaves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import srcgcnn_fast as sf
+from srcgcnn_fast import functional
+from srcgcnn_fast.functional import BatchNorm
+from srcgcnn_fast.nn.conv import GatedConv
+
+BACKENDS = ["reference", "cpu"]
+
+
+def plain_layer(conv: GatedConv, h: torch.Tensor, batch) -> torch.Tensor:
+    """The layer with torch's own modules, on an unweighted graph."""
+    mu = conv.dmin + conv.step * torch.arange(conv.fc_full.in_features - 2 * h.shape[1])
+    e = torch.exp(-(((batch.distance[:, None] - mu) / conv.step) ** 2))
+    receiver = batch.receiver
+    y = conv.bn1(conv.fc_full(torch.cat([h[receiver], h[batch.sender.long()], e], 1)))
+    f, c = y.chunk(2, 1)
+    m = torch.zeros_like(h).index_add(0, receiver, torch.sigmoid(f) * nn.functional.softplus(c))
+    return nn.functional.softplus(h + conv.bn2(m))
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("momentum", [0.1, None, 0.0])
+def test_batch_norm_behaves_as_users_of_torch_expect(backend, make_batch, momentum):
+    """Training, running statistics by momentum, cumulative average, eval after train, frozen statistics."""
+    torch.manual_seed(0)
+    ours, theirs = GatedConv(8), GatedConv(8)
+    theirs.load_state_dict(ours.state_dict())
+    for conv in (ours, theirs):
+        conv.bn1.momentum = conv.bn2.momentum = momentum
+    for seed, mode in enumerate(["train", "train", "eval", "frozen bn1", "train", "eval"]):
+        batch = make_batch("plain", seed=seed)
+        h = torch.rand(batch.num_rows, 8)
+        for conv in (ours, theirs):
+            conv.train(mode != "eval")
+            conv.bn1.train(mode == "train")
+        torch.testing.assert_close(ours(h, batch), plain_layer(theirs, h, batch), rtol=1e-5, atol=1e-5)
+        for (name, a), (_, b) in zip(ours.named_buffers(), theirs.named_buffers(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_without_running_statistics(backend, make_batch):
+    torch.manual_seed(0)
+    batch, conv = make_batch("plain"), GatedConv(8).eval()
+    conv.bn1, conv.bn2 = (nn.BatchNorm1d(k, track_running_stats=False) for k in (16, 8))
+    h = torch.rand(batch.num_rows, 8)
+    torch.testing.assert_close(conv(h, batch), plain_layer(conv, h, batch), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_weights_stand_for_copies(backend, make_batch):
+    """A row of weight w counts as w atoms in both batch norms: two copies of a batch equal doubled weights."""
+    torch.manual_seed(0)
+    batch = make_batch("weighted", seed=1)
+    heavier = batch.to()
+    heavier.weight = 2 * batch.weight
+    conv = GatedConv(8).train()
+    h = torch.rand(batch.num_rows, 8)
+    torch.testing.assert_close(conv(h, batch), conv(h, heavier), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_an_empty_batch(backend, empty_batch):
+    conv = GatedConv(8).eval()
+    assert conv(torch.zeros(0, 8), empty_batch).shape == (0, 8)
+    with pytest.raises(sf.InputError, match="cannot train on a single"):
+        conv.train()(torch.zeros(0, 8), empty_batch)
+
+
+def test_single_atoms_train_only_with_company(make_batch):
+    batch = make_batch("one atom")
+    conv = GatedConv(8).train()
+    with pytest.raises(sf.InputError, match="single atom or edge"):
+        conv(torch.rand(1, 8), batch)
+    batch.weight.fill_(4)  # four equivalent atoms: their statistics exist
+    assert torch.isfinite(conv(torch.rand(1, 8), batch)).all()
+
+
+@pytest.mark.parametrize(
+    ("h", "weight", "says"),
+    [((5, 8), (16, 57), "atom_fea must be"), ((None, 8), (16, 16), "weight must be"), ((None, 8), (8, 57), "weight must")],
+)
+def test_shapes_that_do_not_fit(make_batch, h, weight, says):
+    batch = make_batch("plain")
+    bn1, bn2 = (BatchNorm(None, None, torch.zeros(k), torch.ones(k)) for k in (16, 8))
+    with pytest.raises(sf.InputError, match=says):
+        functional.gated_conv(torch.rand(h[0] or batch.num_rows, h[1]), batch, torch.rand(*weight), None, bn1, bn2)
+
+
+def test_edge_features_of_another_width(make_batch):
+    batch = make_batch("plain")
+    batch.edge_features = torch.rand(batch.num_edges, 7)
+    with pytest.raises(sf.InputError, match="7 edge features"):
+        GatedConv(8)(torch.rand(batch.num_rows, 8), batch)
+
+
+def test_autocast_computes_in_float32(make_batch):
+    torch.manual_seed(0)
+    batch, model = make_batch("plain"), sf.SRCGCNN(atom_fea_len=8, h_fea_len=8).eval()
+    plain = model.features(batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = model.features(batch)
+    assert mixed.dtype == torch.float32
+    torch.testing.assert_close(mixed, plain, rtol=2e-2, atol=2e-2)  # the embedding ran in bfloat16
+
+
+def test_a_forced_backend_never_falls_back(make_batch):
+    with pytest.raises(sf.InputError, match="There is no backend 'fast'"), sf.use_backend("fast"):
+        pass
+    unavailable = next(name for name, status in sf.backends().items() if not status.available)
+    with pytest.raises(sf.InputError, match="cannot run here"), sf.use_backend(unavailable):
+        pass
+    if sf.backends()["cpu"].available:
+        conv, batch = GatedConv(8).half(), make_batch("plain")
+        with sf.use_backend("cpu"), pytest.raises(sf.InputError, match=r"float32 and float64, not torch\.float16"):
+            conv.eval()(torch.rand(batch.num_rows, 8).half(), batch)
+
+
+def test_environment_forces_a_backend(monkeypatch, make_batch):
+    batch, conv = make_batch("plain"), GatedConv(8).eval()
+    monkeypatch.setenv("SRCGCNN_FAST_BACKEND", "nonsense")
+    with pytest.raises(sf.InputError, match="nonsense"):
+        conv(torch.rand(batch.num_rows, 8), batch)
+
+
+def test_gradient_accumulation(make_batch):
+    torch.manual_seed(0)
+    model, batches = sf.CGCNN(2, atom_fea_len=8, h_fea_len=8), [make_batch("plain", seed=s) for s in (1, 2)]
+    single = []
+    for batch in batches:
+        model.zero_grad()
+        model(batch).sum().backward()
+        single.append([p.grad.clone() for p in model.parameters()])
+    model.zero_grad()
+    for batch in batches:
+        model(batch).sum().backward()
+    for p, a, b in zip(model.parameters(), *single, strict=True):
+        torch.testing.assert_close(p.grad, a + b, rtol=1e-4, atol=1e-5)
