@@ -158,8 +158,7 @@ def _graphs(
     graphs = {}
     for i, graph in zip(good, built, strict=True):
         if isinstance(graph, InputError):
-            text = str(graph)
-            errors[i] = text if records[i].id in text else f"{records[i].id}: {text}"
+            errors[i] = f"{records[i].id}: {graph}"
         elif not has_vector[graph.numbers].all():
             symbol = ELEMENT_SYMBOLS[graph.numbers[~has_vector[graph.numbers]][0]]
             errors[i] = f"{records[i].id} has {symbol}, which the model's element table lacks; leave it out."

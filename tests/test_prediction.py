@@ -146,6 +146,7 @@ def test_what_cannot_be_predicted_is_a_row():
         assert np.isnan(frame.loc[name, "target"]), name
         error = frame.loc[name, "error"]
         assert len(error) > 20 and "\n" not in error
+    assert frame.loc["no neighbour", "error"].startswith("no neighbour: ")
     alone = sf.predict(make_model(), good)["target"]
     np.testing.assert_allclose(frame.loc[["first", "last"], "target"], alone, atol=2e-5)
     kept = make_model()
