@@ -126,7 +126,8 @@ def test_extended_xyz(tmp_path: Path) -> None:
     assert_same(one.crystal, 1e-7)
     two = list(read_inputs(tmp_path / "two.xyz", targets=["gap"]))
     assert [(r.id, r.targets) for r in two] == [("two-0", {"gap": 1.5}), ("named", {"gap": 2.5})]
-    assert "two.xyz holds 2 structures" in str(pytest.raises(InputError, as_crystal, tmp_path / "two.xyz").value)
+    with pytest.raises(InputError, match=r"two\.xyz holds 2 structures"):
+        as_crystal(tmp_path / "two.xyz")
     assert "two-0 has no target energy; it has gap" in next(read_inputs(tmp_path / "two.xyz", targets=["energy"])).error
 
 

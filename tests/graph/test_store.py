@@ -1,0 +1,362 @@
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from srcgcnn_fast.errors import InputError
+from srcgcnn_fast.graph import store as store_module
+from srcgcnn_fast.graph.batch import CrystalGraph, GraphBatch, collate
+from srcgcnn_fast.graph.build import build_graph
+from srcgcnn_fast.graph.parameters import GraphParameters
+from srcgcnn_fast.graph.readers import Crystal, Record
+from srcgcnn_fast.graph.store import GraphStore, open_store, prepare
+
+FIELDS = ("numbers", "weight", "sender", "distance", "row_ptr", "crystal_ptr", "atom_class")
+
+
+def crystal(seed: int) -> Crystal:
+    """Up to nine atoms anywhere, every third crystal with a centring translation and so a quotient of half."""
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(1, 10))
+    lattice = rng.uniform(3.5, 6.0) * (np.eye(3) + rng.uniform(-0.2, 0.2, (3, 3)))
+    coords, numbers = rng.random((n, 3)), rng.integers(1, 101, n)
+    if seed % 3 == 0:
+        coords, numbers = np.concatenate([coords, coords + 0.5]), np.concatenate([numbers, numbers])
+    return Crystal(lattice, coords, numbers.astype(np.int32))
+
+
+def records(count: int = 12) -> list[Record]:
+    made = [
+        Record(f"c{i}", crystal(i), {"gap": float(i)} if i % 4 else {"gap": float(i), "e": -i}) for i in range(count)
+    ]
+    return [*made[:5], Record("bad", None, {}, "bad has no atoms; give one."), *made[5:]]
+
+
+def graphs(count: int = 12) -> list[CrystalGraph]:
+    return [build_graph(crystal(i)) for i in range(count)]
+
+
+def assert_same_graph(found: CrystalGraph, expected: CrystalGraph) -> None:
+    for name in ("numbers", "weight", "sender", "distance", "row_ptr", "atom_class"):
+        a, b = getattr(found, name), getattr(expected, name)
+        assert a.dtype == b.dtype, name
+        np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+def assert_same_batch(found: GraphBatch, expected: GraphBatch) -> None:
+    for name in (*FIELDS, "atom_features", "edge_features"):
+        a, b = getattr(found, name), getattr(expected, name)
+        assert (a is None) == (b is None), name
+        if a is not None:
+            assert a.dtype == b.dtype and a.is_contiguous() and torch.equal(a, b), name
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    store = prepare(records(), tmp_path / "store")
+    assert listing(tmp_path) == ["store"]
+    for again in (store, open_store(tmp_path / "store"), pickle.loads(pickle.dumps(store))):
+        assert again.ids == [f"c{i}" for i in range(12)]
+        assert again.rejected == [("bad", "bad has no atoms; give one.")]
+        assert again.parameters == GraphParameters()
+        assert set(again.targets) == {"gap", "e"}
+        np.testing.assert_array_equal(again.targets["gap"], np.arange(12.0))
+        np.testing.assert_array_equal(np.isnan(again.targets["e"]), np.arange(12) % 4 != 0)
+        table = again.target_array(["e", "gap"])
+        assert table.shape == (12, 2) and table.dtype == np.float64 and table[4].tolist() == [-4.0, 4.0]
+        for index, expected in enumerate(graphs()):
+            assert_same_graph(again[index], expected)
+        np.testing.assert_array_equal(again.row_counts, [g.n_rows for g in graphs()])
+    assert (store.n_atoms, store.n_rows, store.n_edges) == tuple(
+        sum(getattr(g, name) for g in graphs()) for name in ("n_atoms", "n_rows", "n_edges")
+    )
+    assert store.n_rows < store.n_atoms
+    assert len(pickle.dumps(store)) < 500
+
+
+def test_the_arrays_are_mapped_not_loaded(tmp_path: Path) -> None:
+    store = prepare(records(), tmp_path / "store")
+    assert isinstance(store._arrays["sender"].base, np.memmap)
+    assert not store._arrays["sender"].flags.writeable
+
+
+def test_parameters_are_kept(tmp_path: Path) -> None:
+    parameters = GraphParameters(radius=5.0, max_neighbors=7, symmetry_tolerance=None, isolated="keep")
+    store = prepare(records(), tmp_path / "store", parameters)
+    assert open_store(tmp_path / "store").parameters == parameters
+    expected = build_graph(crystal(3), 5.0, 7, None, isolated="keep")
+    assert_same_graph(store[3], expected)
+    assert store.n_rows == store.n_atoms
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_batch_equals_collate(tmp_path: Path, on_disk: bool) -> None:
+    expected = graphs(20)
+    store = prepare(records(20), tmp_path / "store") if on_disk else GraphStore.from_graphs(expected)
+    rng = np.random.default_rng(0)
+    choices = [[0], [19], [-1, -20], [3, 3, 3], range(20), np.array([7, 2], np.int32), torch.tensor([5, 1])]
+    for indices in [*choices, *(rng.integers(0, 20, rng.integers(1, 40)) for _ in range(20))]:
+        chosen = [expected[int(i)] for i in indices]
+        assert_same_batch(store.batch(indices), collate(chosen))
+
+
+def test_batch_with_own_features_and_without_edges() -> None:
+    rng = np.random.default_rng(1)
+    made = []
+    for n, degrees in ((2, [3, 0]), (1, [0]), (3, [1, 2, 4])):
+        e = sum(degrees)
+        made.append(
+            CrystalGraph(
+                numbers=rng.integers(1, 100, n).astype(np.int32),
+                weight=np.ones(n, np.float32),
+                sender=rng.integers(0, n, e).astype(np.int32),
+                distance=rng.random(e),
+                row_ptr=np.concatenate([[0], np.cumsum(degrees)]).astype(np.int32),
+                atom_class=np.arange(n, dtype=np.int32),
+                atom_features=rng.random((n, 5)).astype(np.float32),
+                edge_features=rng.random((e, 4)).astype(np.float32),
+            )
+        )
+    store = GraphStore.from_graphs(made)
+    assert_same_batch(store.batch([2, 0, 1, 1]), collate([made[i] for i in (2, 0, 1, 1)]))
+    assert_same_batch(store.batch([1]), collate([made[1]]))
+    assert store[0].distance.dtype == np.float64
+    np.testing.assert_array_equal(store[2].edge_features, made[2].edge_features)
+
+
+def test_bad_indices(tmp_path: Path) -> None:
+    store = GraphStore.from_graphs(graphs(3))
+    for indices, said in (([], "no index"), ([3], "no crystal 3 in a store of 3"), ([-4], "no crystal -4")):
+        with pytest.raises(InputError, match=said):
+            store.batch(indices)
+    for indices in ([0.5], [[0]], [True]):
+        with pytest.raises(InputError, match="whole numbers in one row"):
+            store.batch(indices)
+    with pytest.raises(IndexError, match="There is no crystal 3"):
+        store[3]
+    assert len(list(store)) == 3
+    with pytest.raises(InputError, match="has no target gap; it has none"):
+        store.target_array(["gap"])
+
+
+def test_in_memory_store() -> None:
+    store = GraphStore.from_graphs(graphs(3), ids=["a", "b", "c"], targets={"gap": [1, 2, np.nan]})
+    again = pickle.loads(pickle.dumps(store))
+    for held in (store, again):
+        assert held.ids == ["a", "b", "c"] and held.path is None
+        np.testing.assert_array_equal(held.targets["gap"], [1, 2, np.nan])
+        assert_same_graph(held[1], graphs(3)[1])
+    with pytest.raises(InputError, match="ids has the shape"):
+        GraphStore.from_graphs(graphs(3), ids=["a"])
+    with pytest.raises(InputError, match="gap has the shape"):
+        GraphStore.from_graphs(graphs(3), targets={"gap": [1]})
+    with pytest.raises(InputError, match="at least one graph"):
+        GraphStore.from_graphs([])
+
+
+def test_chunks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = prepare(records(30), tmp_path / "whole")
+    monkeypatch.setattr(store_module, "_CHUNK_ATOMS", 7)
+    seen: list[int] = []
+    parts = prepare(records(30), tmp_path / "parts", progress=seen.append)
+    assert seen == list(range(1, 32))
+    assert parts.ids == whole.ids and parts.rejected == whole.rejected
+    for name in store_module._DTYPES:
+        assert (tmp_path / "whole" / f"{name}.npy").read_bytes() == (tmp_path / "parts" / f"{name}.npy").read_bytes()
+
+
+def test_records_are_read_as_they_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "_CHUNK_CRYSTALS", 4)
+    alive = most = 0
+    add = store_module._StoreWriter.add
+
+    def counted(writer: object, chunk: list[Record], parameters: GraphParameters) -> None:
+        nonlocal alive, most
+        most, alive = max(most, alive), 0
+        add(writer, chunk, parameters)
+
+    def stream():
+        nonlocal alive
+        for record in records(40):
+            alive += 1
+            yield record
+
+    monkeypatch.setattr(store_module._StoreWriter, "add", counted)
+    assert len(prepare(stream(), tmp_path / "store")) == 40
+    assert most <= 4
+
+
+def test_a_crystal_without_a_graph_is_rejected_alone(tmp_path: Path) -> None:
+    lonely = Record("lonely", Crystal(40 * np.eye(3), np.zeros((1, 3)), np.array([1], np.int32)), {"gap": 9.0})
+    store = prepare([*records(3), lonely, Record("last", crystal(5), {"gap": 5.0})], tmp_path / "store")
+    assert store.ids == ["c0", "c1", "c2", "last"]
+    assert [id for id, _ in store.rejected] == ["bad", "lonely"]
+    assert "neighbour" in store.rejected[1][1]
+    assert store.targets["gap"].tolist() == [0.0, 1.0, 2.0, 5.0]
+    assert_same_graph(store[3], build_graph(crystal(5)))
+
+
+def test_nothing_usable(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="None of the 1 inputs of the input became a graph; bad: bad has no atoms"):
+        prepare([records(1)[-1]], tmp_path / "store")
+    with pytest.raises(InputError, match="no structures in the input"):
+        prepare([], tmp_path / "store")
+    with pytest.raises(InputError, match=r"gone\.parquet does not exist"):
+        prepare(tmp_path / "gone.parquet", tmp_path / "store")
+    with pytest.raises(InputError, match="c0: c0 has no target mass; it has gap, e"):
+        prepare(records(), tmp_path / "store", targets=["mass"])
+    assert listing(tmp_path) == []
+
+
+def test_one_of_several_targets_is_nowhere(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="No crystal of the input has a value of the target mass"):
+        prepare(records(), tmp_path / "store", targets=["gap", "mass"])
+    assert listing(tmp_path) == []
+
+
+def test_a_failing_write_leaves_nothing_and_spares_the_old_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(records(3), tmp_path / "store")
+
+    def broken():
+        yield from records(8)
+        raise RuntimeError("the disk is full")
+
+    for path in ("store", "new"):
+        with pytest.raises(RuntimeError, match="the disk is full"):
+            prepare(broken(), tmp_path / path)
+    monkeypatch.setattr(store_module._StoreWriter, "finish", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare(records(8), tmp_path / "store")
+    assert listing(tmp_path) == ["store"]
+    assert open_store(tmp_path / "store").ids == ["c0", "c1", "c2"]
+
+
+def table(path: Path, count: int = 6) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    made = [crystal(i) for i in range(count)]
+    columns = {
+        "material_id": [f"c{i}" for i in range(count)],
+        "lattice": [c.lattice.ravel().tolist() for c in made],
+        "frac_coords": [c.frac_coords.ravel().tolist() for c in made],
+        "atomic_numbers": [c.numbers.tolist() for c in made],
+        "gap": [float(i) for i in range(count)],
+    }
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_the_same_source_is_prepared_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("pyarrow")
+    source, path = table(tmp_path / "t.parquet"), tmp_path / "store"
+
+    def stamp(**options: object) -> int:
+        prepare(source, path, **options)
+        return (path / "metadata.json").stat().st_ino
+
+    first = stamp()
+    with caplog.at_level(logging.INFO, logger="srcgcnn_fast"):
+        assert stamp() == first
+    assert "prepared already" in caplog.text
+    second = stamp(parameters=GraphParameters(max_neighbors=5))
+    assert second != first and open_store(path).parameters.max_neighbors == 5
+    third = stamp(targets=["gap"])
+    assert third != second
+    table(source, 7)
+    stamp(targets=["gap"])
+    assert len(open_store(path)) == 7
+    (path / "sender.npy").write_bytes(b"")
+    stamp(targets=["gap"])
+    assert len(open_store(path)) == 7
+    assert listing(tmp_path) == ["store", "t.parquet"]
+
+
+def test_foreign_directories_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "metadata.json").write_text('{"format": "other", "version": 1}')
+    (tmp_path / "file").write_text("text")
+    for name in ("mine", "other", "file"):
+        with pytest.raises(InputError, match=f"{name} exists and is not a store"):
+            prepare(records(), tmp_path / name)
+        with pytest.raises(InputError, match=f"{name} is not a store of prepared graphs"):
+            open_store(tmp_path / name)
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+    with pytest.raises(InputError, match="gone does not exist"):
+        open_store(tmp_path / "gone")
+    (tmp_path / "empty").mkdir()
+    assert len(prepare(records(), tmp_path / "empty")) == 12
+
+
+def damage_metadata(folder: Path, **changes: object) -> None:
+    metadata = json.loads((folder / "metadata.json").read_text())
+    (folder / "metadata.json").write_text(json.dumps({**metadata, **changes}))
+
+
+def set_bytes(folder: Path, name: str, value: np.ndarray) -> None:
+    size = (folder / name).stat().st_size
+    np.save(folder / name, value)
+    assert (folder / name).stat().st_size == size
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda f: (f / "sender.npy").unlink(), "damaged .sender.npy is missing"),
+        (
+            lambda f: (f / "distance.npy").write_bytes((f / "distance.npy").read_bytes()[:-4]),
+            "damaged .distance.npy is",
+        ),
+        (lambda f: (f / "metadata.json").write_text("{"), "is not a store"),
+        (lambda f: damage_metadata(f, version=99), "has the store format 99, this package reads 1"),
+        (lambda f: damage_metadata(f, ids=["one"]), "is damaged"),
+        (lambda f: damage_metadata(f, sizes=None), "is damaged"),
+        (lambda f: damage_metadata(f, parameters={"colour": 3}), "is damaged"),
+        (lambda f: set_bytes(f, "row_count.npy", np.zeros(12, np.int64)), "is damaged"),
+        (lambda f: set_bytes(f, "degree.npy", 0 * np.load(f / "degree.npy")), "is damaged"),
+    ],
+)
+def test_damaged_stores(tmp_path: Path, spoil: object, said: str) -> None:
+    prepare(records(), tmp_path / "store")
+    spoil(tmp_path / "store")
+    with pytest.raises(InputError, match=said) as caught:
+        open_store(tmp_path / "store")
+    assert str(tmp_path / "store") in str(caught.value)
+
+
+def test_unwritable_parent(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="Cannot write"):
+        prepare(records(), tmp_path / "file" / "store")
+
+
+def test_loader_workers_share_a_store(tmp_path: Path) -> None:
+    store = prepare(records(), tmp_path / "store")
+    loader = torch.utils.data.DataLoader(
+        [0, 1], num_workers=1, collate_fn=store.batch, batch_size=2, multiprocessing_context="spawn"
+    )
+    (batch,) = loader
+    assert_same_batch(batch, store.batch([0, 1]))
+
+
+def test_materials_project_sample(data_dir: Path, tmp_path: Path) -> None:
+    store = prepare(data_dir / "mp" / "small_1500.parquet", tmp_path / "store")
+    assert len(store) == 1500 and not store.rejected
+    assert set(store.targets) == {"formation_energy_per_atom", "band_gap"}
+    assert store.n_atoms / store.n_rows > 2.3
+    chosen = np.random.default_rng(0).choice(1500, 300, replace=False)
+    assert_same_batch(store.batch(chosen), collate([store[i] for i in chosen]))
+    assert int(store.batch(chosen).weight.sum()) == store.batch(chosen).atom_class.shape[0]
