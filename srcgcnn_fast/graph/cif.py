@@ -72,10 +72,10 @@ def _parse(text: str, name: str) -> Crystal:
     from pymatgen.io.cif import CifParser
 
     block = _structure_block(text, name)
-    tolerance = 0.0 if _only_identity(block) else 1e-4  # pymatgen's snapping to thirds serves symmetry alone
+    snap = 0.0 if _only_identity(block) else 1e-4  # pymatgen's snapping to thirds serves symmetry alone
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        parser = CifParser.from_str(block, frac_tolerance=tolerance, check_cif=False)
+        parser = CifParser.from_str(block, frac_tolerance=snap, check_cif=False)
         items: dict[str, Any] = next(iter(parser.as_dict().values()), {})
         _check_items(items, name)
         structure = parser.parse_structures(primitive=False, on_error="raise")[0]
@@ -87,8 +87,32 @@ def _parse(text: str, name: str) -> Crystal:
     if any(structure.site_properties.get("implicit_hydrogens", ())):
         raise _no_hydrogen(name, "some sites stand for water or hydroxyl")
     crystal = from_pymatgen(structure, name)
-    _check_formula(items, crystal, name)
+    try:
+        _check_formula(items, crystal, name)
+    except InputError:
+        merged = _merged_further(block, items, name) if snap else None
+        if merged is None:
+            raise
+        return merged
     return crystal
+
+
+def _merged_further(block: str, items: dict[str, Any], name: str) -> Crystal | None:
+    """Read again, merging images that rounded coordinates keep apart; None where the formula still disagrees."""
+    from pymatgen.io.cif import CifParser
+
+    for tolerance in (1e-3, 1e-2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            parser = CifParser.from_str(block, site_tolerance=tolerance, check_cif=False)
+            try:
+                crystal = from_pymatgen(parser.parse_structures(primitive=False, on_error="raise")[0], name)
+                _check_formula(items, crystal, name)
+            except ValueError:
+                continue
+        logger.debug("%s: images within %g of a cell edge were merged.", name, tolerance)
+        return crystal
+    return None
 
 
 def _structure_block(text: str, name: str) -> str:

@@ -403,6 +403,15 @@ def test_coordinates_near_a_third_stay_as_written_without_symmetry(tmp_path: Pat
     assert as_crystal(tmp_path / "sym.cif").frac_coords[0, 0] == pytest.approx(1 / 3, abs=1e-12)
 
 
+def test_images_of_a_rounded_special_position_are_one_atom(tmp_path: Path) -> None:
+    sites, operations = "Cs1 Cs 0.4999 0 0 1\nCl1 Cl 0 0.5 0.5 1", "'x, y, z'\n'-x, y, z'"
+    formula = "_chemical_formula_sum 'Cs Cl'\n_cell_formula_units_Z 1"
+    (tmp_path / "x.cif").write_text(cif(sites, formula, operations))
+    assert sorted(as_crystal(tmp_path / "x.cif").numbers.tolist()) == [17, 55]
+    (tmp_path / "y.cif").write_text(cif(sites.replace("0.4999", "0.4"), formula, operations))
+    assert "y.cif contradicts itself" in only_error(tmp_path / "y.cif")
+
+
 def test_other_bad_files(tmp_path: Path) -> None:
     bad = {
         "e.json": ("", "e.json is not a JSON file"),
