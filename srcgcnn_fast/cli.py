@@ -67,8 +67,8 @@ def train(arguments: argparse.Namespace) -> None:
     from .training import GraphDataModule, Recipe, evaluate, fit, prepared
 
     out, parameters = Path(arguments.out), _graph_parameters(arguments)
-    sources = (arguments.source, arguments.val, arguments.test)
-    store, val_store, test_store = (s and prepared(s, arguments.target, out, parameters, True) for s in sources)
+    sources = {"graphs": arguments.source, "graphs-val": arguments.val, "graphs-test": arguments.test}
+    store, val_store, test_store = (s and prepared(s, out / name, parameters, True) for name, s in sources.items())
     data = GraphDataModule(
         store,
         arguments.target,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -132,8 +133,9 @@ def compare(
         InputError: the target does not exist or fewer than 20 crystals have it.
     """
     out = Path(out_dir)
-    stores = [s and prepared(s, target, out, parameters, progress) for s in (source, val_source, test_source)]
-    data = _data(*stores, target, split, batch_size, unit, seed)
+    sources = {"graphs": source, "graphs-val": val_source, "graphs-test": test_source}
+    stores = [s if s is None else prepared(s, out / name, parameters, progress) for name, s in sources.items()]
+    data = _data(stores, target, split, batch_size, unit, seed)
     recipe = Recipe(epochs=epochs, lr=lr, optimizer=optimizer, schedule=schedule)
     part = "test" if len(data.parts["test"].indices) else "val"
     widths = {"atom_fea_len": atom_fea_len, "h_fea_len": h_fea_len}
@@ -161,15 +163,16 @@ def compare(
 
 
 def _data(
-    store: GraphStore,
-    val_store: GraphStore | None,
-    test_store: GraphStore | None,
+    stores: Sequence[GraphStore | None],
     target: str,
     split: tuple[float, float, float],
     batch_size: int | None,
     unit: str | None,
     seed: int,
 ) -> GraphDataModule:
+    store, val_store, test_store = stores
+    if store is None:
+        raise InputError("There is no source to compare on; give one.")
     data = GraphDataModule(
         store,
         target,

@@ -224,21 +224,8 @@ class GraphDataModule(pl.LightningDataModule):
         return self.loader("test")
 
 
-def target_matrix(store: GraphStore, targets: Sequence[str]) -> np.ndarray:
-    """(n, T) float64, the named target columns of a store; NaN where a crystal has none.
-
-    Raises:
-        InputError: a column does not exist; the message names those that do.
-    """
-    for name in targets:
-        if name not in store.targets:
-            known = ", ".join(sorted(store.targets)) or "none at all"
-            raise InputError(f"There is no target {name!r} in the data; the targets there are: {known}.")
-    return np.stack([store.targets[name] for name in targets], axis=1)
-
-
 def _dataset(store: GraphStore, targets: Sequence[str]) -> GraphDataset:
-    dataset = GraphDataset(store, target_matrix(store, targets))
+    dataset = GraphDataset(store, store.target_array(targets))
     if missing := len(store) - len(dataset.usable()):
         logger.warning("%d of %d crystals have no %s and are left out", missing, len(store), " and ".join(targets))
     return dataset
