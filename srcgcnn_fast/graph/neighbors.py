@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ import numpy as np
 
 from ..errors import InputError
 
+logger = logging.getLogger(__name__)
+
 COINCIDENT_DISTANCE = 1e-3
 """Å; two sites nearer than this are two atoms on one site."""
 
@@ -18,19 +21,23 @@ OK, DEGENERATE_LATTICE, COINCIDENT_ATOMS, TOO_MANY_IMAGES, ISOLATED_ATOMS = rang
 """Outcome of one crystal in the kernels."""
 
 _EDGE_SLACK = 1e-8  # Å; a neighbour at the cutoff radius up to rounding is inside
-_BINNED_ATOMS = 32  # from here on a crystal is searched through bins
+_BINNED_ATOMS = 96  # from here on a crystal is searched through bins
 _RANKED = 96  # up to here a rank sort (vectorised, quadratic) is the fastest
 _MAX_GHOSTS = 100_000_000
 _MAX_IMAGE = 2**31 - 1
 
 
-def jit(function: Callable[..., Any]) -> Any:
-    """``numba.njit`` with the options of every kernel here; without a cache where no directory is writable."""
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+jit = numba.njit(**_OPTIONS)
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile an entry point and keep it on disk; only in memory where no directory is writable."""
     try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:
-        return numba.njit(**options)(function)
+        return numba.njit(cache=True, **_OPTIONS)(function)
+    except RuntimeError as error:
+        logger.warning("The compiled neighbour search cannot be kept on disk (%s).", error)
+        return jit(function)
 
 
 @jit
@@ -178,18 +185,14 @@ def _bin_of(position, inverse, low, scale, bins, g):
 
 
 @jit
-def _sort_into_bins(position, atom, image, home, inverse, low, scale, bins, bin_ptr):
-    """Counting sort of the ghosts by bin; returns them in the new order (home is renumbered in place)."""
-    ghosts = atom.shape[0]
-    where = np.empty(ghosts, np.int64)
+def _sort_into_bins(ghosts, position, atom, image, home, inverse, low, scale, bins, bin_ptr, where,
+                    new_position, new_atom, new_image):  # fmt: skip
+    """Counting sort of the ghosts by bin, into the arrays new_*; home is renumbered in place."""
     for g in range(ghosts):
         where[g] = _bin_of(position, inverse, low, scale, bins, g)
         bin_ptr[where[g] + 2] += 1
     for q in range(2, bin_ptr.shape[0]):
         bin_ptr[q] += bin_ptr[q - 1]
-    new_position = np.empty_like(position)
-    new_atom = np.empty_like(atom)
-    new_image = np.empty_like(image)
     for g in range(ghosts):
         t = bin_ptr[where[g] + 1]
         bin_ptr[where[g] + 1] = t + 1
@@ -200,7 +203,6 @@ def _sort_into_bins(position, atom, image, home, inverse, low, scale, bins, bin_
         where[g] = t
     for j in range(home.shape[0]):
         home[j] = where[home[j]]
-    return new_position, new_atom, new_image
 
 
 @jit
@@ -251,7 +253,7 @@ def _grown(array, used, needed):
     return longer
 
 
-@jit
+@kernel
 def search(lattices, frac_coords, ptr, radius, count, slack):
     """Neighbours of every atom: all within ``radius``, or those up to the ``count``-th distance + ``slack``.
 
@@ -285,8 +287,13 @@ def search(lattices, frac_coords, ptr, radius, count, slack):
     low, high, lowest, highest = np.empty(3), np.empty(3), np.empty(3), np.empty(3)
     reach, scale, height = np.empty(3), np.empty(3), np.empty(3)
     bins = np.empty(3, np.int64)
-    square, key, index = np.empty(1024), np.empty(1024), np.empty(1024, np.int64)
-    sorted_key, sorted_index, rank = np.empty(1024), np.empty(1024, np.int64), np.empty(1024, np.int64)
+    room = 1024  # ghosts that the work arrays hold
+    made_position, made_atom = np.empty((3, room)), np.empty(room, np.int32)
+    made_image, where = np.empty((room, 3), np.int64), np.empty(room, np.int64)
+    bin_position, bin_atom = np.empty((3, room)), np.empty(room, np.int32)
+    bin_image, bin_ptr = np.empty((room, 3), np.int64), np.empty(room, np.int64)
+    square, key, index = np.empty(room), np.empty(room), np.empty(room, np.int64)
+    sorted_key, sorted_index, rank = np.empty(room), np.empty(room, np.int64), np.empty(room, np.int64)
     for b in range(crystals):
         atoms = ptr[b + 1] - ptr[b]
         if atoms == 0:
@@ -330,15 +337,17 @@ def search(lattices, frac_coords, ptr, radius, count, slack):
                 status[b] = TOO_MANY_IMAGES
                 break
             ghosts = int(expected)
-            ghost_position = np.empty((3, ghosts))
-            ghost_atom, ghost_image = np.empty(ghosts, np.int64), np.empty((ghosts, 3), np.int64)
-            _fill_ghosts(frac, reduced, transform, shift, low, high, ghost_position, ghost_atom, ghost_image, home)
-            if square.shape[0] < ghosts:
-                square, key, index = np.empty(ghosts), np.empty(ghosts), np.empty(ghosts, np.int64)
-                sorted_key, sorted_index = np.empty(ghosts), np.empty(ghosts, np.int64)
-                rank = np.empty(ghosts, np.int64)
+            if room < ghosts:
+                room = 2 * ghosts
+                made_position, made_atom = np.empty((3, room)), np.empty(room, np.int32)
+                made_image, where = np.empty((room, 3), np.int64), np.empty(room, np.int64)
+                bin_position, bin_atom = np.empty((3, room)), np.empty(room, np.int32)
+                bin_image = np.empty((room, 3), np.int64)
+                square, key, index = np.empty(room), np.empty(room), np.empty(room, np.int64)
+                sorted_key, sorted_index, rank = np.empty(room), np.empty(room, np.int64), np.empty(room, np.int64)
+            _fill_ghosts(frac, reduced, transform, shift, low, high, made_position, made_atom, made_image, home)
+            ghost_position, ghost_atom, ghost_image = made_position, made_atom, made_image
             binned = atoms >= _BINNED_ATOMS
-            bin_ptr = np.zeros(0, np.int64)
             if binned:
                 for k in range(3):
                     bins[k] = max(1, int(min(2 * (high[k] - low[k]) / reach[k], 1e4)))
@@ -347,10 +356,14 @@ def search(lattices, frac_coords, ptr, radius, count, slack):
                     bins[widest] = (bins[widest] + 1) // 2
                 for k in range(3):
                     scale[k] = bins[k] / (high[k] - low[k])
-                bin_ptr = np.zeros(bins[0] * bins[1] * bins[2] + 2, np.int64)
-                ghost_position, ghost_atom, ghost_image = _sort_into_bins(
-                    ghost_position, ghost_atom, ghost_image, home, inverse, low, scale, bins, bin_ptr
-                )
+                if bin_ptr.shape[0] < bins[0] * bins[1] * bins[2] + 2:
+                    bin_ptr = np.empty(2 * (bins[0] * bins[1] * bins[2] + 2), np.int64)
+                bin_ptr[: bins[0] * bins[1] * bins[2] + 2] = 0
+                _sort_into_bins(
+                    ghosts, made_position, made_atom, made_image, home, inverse, low, scale, bins,
+                    bin_ptr[: bins[0] * bins[1] * bins[2] + 2], where, bin_position, bin_atom, bin_image,
+                )  # fmt: skip
+                ghost_position, ghost_atom, ghost_image = bin_position, bin_atom, bin_image
             still = 0
             for p in range(left):
                 i = pending[p]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .neighbors import ISOLATED_ATOMS, OK, jit
+from .neighbors import ISOLATED_ATOMS, OK, jit, kernel
 
 _WIDTH = 0.98317  # of the tolerance; unround, so that rounded coordinates do not meet the edge of a shell
 
@@ -57,6 +57,20 @@ def _split(members, begin, end, starts, value, column, width):
                     least = v
         k = stop
     return changed
+
+
+@jit
+def _agree(members, begin, end, value, slack):
+    """Whether all rows of a class are within ``slack`` of its first one: the common case, in one vector pass."""
+    reference = value[members[begin]]
+    for k in range(begin + 1, end):
+        row = value[members[k]]
+        outside = 0
+        for column in range(slack.shape[0]):
+            outside += abs(row[column] - reference[column]) > slack[column]
+        if outside > 0:
+            return False
+    return True
 
 
 @jit
@@ -124,6 +138,9 @@ def _refine(numbers, first, size, sender, distance, count, width, opens, order, 
     colours = _number(members, starts, colour)
     for i in range(atoms):
         value[i, 0] = degree[i]
+    # columns of a signature: degree, then (colour, distance) place by place
+    slack = np.zeros(2 * most + 1)
+    slack[2::2] = width / 2
     changed = True
     while changed and colours < atoms:
         for k in range(atoms):
@@ -141,10 +158,9 @@ def _refine(numbers, first, size, sender, distance, count, width, opens, order, 
             end = begin + 1
             while end < atoms and not starts[end]:
                 end += 1
-            if end - begin > 1:
+            if end - begin > 1 and not _agree(members, begin, end, value, slack):
                 for column in range(2 * most + 1):
-                    exact = column == 0 or column % 2 == 1
-                    if _split(members, begin, end, starts, value, column, 0.0 if exact else width):
+                    if _split(members, begin, end, starts, value, column, 2 * slack[column]):
                         changed = True
             begin = end
         colours = _number(members, starts, colour)
@@ -153,7 +169,7 @@ def _refine(numbers, first, size, sender, distance, count, width, opens, order, 
     return colours
 
 
-@jit
+@kernel
 def reduce(numbers, ptr, status, detail, first, size, sender, image, distance, radius, count, tolerance, quotient,
            padded, keep_isolated):  # fmt: skip
     """Graphs of B crystals from their candidates: one row per class (``quotient``) or per atom.
