@@ -141,33 +141,35 @@ def _kernel_array(array: np.ndarray, dtype: Any) -> np.ndarray:
 def _unusable(lattices: np.ndarray, frac_coords: np.ndarray, numbers: np.ndarray, ptr: np.ndarray) -> dict[int, str]:
     """What native code must not see, by crystal."""
     errors: dict[int, str] = {}
-    owner = np.repeat(np.arange(len(ptr) - 1), np.diff(ptr))
-
-    def first_atom(bad: np.ndarray) -> Iterator[tuple[int, int]]:
-        for atom in np.flatnonzero(bad)[::-1]:
-            yield int(owner[atom]), int(atom - ptr[owner[atom]])
-
-    for b in np.flatnonzero(np.diff(ptr) == 0):
-        errors[int(b)] = "The crystal has no atoms; give it at least one."
-    known = (numbers >= 1) & (numbers <= MAX_ATOMIC_NUMBER) & (numbers == numbers.astype(np.int64))
-    for b, i in first_atom(~known):
+    with np.errstate(invalid="ignore"):  # comparisons with NaN are False, as they should be
+        known = (numbers >= 1) & (numbers <= MAX_ATOMIC_NUMBER) & (numbers == np.trunc(numbers))
+        inside = (np.abs(frac_coords) < _MAX_COORDINATE).all(axis=1)
+        fine = (np.abs(lattices) < _MAX_COORDINATE).all(axis=(1, 2))
+    for b in np.flatnonzero(np.diff(ptr) == 0).tolist():
+        errors[b] = "The crystal has no atoms; give it at least one."
+    for b, atom in _first_of_each(~known, ptr):
         errors[b] = (
-            f"Atomic number {numbers[ptr[b] + i]} at site {i + 1} is not one of the elements 1 to "
+            f"Atomic number {numbers[atom]:g} at site {atom - ptr[b] + 1} is not one of the elements 1 to "
             f"{MAX_ATOMIC_NUMBER}; mend the species."
         )
-    with np.errstate(invalid="ignore"):
-        usable = (np.abs(frac_coords) < _MAX_COORDINATE).all(axis=1)  # NaN compares False
-    for b, i in first_atom(~usable):
+    for b, atom in _first_of_each(~inside, ptr):
         errors[b] = (
-            f"The fractional coordinates {frac_coords[ptr[b] + i].tolist()} at site {i + 1} are not "
-            f"finite numbers below {_MAX_COORDINATE:g}; mend the coordinates."
+            f"The fractional coordinates {frac_coords[atom].tolist()} at site {atom - ptr[b] + 1} are not finite "
+            f"numbers below {_MAX_COORDINATE:g}; mend the coordinates."
         )
-    for b in np.flatnonzero(~(np.abs(lattices) < _MAX_COORDINATE).all(axis=(1, 2))):
-        errors[int(b)] = (
+    for b in np.flatnonzero(~fine).tolist():
+        errors[b] = (
             f"The lattice {lattices[b].tolist()} has an entry that is not a finite number below "
             f"{_MAX_COORDINATE:g} Å; mend the lattice."
         )
     return errors
+
+
+def _first_of_each(bad: np.ndarray, ptr: np.ndarray) -> Iterator[tuple[int, int]]:
+    """(crystal, atom) for the first bad atom of every crystal that has one."""
+    atoms = np.flatnonzero(bad)
+    crystals, first = np.unique(np.searchsorted(ptr, atoms, side="right") - 1, return_index=True)
+    yield from zip(crystals.tolist(), atoms[first].tolist(), strict=True)
 
 
 def _without(
@@ -244,17 +246,21 @@ def _join(
     errors: dict[int, str],
 ) -> PackedGraphs:
     """Chunks to one set of arrays; ``good`` are the crystals that reached the kernels."""
-    from . import neighbors
+    from . import neighbors, symmetry
 
     dtypes = (np.int64,) * 2 + (np.float64,) + (np.int64,) * 2 + (
         np.int32, np.int32, np.float32, np.int32, np.int32, np.float64, np.int32,
     )  # fmt: skip
-    empty = [np.empty((0, 2) if k == 1 else (0, 3) if k == 11 else 0, dtype) for k, dtype in enumerate(dtypes)]
+    empty = tuple(np.empty((0, 2) if k == 1 else (0, 3) if k == 11 else 0, dtype) for k, dtype in enumerate(dtypes))
     columns = [np.concatenate(column) for column in zip(*(results or [empty]), strict=True)]
     status, detail, gap, rows, edges, atom_class, row_numbers, weight, row_size, sender, distance, image = columns
     for k in np.flatnonzero(status != neighbors.OK):
         atoms = numbers[ptr[k] : ptr[k + 1]]
-        errors[int(good[k])] = neighbors.failure(status[k], detail[k], gap[k], atoms, parameters.radius)
+        errors[int(good[k])] = (
+            symmetry.isolated_failure(detail[k], atoms, parameters.radius)
+            if status[k] == symmetry.ISOLATED_ATOMS
+            else neighbors.failure(status[k], detail[k], gap[k], atoms, parameters.radius)
+        )
     accepted = status == neighbors.OK
     atom_class = atom_class[np.repeat(accepted, np.diff(ptr))]
     counts = np.zeros((3, crystals), dtype=np.int64)

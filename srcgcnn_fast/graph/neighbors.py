@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 COINCIDENT_DISTANCE = 1e-3
 """Å; two sites nearer than this are two atoms on one site."""
 
-OK, DEGENERATE_LATTICE, COINCIDENT_ATOMS, TOO_MANY_IMAGES, ISOLATED_ATOMS = range(5)
-"""Outcome of one crystal in the kernels."""
+OK, DEGENERATE_LATTICE, COINCIDENT_ATOMS, TOO_MANY_IMAGES, DISTANT_IMAGES = range(5)
+"""Outcome of the search in one crystal."""
 
 _EDGE_SLACK = 1e-8  # Å; a neighbour at the cutoff radius up to rounding is inside
 _BINNED_ATOMS = 96  # from here on a crystal is searched through bins
@@ -68,19 +68,18 @@ def _reduce_lattice(lattice, reduced, transform):
                 if abs(q) > 1e9:
                     return False
                 if abs(q) > 0.5 + 1e-9:
-                    k = np.int64(math.floor(q + 0.5))
+                    times = np.int64(math.floor(q + 0.5))
                     for a in range(3):
-                        reduced[i, a] -= k * reduced[j, a]
-                        transform[i, a] -= k * transform[j, a]
+                        reduced[i, a] -= times * reduced[j, a]
+                        transform[i, a] -= times * transform[j, a]
                     changed = True
         if changed:
             continue
         # then the longest vector against the sums and differences of the other two
         for i in range(3):
             norm[i] = reduced[i, 0] ** 2 + reduced[i, 1] ** 2 + reduced[i, 2] ** 2
-        i = int(np.argmax(norm))
-        j = (i + 1) % 3
-        k = (i + 2) % 3
+        longest = int(np.argmax(norm))
+        i, j, k = longest, (longest + 1) % 3, (longest + 2) % 3
         for signs in range(4):
             s = 1 - 2 * (signs & 1)
             t = 1 - (signs & 2)
@@ -278,7 +277,7 @@ def search(lattices, frac_coords, ptr, radius, count, slack):
     gap = np.zeros(crystals)
     first = np.zeros(ptr[-1], np.int64)
     size = np.zeros(ptr[-1], np.int64)
-    out_sender = np.empty(ptr[-1] * (count + 6) + 64, np.int32)
+    out_sender = np.empty(ptr[-1] * (min(count, 64) + 6) + 64, np.int32)
     out_distance = np.empty(out_sender.shape[0])
     out_image = np.empty(3 * out_sender.shape[0], np.int32)
     used = 0
@@ -424,7 +423,7 @@ def search(lattices, frac_coords, ptr, radius, count, slack):
                     for k in range(3):
                         translation = ghost_image[g, k] + shift[i, k]
                         if abs(translation) > _MAX_IMAGE:
-                            status[b] = TOO_MANY_IMAGES
+                            status[b] = DISTANT_IMAGES
                         out_image[3 * (used + a) + k] = translation
                 used += keep
             if status[b] != OK:
@@ -451,12 +450,12 @@ class NeighborList(NamedTuple):
 
 
 def failure(status: int, detail: np.ndarray, gap: float, numbers: np.ndarray, radius: float) -> str:
-    """The sentence for a crystal that a kernel refused; ``numbers`` are its atomic numbers."""
+    """The sentence for a crystal that the search refused; ``numbers`` are its atomic numbers."""
     if status == COINCIDENT_ATOMS:
         i, j = sorted(int(x) for x in detail)
         if i != j:
             return (
-                f"Two atoms are on one site: sites {i + 1} ({_symbol(numbers[i])}) and {j + 1} ({_symbol(numbers[j])}) "
+                f"Two atoms are on one site: sites {i + 1} ({symbol(numbers[i])}) and {j + 1} ({symbol(numbers[j])}) "
                 f"are {gap:.1e} Å apart; remove one of them."
             )
         status = DEGENERATE_LATTICE
@@ -465,20 +464,12 @@ def failure(status: int, detail: np.ndarray, gap: float, numbers: np.ndarray, ra
             "The lattice is singular or has a lattice vector or cell height below 0.001 Å; give three independent "
             "lattice vectors in Å."
         )
-    if status == ISOLATED_ATOMS:
-        count, i = (int(x) for x in detail)
-        which = f"site {i + 1}, {_symbol(numbers[i])}" + (", is the first" if count > 1 else "")
-        return (
-            f"{count} of {len(numbers)} atoms {'has' if count == 1 else 'have'} no neighbour within {radius:g} Å "
-            f'({which}); use a larger radius, or isolated="keep".'
-        )
-    return (
-        f"The radius of {radius:g} Å reaches too many periodic images of this cell; use a smaller radius, or a cell "
-        "with fractional coordinates near 0."
-    )
+    if status == DISTANT_IMAGES:
+        return "The cell is so skewed that translations to neighbours exceed 32-bit integers; give its reduced cell."
+    return f"The radius of {radius:g} Å reaches too many periodic images of this cell; use a smaller radius."
 
 
-def _symbol(number: int) -> str:
+def symbol(number: int) -> str:
     from .elements import ELEMENT_SYMBOLS
 
     return ELEMENT_SYMBOLS[number] if 0 < number < len(ELEMENT_SYMBOLS) else f"Z = {number}"

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from .neighbors import ISOLATED_ATOMS, OK, jit, kernel
+from .neighbors import OK, jit, kernel, symbol
+
+ISOLATED_ATOMS = 100
+"""Status of a crystal with atoms that have no neighbour; the search's own codes lie below."""
 
 _WIDTH = 0.98317  # of the tolerance; unround, so that rounded coordinates do not meet the edge of a shell
 
@@ -259,3 +262,13 @@ def reduce(numbers, ptr, status, detail, first, size, sender, image, distance, r
         rows, edges, atom_class, row_numbers[:r], weight[:r], row_size[:r],
         edge_sender[:e], edge_distance[:e], edge_image[:e],
     )  # fmt: skip
+
+
+def isolated_failure(detail: np.ndarray, numbers: np.ndarray, radius: float) -> str:
+    """The sentence for a crystal with the status ISOLATED_ATOMS; ``numbers`` are its atomic numbers."""
+    count, i = (int(x) for x in detail)
+    which = f"site {i + 1}, {symbol(numbers[i])}" + (", is the first" if count > 1 else "")
+    return (
+        f"{count} of {len(numbers)} atoms {'has' if count == 1 else 'have'} no neighbour within {radius:g} Å "
+        f'({which}); use a larger radius, or isolated="keep".'
+    )
