@@ -117,7 +117,7 @@ def build_packed(
     if errors:
         lattices, frac_coords, wide_numbers, ptr = _without(errors, lattices, frac_coords, wide_numbers, ptr)
     numbers = _kernel_array(wide_numbers, np.int32)
-    good = np.setdiff1d(np.arange(crystals), np.fromiter(errors, np.int64, len(errors)))
+    good = np.array([b for b in range(crystals) if b not in errors], dtype=np.int64)
     chunks = _chunks(ptr)
     _announce_compilation()
     threads = min(len(chunks), torch.get_num_threads())
@@ -167,6 +167,8 @@ def _unusable(lattices: np.ndarray, frac_coords: np.ndarray, numbers: np.ndarray
 
 def _first_of_each(bad: np.ndarray, ptr: np.ndarray) -> Iterator[tuple[int, int]]:
     """(crystal, atom) for the first bad atom of every crystal that has one."""
+    if not bad.any():
+        return
     atoms = np.flatnonzero(bad)
     crystals, first = np.unique(np.searchsorted(ptr, atoms, side="right") - 1, return_index=True)
     yield from zip(crystals.tolist(), atoms[first].tolist(), strict=True)
