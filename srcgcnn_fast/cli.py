@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +20,10 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns 0, 1 where every input failed, 2 for bad input (one sentence on stderr), 130 for Ctrl-C."""
+    """Run one command; returns 0, 1 if every input failed, 2 for bad input (one sentence on stderr), 130 for Ctrl-C."""
     arguments = _parser().parse_args(argv)
+    # Read when torch loads OpenMP: idle threads spin for 50 µs, not for milliseconds, which stall a shared machine.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     if not arguments.debug:
         warnings.filterwarnings("ignore")  # those of third-party packages; ours go through logging
@@ -41,7 +45,7 @@ def demo(arguments: argparse.Namespace) -> None:
     print(demo(arguments.out, crystals=arguments.crystals, epochs=arguments.epochs, seed=arguments.seed, progress=True))
 
 
-def prepare(arguments: argparse.Namespace) -> int:
+def prepare(arguments: argparse.Namespace) -> None:
     from .graph.parameters import GraphParameters
     from .graph.store import prepare
 
@@ -51,13 +55,13 @@ def prepare(arguments: argparse.Namespace) -> int:
         print(f"rejected {name}: {reason}", file=sys.stderr)
     if len(store.rejected) > 5:
         print(f"… and {len(store.rejected) - 5} more", file=sys.stderr)
-    reduction = store.n_atoms / store.n_rows if store.n_rows else 1.0
     print(
-        f"{len(store):,} crystals, {store.n_atoms:,} atoms, {store.n_rows:,} rows ({reduction:.2f} times fewer by symmetry), "
-        f"{store.n_edges:,} edges; {len(store.rejected):,} rejected; targets: {', '.join(sorted(store.targets)) or 'none'}\n"
+        f"{len(store):,} crystals, {store.n_atoms:,} atoms in {store.n_rows:,} rows "
+        f"(symmetry makes the graphs {store.n_atoms / store.n_rows:.2f} times smaller), "
+        f"{store.n_edges:,} edges; {len(store.rejected):,} rejected; "
+        f"targets: {', '.join(sorted(store.targets)) or 'none'}\n"
         f"written to {arguments.store}"
     )
-    return 0 if len(store) else 1
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -92,6 +96,7 @@ def train(arguments: argparse.Namespace) -> None:
     )
     widths = {"atom_fea_len": arguments.atom_fea_len, "h_fea_len": arguments.h_fea_len, "n_h": arguments.n_h}
     torch.manual_seed(arguments.seed)
+    model: CGCNN | SRCGCNN
     if arguments.model == "cgcnn":
         model = CGCNN(n_conv=arguments.n_conv, classification=arguments.classification, **widths)
     else:
@@ -152,12 +157,10 @@ def compare(arguments: argparse.Namespace) -> None:
 def predict(arguments: argparse.Namespace) -> int:
     from contextlib import nullcontext
 
-    from .backends import use_backend
-    from .files import atomic_path
+    from . import use_backend
     from .prediction import predict, write_table
 
-    with atomic_path(arguments.out):  # an unwritable place is told before the work
-        pass
+    _check_writable(Path(arguments.out))
     with use_backend(arguments.backend) if arguments.backend else nullcontext():
         table = predict(arguments.model, arguments.input, batch_atoms=arguments.batch_atoms)
     write_table(table, arguments.out)
@@ -189,15 +192,15 @@ def doctor(arguments: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="srcgcnn-fast", description="Crystal graph networks, fast: CGCNN and SR-CGCNN.")
+    parser = argparse.ArgumentParser(
+        prog="srcgcnn-fast", description="Fast crystal graph networks: CGCNN and SR-CGCNN."
+    )
     parser.add_argument("--version", action="version", version=__version__)
     parser.set_defaults(debug=False)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(function: Any, help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            function.__name__, help=help, description=help, formatter_class=_Help
-        )
+        sub = commands.add_parser(function.__name__, help=help, description=help, formatter_class=_Help)
         sub.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
         sub.set_defaults(command=function)
         return sub
@@ -211,11 +214,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(prepare, "Build the graphs of a data set once, into a store that trains without parsing.")
     sub.add_argument("source", metavar="SOURCE", help=_SOURCE)
     sub.add_argument("store", metavar="STORE", help="path of the store to write")
-    sub.add_argument("--target", action="append", default=[], help="target column to keep; may be repeated; default all")
+    sub.add_argument("--target", action="append", default=[], help="target column to keep, repeatable; default all")
     _add_graph_options(sub)
 
     sub = command(train, "Train one model.")
-    _add_training_options(sub, batch_size="256", lr=2e-3)
+    _add_training_options(sub, batch_size="256", lr=3e-3)
     sub.add_argument("--out", metavar="DIR", required=True, help="run directory")
     sub.add_argument("--model", choices=("cgcnn", "sr-cgcnn"), default="sr-cgcnn")
     sub.add_argument("--classification", action="store_true", help="the target is a class, 0 or 1")
@@ -231,7 +234,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--tensorboard", action="store_true", help="log for TensorBoard, too")
 
     sub = command(compare, "Train a CGCNN and an SR-CGCNN under identical settings and tabulate error, size and time.")
-    _add_training_options(sub, batch_size="64 for up to 10 000 crystals, else 256", lr=2e-3)
+    _add_training_options(sub, batch_size="64 for up to 10 000 crystals, else 256", lr=3e-3)
     sub.add_argument("--out", metavar="DIR", default="srcgcnn_fast_compare", help="where to write")
 
     sub = command(predict, "Predict crystals: one row per input, errors as rows.")
@@ -266,6 +269,16 @@ def _add_graph_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--symmetry-tolerance", type=float, help="Å within which atoms count as equal (1e-5)")
     group.add_argument("--full-graph", action="store_true", help="keep every atom: no reduction by symmetry")
     group.add_argument("--padded", action="store_true", help="pad short neighbour lists as the published program does")
+
+
+def _check_writable(path: Path) -> None:
+    """Say before the work, not after it, that its result has no place."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"Cannot write {path}: {error.strerror}; choose a directory that you may write to.") from error
 
 
 def _graph_parameters(arguments: argparse.Namespace) -> GraphParameters | None:

@@ -1,4 +1,4 @@
-"""A data set from real physics that needs no download: ordered and disordered fcc alloys under effective medium theory."""
+"""A data set from real physics that needs no download: fcc alloys under effective medium theory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ase import Atoms
 
 ELEMENTS = ("Al", "Ni", "Cu", "Pd", "Ag", "Pt", "Au")
-"""The fcc metals that the effective medium theory of Jacobsen, Stoltze & Nørskov (Surf. Sci. 366, 394, 1996) describes."""
+"""The fcc metals of effective medium theory (Jacobsen, Stoltze & Nørskov, Surf. Sci. 366, 394, 1996)."""
 
 _FCC_PRIMITIVE = np.array([[0.0, 0.5, 0.5], [0.5, 0.0, 0.5], [0.5, 0.5, 0.0]])
 
@@ -97,9 +97,8 @@ def write_alloys(path: str | os.PathLike[str], count: int, seed: int = 0, progre
     if count < 1:
         raise InputError(f"Cannot make {count} alloys; ask for at least one.")
     pandas = require("pandas", "The demo data set", extra="io")
-    rows = list(_progress(_rows(count, seed), count, progress))
     with atomic_path(path) as temporary:
-        pandas.DataFrame(rows).to_parquet(temporary)
+        pandas.DataFrame(_progress(_rows(count, seed), count, progress)).to_parquet(temporary)
     return Path(path)
 
 
@@ -134,7 +133,7 @@ def _hermite_normal_form(determinant: int, rng: np.random.Generator) -> np.ndarr
 
 
 def _decorate(supercell: np.ndarray, symbols: list[str], stretch: float = 1.0) -> Atoms:
-    """The fcc lattice in ``supercell`` primitive cells with ``symbols`` on its sites and their mean lattice constant."""
+    """``symbols`` on the fcc sites of ``supercell`` primitive cells, with their mean lattice constant."""
     ase = require("ase", "The demo data set", extra="io")
     build = require("ase.build", "The demo data set", extra="io")
     constant = stretch * float(np.mean([reference(s).lattice_constant for s in symbols]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,11 @@ class RunBar(ProgressBar):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         per_epoch = int(trainer.num_training_batches)
         self._bar = tqdm(
-            total=trainer.max_epochs * per_epoch,
+            total=(trainer.max_epochs or 0) * per_epoch,
             initial=trainer.current_epoch * per_epoch,
             desc=self.title,
             disable=self._disabled,
+            mininterval=0.2 if sys.stderr.isatty() else 10.0,
             bar_format="{desc} {percentage:3.0f}%|{bar:24}| {elapsed}<{remaining}{postfix}",
         )
 
@@ -82,7 +84,7 @@ class RunBar(ProgressBar):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         score = float(trainer.callback_metrics[self.monitor])
         epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-        self._bar.set_postfix_str(f"{epoch}, {self.monitor} {score:.4g} {self.unit}".rstrip())
+        self._bar.set_postfix_str(f"{epoch}, {self.monitor} {score:.4g} {self.unit}".rstrip(), refresh=False)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._bar.close()
@@ -98,5 +100,3 @@ def write_table(path: str | os.PathLike[str], rows: list[dict[str, float]]) -> N
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def compare(
     *,
     out_dir: str | os.PathLike[str],
     epochs: int = 30,
-    lr: float = 2e-3,
+    lr: float = 3e-3,
     optimizer: str = "adam",
     schedule: str = "cosine",
     batch_size: int | None = None,
@@ -140,10 +140,10 @@ def compare(
     part = "test" if len(data.parts["test"].indices) else "val"
     widths = {"atom_fea_len": atom_fea_len, "h_fea_len": h_fea_len}
 
-    def contestant(name: str, directory: str, kind: type[CGCNN] | type[SRCGCNN], **depth: int) -> Contestant:
+    def contestant(name: str, directory: str, build: Callable[..., CGCNN | SRCGCNN], **depth: int) -> Contestant:
         shutil.rmtree(out / directory, ignore_errors=True)  # the run of an earlier comparison
         torch.manual_seed(seed)
-        result = fit(kind(**depth, **widths), data, out / directory, recipe, seed=seed, progress=progress)
+        result = fit(build(**depth, **widths), data, out / directory, recipe, seed=seed, progress=progress)
         return Contestant(name, result, evaluate(result.model, data, part))
 
     comparison = Comparison(
@@ -185,7 +185,8 @@ def _data(
     sizes = {name: len(part.indices) for name, part in data.parts.items()}
     if sum(sizes.values()) < MIN_CRYSTALS:
         raise InputError(
-            f"Only {sum(sizes.values())} crystals have a graph and a {target}; a comparison needs at least {MIN_CRYSTALS}."
+            f"Only {sum(sizes.values())} crystals have a graph and a {target}; "
+            f"a comparison needs at least {MIN_CRYSTALS}."
         )
     data.batch_size = batch_size or (64 if sizes["train"] <= SMALL_SET else 256)
     return data
@@ -244,10 +245,11 @@ def _markdown(comparison: Comparison, report: dict[str, Any]) -> str:
     device = machine["gpu"] or f"{machine['threads']} CPU threads"
     return (
         f"# {comparison.target}\n\n{comparison.table()}\n\n"
-        f"MAE of {sizes[comparison.part]:,} {comparison.part} crystals; {sizes['train']:,} were trained on, {sizes['val']:,} "
-        f"chose the best epoch. Predicting the mean gives {report['mean_predictor_mae']:.4f} {comparison.unit}.\n\n"
-        f"Both: {settings['epochs']} epochs, batches of {settings['batch_size']}, {settings['optimizer']}, lr {settings['lr']:g}, "
-        f"{settings['schedule']} schedule, seed {settings['seed']}; {device}. Seconds are those of the training steps.\n\n"
+        f"MAE of {sizes[comparison.part]:,} {comparison.part} crystals; {sizes['train']:,} were trained on, "
+        f"{sizes['val']:,} chose the best epoch. "
+        f"Predicting the mean gives {report['mean_predictor_mae']:.4f} {comparison.unit}.\n\n"
+        f"Both: {settings['epochs']} epochs, batches of {settings['batch_size']}, {settings['optimizer']}, "
+        f"lr {settings['lr']:g}, {settings['schedule']} schedule, seed {settings['seed']}; {device}. "
+        "Seconds are those of the training steps.\n\n"
         "![parity](parity.png)\n![learning curves](learning_curves.png)\n"
     )
-

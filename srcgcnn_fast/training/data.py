@@ -204,7 +204,7 @@ class GraphDataModule(pl.LightningDataModule):
             seed=self.seed,
         )
         if shuffle and self.trainer is not None:  # workers take their first batches before Lightning sets the epoch
-            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
+            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
         return DataLoader(
             dataset,
             batch_size=None,  # the sampler yields whole batches
@@ -241,7 +241,7 @@ def _check_same_graphs(store: GraphStore, *others: GraphStore | None) -> None:
 
 def _check_parts(parts: dict[str, Part]) -> None:
     for name, (dataset, indices) in parts.items():
-        if len(indices) and not (0 <= indices.min() and indices.max() < len(dataset.store)):
+        if len(indices) and not (indices.min() >= 0 and indices.max() < len(dataset.store)):
             raise InputError(f"The {name} indices leave the store of {len(dataset.store)} crystals.")
         if not np.isfinite(dataset.targets[indices]).all():
             raise InputError(f"The {name} indices name crystals without a target; leave those out.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError
 from ..prediction import predict
@@ -33,7 +34,7 @@ def demo(
     """
     out = Path(out_dir) if out_dir is not None else cache_directory() / "demo"
     data = write_alloys(out / "alloys.parquet", crystals, seed, progress)
-    comparison = compare(data, TARGET, out_dir=out, epochs=epochs, seed=seed, batch_size=64, progress=progress)
+    comparison = compare(data, TARGET, out_dir=out, epochs=epochs, lr=2e-3, seed=seed, progress=progress)
     return "\n".join(
         [
             f"\n{_explain(comparison)}\n",
@@ -86,7 +87,7 @@ def _new_alloys(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-def _value(table, row: int) -> float:
+def _value(table: Any, row: int) -> float:
     if table["error"][row]:
         raise InputError(table["error"][row])
     return float(table[TARGET][row])

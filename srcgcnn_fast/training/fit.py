@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -77,7 +78,7 @@ def fit(
     monitor = _monitor(module, data)
     _claim(directory, _record(module, data), resume)
     files = RunFiles(directory, monitor, larger_is_better=module.classification)
-    bars = [RunBar(type(model).__name__, monitor, model.metadata.units[0])] if progress else []
+    bars = [RunBar(type(model).__name__.replace("SR", "SR-"), monitor, model.metadata.units[0])] if progress else []
     started = time.perf_counter()
     with _quiet(), _deterministic():
         pl.seed_everything(seed, workers=True, verbose=False)
@@ -139,9 +140,9 @@ def _claim(directory: Path, record: dict[str, Any], resume: bool) -> None:
     if not (checkpoint.exists() and file.exists()):
         raise InputError(f"There is no run to resume in {directory}; start one without resume.")
     before = json.loads(file.read_text())
-    changed = [f"{name} ({before.get(name)} before, {record[name]} now)" for name in record if before.get(name) != record[name]]
+    changed = [f"{k} ({before.get(k)} before, {record[k]} now)" for k in record if before.get(k) != record[k]]
     if changed:
-        raise InputError(f"The run in {directory} was started differently: {'; '.join(changed)}; use the same settings.")
+        raise InputError(f"The run in {directory} was started with other settings: {'; '.join(changed)}; use those.")
 
 
 def _logger(choice: Logger | str | None, directory: Path) -> Logger | bool:
@@ -179,8 +180,7 @@ def _quiet() -> Iterator[None]:
 @contextmanager
 def _deterministic() -> Iterator[None]:
     """Undo what Trainer(deterministic=…) sets for the process, and spare its filling of uninitialised memory."""
-    import torch.utils.deterministic as settings
-
+    settings: Any = importlib.import_module("torch.utils.deterministic")
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
     try:

@@ -30,7 +30,7 @@ class Recipe:
     """
 
     epochs: int = 30
-    lr: float = 2e-3
+    lr: float = 3e-3
     optimizer: str = "adam"
     weight_decay: float = 0.0
     momentum: float = 0.9
@@ -52,8 +52,8 @@ class TrainingModule(pl.LightningModule):
     """Trains ``model`` by ``recipe``: squared error of the normalised target, or NLL for a classifier.
 
     Each epoch logs ``train_loss``, ``lr``, ``seconds`` (training part), ``crystals_per_second`` and the metrics of
-    ``metrics.py`` with the prefix ``val_``, in the target's units. The metadata of ``model`` receives the targets, their
-    units, the graph parameters, and mean and standard deviation of the training targets.
+    ``metrics.py`` with the prefix ``val_``, in the target's units. The metadata of ``model`` receives the targets,
+    their units, the graph parameters, and mean and standard deviation of the training targets.
 
     Args:
         model: a CGCNN or SRCGCNN.
@@ -118,7 +118,7 @@ class TrainingModule(pl.LightningModule):
     def on_train_epoch_start(self) -> None:
         self._loss_sum = torch.zeros((), device=self.device)
         self._crystals = 0
-        self._lr = self.optimizers().param_groups[0]["lr"]  # the scheduler has stepped when the epoch ends
+        self._lr = self.trainer.optimizers[0].param_groups[0]["lr"]  # the scheduler has stepped when the epoch ends
         self._started = time.perf_counter()
 
     def training_step(self, batch: Item, batch_idx: int) -> Tensor:
@@ -158,7 +158,8 @@ class TrainingModule(pl.LightningModule):
         loss = float(self._loss_sum) / self._crystals
         if not math.isfinite(loss):
             raise InputError(
-                f"The training loss is {loss} in epoch {self.current_epoch}; try a lower learning rate or gradient_clip."
+                f"The training loss is {loss} in epoch {self.current_epoch + 1}; "
+                "try a lower learning rate or gradient_clip."
             )
         seconds = self._trained - self._started
         self.log_dict(
@@ -170,7 +171,7 @@ class TrainingModule(pl.LightningModule):
             }
         )
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         recipe, parameters = self.recipe, self.model.parameters()
         optimizer: torch.optim.Optimizer
         if recipe.optimizer == "sgd":

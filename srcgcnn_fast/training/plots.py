@@ -67,8 +67,9 @@ def _figure(columns: int, width: float, height: float) -> tuple[Any, Sequence[An
     require("matplotlib", "Plotting", extra="train")
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # the pyplot state would choose a display
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(width * columns, height), layout="constrained")
+    figure = Figure(figsize=(width * columns, height), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for axis in axes:

@@ -1,0 +1,163 @@
+"""The command line: what it prints, what it writes, and one sentence for what it cannot do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from srcgcnn_fast.cli import main
+from srcgcnn_fast.training.alloys import write_alloys
+
+TARGET = "formation_energy_per_atom"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return write_alloys(tmp_path_factory.mktemp("source") / "alloys.parquet", 40)
+
+
+@pytest.fixture(scope="module")
+def trained(source, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "sr"
+    argv = ["train", str(source), "--target", TARGET, "--epochs", "1", "--out", str(out), "--atom-fea-len", "16"]
+    assert main(argv) == 0
+    return out
+
+
+def refused(capsys, *argv: object) -> str:
+    """The one sentence that a bad request gets."""
+    assert main([str(word) for word in argv]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_help_is_instant():
+    code = (
+        "import sys, srcgcnn_fast.cli as cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'numba', 'lightning', 'pandas', 'matplotlib'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert all(
+        word in result.stdout for word in ("demo", "prepare", "train", "compare", "predict", "convert", "doctor")
+    )
+
+
+def test_prepare_tells_the_sizes(source, tmp_path, capsys):
+    assert main(["prepare", str(source), str(tmp_path / "store")]) == 0
+    reduced = capsys.readouterr().out
+    assert "40 crystals" in reduced and TARGET in reduced and "0 rejected" in reduced
+    assert main(["prepare", str(source), str(tmp_path / "full"), "--full-graph"]) == 0
+    assert "1.00 times smaller" in capsys.readouterr().out
+
+
+def test_prepare_names_what_it_rejects(tmp_path, capsys):
+    from ase.build import bulk
+
+    bulk("Cu").write(tmp_path / "good.cif")
+    (tmp_path / "bad.cif").write_text("data_bad\n_cell_length_a what\n")
+    assert main(["prepare", str(tmp_path), str(tmp_path / "store")]) == 0
+    captured = capsys.readouterr()
+    assert "1 crystals" in captured.out and "1 rejected" in captured.out
+    assert "rejected bad" in captured.err
+
+
+def test_train_writes_a_run(trained, source, capsys):
+    assert sorted(p.name for p in trained.iterdir()) == [
+        "best.ckpt", "graphs", "last.ckpt", "metrics.csv", "model", "run.json", "test_predictions.csv",
+    ]  # fmt: skip
+    assert len(pd.read_csv(trained / "test_predictions.csv")) == 4
+    again = ["train", source, "--target", TARGET, "--epochs", "1", "--out", trained, "--atom-fea-len", "16"]
+    assert "already holds a run" in refused(capsys, *again)
+    assert main([str(word) for word in (*again, "--resume")]) == 0
+
+
+def test_train_from_a_prepared_store(source, tmp_path, capsys):
+    store = tmp_path / "store"
+    assert main(["prepare", str(source), str(store)]) == 0
+    common = ["train", store, "--target", TARGET, "--epochs", "1", "--model", "cgcnn", "--out", tmp_path / "run"]
+    assert "prepared with" in refused(capsys, *common, "--radius", "6")
+    assert main([str(word) for word in common]) == 0
+    assert "test: mae" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "graphs").exists()
+
+
+def test_compare_prints_the_table(source, tmp_path, capsys):
+    assert main(["compare", str(source), "--target", TARGET, "--epochs", "1", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "| SR-CGCNN / CGCNN | 0.345" in out and "66,432" in out
+    assert (tmp_path / "compare.json").exists()
+
+
+def test_predict_and_convert(trained, source, tmp_path, capsys):
+    upstream, back = tmp_path / "model.pth.tar", tmp_path / "back"
+    assert main(["convert", str(trained / "model"), str(upstream)]) == 0
+    assert main(["convert", str(upstream), str(back)]) == 0
+    assert "SRCGCNN" in capsys.readouterr().out
+    tables = []
+    for number, model in enumerate((trained / "model", back)):
+        out = tmp_path / f"{number}.csv"
+        assert main(["predict", str(model), str(source), "--out", str(out), "--backend", "reference"]) == 0
+        assert "40 rows, 0 errors" in capsys.readouterr().out
+        tables.append(pd.read_csv(out))
+    assert list(tables[0].columns) == ["id", TARGET, "error"]
+    assert tables[0][TARGET].to_numpy() == pytest.approx(tables[1].iloc[:, 1].to_numpy(), abs=1e-5)
+
+
+def test_predict_fails_only_when_every_input_fails(trained, tmp_path, capsys):
+    from ase.build import bulk
+
+    (tmp_path / "bad.cif").write_text("data_bad\n")
+    argv = ["predict", str(trained / "model"), str(tmp_path), "--out", str(tmp_path / "out.csv")]
+    assert main(argv) == 1
+    bulk("Cu").write(tmp_path / "good.cif")
+    assert main(argv) == 0
+    assert "2 rows, 1 errors" in capsys.readouterr().out
+
+
+def test_doctor(capsys):
+    assert main(["doctor"]) == 0
+    assert "reference" in capsys.readouterr().out
+
+
+def test_bad_input_is_one_sentence(trained, source, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert TARGET in refused(capsys, "train", source, "--target", "mass", "--out", out)
+    assert "missing.parquet" in refused(capsys, "train", tmp_path / "missing.parquet", "--target", "x", "--out", out)
+    assert "missing.parquet" in refused(capsys, "compare", tmp_path / "missing.parquet", "--target", "x", "--out", out)
+    (tmp_path / "empty").mkdir()
+    assert "empty" in refused(capsys, "prepare", tmp_path / "empty", tmp_path / "store")
+    assert "empty" in refused(capsys, "predict", trained / "model", tmp_path / "empty", "--out", tmp_path / "p.csv")
+    assert "missing" in refused(capsys, "predict", tmp_path / "missing", source, "--out", tmp_path / "p.csv")
+    assert "missing" in refused(capsys, "convert", tmp_path / "missing", tmp_path / "model")
+    assert "exclude" in refused(
+        capsys, "prepare", source, tmp_path / "s", "--full-graph", "--symmetry-tolerance", "1e-4"
+    )
+    assert not (tmp_path / "p.csv").exists()
+
+
+def test_an_unwritable_place_is_one_sentence(trained, source, tmp_path, capsys):
+    (tmp_path / "file").write_text("")  # no directory can be made below a file, not even by root
+    below = tmp_path / "file" / "below"
+    for argv in (
+        ("predict", trained / "model", source, "--out", below / "p.csv"),
+        ("prepare", source, below),
+        ("train", source, "--target", TARGET, "--out", below),
+        ("compare", source, "--target", TARGET, "--out", below),
+        ("demo", "--crystals", 30, "--out", below),
+    ):
+        assert str(below) in refused(capsys, *argv)
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    from srcgcnn_fast import InputError
+
+    with pytest.raises(InputError):
+        main(["predict", str(tmp_path / "missing"), str(tmp_path), "--debug"])

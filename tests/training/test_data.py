@@ -1,0 +1,121 @@
+"""Splits, orders and batches follow from a seed; what has no target stays out."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from srcgcnn_fast import InputError
+from srcgcnn_fast.graph import collate
+from srcgcnn_fast.training import GraphDataModule, Split, random_split
+from srcgcnn_fast.training.data import EpochSampler
+
+
+def test_split_is_disjoint_complete_and_seeded():
+    parts = random_split(np.arange(5, 105), (0.8, 0.1, 0.1), seed=3)
+    assert [len(p) for p in parts] == [80, 10, 10]
+    assert sorted(np.concatenate(parts)) == list(range(5, 105))
+    again, other = (random_split(np.arange(5, 105), (0.8, 0.1, 0.1), seed) for seed in (3, 4))
+    assert all(np.array_equal(a, b) for a, b in zip(parts, again, strict=True))
+    assert not np.array_equal(parts.train, other.train)
+
+
+@pytest.mark.parametrize("fractions", [(0.8, 0.2), (0.8, 0.3, 0.1), (1.1, -0.1, 0.0)])
+def test_bad_fractions_are_refused(fractions):
+    with pytest.raises(InputError, match="fractions"):
+        random_split(np.arange(10), fractions, 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.integers(1, 60), min_size=2, max_size=70),
+    budget=st.integers(1, 300),
+    by_rows=st.booleans(),
+    shuffle=st.booleans(),
+    epoch=st.integers(0, 3),
+)
+def test_batches_partition_the_set(rows, budget, by_rows, shuffle, epoch):
+    counts = np.array(rows)
+    indices = np.arange(len(rows))
+    size = {"batch_rows": budget} if by_rows else {"batch_size": budget}
+    sampler = EpochSampler(indices, counts, shuffle=shuffle, seed=1, **size)
+    sampler.set_epoch(epoch)
+    batches = list(sampler)
+    assert len(batches) == len(sampler)
+    assert sorted(np.concatenate(batches)) == list(range(len(rows)))
+    if by_rows:
+        assert min(map(len, batches)) >= 2
+        assert all(counts[b].sum() <= budget + 2 * max(rows) or len(b) <= 3 for b in batches)
+    elif budget > 1:
+        assert max(map(len, batches)) <= budget + shuffle
+        assert not shuffle or min(map(len, batches)) >= 2
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    def order(seed: int, epoch: int) -> np.ndarray:
+        sampler = EpochSampler(np.arange(50), np.ones(50, int), batch_size=8, shuffle=True, seed=seed)
+        sampler.set_epoch(epoch)
+        return np.concatenate(list(sampler))
+
+    assert np.array_equal(order(0, 2), order(0, 2))
+    assert not np.array_equal(order(0, 2), order(0, 3))
+    assert not np.array_equal(order(0, 2), order(1, 2))
+
+
+def test_items_are_the_store_crystals(alloys):
+    data = GraphDataModule(alloys, ["energy", "high"], batch_size=16)
+    for graphs, target, index in data.train_dataloader():
+        expected = collate([alloys[i] for i in index.tolist()])
+        for name in ("numbers", "weight", "sender", "distance", "row_ptr", "crystal_ptr"):
+            assert torch.equal(getattr(graphs, name), getattr(expected, name)), name
+        assert target.dtype == torch.float32 and target.shape == (len(index), 2)
+        assert np.allclose(target[:, 0], alloys.targets["energy"][index], atol=1e-7)
+    assert data.ids("val") == [alloys.ids[i] for i in data.parts["val"].indices]
+
+
+def test_two_modules_yield_identical_batches(alloys):
+    first, second = (GraphDataModule(alloys, "energy", batch_size=32, seed=7) for _ in range(2))
+    for (a, ta, ia), (b, tb, ib) in zip(first.train_dataloader(), second.train_dataloader(), strict=True):
+        assert torch.equal(ia, ib) and torch.equal(ta, tb) and torch.equal(a.distance, b.distance)
+
+
+def test_workers_yield_the_same_batches(alloys):
+    alone, helped = (GraphDataModule(alloys, "energy", batch_size=40, num_workers=n) for n in (0, 2))
+    for (a, ta, _), (b, tb, _) in zip(alone.train_dataloader(), helped.train_dataloader(), strict=True):
+        assert torch.equal(ta, tb) and torch.equal(a.sender, b.sender)
+
+
+def test_crystals_without_target_are_left_out_and_counted(alloys, caplog):
+    with caplog.at_level(logging.WARNING):
+        data = GraphDataModule(alloys, "volume", batch_size=16)
+    assert "16 of 160 crystals have no volume" in caplog.text
+    assert sum(len(part.indices) for part in data.parts.values()) == 144
+    assert all(np.isfinite(data.target_values(part)).all() for part in data.parts)
+
+
+def test_explicit_indices_and_separate_stores(alloys):
+    split = Split(np.arange(100), np.arange(100, 130), np.arange(130, 160))
+    data = GraphDataModule(alloys, "energy", split=split)
+    assert np.array_equal(data.parts["test"].indices, split.test)
+    apart = GraphDataModule(alloys, "energy", val_store=alloys)
+    assert [len(apart.parts[p].indices) for p in ("train", "val", "test")] == [160, 160, 0]
+
+
+def test_bad_requests_are_sentences(alloys):
+    with pytest.raises(InputError, match=r"no target mass.*energy"):
+        GraphDataModule(alloys, "mass")
+    with pytest.raises(InputError, match="without a validation store"):
+        GraphDataModule(alloys, "energy", test_store=alloys)
+    with pytest.raises(InputError, match="without a target"):
+        GraphDataModule(alloys, "volume", split=Split(np.arange(20), np.arange(20, 30), np.arange(30, 40)))
+    with pytest.raises(InputError, match="leave the store"):
+        GraphDataModule(alloys, "energy", split=Split(np.arange(20), np.arange(150, 161), np.arange(0)))
+    with pytest.raises(InputError, match="at least 2 crystals"):
+        GraphDataModule(alloys, "energy", split=(1.0, 0.0, 0.0))
+    with pytest.raises(InputError, match="at least 1"):
+        GraphDataModule(alloys, "energy", batch_size=0).train_dataloader()

@@ -1,0 +1,176 @@
+"""Runs learn, repeat, resume to the same bits, and refuse what cannot work."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+
+from srcgcnn_fast import CGCNN, SRCGCNN, InputError, load_model
+from srcgcnn_fast.training import GraphDataModule, Recipe, Split, TrainingModule, evaluate, fit
+
+
+class StopIn(pl.Callback):
+    """Fails in the middle of an epoch, as a lost machine does."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.current_epoch == self.epoch and batch_idx == 1:
+            raise RuntimeError("stopped")
+
+
+def run(store, directory, *, target="energy", epochs=4, resume=False, callbacks=(), recipe=None, **options):
+    torch.manual_seed(0)
+    model = SRCGCNN(n_recurrent_steps=2, atom_fea_len=16, h_fea_len=16, classification=target == "high")
+    data = GraphDataModule(store, target, **{"batch_size": 32, **options})
+    recipe = recipe or Recipe(epochs=epochs, lr=5e-3)
+    return fit(model, data, directory, recipe, resume=resume, callbacks=callbacks, accelerator="cpu")
+
+
+def last_weights(directory):
+    return torch.load(directory / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def test_training_beats_the_mean(alloys, tmp_path):
+    split = Split(np.arange(120), np.arange(120, 160), np.arange(120, 160))
+    data = GraphDataModule(alloys, "energy", split=split, batch_size=16)
+    torch.manual_seed(0)
+    result = fit(CGCNN(), data, tmp_path / "run", Recipe(epochs=20, lr=5e-3), accelerator="cpu")
+    guess = np.abs(data.target_values("val") - data.target_values("train").mean()).mean()
+    assert result.best["val_mae"] < 0.6 * guess
+    assert result.history[-1]["train_loss"] < 0.5 * result.history[0]["train_loss"]
+    assert [row["epoch"] for row in result.history] == list(range(1, 21))
+    assert result.best["val_mae"] == min(row["val_mae"] for row in result.history)
+    with open(tmp_path / "run" / "metrics.csv") as file:
+        assert [float(row["val_mae"]) for row in csv.DictReader(file)] == [row["val_mae"] for row in result.history]
+    # The saved model is the best epoch's, in the target's units.
+    loaded = load_model(tmp_path / "run" / "model")
+    assert loaded.metadata.targets == ("energy",)
+    evaluation = evaluate(loaded, data, "val")
+    assert evaluation.metrics["mae"] == pytest.approx(result.best["val_mae"], rel=1e-5)
+    assert evaluation.metrics["mae"] == pytest.approx(np.abs(evaluation.predicted - evaluation.target).mean())
+
+
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [("energy", {}), ("energy", {"batch_rows": 150}), ("energy", {"num_workers": 1}), ("high", {})],
+    ids=["regression", "rows", "worker", "dropout"],
+)
+def test_resume_ends_with_the_same_bits(alloys, tmp_path, target, options):
+    whole = run(alloys, tmp_path / "whole", target=target, **options)
+    with pytest.raises(RuntimeError, match="stopped"):
+        run(alloys, tmp_path / "cut", target=target, callbacks=[StopIn(2)], **options)
+    assert not (tmp_path / "cut" / "model").exists()
+    resumed = run(alloys, tmp_path / "cut", target=target, resume=True, **options)
+    expected, found = last_weights(tmp_path / "whole"), last_weights(tmp_path / "cut")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    timing = ("seconds", "crystals_per_second")
+    for a, b in zip(whole.history, resumed.history, strict=True):
+        assert {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
+
+
+def test_a_finished_run_resumes_to_itself(alloys, tmp_path):
+    first = run(alloys, tmp_path, epochs=2)
+    again = run(alloys, tmp_path, epochs=2, resume=True)
+    assert again.history == first.history
+
+
+def test_repeating_gives_the_same_bits_and_another_seed_does_not(alloys, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(alloys, tmp_path / name, epochs=1, seed=seed)
+    a, b, c = (last_weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["model.fc_out.weight"], c["model.fc_out.weight"])
+
+
+def test_normaliser_comes_from_the_training_targets(alloys):
+    data = GraphDataModule(alloys, ["energy", "volume"])
+    module = TrainingModule(SRCGCNN(n_targets=2), data, Recipe())
+    values = data.target_values("train")
+    assert len(values) < len(alloys)
+    assert module.model.metadata.mean == pytest.approx(tuple(values.mean(axis=0)))
+    assert module.model.metadata.std == pytest.approx(tuple(values.std(axis=0)))
+    assert not np.allclose(
+        module.target_mean.numpy(), np.nanmean(alloys.target_array(["energy", "volume"]), axis=0), rtol=1e-6
+    )
+    output = torch.zeros(3, 2)
+    assert torch.allclose(module.values(output), module.target_mean.expand(3, 2))
+
+
+def test_classifier(alloys, tmp_path):
+    result = run(alloys, tmp_path, target="high", epochs=20)
+    assert result.best["val_auc"] == max(row["val_auc"] for row in result.history)
+    trained_on = evaluate(result.model, GraphDataModule(alloys, "high"), "train")
+    assert trained_on.predicted.shape == (128, 1)
+    assert 0 <= trained_on.predicted.min() < trained_on.predicted.max() <= 1
+    assert result.history[-1]["train_loss"] < 0.8 * result.history[0]["train_loss"]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("schedule", ["constant", "multistep", "cosine"])
+def test_recipes(alloys, tmp_path, optimizer, schedule):
+    recipe = Recipe(
+        epochs=3, optimizer=optimizer, schedule=schedule, milestones=(1,), gradient_clip=1.0, weight_decay=1e-3
+    )
+    rates = [row["lr"] for row in run(alloys, tmp_path, recipe=recipe).history]
+    factors = {"constant": [1, 1, 1], "multistep": [1, 0.1, 0.1], "cosine": [1, 0.75, 0.25]}[schedule]
+    assert rates == pytest.approx([recipe.lr * factor for factor in factors])
+
+
+def test_several_targets(alloys, tmp_path):
+    data = GraphDataModule(alloys, ["energy", "volume"], units=["eV/atom", "Å³"], batch_size=32)
+    result = fit(SRCGCNN(n_targets=2), data, tmp_path, Recipe(epochs=1), accelerator="cpu")
+    assert evaluate(result.model, data).predicted.shape[1] == 2
+    assert load_model(tmp_path / "model").metadata.units == ("eV/atom", "Å³")
+    table = evaluate(result.model, data).write(tmp_path / "table.csv")
+    assert table.read_text().splitlines()[0] == "id,energy,energy_predicted,volume,volume_predicted"
+
+
+def test_a_run_is_never_overwritten_nor_continued_with_other_settings(alloys, tmp_path):
+    with pytest.raises(InputError, match="no run to resume"):
+        run(alloys, tmp_path, resume=True)
+    run(alloys, tmp_path, epochs=1)
+    with pytest.raises(InputError, match="already holds a run"):
+        run(alloys, tmp_path, epochs=1)
+    with pytest.raises(InputError, match=r"lr \(0\.005 before, 0\.001 now\)"):
+        run(alloys, tmp_path, recipe=Recipe(epochs=1, lr=1e-3), resume=True)
+    assert json.loads((tmp_path / "run.json").read_text())["model"] == "SRCGCNN"
+
+
+def test_divergence_is_a_sentence(alloys, tmp_path):
+    with pytest.raises(InputError, match="lower learning rate"):
+        run(alloys, tmp_path, recipe=Recipe(epochs=3, lr=1e30, optimizer="sgd"))
+
+
+def test_bad_requests_are_sentences(alloys, tmp_path):
+    with pytest.raises(InputError, match="optimizer 'lion'"):
+        Recipe(optimizer="lion")
+    with pytest.raises(InputError, match="0 epochs"):
+        Recipe(epochs=0)
+    with pytest.raises(InputError, match="learning rate nan"):
+        Recipe(lr=float("nan"))
+    with pytest.raises(InputError, match=r"1 target\(s\), the data 2"):
+        TrainingModule(SRCGCNN(), GraphDataModule(alloys, ["energy", "high"]), Recipe())
+    with pytest.raises(InputError, match="0 or 1"):
+        TrainingModule(SRCGCNN(classification=True), GraphDataModule(alloys, "energy"), Recipe())
+    with pytest.raises(InputError, match="logger 'wandb'"):
+        fit(SRCGCNN(), GraphDataModule(alloys, "energy"), tmp_path, logger="wandb")
+
+
+def test_a_run_leaves_the_process_as_it_was(alloys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = torch.are_deterministic_algorithms_enabled(), logging.getLogger("lightning.pytorch").level
+    run(alloys, tmp_path / "run", epochs=1)
+    assert before == (torch.are_deterministic_algorithms_enabled(), logging.getLogger("lightning.pytorch").level)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "best.ckpt", "last.ckpt", "metrics.csv", "model", "run.json",
+    ]  # fmt: skip

@@ -1,0 +1,29 @@
+"""Scores against their definitions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from srcgcnn_fast.training.metrics import classification_metrics, regression_metrics
+
+
+def test_regression():
+    predicted, target = torch.tensor([[1.0, 4.0], [3.0, 0.0]]), torch.tensor([[2.0, 2.0], [3.0, 4.0]])
+    scores = regression_metrics(predicted, target)
+    assert scores["mae"] == pytest.approx((1 + 2 + 0 + 4) / 4)
+    assert scores["rmse"] == pytest.approx((math.sqrt(0.5) + math.sqrt(10)) / 2)
+    assert scores["r2"] == pytest.approx(((1 - 1 / 0.5) + (1 - 20 / 2)) / 2)
+    assert math.isnan(regression_metrics(predicted[:1], target[:1])["r2"])
+
+
+def test_classification():
+    scores = classification_metrics(
+        torch.tensor([[0.9], [0.8], [0.3], [0.6]]), torch.tensor([[1.0], [1.0], [0.0], [0.0]])
+    )
+    assert scores == pytest.approx({"accuracy": 0.75, "precision": 2 / 3, "recall": 1.0, "f1": 0.8, "auc": 1.0})
+    ranked = classification_metrics(torch.tensor([0.1, 0.4, 0.35, 0.8]), torch.tensor([0, 0, 1, 1]))
+    assert ranked["auc"] == pytest.approx(0.75)
+    assert math.isnan(classification_metrics(torch.tensor([0.2, 0.7]), torch.tensor([1, 1]))["auc"])
