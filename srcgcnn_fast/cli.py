@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        hint = "; --resume continues after the last whole epoch" if arguments.command is train else ""
+        print(f"interrupted{hint}", file=sys.stderr)
         return 130
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from tqdm import tqdm
 
@@ -30,7 +31,8 @@ class RunFiles(Checkpoint):
     @property
     def best(self) -> dict[str, float]:
         """The row of the best epoch; the earliest of several."""
-        return min(self.history, key=lambda row: self.sign * row[self.monitor])
+        scores = [self.sign * row[self.monitor] for row in self.history]
+        return self.history[int(np.argmin(np.nan_to_num(scores, nan=np.inf)))]
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         scores = {name: float(f"{float(value):.7g}") for name, value in trainer.callback_metrics.items()}

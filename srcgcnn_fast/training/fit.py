@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import math
 import os
 import signal
 import time
@@ -100,6 +101,8 @@ def fit(
     best = torch.load(directory / "best.ckpt", map_location="cpu", weights_only=True)
     module.load_state_dict(best["state_dict"])
     model.cpu().eval()
+    scores = {name: value for name, value in files.best.items() if math.isfinite(value)}
+    model.metadata.extra |= {"training": _record(module, data), "best_epoch": scores}
     save_model(model, directory / "model")
     return FitResult(model, files.history, files.best, time.perf_counter() - started, directory)
 
@@ -116,7 +119,7 @@ def _record(module: TrainingModule, data: GraphDataModule) -> dict[str, Any]:
     """What must agree between a run and its continuation."""
     return {
         **module.hparams,
-        "targets": data.targets,
+        "targets": list(data.targets),
         "graph": asdict(data.graph_parameters),
         "batch_size": data.batch_size,
         "batch_rows": data.batch_rows,

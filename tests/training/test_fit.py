@@ -53,6 +53,8 @@ def test_training_beats_the_mean(alloys, tmp_path):
     # The saved model is the best epoch's, in the target's units.
     loaded = load_model(tmp_path / "run" / "model")
     assert loaded.metadata.targets == ("energy",)
+    assert loaded.metadata.extra["training"]["lr"] == 5e-3
+    assert loaded.metadata.extra["best_epoch"] == result.best
     evaluation = evaluate(loaded, data, "val")
     assert evaluation.metrics["mae"] == pytest.approx(result.best["val_mae"], rel=1e-5)
     assert evaluation.metrics["mae"] == pytest.approx(np.abs(evaluation.predicted - evaluation.target).mean())
