@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from srcgcnn_fast.errors import InputError
-from srcgcnn_fast.graph.neighbors import NeighborList, neighbor_list
+from srcgcnn_fast.graph.neighbors import NeighborList, kernel, neighbor_list
 
 RADII = (3.0, 5.0, 8.0)
 
@@ -190,3 +190,16 @@ def test_far_away_coordinates_wrap():
 def test_unusable_input_is_named(lattice, frac, radius, word):
     with pytest.raises(InputError, match=word):
         neighbor_list(lattice, frac, np.full(len(frac), 11), radius)
+
+
+def test_without_a_cache_directory(monkeypatch, caplog):
+    """An install and a home that cannot be written: compiled in memory, with a warning."""
+    from numba.core.caching import CacheImpl
+
+    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
+    assert kernel(_successor)(1) == 2
+    assert "cannot be kept on disk" in caplog.text
+
+
+def _successor(x):
+    return x + 1

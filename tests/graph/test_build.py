@@ -1,0 +1,291 @@
+"""From structures to graphs: inputs of every kind, batches, padding, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from srcgcnn_fast.errors import InputError
+from srcgcnn_fast.graph.build import build_graph, build_graphs, build_packed
+from srcgcnn_fast.graph.parameters import GraphParameters
+
+ROCK_SALT = (
+    (np.ones((3, 3)) - np.eye(3)) * 2.82,
+    np.array([[0.0, 0, 0], [0.5, 0.5, 0.5]]),
+    np.array([11, 17]),
+)
+MOLECULE = (np.eye(3) * 18, np.array([[0.0, 0, 0], [0.06, 0, 0], [0, 0.06, 0]]), np.array([8, 1, 1]))
+LONE_ATOM = (np.eye(3) * 18, np.array([[0.0, 0, 0], [0.06, 0, 0], [0.5, 0.5, 0.5]]), np.array([8, 1, 2]))
+
+
+def random_crystals(seed, n=30):
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 40, n)
+    return [(np.eye(3) * (12.0 * k) ** (1 / 3) + rng.random((3, 3)), rng.random((k, 3)), rng.integers(1, 101, k))
+            for k in sizes]  # fmt: skip
+
+
+def assert_same(a, b):
+    for name in ("numbers", "weight", "sender", "distance", "row_ptr", "atom_class", "image"):
+        x, y = getattr(a, name), getattr(b, name)
+        assert (x is None) == (y is None)
+        assert x is None or (x.dtype == y.dtype and np.array_equal(x, y)), name
+
+
+def test_rock_salt():
+    graph = build_graph(ROCK_SALT, max_neighbors=6)
+    assert graph.numbers.tolist() == [11, 17]
+    assert graph.sender.tolist() == [1] * 6 + [0] * 6
+    assert np.allclose(graph.distance, 2.82)
+    assert graph.row_ptr.tolist() == [0, 6, 12]
+    assert graph.image is None
+    kinds = {name: getattr(graph, name).dtype.name for name in ("numbers", "weight", "sender", "distance", "row_ptr")}
+    assert list(kinds.values()) == ["int32", "float32", "int32", "float32", "int32"]
+    assert build_graph(ROCK_SALT, distance_dtype=np.float64).distance.dtype == np.float64
+
+
+def test_full_graph_has_images():
+    crystals = random_crystals(1)
+    for (lattice, frac, _), graph in zip(
+        crystals, build_graphs(crystals, symmetry_tolerance=None, distance_dtype=np.float64), strict=True
+    ):
+        receiver = np.repeat(np.arange(graph.n_rows), np.diff(graph.row_ptr))
+        vector = (frac[graph.sender] + graph.image - frac[receiver]) @ lattice
+        assert np.allclose(np.linalg.norm(vector, axis=1), graph.distance, rtol=0, atol=1e-9)
+        assert np.array_equal(graph.atom_class, np.arange(len(frac)))
+        assert np.array_equal(graph.weight, np.ones(len(frac)))
+
+
+@pytest.mark.parametrize("tolerance", [1e-5, None])
+def test_a_graph_does_not_depend_on_its_batch_or_on_threads(tolerance, monkeypatch):
+    from srcgcnn_fast.graph import build
+
+    crystals = random_crystals(2)
+    together = build_graphs(crystals, symmetry_tolerance=tolerance)
+    for crystal, graph in zip(crystals, together, strict=True):
+        assert_same(build_graph(crystal, symmetry_tolerance=tolerance), graph)
+    monkeypatch.setattr(build, "_CHUNK_ATOMS", 50)
+    monkeypatch.setattr(build, "_BATCH_ATOMS", 200)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for a, b in zip(build_graphs(iter(crystals), symmetry_tolerance=tolerance), together, strict=True):
+            assert_same(a, b)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("tolerance", [1e-5, None])
+def test_padding_is_that_of_the_published_programs(tolerance):
+    crystals = [MOLECULE, LONE_ATOM, ROCK_SALT]
+    settings = {"max_neighbors": 8, "symmetry_tolerance": tolerance, "isolated": "keep", "distance_dtype": float}
+    short, padded = build_graphs(crystals, **settings), build_graphs(crystals, **settings, padded=True)
+    for a, b in zip(short, padded, strict=True):
+        assert np.array_equal(b.row_ptr, np.arange(b.n_rows + 1) * 8)
+        for r in range(a.n_rows):
+            degree = a.row_ptr[r + 1] - a.row_ptr[r]
+            real, filler = slice(8 * r, 8 * r + degree), slice(8 * r + degree, 8 * r + 8)
+            assert np.array_equal(b.distance[real], a.distance[a.row_ptr[r] : a.row_ptr[r + 1]])
+            assert np.array_equal(b.sender[real], a.sender[a.row_ptr[r] : a.row_ptr[r + 1]])
+            assert (b.distance[filler] == 9.0).all()
+            assert (b.sender[filler] == b.atom_class[0]).all()
+            assert b.image is None or not b.image[filler].any()
+    assert (np.diff(short[0].row_ptr) == 2).all()
+    assert short[1].n_edges == 2 and short[2].n_edges == 16
+
+
+def test_isolated_atoms():
+    with pytest.raises(InputError, match=r"1 of 3 atoms has no neighbour within 8 Å \(site 3, He\).*keep"):
+        build_graph(LONE_ATOM)
+    assert build_graph(LONE_ATOM, radius=20.0).n_edges == 36
+    graph = build_graph(LONE_ATOM, isolated="keep")
+    assert graph.n_rows == 3 and graph.n_edges == 2
+    empty = build_graph((np.eye(3) * 18, [[0, 0, 0]], [2]), isolated="keep")
+    assert empty.n_edges == 0 and empty.row_ptr.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("crystal", "words"),
+    [
+        ((np.eye(3) * 4, [[0, 0, 0], [0.5, 0.5, 0.5], [1.00001, 0, -1]], [26, 8, 8]), r"sites 1 \(Fe\) and 3 \(O\)"),
+        ((np.eye(3) * 4, [[0, 0, np.nan]], [26]), "site 1 .*mend the coordinates"),
+        ((np.eye(3) * 4, [[0.5, 0, 0], [0, -np.inf, 0]], [26, 26]), "site 2 .*mend the coordinates"),
+        ((np.eye(3) * 4, [[1e12, 0, 0]], [26]), "1e.09; mend the coordinates"),
+        ((np.full((3, 3), np.nan), [[0, 0, 0]], [26]), "mend the lattice"),
+        ((np.ones((3, 3)), [[0, 0, 0]], [26]), "singular"),
+        ((np.zeros((3, 3)), [[0, 0, 0]], [26]), "singular"),
+        (([[4, 0, 0], [0, 4, 0], [4, 4, 1e-12]], [[0, 0, 0]], [26]), "singular"),
+        ((np.diag([4, 4, 1e-4]), [[0, 0, 0]], [26]), "singular"),
+        ((np.eye(3) * 4, [[0, 0, 0]], [0]), "Atomic number 0 at site 1"),
+        ((np.eye(3) * 4, [[0, 0, 0], [0.5, 0.5, 0.5]], [26, 101]), "Atomic number 101 at site 2"),
+        ((np.eye(3) * 4, [[0, 0, 0]], [1.5]), "Atomic number 1.5"),
+        ((np.eye(3) * 4, [[0, 0, 0]], [np.nan]), "Atomic number nan"),
+        ((np.eye(3) * 4, np.zeros((0, 3)), np.zeros(0, int)), "no atoms"),
+        ((np.eye(3) * 4, [[0, 0]], [26]), "shapes"),
+        ((np.eye(2) * 4, [[0, 0, 0]], [26]), "shapes"),
+        ((np.eye(3) * 4, [["x", 0, 0]], [26]), "plain numbers"),
+        ((np.eye(3) * 4, [[0, 0, 0]], ["Fe"]), "plain numbers"),
+    ],
+)
+def test_a_bad_crystal_is_refused_alone(crystal, words):
+    with pytest.raises(InputError, match=words) as alone:
+        build_graph(crystal)
+    assert "\n" not in str(alone.value)
+    first, bad, last = build_graphs([ROCK_SALT, crystal, MOLECULE], errors="collect")
+    assert isinstance(bad, InputError)
+    assert str(bad) == str(alone.value)
+    assert_same(first, build_graph(ROCK_SALT))
+    assert_same(last, build_graph(MOLECULE))
+    with pytest.raises(InputError, match=f"Structure 1: .*{words}"):
+        build_graphs([ROCK_SALT, crystal])
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"radius": 0.0},
+        {"radius": float("nan")},
+        {"radius": float("inf")},
+        {"max_neighbors": 0},
+        {"symmetry_tolerance": 0.0},
+        {"symmetry_tolerance": 0.1},
+        {"isolated": "drop"},
+        {"errors": "ignore"},
+    ],
+)
+def test_a_bad_parameter_is_named(setting):
+    with pytest.raises(InputError, match=next(iter(setting))):
+        build_graphs([ROCK_SALT], **setting)
+
+
+def test_no_crystals():
+    assert build_graphs([]) == []
+    packed = build_packed(np.zeros((0, 3, 3)), np.zeros((0, 3)), np.zeros(0, int), np.zeros(1, int))
+    assert packed.row_ptr.tolist() == [0] and packed.crystal_ptr.tolist() == [0]
+
+
+def test_packed_graphs_with_errors_between():
+    crystals = random_crystals(3, 8)
+    crystals[2] = (np.zeros((3, 3)), *crystals[2][1:])  # refused by the kernel
+    crystals[5] = (crystals[5][0], crystals[5][1] * np.nan, crystals[5][2])  # refused before it
+    lattices, frac, numbers = (list(x) for x in zip(*crystals, strict=True))
+    ptr = np.concatenate([[0], np.cumsum([len(n) for n in numbers])])
+    for tolerance in (1e-5, None):
+        parameters = GraphParameters(symmetry_tolerance=tolerance)
+        packed = build_packed(np.stack(lattices), np.concatenate(frac), np.concatenate(numbers), ptr, parameters)
+        assert sorted(packed.errors) == [2, 5]
+        assert packed.row_ptr[-1] == len(packed.sender) == len(packed.distance) == packed.edge_ptr[-1]
+        assert packed.crystal_ptr[-1] == len(packed.numbers) == len(packed.weight)
+        assert packed.atom_ptr[-1] == len(packed.atom_class)
+        for b, graph in enumerate(build_graphs(crystals, symmetry_tolerance=tolerance, errors="collect")):
+            if b in packed.errors:
+                assert packed.crystal_ptr[b] == packed.crystal_ptr[b + 1]
+                assert packed.atom_ptr[b] == packed.atom_ptr[b + 1]
+                with pytest.raises(InputError, match=r"mend|singular"):
+                    packed.graph(b)
+            else:
+                assert_same(packed.graph(b), graph)
+
+
+def test_packed_arrays_must_fit_together():
+    lattice, frac, numbers = ROCK_SALT
+    with pytest.raises(InputError, match="ptr"):
+        build_packed(lattice[None], frac, numbers, np.array([0, 3]))
+
+
+def test_read_only_and_strided_arrays():
+    lattice, frac, numbers = (x.copy() for x in ROCK_SALT)
+    expected = build_graph(ROCK_SALT)
+    strided = np.zeros((2, 6))
+    strided[:, ::2] = frac
+    for array in (lattice, frac, numbers):
+        array.flags.writeable = False
+    assert_same(build_graph((lattice, strided[:, ::2], numbers.astype(np.uint8))), expected)
+    packed = build_packed(lattice[None], frac, numbers, np.array([0, 2]))
+    assert_same(packed.graph(0), expected)
+
+
+def test_many_neighbors():
+    every = build_graph(ROCK_SALT, max_neighbors=10_000)
+    assert every.n_edges == build_graph(ROCK_SALT, max_neighbors=1000).n_edges > 2 * 80
+    assert every.distance.max() <= 8.0
+
+
+def test_structures_of_other_programs(tmp_path):
+    pymatgen = pytest.importorskip("pymatgen.core")
+    ase = pytest.importorskip("ase")
+    structure = pymatgen.Structure(*(ROCK_SALT[k] for k in (0, 2, 1)))
+    atoms = ase.Atoms(numbers=ROCK_SALT[2], scaled_positions=ROCK_SALT[1], cell=ROCK_SALT[0], pbc=True)
+    path = tmp_path / "salt.cif"
+    structure.to(filename=str(path))
+    expected = build_graph(ROCK_SALT)
+    missing = tmp_path / "missing.cif"
+    *graphs, error = build_graphs([structure, atoms, path, str(path), missing], errors="collect")
+    for graph in graphs:
+        assert np.array_equal(graph.sender, expected.sender)
+        assert np.allclose(graph.distance, expected.distance, atol=1e-4)
+    assert isinstance(error, InputError) and "missing.cif" in str(error)
+
+
+HARD_CASES = {
+    # file: (atoms, degree of the shortest row within 8 Å), as the manifest has them
+    "single_atom__mp-1_Cs.cif": (1, 12),
+    "skewed__mp-624397_SiC.cif": (22, 12),
+    "dense__mp-756436_FeO.cif": (4, 12),
+    "elongated__mp-680172_CdI2.cif": (66, 12),
+    "sparse__B2H6_molecule_15A_box.cif": (8, 7),
+    "sparse__mp-1067451.cif": (4, 1),
+    "sparse__mp-1056079.cif": (8, 6),
+    "sparse__mp-995393.cif": (10, 9),
+    "skewed__2242624.cif": (5, 12),
+    "slab__Au_slab_init.cif": (12, 12),
+    "large_cell__P24Ru4H252C296S24N16.cif": (616, 12),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", HARD_CASES)
+def test_hard_cases(data_dir, name):
+    pymatgen = pytest.importorskip("pymatgen.core")
+    atoms, least = HARD_CASES[name]
+    structure = pymatgen.Structure.from_file(data_dir / "hard_cases" / name)
+    crystal = (structure.lattice.matrix, structure.frac_coords, np.array([site.specie.Z for site in structure]))
+    full = build_graph(crystal, symmetry_tolerance=None, distance_dtype=np.float64)
+    quotient = build_graph(crystal, distance_dtype=np.float64)
+    assert full.n_rows == quotient.n_atoms == atoms
+    assert np.diff(full.row_ptr).min() == np.diff(quotient.row_ptr).min() == least
+    i, _, _, distance = structure.get_neighbor_list(8.0, exclude_self=True)
+    for atom in range(atoms):
+        row = slice(full.row_ptr[atom], full.row_ptr[atom + 1])
+        expected = np.sort(distance[i == atom])[:12]
+        assert np.allclose(np.sort(full.distance[row]), expected, rtol=0, atol=1e-5)
+        c = quotient.atom_class[atom]
+        merged = quotient.distance[quotient.row_ptr[c] : quotient.row_ptr[c + 1]]
+        assert np.allclose(np.sort(merged), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_rounded_coordinates_want_a_coarser_tolerance(data_dir):
+    """A rhombohedral crystal in its conventional cell, in a file of few digits: 12 atoms of 3 kinds."""
+    pymatgen = pytest.importorskip("pymatgen.core")
+    conventional = pymatgen.Structure.from_file(data_dir / "hard_cases" / "symmetry__rhomb_3478_conv.cif")
+    structures = [conventional, conventional.get_primitive_structure()]
+    a, b = build_graphs(structures, symmetry_tolerance=1e-3, distance_dtype=np.float64)
+    assert a.n_atoms == 3 * b.n_atoms == 12 and a.n_rows == b.n_rows == 3
+    assert np.array_equal(a.weight, 3 * b.weight)
+    assert np.array_equal(a.sender, b.sender)
+    assert np.allclose(a.distance, b.distance, rtol=0, atol=1e-3)
+    assert build_graph(conventional).n_rows > 3
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_exploded_cells_are_refused(data_dir):
+    pymatgen = pytest.importorskip("pymatgen.core")
+    names = ("isolated__mp-623782.cif", "isolated__mp-1207316.cif")
+    structures = [pymatgen.Structure.from_file(data_dir / "hard_cases" / name) for name in names]
+    every, some = build_graphs(structures, errors="collect")
+    assert "8 of 8 atoms have no neighbour" in str(every)
+    assert "atoms ha" in str(some) and "larger radius" in str(some)
+    kept = build_graphs(structures, isolated="keep")
+    assert kept[0].n_edges == 0 and kept[1].n_edges > 0
