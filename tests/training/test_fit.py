@@ -60,6 +60,13 @@ def test_training_beats_the_mean(alloys, tmp_path):
     assert evaluation.metrics["mae"] == pytest.approx(np.abs(evaluation.predicted - evaluation.target).mean())
 
 
+def test_the_best_epoch_is_kept_not_the_last(alloys, tmp_path):
+    result = run(alloys, tmp_path, recipe=Recipe(epochs=6, lr=0.05, schedule="constant"))
+    assert result.best["val_mae"] < 0.99 * result.history[-1]["val_mae"]
+    scored = evaluate(load_model(tmp_path / "model"), GraphDataModule(alloys, "energy"), "val")
+    assert scored.metrics["mae"] == pytest.approx(result.best["val_mae"], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("target", "options"),
     [("energy", {}), ("energy", {"batch_rows": 150}), ("energy", {"num_workers": 1}), ("high", {})],
