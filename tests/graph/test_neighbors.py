@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from srcgcnn_fast.errors import InputError
-from srcgcnn_fast.graph.neighbors import NeighborList, kernel, neighbor_list
+from srcgcnn_fast.graph.neighbors import OK, NeighborList, kernel, neighbor_list, search
 
 RADII = (3.0, 5.0, 8.0)
 
@@ -130,6 +130,24 @@ def test_large_cell_against_kd_tree(count):
         if count is None:
             senders = near % n
             assert np.array_equal(np.sort(found.sender[mine]), np.sort(senders))
+
+
+@pytest.mark.parametrize("slack", [1e-5, 0.4])
+def test_candidates_hold_the_whole_tied_shell(slack):
+    """Among them all that lie within ``slack`` of the last neighbour, wherever the first radius ended."""
+    rng = np.random.default_rng(9)
+    for kind in ("triclinic", "fcc", "box") * 8:
+        lattice, frac = random_crystal(rng, kind)
+        count = int(rng.integers(1, 20))
+        ptr = np.array([0, len(frac)])
+        status, _, _, first, size, _, _, distance = search(lattice[None], frac, ptr, 8.0, count, slack)
+        assert status[0] == OK
+        for i, (_, _, expected) in enumerate(brute_force(lattice, frac, 8.0)):
+            limit = expected[:count].max(initial=0.0) + slack
+            if (np.abs(expected - limit) < 1e-9).any() or (np.abs(expected - 8.0) < 1e-6).any():
+                continue  # on the limit itself either answer is right
+            assert size[i] == (expected <= limit).sum()
+            assert np.allclose(distance[first[i] :][: size[i]], expected[: size[i]], rtol=0, atol=2e-9)
 
 
 def test_against_pymatgen(data_dir):
