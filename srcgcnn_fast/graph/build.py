@@ -130,7 +130,7 @@ def build_packed(
             results = list(pool.map(run, chunks))
     else:
         results = [run(chunk) for chunk in chunks]
-    return _join(results, chunks, good, crystals, numbers, ptr, parameters, errors)
+    return _join(results, good, crystals, numbers, ptr, parameters, errors)
 
 
 def _kernel_array(array: np.ndarray, dtype: Any) -> np.ndarray:
@@ -239,7 +239,6 @@ def _run_kernels(
 
 def _join(
     results: list[tuple[np.ndarray, ...]],
-    chunks: list[tuple[int, int]],
     good: np.ndarray,
     crystals: int,
     numbers: np.ndarray,
@@ -331,7 +330,7 @@ def build_graphs(
     """Graphs of many crystals, in their order; arguments as in ``build_graph``.
 
     Args:
-        errors: "collect" leaves the InputError of a bad crystal in its place, "raise" stops at the first.
+        errors: "collect" leaves the InputError of a bad crystal in its place, "raise" raises the first one.
 
     Raises:
         InputError: a parameter is out of range, or with ``errors="raise"`` a crystal is unusable.
