@@ -1,6 +1,7 @@
-// sigmoid(f) * softplus(c) and its derivatives, once for scalars, SIMD vectors and CUDA.
-// M supplies the arithmetic of V: exp, log1p_unit (argument in [0, 1]), reciprocal, abs, max0,
-// select_nonnegative(c, a, b) = c >= 0 ? a : b.
+// sigmoid(f) * softplus(c) and its derivatives, once for scalars, SIMD vectors and CUDA, in base 2: the arguments are
+// f2 = -f log2(e) and c2 = c log2(e), scalings that callers fold into their linear maps.
+// M supplies the arithmetic of V: exp2 (right from -inf to max_exponent), log2_1p (argument in [0, 1]), reciprocal,
+// abs, max0, at_most (a bound), tail(c2, t) = t, or 0 where c > 20 (PyTorch's threshold), select_nonnegative(c, a, b) = c >= 0 ? a : b, and the constants of its scalar type.
 #pragma once
 
 #ifdef __CUDACC__
@@ -11,36 +12,49 @@
 
 namespace srcgcnn {
 
+constexpr double kLog2e = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+
+// softplus(c) / ln(2): right at both ends, c for large c and exp(c) for very negative c, without overflow.
+template <class M, class V>
+SRCGCNN_INLINE V softplus2(V c2) {
+  return M::max0(c2) + M::log2_1p(M::tail(c2, M::exp2(-M::abs(c2))));
+}
+
+template <class M, class V>
+SRCGCNN_INLINE V sigmoid2(V f2) {
+  return M::reciprocal(M::exp2(M::at_most(f2)) + 1);
+}
+
+// sigmoid(f) softplus(c) / ln(2)
+template <class M, class V>
+SRCGCNN_INLINE V gate2(V f2, V c2) {
+  return sigmoid2<M>(f2) * softplus2<M>(c2);
+}
+
+// d softplus(c) / dc
+template <class M, class V>
+SRCGCNN_INLINE V softplus_slope2(V c2) {
+  const V t = M::tail(c2, M::exp2(-M::abs(c2)));
+  const V r = M::reciprocal(t + 1);
+  return M::select_nonnegative(c2, r, t * r);
+}
+
 template <class V>
 struct GateGradient {
-  V value, d_filter, d_core;
+  V d_filter, d_core;
 };
 
+// Derivatives with respect to f and c themselves. Both exponentials serve both; 1 - sigmoid is formed without
+// cancellation.
 template <class M, class V>
-SRCGCNN_INLINE V sigmoid(V f) {
-  return M::reciprocal(M::exp(-f) + 1);
-}
-
-// Right at both ends: c for large c, exp(c) for very negative c, no overflow.
-template <class M, class V>
-SRCGCNN_INLINE V softplus(V c) {
-  return M::max0(c) + M::log1p_unit(M::exp(-M::abs(c)));
-}
-
-template <class M, class V>
-SRCGCNN_INLINE V gate(V f, V c) {
-  return sigmoid<M>(f) * softplus<M>(c);
-}
-
-// Both exponentials serve the value and the derivatives; 1 - sigmoid(f) is formed without cancellation.
-template <class M, class V>
-SRCGCNN_INLINE GateGradient<V> gate_gradient(V f, V c) {
-  const V u = M::exp(-f);
+SRCGCNN_INLINE GateGradient<V> gate_gradient2(V f2, V c2) {
+  const V u = M::exp2(M::at_most(f2));
   const V s = M::reciprocal(u + 1);
-  const V t = M::exp(-M::abs(c));
-  const V value = s * (M::max0(c) + M::log1p_unit(t));
+  const V t = M::tail(c2, M::exp2(-M::abs(c2)));
+  const V softplus = (M::max0(c2) + M::log2_1p(t)) * M::ln2;
   const V r = M::reciprocal(t + 1);
-  return {value, value * u * s, s * M::select_nonnegative(c, r, t * r)};
+  return {s * softplus * (u * s), s * M::select_nonnegative(c2, r, t * r)};
 }
 
 }  // namespace srcgcnn

@@ -53,54 +53,82 @@ const Level* choose_level() {
   throw nb::import_error(message.c_str());
 }
 
-const Level* level = nullptr;
+const Level* chosen = nullptr;
 
 template <class T>
 const Kernels<T>& kernels();
 template <>
-const Kernels<float>& kernels<float>() { return level->f32; }
+const Kernels<float>& kernels<float>() { return chosen->f32; }
 template <>
-const Kernels<double>& kernels<double>() { return level->f64; }
+const Kernels<double>& kernels<double>() { return chosen->f64; }
 
 template <class T>
 T* address(uintptr_t a) { return reinterpret_cast<T*>(a); }
 
-// (distance, features, sender, row_ptr, crystal_ptr), (n_rows, n_edges, n_crystals, n_features), (dmin, step)
-using Pointers = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
-using Sizes = std::tuple<int64_t, int64_t, int64_t, int>;
-using Basis = std::tuple<double, double>;
+// Addresses in the order of the structs' fields; a null address is 0.
+using Addresses = std::vector<uintptr_t>;
+using Sizes = std::tuple<int64_t, int64_t, int64_t, int>;  // rows, edges, crystals, features of an edge
+using Basis = std::tuple<double, double>;                  // dmin, step
 
 template <class T>
-Edges<T> edges(const Pointers& p, const Sizes& s, const Basis& b) {
-  return {address<T>(std::get<0>(p)), address<T>(std::get<1>(p)), address<int32_t>(std::get<2>(p)),
-          address<int32_t>(std::get<3>(p)), address<int32_t>(std::get<4>(p)), std::get<0>(s), std::get<1>(s),
-          std::get<2>(s), std::get<3>(s), T(std::get<0>(b)), T(std::get<1>(b))};
+Edges<T> edges(const Addresses& a, const Sizes& s, const Basis& b) {
+  return {address<T>(a.at(0)),       address<T>(a.at(1)),       address<int32_t>(a.at(2)), address<int32_t>(a.at(3)),
+          address<int32_t>(a.at(4)), address<int32_t>(a.at(5)), address<T>(a.at(6)),       address<int32_t>(a.at(7)),
+          std::get<0>(s),            std::get<1>(s),            std::get<2>(s),            std::get<3>(s),
+          T(std::get<0>(b)),         T(std::get<1>(b))};
+}
+
+template <class T>
+Moments<T> moments(const Addresses& a) {
+  return {address<T>(a.at(0)), address<T>(a.at(1)), address<T>(a.at(2)), address<T>(a.at(3)), address<double>(a.at(4))};
+}
+
+using Norms = std::tuple<double, double, bool, bool>;  // eps1, eps2, train1, train2
+
+template <class T>
+Layer<T> layer(const Addresses& a, const Norms& n) {
+  return {address<T>(a.at(0)), address<T>(a.at(1)), address<T>(a.at(2)), address<T>(a.at(3)),
+          address<T>(a.at(4)), address<T>(a.at(5)), address<T>(a.at(6)), address<T>(a.at(7)),
+          address<T>(a.at(8)), address<T>(a.at(9)), T(std::get<0>(n)),   T(std::get<1>(n)),
+          std::get<2>(n),      std::get<3>(n)};
 }
 
 template <class T>
 void bind(nb::module_& m, const char* suffix) {
   const auto name = [&](const char* stem) { return std::string(stem) + suffix; };
   const auto nogil = nb::call_guard<nb::gil_scoped_release>();
-  m.def(name("gate_sum").c_str(), [](uintptr_t out, uintptr_t p, uintptr_t q, uintptr_t w_e, Pointers ptr, Sizes s,
-                                     Basis b, int width, int threads) {
-    kernels<T>().gate_sum(address<T>(out), address<T>(p), address<T>(q), address<T>(w_e), edges<T>(ptr, s, b), width,
-                          threads);
+  m.attr(name("width").c_str()) = kernels<T>().width;
+  m.def(name("edge_shells").c_str(), [](uintptr_t shell_of, uintptr_t shell_distance, uintptr_t shell_count,
+                                        const Addresses& e, Sizes s, Basis b, int threads) {
+    kernels<T>().edge_shells(address<int32_t>(shell_of), address<T>(shell_distance), address<int32_t>(shell_count),
+                             edges<T>(e, s, b), threads);
   }, nogil);
-  m.def(name("gate_sum_backward").c_str(), [](uintptr_t dp, uintptr_t dq, uintptr_t dw_e, uintptr_t d_edge,
-                                              uintptr_t grad, uintptr_t p, uintptr_t q, uintptr_t w_e, Pointers ptr,
-                                              Sizes s, Basis b, int width, int threads) {
-    kernels<T>().gate_sum_backward(address<T>(dp), address<T>(dq), address<T>(dw_e), address<T>(d_edge),
-                                   address<T>(grad), address<T>(p), address<T>(q), address<T>(w_e),
-                                   edges<T>(ptr, s, b), width, threads);
-  }, nogil);
-  m.def(name("neighbor_sum").c_str(), [](uintptr_t out, uintptr_t h, Pointers ptr, Sizes s, int width, bool transpose,
+  m.def(name("edge_moments").c_str(), [](uintptr_t in_degree, uintptr_t by_receiver, uintptr_t by_sender,
+                                         uintptr_t gram, uintptr_t weight, const Addresses& e, Sizes s, Basis b,
                                          int threads) {
-    kernels<T>().neighbor_sum(address<T>(out), address<T>(h), edges<T>(ptr, s, {0.0, 1.0}), width, transpose, threads);
+    kernels<T>().edge_moments(address<T>(in_degree), address<T>(by_receiver), address<T>(by_sender),
+                              address<double>(gram), address<T>(weight), edges<T>(e, s, b), threads);
   }, nogil);
-  m.def(name("edge_moments").c_str(), [](uintptr_t by_receiver, uintptr_t by_sender, uintptr_t gram, uintptr_t weight,
-                                         Pointers ptr, Sizes s, Basis b, int threads) {
-    kernels<T>().edge_moments(address<T>(by_receiver), address<T>(by_sender), address<double>(gram), address<T>(weight),
-                              edges<T>(ptr, s, b), threads);
+  m.def(name("conv").c_str(), [](uintptr_t out, uintptr_t messages, uintptr_t h, const Addresses& l, Norms n,
+                                 const Addresses& e, Sizes s, Basis b, const Addresses& mo, int width, int threads) {
+    kernels<T>().conv(address<T>(out), address<T>(messages), address<T>(h), layer<T>(l, n), edges<T>(e, s, b),
+                      moments<T>(mo), width, threads);
+  }, nogil);
+  m.def(name("conv_backward").c_str(), [](const Addresses& d, uintptr_t grad, uintptr_t h, uintptr_t messages,
+                                          const Addresses& l, Norms n, const Addresses& e, Sizes s, Basis b,
+                                          const Addresses& mo, int width, int threads) {
+    const Gradients<T> gradients{address<T>(d.at(0)), address<T>(d.at(1)), address<T>(d.at(2)), address<T>(d.at(3)),
+                                 address<T>(d.at(4)), address<T>(d.at(5)), address<T>(d.at(6)), address<T>(d.at(7))};
+    kernels<T>().conv_backward(gradients, address<T>(grad), address<T>(h), address<T>(messages), layer<T>(l, n),
+                               edges<T>(e, s, b), moments<T>(mo), width, threads);
+  }, nogil);
+  m.def(name("stack").c_str(), [](uintptr_t out, uintptr_t h, const std::vector<Addresses>& l,
+                                  const std::vector<Norms>& n, bool shared, const Addresses& e, Sizes s, Basis b,
+                                  int width, int threads) {
+    std::vector<Layer<T>> layers;
+    for (size_t t = 0; t < l.size(); ++t) layers.push_back(layer<T>(l[t], n.at(t)));
+    kernels<T>().stack(address<T>(out), address<T>(h), layers.data(), int(layers.size()), shared, edges<T>(e, s, b),
+                       width, threads);
   }, nogil);
 }
 
@@ -130,11 +158,11 @@ std::tuple<int, int64_t> check_graph(uintptr_t sender_, uintptr_t row_ptr_, uint
 }  // namespace
 
 NB_MODULE(_core, m) {
-  level = choose_level();
+  chosen = choose_level();
   bind<float>(m, "_f32");
   bind<double>(m, "_f64");
   m.def("check_graph", &check_graph);
-  m.def("simd_level", [] { return std::string(level->name); });
+  m.def("simd_level", [] { return std::string(chosen->name); });
   m.def("simd_levels", [] {
     std::vector<std::string> names;
     for (const Level* usable : usable_levels()) names.emplace_back(usable->name);

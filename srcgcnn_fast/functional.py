@@ -6,8 +6,9 @@ device and dtype; :func:`srcgcnn_fast.use_backend` forces one. Under autocast th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ def stacked_gated_conv(
     Returns:
         The features after the last one, (N, F), and, with ``return_steps``, those after each (else an empty list).
     """
-    return _stack(atom_fea, batch, layers, dmin, step, return_steps, lambda t, old, new: new)
+    return _stack(atom_fea, batch, layers, dmin, step, return_steps, None)
 
 
 def recurrent_gated_conv(
@@ -115,7 +116,8 @@ def recurrent_gated_conv(
             new = (1 - gate) * old + gate * new
         return new if layer_norm is None else layer_norm(new)
 
-    return _stack(atom_fea, batch, layers, dmin, step, return_steps, after)
+    plain = layer_norm is None and alpha is None
+    return _stack(atom_fea, batch, layers, dmin, step, return_steps, None if plain else after)
 
 
 def _stack(
@@ -125,7 +127,7 @@ def _stack(
     dmin: float,
     step: float,
     return_steps: bool,
-    after: Callable[[int, Tensor, Tensor], Tensor],
+    after: Callable[[int, Tensor, Tensor], Tensor] | None,
 ) -> tuple[Tensor, list[Tensor]]:
     device = h.device.type
     if torch.is_autocast_enabled(device):
@@ -136,28 +138,51 @@ def _stack(
     distance = batch.distance.to(h.dtype)
     features = None if batch.edge_features is None else batch.edge_features.to(h.dtype)
     edges = Edges(distance, features, batch.sender, batch.row_ptr, batch.crystal_ptr, float(dmin), float(step))
-    convolve = _convolution(h, batch, edges, layers)
+    trains = any(layer.bn1.training for layer in layers)
+    if registry.select(h, edge_statistics_grad=trains and _requires_grad(edges)) == "reference":
+        convolve = functools.partial(reference.gated_conv, edges=edges, row_weight=batch.weight)
+    else:
+        graph = _with_shells(batch, edges, h.dtype)
+        if after is None and not return_steps and not _needs_autograd(h, edges, layers):
+            shared = all(layer.weight is layers[0].weight for layer in layers)
+            return fused.stack(h, graph, layers, shared), []
+        convolve = functools.partial(
+            fused.gated_conv, graph=graph, moments=_moments(batch, graph, layers, h.dtype, trains)
+        )
     steps: list[Tensor] = []
     for t, layer in enumerate(layers):
-        h = after(t, h, convolve(h, edges, batch.weight, *layer))
+        new = convolve(h, weight=layer.weight, bias=layer.bias, bn1=layer.bn1, bn2=layer.bn2)
+        h = new if after is None else after(t, h, new)
         if return_steps:
             steps.append(h)
     return h, steps
 
 
-def _convolution(
-    h: Tensor, batch: GraphBatch, edges: Edges, layers: Sequence[ConvParameters]
-) -> Callable[..., Tensor]:
-    """The backend's convolution for this call, with what its batch norms need of the graph."""
-    trains = any(layer.bn1.training for layer in layers)
-    if registry.select(h, edge_statistics_grad=trains and _requires_grad(edges)) == "reference":
-        return reference.gated_conv
+def _with_shells(batch: GraphBatch, edges: Edges, dtype: torch.dtype) -> fused.Graph:
+    """The edges with their distinct distances, which the batch keeps."""
+    shells = batch.cached(("shells", dtype), lambda: fused.with_shells(edges)[5:8])
+    return fused.Graph(*edges[:5], *shells, edges.dmin, edges.step)
+
+
+def _moments(
+    batch: GraphBatch, graph: fused.Graph, layers: Sequence[ConvParameters], dtype: torch.dtype, trains: bool
+) -> fused.Moments:
+    """What batch statistics need of the graph, which the batch keeps."""
+    row_weight = batch.weight.to(dtype)
     if not trains:
-        return fused.gated_conv
-    n_features = layers[0].weight.shape[1] - 2 * h.shape[1]
-    key: Any = ("moments", n_features, edges.dmin, edges.step, h.dtype)
-    moments = batch.cached(key, lambda: fused.edge_moments(batch.weight, edges, n_features, h.dtype))
-    return lambda *arguments: fused.gated_conv(*arguments, moments=moments)
+        return fused.Moments(row_weight, None, None, None, None)
+    n_features = layers[0].weight.shape[1] - layers[0].weight.shape[0]
+    key = ("moments", n_features, graph.dmin, graph.step, dtype)
+    return batch.cached(key, lambda: fused.moments(row_weight, graph, n_features))
+
+
+def _needs_autograd(h: Tensor, edges: Edges, layers: Sequence[ConvParameters]) -> bool:
+    if any(layer.bn1.training or layer.bn2.training for layer in layers):
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    vectors = [x for layer in layers for x in (*layer[:2], *layer.bn1[:2], *layer.bn2[:2])]
+    return h.requires_grad or _requires_grad(edges) or any(x is not None and x.requires_grad for x in vectors)
 
 
 def _requires_grad(edges: Edges) -> bool:

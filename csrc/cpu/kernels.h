@@ -13,23 +13,73 @@ struct Edges {
   const int32_t* sender;
   const int32_t* row_ptr;
   const int32_t* crystal_ptr;
+  // Edges of a crystal with the same distance share a shell: shell_of (n_edges) counts within the crystal,
+  // shell_distance holds those of crystal c from its first edge on, shell_count (n_crystals).
+  const int32_t* shell_of;
+  const T* shell_distance;
+  const int32_t* shell_count;
   int64_t n_rows, n_edges, n_crystals;
   int n_features;
   T dmin, step;
 };
 
+// What follows from the graph and the rows' weights alone; only batch statistics need it.
+template <class T>
+struct Moments {
+  const T* row_weight;   // (N)
+  const T* in_degree;    // (N) sum of the receivers' weights, by sender
+  const T* by_receiver;  // (N, K) sum_j e_ij
+  const T* by_sender;    // (N, K) sum_i w_i e_ij
+  const double* gram;    // (K, K) sum_ij w_i e_ij^T e_ij
+};
+
+// One gated convolution. Vectors of a batch norm that uses batch statistics are outputs, else inputs.
+template <class T>
+struct Layer {
+  const T* weight;  // (2F, 2F + K)
+  const T* bias;    // (2F) or null
+  const T* gamma1;  // (2F)
+  const T* beta1;
+  const T* gamma2;  // (F)
+  const T* beta2;
+  T* mean1;  // (2F)
+  T* var1;
+  T* mean2;  // (F)
+  T* var2;
+  T eps1, eps2;
+  bool train1, train2;
+};
+
+template <class T>
+struct Gradients {
+  T* h;       // (N, F)
+  T* weight;  // (2F, 2F + K)
+  T* bias;    // (2F)
+  T* gamma1;
+  T* beta1;
+  T* gamma2;
+  T* beta2;
+  T* edge;  // (E), (E, K) for given features, or null
+};
+
 template <class T>
 struct Kernels {
-  // m (N, F) from p, q (N, 2F) and w_e (K, 2F): m_i = sum_j sigmoid(y[:F]) softplus(y[F:]), y = p_i + q_j + e_ij w_e.
-  void (*gate_sum)(T* m, const T* p, const T* q, const T* w_e, const Edges<T>& edges, int width, int threads);
-  // Gradients of the above at grad (N, F). dq must hold zeros; d_edge (per distance, or per feature) may be null.
-  void (*gate_sum_backward)(T* dp, T* dq, T* dw_e, T* d_edge, const T* grad, const T* p, const T* q, const T* w_e,
-                            const Edges<T>& edges, int width, int threads);
-  // out (N, F): sums of h over the senders of each row, or (transposed) over its receivers.
-  void (*neighbor_sum)(T* out, const T* h, const Edges<T>& edges, int width, bool transpose, int threads);
-  // sum_j e_ij and sum_i w_i e_ij (N, K); sum_ij w_i e_ij^T e_ij (K, K), accumulated in double.
-  void (*edge_moments)(T* by_receiver, T* by_sender, double* gram, const T* row_weight, const Edges<T>& edges,
-                       int threads);
+  // F must be a multiple of this many numbers.
+  int width;
+  // Distinct distances per crystal.
+  void (*edge_shells)(int32_t* shell_of, T* shell_distance, int32_t* shell_count, const Edges<T>& edges, int threads);
+  // Fills the arrays of Moments (all but row_weight), which it takes as outputs.
+  void (*edge_moments)(T* in_degree, T* by_receiver, T* by_sender, double* gram, const T* row_weight,
+                       const Edges<T>& edges, int threads);
+  // out, m (N, F): the layer's output, and the summed messages that its backward needs.
+  void (*conv)(T* out, T* m, const T* h, const Layer<T>& layer, const Edges<T>& edges, const Moments<T>& moments,
+               int width, int threads);
+  void (*conv_backward)(const Gradients<T>& gradients, const T* grad_out, const T* h, const T* m, const Layer<T>& layer,
+                        const Edges<T>& edges, const Moments<T>& moments, int width, int threads);
+  // out (N, F): `n_steps` convolutions with fixed statistics, crystal by crystal. With `shared` all steps have one
+  // weight (and bias).
+  void (*stack)(T* out, const T* h, const Layer<T>* layers, int n_steps, bool shared, const Edges<T>& edges, int width,
+                int threads);
 };
 
 struct Level {

@@ -54,47 +54,52 @@ SRCGCNN_INLINE typename Simd<T>::V splat(T x) {
 }
 
 // The arithmetic that gate.h asks for.
-struct VectorMath {
-#define SRCGCNN_VECTOR_HELPERS(V, I, SIGN)                                        \
-    static SRCGCNN_INLINE V abs(V x) { return (V)((I)x & ~(SIGN)); }                      \
-    static SRCGCNN_INLINE V max0(V x) { return x > 0 ? x : V{}; }                         \
-    static SRCGCNN_INLINE V select_nonnegative(V c, V a, V b) { return c >= 0 ? a : b; }
-  SRCGCNN_VECTOR_HELPERS(F32, Simd<float>::I, (Simd<float>::I{} + INT32_MIN))
-  SRCGCNN_VECTOR_HELPERS(F64, Simd<double>::I, (Simd<double>::I{} + INT64_MIN))
-#undef SRCGCNN_VECTOR_HELPERS
+struct MathF32 {
+  typedef Simd<float>::I I;
+  static constexpr float ln2 = float(kLn2);
+  static constexpr float max_exponent = 126.0f;
 
-  // exp on [-87, 88], relative error 3e-8 before rounding; the argument is clamped there, so no result is denormal.
-  static SRCGCNN_INLINE F32 exp(F32 x) {
-    x = x < -87.0f ? F32{} - 87.0f : x;
-    x = x > 88.0f ? F32{} + 88.0f : x;
+  static SRCGCNN_INLINE F32 abs(F32 x) { return (F32)((I)x & 0x7fffffff); }
+  static SRCGCNN_INLINE F32 max0(F32 x) { return x > 0 ? x : F32{}; }
+  static SRCGCNN_INLINE F32 at_most(F32 x) { return x < max_exponent ? x : F32{} + max_exponent; }
+  static SRCGCNN_INLINE F32 tail(F32, F32 t) { return t; }  // the difference is below float's resolution
+  static SRCGCNN_INLINE F32 select_nonnegative(F32 c, F32 a, F32 b) { return c >= 0 ? a : b; }
+
+  // Relative error 2e-9 before rounding; results below 2^-126 are zero.
+  static SRCGCNN_INLINE F32 exp2(F32 x) {
+#if SRCGCNN_VECTOR_BYTES == 64
+    const F32 r = (F32)_mm512_reduce_ps((__m512)x, 8);
+#else
+    x = x > -max_exponent ? x : F32{} - max_exponent;
     const F32 magic = F32{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    const F32 shifted = x * 1.44269504f + magic;
-    const F32 n = shifted - magic;
-    F32 r = x - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
-    F32 p = F32{} + 1.383683560e-03f;
-    p = p * r + 8.374824057e-03f;
-    p = p * r + 4.166822619e-02f;
-    p = p * r + 1.666642007e-01f;
-    p = p * r + 4.999999208e-01f;
+    const F32 shifted = x + magic;
+    const F32 r = x - (shifted - magic);
+#endif
+    F32 p = F32{} + 1.534581201e-04f;
+    p = p * r + 1.339993122e-03f;
+    p = p * r + 9.618488957e-03f;
+    p = p * r + 5.550328777e-02f;
+    p = p * r + 2.402264689e-01f;
+    p = p * r + 6.931472057e-01f;
     p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    typedef Simd<float>::I I;
+#if SRCGCNN_VECTOR_BYTES == 64
+    return (F32)_mm512_scalef_ps((__m512)p, (__m512)(x - r));
+#else
     return (F32)((I)p + (((I)shifted - (I)magic) << 23));
+#endif
   }
 
-  // log(1 + t) for t in [0, 1], relative error 5e-9 before rounding.
-  static SRCGCNN_INLINE F32 log1p_unit(F32 t) {
-    F32 p = F32{} - 3.244025177e-03f;
-    p = p * t + 1.985146236e-02f;
-    p = p * t - 5.695953425e-02f;
-    p = p * t + 1.060365488e-01f;
-    p = p * t - 1.530559257e-01f;
-    p = p * t + 1.967593926e-01f;
-    p = p * t - 2.495413366e-01f;
-    p = p * t + 3.332996242e-01f;
-    p = p * t - 4.999990242e-01f;
-    p = p * t + 9.999999953e-01f;
+  // log2(1 + t), relative error 3e-8 before rounding.
+  static SRCGCNN_INLINE F32 log2_1p(F32 t) {
+    F32 p = F32{} + 7.549182125e-03f;
+    p = p * t - 4.256706190e-02f;
+    p = p * t + 1.128561932e-01f;
+    p = p * t - 1.971189698e-01f;
+    p = p * t + 2.756414122e-01f;
+    p = p * t - 3.584084724e-01f;
+    p = p * t + 4.806929573e-01f;
+    p = p * t - 7.213402080e-01f;
+    p = p * t + 1.442694997e+00f;
     return p * t;
   }
 
@@ -106,36 +111,55 @@ struct VectorMath {
     return 1.0f / x;
 #endif
   }
+};
 
-  // exp on [-708, 709], Taylor to degree 13 after reduction: below one unit in the last place before rounding.
-  static SRCGCNN_INLINE F64 exp(F64 x) {
-    x = x < -708.0 ? F64{} - 708.0 : x;
-    x = x > 709.0 ? F64{} + 709.0 : x;
+struct MathF64 {
+  typedef Simd<double>::I I;
+  static constexpr double ln2 = kLn2;
+  static constexpr double max_exponent = 1022.0;
+
+  static SRCGCNN_INLINE F64 abs(F64 x) { return (F64)((I)x & INT64_MAX); }
+  static SRCGCNN_INLINE F64 max0(F64 x) { return x > 0 ? x : F64{}; }
+  static SRCGCNN_INLINE F64 at_most(F64 x) { return x < max_exponent ? x : F64{} + max_exponent; }
+  static SRCGCNN_INLINE F64 tail(F64 c2, F64 t) { return c2 > 20 * kLog2e ? F64{} : t; }
+  static SRCGCNN_INLINE F64 select_nonnegative(F64 c, F64 a, F64 b) { return c >= 0 ? a : b; }
+
+  // exp(r ln 2) by Taylor to degree 13 after reduction: below one unit in the last place before rounding.
+  static SRCGCNN_INLINE F64 exp2(F64 x) {
+    x = x > -max_exponent ? x : F64{} - max_exponent;
     const F64 magic = F64{} + 6755399441055744.0;  // 1.5 * 2^52
-    const F64 shifted = x * 1.4426950408889634 + magic;
-    const F64 n = shifted - magic;
-    F64 r = x - n * 6.93145751953125e-1;
-    r = r - n * 1.42860682030941723212e-6;
+    const F64 shifted = x + magic;
+    const F64 r = (x - (shifted - magic)) * kLn2;
     F64 p = F64{} + 1.0 / 6227020800.0;
     constexpr double inverse_factorial[] = {1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0,
                                             1.0 / 40320.0,     1.0 / 5040.0,     1.0 / 720.0,     1.0 / 120.0,
                                             1.0 / 24.0,        1.0 / 6.0,        0.5,             1.0,
                                             1.0};
     for (double c : inverse_factorial) p = p * r + c;
-    typedef Simd<double>::I I;
     return (F64)((I)p + (((I)shifted - (I)magic) << 52));
   }
 
-  // log(1 + t) for t in [0, 1] as 2 artanh(t / (2 + t)); the series is cut at 2e-18.
-  static SRCGCNN_INLINE F64 log1p_unit(F64 t) {
+  // log2(1 + t) as 2 artanh(t / (2 + t)) log2(e); the series is cut at 2e-18.
+  static SRCGCNN_INLINE F64 log2_1p(F64 t) {
     const F64 s = t / (t + 2.0);
     const F64 s2 = s * s;
     F64 p = F64{} + 1.0 / 33.0;
     for (int k = 15; k >= 0; --k) p = p * s2 + 1.0 / (2 * k + 1);
-    return 2.0 * s * p;
+    return (2.0 * kLog2e) * s * p;
   }
 
   static SRCGCNN_INLINE F64 reciprocal(F64 x) { return 1.0 / x; }
+};
+
+template <class T>
+struct MathOf;
+template <>
+struct MathOf<float> {
+  using M = MathF32;
+};
+template <>
+struct MathOf<double> {
+  using M = MathF64;
 };
 
 // Denormal numbers cost a hundred cycles each: treat them as zero while a kernel runs, and leave the thread as it was.

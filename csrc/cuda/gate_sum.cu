@@ -7,11 +7,13 @@
 namespace {
 
 struct DeviceMath {
-  static __device__ __forceinline__ float exp(float x) { return __expf(fminf(x, 88.0f)); }
-  static __device__ __forceinline__ float log1p_unit(float t) { return log1pf(t); }
+  static __device__ __forceinline__ float exp2(float x) { return exp2f(x); }
+  static __device__ __forceinline__ float log2_1p(float t) { return log1pf(t) * float(srcgcnn::kLog2e); }
   static __device__ __forceinline__ float reciprocal(float x) { return __frcp_rn(x); }
   static __device__ __forceinline__ float abs(float x) { return fabsf(x); }
   static __device__ __forceinline__ float max0(float x) { return x > 0.0f ? x : 0.0f; }
+  static __device__ __forceinline__ float tail(float, float t) { return t; }
+  static __device__ __forceinline__ float at_most(float x) { return fminf(x, 126.0f); }
 };
 
 constexpr int kReach = 9;  // Gaussians in reach of a distance; those left out are below 2e-9
@@ -38,9 +40,9 @@ __global__ void gate_sum_kernel(float* __restrict__ m, const float* __restrict__
         f = fmaf(a, w_e[(long long)k * 2 * width + c], f);
         s = fmaf(a, w_e[(long long)k * 2 * width + width + c], s);
       }
-      sum += srcgcnn::gate<DeviceMath>(f, s);
+      sum += srcgcnn::gate2<DeviceMath>(f * float(-srcgcnn::kLog2e), s * float(srcgcnn::kLog2e));
     }
-    m[row * width + c] = sum;
+    m[row * width + c] = sum * float(srcgcnn::kLn2);
   }
 }
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .reference import Edges
 from .registry import core, core_problem
 
 _SUFFIX = {torch.float32: "_f32", torch.float64: "_f64"}
@@ -19,105 +19,233 @@ _FAULTS = {
 }
 
 
-def _kernel(name: str, dtype: torch.dtype) -> Any:
+class Graph(NamedTuple):
+    """The edges of a batch with their shells: edges of a crystal at the same distance are evaluated once."""
+
+    distance: Tensor
+    """(E,) Å."""
+    features: Tensor | None
+    """(E, K), in place of the Gaussians of ``distance``."""
+    sender: Tensor
+    """(E,) int32."""
+    row_ptr: Tensor
+    """(N + 1,) int32."""
+    crystal_ptr: Tensor
+    """(B + 1,) int32."""
+    shell_of: Tensor | None
+    """(E,) int32, shell of each edge, counted within its crystal; None where edges carry features."""
+    shell_distance: Tensor | None
+    """(E,) Å; those of a crystal begin at its first edge."""
+    shell_count: Tensor | None
+    """(B,) int32."""
+    dmin: float
+    step: float
+
+
+class Moments(NamedTuple):
+    """What batch statistics need of the graph and the rows' weights, for every layer and step."""
+
+    row_weight: Tensor
+    """(N,)"""
+    in_degree: Tensor | None
+    """(N,), sum of the receivers' weights, by sender."""
+    by_receiver: Tensor | None
+    """(N, K), sum_j e_ij."""
+    by_sender: Tensor | None
+    """(N, K), sum_i w_i e_ij."""
+    gram: Tensor | None
+    """(K, K) float64, sum_ij w_i e_ij^T e_ij."""
+
+
+class Layer(NamedTuple):
+    """One convolution as the kernels take it; every vector is present."""
+
+    weight: Tensor
+    bias: Tensor | None
+    gamma1: Tensor
+    beta1: Tensor
+    gamma2: Tensor
+    beta2: Tensor
+    mean1: Tensor
+    var1: Tensor
+    mean2: Tensor
+    var2: Tensor
+    eps1: float
+    eps2: float
+    train1: bool
+    train2: bool
+
+
+def kernel_width(dtype: torch.dtype) -> int:
+    """F must be a multiple of this."""
+    return int(getattr(_core(dtype), "width" + _SUFFIX[dtype]))
+
+
+def _core(dtype: torch.dtype) -> Any:
     if core is None:
         raise InputError(f"The CPU backend cannot run: {core_problem}.")
     if dtype not in _SUFFIX:
         raise InputError(f"The CPU kernels take float32 and float64, not {dtype}.")
-    return getattr(core, name + _SUFFIX[dtype])
+    return core
 
 
-def _expect(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    if x.dtype != dtype or tuple(x.shape) != shape or x.device.type != "cpu":
+def _kernel(name: str, dtype: torch.dtype) -> Any:
+    return getattr(_core(dtype), name + _SUFFIX[dtype])
+
+
+def _check(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if x.dtype != dtype or tuple(x.shape) != shape or x.device.type != "cpu" or not x.is_contiguous():
         raise InputError(
-            f"{name} must be a {dtype} CPU tensor of shape {shape}, "
+            f"{name} must be a contiguous {dtype} CPU tensor of shape {shape}, "
             f"not {x.dtype} {tuple(x.shape)} on {x.device.type}."
         )
-    return x.contiguous()
 
 
-class _Graph:
-    """The arrays of a batch as the kernels take them; holds them alive during the call."""
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
-    def __init__(self, edges: Edges, n_features: int, dtype: torch.dtype) -> None:
-        n_rows, n_edges = edges.row_ptr.shape[0] - 1, edges.sender.shape[0]
-        n_crystals = edges.crystal_ptr.shape[0] - 1
-        if edges.step <= 0:
-            raise InputError(f"The Gaussians' step must be positive, not {edges.step}.")
-        self.sender = _expect("sender", edges.sender, (n_edges,), torch.int32)
-        self.row_ptr = _expect("row_ptr", edges.row_ptr, (n_rows + 1,), torch.int32)
-        self.crystal_ptr = _expect("crystal_ptr", edges.crystal_ptr, (n_crystals + 1,), torch.int32)
-        self.features = self.distance = None
-        if edges.features is not None:
-            self.features = _expect("edge_features", edges.features, (n_edges, n_features), dtype)
+
+class _Edges:
+    """Addresses, sizes and Gaussians of a graph, checked."""
+
+    def __init__(self, graph: Graph, n_features: int, dtype: torch.dtype, with_shells: bool = True) -> None:
+        n_rows, n_edges = graph.row_ptr.shape[0] - 1, graph.sender.shape[0]
+        n_crystals = graph.crystal_ptr.shape[0] - 1
+        if graph.step <= 0:
+            raise InputError(f"The Gaussians' step must be positive, not {graph.step}.")
+        _check("sender", graph.sender, (n_edges,), torch.int32)
+        _check("row_ptr", graph.row_ptr, (n_rows + 1,), torch.int32)
+        _check("crystal_ptr", graph.crystal_ptr, (n_crystals + 1,), torch.int32)
+        if graph.features is not None:
+            _check("edge_features", graph.features, (n_edges, n_features), dtype)
         else:
-            self.distance = _expect("distance", edges.distance, (n_edges,), dtype)
-        index = (self.sender.data_ptr(), self.row_ptr.data_ptr(), self.crystal_ptr.data_ptr())
+            _check("distance", graph.distance, (n_edges,), dtype)
+            if with_shells:
+                assert graph.shell_of is not None and graph.shell_distance is not None and graph.shell_count is not None
+                _check("shell_of", graph.shell_of, (n_edges,), torch.int32)
+                _check("shell_distance", graph.shell_distance, (n_edges,), dtype)
+                _check("shell_count", graph.shell_count, (n_crystals,), torch.int32)
         self.sizes = (n_rows, n_edges, n_crystals, n_features)
-        self.basis = (edges.dmin, edges.step)
-        self.pointers = (
-            0 if self.distance is None else self.distance.data_ptr(),
-            0 if self.features is None else self.features.data_ptr(),
-            *index,
-        )
-        fault, where = core.check_graph(*index, self.sizes)
+        self.basis = (float(graph.dmin), float(graph.step))
+        self.addresses = [_address(x) for x in graph[:8]]
+        fault, where = core.check_graph(*self.addresses[2:5], self.sizes)
         if fault:
             raise InputError(f"Bad graph at position {where}: {_FAULTS[fault]}.")
 
-
-def gate_sum(p: Tensor, q: Tensor, w_e: Tensor, edges: Edges) -> Tensor:
-    kernel = _kernel("gate_sum", p.dtype)
-    n, width = edges.row_ptr.shape[0] - 1, p.shape[1] // 2
-    graph = _Graph(edges, w_e.shape[0], p.dtype)
-    p, q = _expect("p", p, (n, 2 * width), p.dtype), _expect("q", q, (n, 2 * width), p.dtype)
-    w_e = _expect("w_e", w_e, (w_e.shape[0], 2 * width), p.dtype)
-    m = p.new_empty(n, width)
-    kernel(
-        m.data_ptr(), p.data_ptr(), q.data_ptr(), w_e.data_ptr(),
-        graph.pointers, graph.sizes, graph.basis, width, torch.get_num_threads(),
-    )  # fmt: skip
-    return m
+    @property
+    def arguments(self) -> tuple[list[int], tuple[int, int, int, int], tuple[float, float]]:
+        return self.addresses, self.sizes, self.basis
 
 
-def gate_sum_backward(
-    grad: Tensor, p: Tensor, q: Tensor, w_e: Tensor, edges: Edges, edge_grad: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernel = _kernel("gate_sum_backward", p.dtype)
-    n, width, n_features = edges.row_ptr.shape[0] - 1, p.shape[1] // 2, w_e.shape[0]
-    graph = _Graph(edges, n_features, p.dtype)
-    grad = _expect("grad", grad, (n, width), p.dtype)
-    p, q = _expect("p", p, (n, 2 * width), p.dtype), _expect("q", q, (n, 2 * width), p.dtype)
-    w_e = _expect("w_e", w_e, (n_features, 2 * width), p.dtype)
-    dp, dq, dw_e = torch.empty_like(p), torch.zeros_like(q), torch.empty_like(w_e)
-    like = edges.distance if edges.features is None else edges.features
-    d_edge = torch.empty_like(like, dtype=p.dtype, memory_format=torch.contiguous_format) if edge_grad else p.new_empty(0)
-    kernel(
-        dp.data_ptr(), dq.data_ptr(), dw_e.data_ptr(), d_edge.data_ptr() if edge_grad else 0,
-        grad.data_ptr(), p.data_ptr(), q.data_ptr(), w_e.data_ptr(),
-        graph.pointers, graph.sizes, graph.basis, width, torch.get_num_threads(),
-    )  # fmt: skip
-    return dp, dq, dw_e, d_edge
+def edge_shells(
+    distance: Tensor, sender: Tensor, row_ptr: Tensor, crystal_ptr: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    graph = Graph(distance, None, sender, row_ptr, crystal_ptr, None, None, None, 0.0, 1.0)
+    edges = _Edges(graph, 1, distance.dtype, with_shells=False)
+    shell_of, shell_distance = torch.empty_like(sender), torch.zeros_like(distance)
+    shell_count = torch.empty(edges.sizes[2], dtype=torch.int32)
+    _kernel("edge_shells", distance.dtype)(
+        shell_of.data_ptr(), shell_distance.data_ptr(), shell_count.data_ptr(), *edges.arguments, torch.get_num_threads()
+    )
+    return shell_of, shell_distance, shell_count
 
 
-def neighbor_sum(h: Tensor, edges: Edges, transpose: bool = False) -> Tensor:
-    kernel = _kernel("neighbor_sum", h.dtype)
-    n, width = edges.row_ptr.shape[0] - 1, h.shape[1]
-    graph = _Graph(edges._replace(features=None, distance=h.new_empty(edges.sender.shape[0])), 0, h.dtype)
-    h = _expect("h", h, (n, width), h.dtype)
-    out = torch.empty_like(h)
-    kernel(out.data_ptr(), h.data_ptr(), graph.pointers, graph.sizes, width, transpose, torch.get_num_threads())
-    return out
-
-
-def edge_moments(row_weight: Tensor, edges: Edges, n_features: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    kernel = _kernel("edge_moments", dtype)
-    n = edges.row_ptr.shape[0] - 1
-    graph = _Graph(edges, n_features, dtype)
-    row_weight = _expect("row_weight", row_weight.to(dtype), (n,), dtype)
+def edge_moments(row_weight: Tensor, graph: Graph, n_features: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = row_weight.dtype
+    edges = _Edges(graph, n_features, dtype)
+    n = edges.sizes[0]
+    _check("row_weight", row_weight, (n,), dtype)
+    in_degree = torch.empty_like(row_weight)
     by_receiver, by_sender = (row_weight.new_empty(n, n_features) for _ in range(2))
     gram = torch.empty(n_features, n_features, dtype=torch.float64)
-    kernel(
-        by_receiver.data_ptr(), by_sender.data_ptr(), gram.data_ptr(), row_weight.data_ptr(),
-        graph.pointers, graph.sizes, graph.basis, torch.get_num_threads(),
+    outputs = (in_degree, by_receiver, by_sender, gram)
+    _kernel("edge_moments", dtype)(
+        *(x.data_ptr() for x in outputs), row_weight.data_ptr(), *edges.arguments, torch.get_num_threads()
+    )
+    return outputs
+
+
+def _layer_arguments(layer: Layer, width: int, n_features: int) -> tuple[list[int], tuple[float, float, bool, bool]]:
+    dtype = layer.weight.dtype
+    _check("weight", layer.weight, (2 * width, 2 * width + n_features), dtype)
+    for name, x in zip(Layer._fields[1:10], layer[1:10], strict=True):
+        if x is not None:
+            _check(name, x, (width if name.endswith("2") else 2 * width,), dtype)
+    return [_address(x) for x in layer[:10]], layer[10:14]
+
+
+def _moment_addresses(moments: Moments, edges: _Edges, dtype: torch.dtype, train1: bool) -> list[int]:
+    n, _, _, n_features = edges.sizes
+    _check("row_weight", moments.row_weight, (n,), dtype)
+    if train1:
+        assert moments.in_degree is not None and moments.by_receiver is not None
+        assert moments.by_sender is not None and moments.gram is not None
+        _check("in_degree", moments.in_degree, (n,), dtype)
+        _check("by_receiver", moments.by_receiver, (n, n_features), dtype)
+        _check("by_sender", moments.by_sender, (n, n_features), dtype)
+        _check("gram", moments.gram, (n_features, n_features), torch.float64)
+    return [_address(x) for x in moments]
+
+
+def conv(
+    h: Tensor, layer: Layer, graph: Graph, moments: Moments
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output and summed messages (N, F), then the statistics that were used: mean1, var1 (2F), mean2, var2 (F).
+
+    A mean of the batch leaves without the bias.
+    """
+    n, width = h.shape
+    n_features = layer.weight.shape[1] - 2 * width
+    edges = _Edges(graph, n_features, h.dtype)
+    _check("h", h, (edges.sizes[0], width), h.dtype)
+    used = [
+        torch.empty_like(x) if trains else x.clone()
+        for x, trains in zip(layer[6:10], (layer.train1,) * 2 + (layer.train2,) * 2, strict=True)
+    ]
+    addresses, norms = _layer_arguments(layer._replace(mean1=used[0], var1=used[1], mean2=used[2], var2=used[3]), width, n_features)  # fmt: skip
+    out, m = torch.empty_like(h), torch.empty_like(h)
+    _kernel("conv", h.dtype)(
+        out.data_ptr(), m.data_ptr(), h.data_ptr(), addresses, norms, *edges.arguments,
+        _moment_addresses(moments, edges, h.dtype, layer.train1), width, torch.get_num_threads(),
     )  # fmt: skip
-    return by_receiver, by_sender, gram
+    return out, m, used[0], used[1], used[2], used[3]
+
+
+def conv_backward(
+    grad: Tensor, h: Tensor, m: Tensor, layer: Layer, graph: Graph, moments: Moments, edge_grad: bool
+) -> tuple[Tensor, ...]:
+    """Gradients of h, weight, bias, gamma1, beta1, gamma2, beta2, and of the edges (empty unless asked for)."""
+    n, width = h.shape
+    n_features = layer.weight.shape[1] - 2 * width
+    edges = _Edges(graph, n_features, h.dtype)
+    for name, x in (("grad", grad), ("h", h), ("m", m)):
+        _check(name, x, (edges.sizes[0], width), h.dtype)
+    if edge_grad and layer.train1:
+        raise InputError("Gradients of the edges exist for fixed statistics only; call model.eval() first.")
+    addresses, norms = _layer_arguments(layer, width, n_features)
+    like = graph.distance if graph.features is None else graph.features
+    outputs = [torch.empty_like(x) for x in (h, layer.weight, layer.gamma1, layer.gamma1, layer.beta1)]
+    outputs += [torch.empty_like(layer.gamma2), torch.empty_like(layer.beta2)]
+    edge = torch.empty_like(like) if edge_grad else h.new_empty(0)
+    gradients = [x.data_ptr() for x in outputs] + [edge.data_ptr() if edge_grad else 0]
+    _kernel("conv_backward", h.dtype)(
+        gradients, grad.data_ptr(), h.data_ptr(), m.data_ptr(), addresses, norms, *edges.arguments,
+        _moment_addresses(moments, edges, h.dtype, layer.train1), width, torch.get_num_threads(),
+    )  # fmt: skip
+    return (*outputs, edge)
+
+
+def stack(h: Tensor, layers: Sequence[Layer], graph: Graph) -> Tensor:
+    """All convolutions with fixed statistics, crystal by crystal; layers may share one weight tensor."""
+    width = h.shape[1]
+    n_features = layers[0].weight.shape[1] - 2 * width
+    edges = _Edges(graph, n_features, h.dtype)
+    _check("h", h, (edges.sizes[0], width), h.dtype)
+    arguments = [_layer_arguments(layer, width, n_features) for layer in layers]
+    shared = all(layer.weight.data_ptr() == layers[0].weight.data_ptr() for layer in layers)
+    out = torch.empty_like(h)
+    _kernel("stack", h.dtype)(
+        out.data_ptr(), h.data_ptr(), [a for a, _ in arguments], [n for _, n in arguments], shared, *edges.arguments,
+        width, torch.get_num_threads(),
+    )  # fmt: skip
+    return out

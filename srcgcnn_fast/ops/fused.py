@@ -1,105 +1,112 @@
-"""A gated convolution with one pass over the edges forward and one backward, in training too.
-
-The linear map is split into node-level products, and the statistics of batch norm come from the Gram matrix of its
-inputs, whose blocks are sums over rows, so that no (E, 2F) tensor exists. All of it is exact.
-"""
+"""Convolutions on the fused operators: what they need of the graph, widths they do not take, batch norm's state."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import pad
 
+from . import cpu
 from . import library as library  # registers the operators
-from .reference import BatchNorm, Edges, batch_norm
+from .cpu import Graph, Layer, Moments
+from .reference import BatchNorm, Edges
 
 _ops = torch.ops.srcgcnn_fast
 
 
-class EdgeMoments(NamedTuple):
-    """What batch norm needs of a batch's edges; it follows from the graph alone and serves every layer and step."""
-
-    count: Tensor
-    """(), sum_i w_i deg_i: edges of the full cells."""
-    degree: Tensor
-    """(N, 1)."""
-    in_degree: Tensor
-    """(N, 1), sum of the receivers' weights, by sender."""
-    mean: Tensor
-    """(K,), mean edge vector."""
-    by_receiver: Tensor
-    """(N, K), sum_j e_ij."""
-    by_sender: Tensor
-    """(N, K), sum_i w_i e_ij."""
-    gram: Tensor
-    """(K, K), sum w_i (e_ij - mean)^T (e_ij - mean)."""
+def with_shells(edges: Edges) -> Graph:
+    """The edges with the distinct distances of every crystal."""
+    if edges.features is not None:
+        return Graph(*edges[:5], None, None, None, edges.dmin, edges.step)
+    shells = _ops.edge_shells(edges.distance.detach().contiguous(), *edges[2:5])
+    return Graph(*edges[:5], *shells, edges.dmin, edges.step)
 
 
-@torch.no_grad()
-def edge_moments(row_weight: Tensor, edges: Edges, n_features: int, dtype: torch.dtype) -> EdgeMoments:
-    w = row_weight.to(dtype)
-    topology = edges[2:5]
-    by_receiver, by_sender, gram = _ops.edge_moments(w, *edges, n_features)
-    degree = edges.row_ptr.diff().to(dtype)[:, None]
-    in_degree = _ops.neighbor_sum(w[:, None].contiguous(), *topology, True)
-    count = (w.double() @ degree[:, 0].double()).clamp_min(1e-30)
-    mean = (w.double() @ by_receiver.double()) / count
-    gram = gram - count * mean[:, None] * mean
-    return EdgeMoments(count.to(dtype), degree, in_degree, mean.to(dtype), by_receiver, by_sender, gram.to(dtype))
-
-
-def edge_statistics(
-    h: Tensor, edges: Edges, row_weight: Tensor, weight: Tensor, moments: EdgeMoments
-) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance, (2F,) each, over all edges of [h_i, h_j, e_ij] @ weight.T, without an edge pass."""
-    w = row_weight.to(h.dtype)[:, None]
-    count, degree, in_degree, e_mean, by_receiver, by_sender, e_gram = moments
-    receiver_weight = w * degree
-    h_mean, n_mean = (receiver_weight * h).sum(0) / count, (in_degree * h).sum(0) / count
-    hc, nc = h - h_mean, h - n_mean  # centred first: features are positive and an uncentred Gram loses digits
-    senders = _ops.neighbor_sum(h.contiguous(), *edges[2:5], False)
-    hn = hc.T @ (w * (senders - degree * n_mean))
-    he = hc.T @ (w * (by_receiver - degree * e_mean))
-    ne = nc.T @ (by_sender - in_degree * e_mean)
-    gram = torch.cat(
-        [
-            torch.cat([hc.T @ (receiver_weight * hc), hn, he], 1),
-            torch.cat([hn.T, nc.T @ (in_degree * nc), ne], 1),
-            torch.cat([he.T, ne.T, e_gram], 1),
-        ]
+def moments(row_weight: Tensor, graph: Graph, n_features: int) -> Moments:
+    """What batch statistics need, from the graph alone."""
+    graph = graph._replace(
+        distance=graph.distance.detach(), features=None if graph.features is None else graph.features.detach()
     )
-    mean = weight @ torch.cat([h_mean, n_mean, e_mean])
-    var = ((weight @ gram) * weight).sum(1) / count
-    return mean, var.clamp_min(0)
+    return Moments(row_weight, *_ops.edge_moments(row_weight, *graph, n_features))
+
+
+def _widen(x: Tensor, width: int, more: int) -> Tensor:
+    """(2F,) or (F,) -> zeros added to each half."""
+    return pad(x.reshape(-1, width), (0, more)).reshape(-1)
+
+
+def _widen_weight(weight: Tensor, width: int, more: int) -> Tensor:
+    halves = [pad(x, (0, more)) for x in (weight[:, :width], weight[:, width : 2 * width])]
+    wide = torch.cat([*halves, weight[:, 2 * width :]], dim=1)
+    return pad(wide.reshape(2, width, -1), (0, 0, 0, more)).reshape(2 * (width + more), -1)
+
+
+def _layer(weight: Tensor, bias: Tensor | None, bn1: BatchNorm, bn2: BatchNorm, width: int, more: int) -> Layer:
+    """The layer as the operators take it, widened by ``more`` channels of zeros."""
+    vectors = []
+    for norm, size in ((bn1, 2 * width), (bn2, width)):
+        one, zero = weight.new_ones(size), weight.new_zeros(size)
+        vectors.append(
+            [
+                one if norm.weight is None else norm.weight,
+                zero if norm.bias is None else norm.bias,
+                zero if norm.running_mean is None or norm.training else norm.running_mean,
+                one if norm.running_var is None or norm.training else norm.running_var,
+            ]
+        )
+    (g1, b1, m1, v1), (g2, b2, m2, v2) = vectors
+    small = [bias, g1, b1, g2, b2, m1, v1, m2, v2]
+    if more:
+        weight = _widen_weight(weight, width, more)
+        small = [None if x is None else _widen(x, width, more) for x in small]
+    return Layer(weight.contiguous(), *small, bn1.eps, bn2.eps, bn1.training, bn2.training)
+
+
+def _missing(h: Tensor) -> int:
+    return -h.shape[1] % cpu.kernel_width(h.dtype)
 
 
 def gated_conv(
     h: Tensor,
-    edges: Edges,
-    row_weight: Tensor,
+    graph: Graph,
+    moments: Moments,
     weight: Tensor,
     bias: Tensor | None,
     bn1: BatchNorm,
     bn2: BatchNorm,
-    moments: EdgeMoments | None = None,
 ) -> Tensor:
-    """One gated graph convolution, (N, F) -> (N, F); ``moments`` is needed where ``bn1.training``."""
-    width = h.shape[1]
+    """One gated graph convolution, (N, F) -> (N, F), with one pass over the edges backward."""
+    width, more = h.shape[1], _missing(h)
+    layer = _layer(weight, bias, bn1, bn2, width, more)
+    wide = pad(h, (0, more)) if more else h.contiguous()
+    out, _m, *used = _ops.gated_conv(wide, *layer, *graph, *moments)
+    if more:
+        out = out[:, :width]
+        used = [x.reshape(-1, width + more)[:, :width].reshape(-1) for x in used]
     if bn1.training:
-        assert moments is not None
-        mean, var = edge_statistics(h, edges, row_weight, weight, moments)
-        bn1.update(mean if bias is None else mean + bias, var, moments.count)
-        scale, shift = bn1.fold(mean, var)  # the bias cancels; its gradient is zero, not absent
-        shift = shift if bias is None else shift + 0 * bias
-    else:
-        assert bn1.running_mean is not None and bn1.running_var is not None
-        scale, shift = bn1.fold(bn1.running_mean, bn1.running_var)
-        shift = shift if bias is None else shift + bias * scale
-    scaled = weight * scale[:, None]
-    p = torch.addmm(shift, h, scaled[:, :width].T)
-    q = h @ scaled[:, width : 2 * width].T
-    w_e = scaled[:, 2 * width :].T.contiguous()
-    m = _ops.gate_sum(p, q, w_e, *edges)
-    return softplus(h + batch_norm(m, bn2, row_weight.to(h.dtype)[:, None]))
+        mean = used[0] if bias is None else used[0] + bias.detach()
+        bn1.update(mean, used[1], moments.row_weight @ graph.row_ptr.diff().to(h.dtype))
+    if bn2.training:
+        bn2.update(used[2], used[3], moments.row_weight.sum())
+    return out
+
+
+def stack(h: Tensor, graph: Graph, layers: Sequence[Any], shared: bool) -> Tensor:
+    """All convolutions with fixed statistics and without gradients; ``shared``: they have one weight."""
+    width, more = h.shape[1], _missing(h)
+    folded = [_layer(*layer, width, more) for layer in layers]
+    wide = pad(h, (0, more)) if more else h.contiguous()
+    own = folded[:1] if shared else folded
+    out = _ops.gated_conv_stack(
+        wide,
+        [layer.weight for layer in own],
+        [layer.bias for layer in own if layer.bias is not None],
+        [x for layer in folded for x in layer[2:10]],
+        [x for layer in folded for x in layer[10:12]],
+        shared,
+        *graph,
+    )
+    return out[:, :width] if more else out

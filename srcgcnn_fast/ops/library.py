@@ -8,119 +8,187 @@ import torch
 from torch import Tensor
 
 from . import cpu, reference
-from .reference import Edges
+from .cpu import Graph, Layer, Moments
+from .reference import BatchNorm, Edges
 
-_EDGES = "Tensor distance, Tensor? features, Tensor sender, Tensor row_ptr, Tensor crystal_ptr, float dmin, float step"
+_GRAPH = (
+    "Tensor distance, Tensor? features, Tensor sender, Tensor row_ptr, Tensor crystal_ptr, Tensor? shell_of, "
+    "Tensor? shell_distance, Tensor? shell_count, float dmin, float step"
+)
+_LAYER = (
+    "Tensor weight, Tensor? bias, Tensor gamma1, Tensor beta1, Tensor gamma2, Tensor beta2, Tensor mean1, Tensor var1, "
+    "Tensor mean2, Tensor var2, float eps1, float eps2, bool train1, bool train2"
+)
+_MOMENTS = "Tensor row_weight, Tensor? in_degree, Tensor? by_receiver, Tensor? by_sender, Tensor? gram"
+_N_LAYER, _N_GRAPH, _N_MOMENTS = len(Layer._fields), len(Graph._fields), len(Moments._fields)
 
 _library = torch.library.Library("srcgcnn_fast", "DEF")
-_library.define(f"gate_sum(Tensor p, Tensor q, Tensor w_e, {_EDGES}) -> Tensor")
 _library.define(
-    f"gate_sum_backward(Tensor grad, Tensor p, Tensor q, Tensor w_e, {_EDGES}, bool edge_grad)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
+    "edge_shells(Tensor distance, Tensor sender, Tensor row_ptr, Tensor crystal_ptr) -> (Tensor, Tensor, Tensor)"
 )
-_library.define("neighbor_sum(Tensor h, Tensor sender, Tensor row_ptr, Tensor crystal_ptr, bool transpose) -> Tensor")
-_library.define(f"edge_moments(Tensor row_weight, {_EDGES}, int n_features) -> (Tensor, Tensor, Tensor)")
-
-
-def _topology(sender: Tensor, row_ptr: Tensor, crystal_ptr: Tensor) -> Edges:
-    return Edges(sender, None, sender, row_ptr, crystal_ptr)
-
-
-_library.impl("gate_sum", lambda p, q, w, *e: cpu.gate_sum(p, q, w, Edges(*e)), "CPU")
-_library.impl(
-    "gate_sum_backward", lambda g, p, q, w, *e: cpu.gate_sum_backward(g, p, q, w, Edges(*e[:-1]), e[-1]), "CPU"
+_library.define(f"edge_moments(Tensor row_weight, {_GRAPH}, int n_features) -> (Tensor, Tensor, Tensor, Tensor)")
+_library.define(
+    f"gated_conv(Tensor h, {_LAYER}, {_GRAPH}, {_MOMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-_library.impl("neighbor_sum", lambda h, s, r, c, t: cpu.neighbor_sum(h, _topology(s, r, c), t), "CPU")
-_library.impl("edge_moments", lambda w, *e: cpu.edge_moments(w, Edges(*e[:-1]), e[-1], w.dtype), "CPU")
+_library.define(
+    f"gated_conv_backward(Tensor grad, Tensor h, Tensor m, {_LAYER}, {_GRAPH}, {_MOMENTS}, bool edge_grad)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "gated_conv_stack(Tensor h, Tensor[] weights, Tensor[] biases, Tensor[] vectors, float[] eps, bool shared, "
+    f"{_GRAPH}) -> Tensor"
+)
 
 
-@torch.library.register_fake("srcgcnn_fast::gate_sum", lib=_library)
-def _(p: Tensor, q: Tensor, w_e: Tensor, *edges: Any) -> Tensor:
-    return p.new_empty(p.shape[0], p.shape[1] // 2)
+def _split(arguments: tuple[Any, ...]) -> tuple[Layer, Graph, Moments]:
+    layer, rest = Layer(*arguments[:_N_LAYER]), arguments[_N_LAYER:]
+    return layer, Graph(*rest[:_N_GRAPH]), Moments(*rest[_N_GRAPH : _N_GRAPH + _N_MOMENTS])
 
 
-@torch.library.register_fake("srcgcnn_fast::gate_sum_backward", lib=_library)
-def _(grad: Tensor, p: Tensor, q: Tensor, w_e: Tensor, *edges_and_flag: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    edges, edge_grad = Edges(*edges_and_flag[:-1]), edges_and_flag[-1]
-    like = edges.distance if edges.features is None else edges.features
-    d_edge = p.new_empty(like.shape if edge_grad else (0,))
-    return p.new_empty(p.shape), p.new_empty(q.shape), p.new_empty(w_e.shape), d_edge
+def _conv_cpu(h: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return cpu.conv(h, *_split(arguments))
 
 
-@torch.library.register_fake("srcgcnn_fast::neighbor_sum", lib=_library)
-def _(h: Tensor, *topology: Any) -> Tensor:
-    return h.new_empty(h.shape)
+def _conv_backward_cpu(grad: Tensor, h: Tensor, m: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return cpu.conv_backward(grad, h, m, *_split(arguments), arguments[-1])
+
+
+def _stack_cpu(
+    h: Tensor, weights: list[Tensor], biases: list[Tensor], vectors: list[Tensor], eps: list[float], shared: bool,
+    *graph: Any,
+) -> Tensor:  # fmt: skip
+    n_steps = len(eps) // 2
+    layers = []
+    for t in range(n_steps):
+        k = 0 if shared else t
+        bias = biases[k] if biases else None
+        layers.append(Layer(weights[k], bias, *vectors[8 * t : 8 * t + 8], eps[2 * t], eps[2 * t + 1], False, False))
+    return cpu.stack(h, layers, Graph(*graph))
+
+
+_library.impl("edge_shells", cpu.edge_shells, "CPU")
+_library.impl("edge_moments", lambda w, *g: cpu.edge_moments(w, Graph(*g[:-1]), g[-1]), "CPU")
+_library.impl("gated_conv", _conv_cpu, "CPU")
+_library.impl("gated_conv_backward", _conv_backward_cpu, "CPU")
+_library.impl("gated_conv_stack", _stack_cpu, "CPU")
+
+
+@torch.library.register_fake("srcgcnn_fast::edge_shells", lib=_library)
+def _(distance: Tensor, sender: Tensor, row_ptr: Tensor, crystal_ptr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(sender), torch.empty_like(distance), sender.new_empty(crystal_ptr.shape[0] - 1)
 
 
 @torch.library.register_fake("srcgcnn_fast::edge_moments", lib=_library)
-def _(row_weight: Tensor, *edges_and_size: Any) -> tuple[Tensor, Tensor, Tensor]:
-    n, k = row_weight.shape[0], edges_and_size[-1]
+def _(row_weight: Tensor, *graph_and_size: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, k = row_weight.shape[0], graph_and_size[-1]
     by_row = row_weight.new_empty(n, k)
-    return by_row, torch.empty_like(by_row), row_weight.new_empty(k, k, dtype=torch.float64)
+    gram = row_weight.new_empty(k, k, dtype=torch.float64)
+    return torch.empty_like(row_weight), by_row, torch.empty_like(by_row), gram
 
 
-def _save_edges(ctx: Any, inputs: tuple[Any, ...], first: int) -> None:
-    ctx.save_for_backward(*inputs[: first + 5])
-    ctx.dmin, ctx.step = inputs[first + 5 : first + 7]
-    ctx.first = first
+@torch.library.register_fake("srcgcnn_fast::gated_conv", lib=_library)
+def _(h: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    layer, _, _ = _split(arguments)
+    return (torch.empty_like(h), torch.empty_like(h), *(torch.empty_like(x) for x in layer[6:10]))
 
 
-def _saved(ctx: Any) -> tuple[tuple[Tensor, ...], Edges]:
-    tensors = ctx.saved_tensors
-    return tensors[: ctx.first], Edges(*tensors[ctx.first :], ctx.dmin, ctx.step)
+@torch.library.register_fake("srcgcnn_fast::gated_conv_backward", lib=_library)
+def _(grad: Tensor, h: Tensor, m: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    layer, graph, _ = _split(arguments)
+    like = graph.distance if graph.features is None else graph.features
+    shapes = (h, layer.weight, layer.gamma1, layer.gamma1, layer.beta1, layer.gamma2, layer.beta2)
+    return (*(torch.empty_like(x) for x in shapes), h.new_empty(like.shape if arguments[-1] else (0,)))
 
 
-def _setup_gate_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _save_edges(ctx, inputs, 3)
+@torch.library.register_fake("srcgcnn_fast::gated_conv_stack", lib=_library)
+def _(h: Tensor, *arguments: Any) -> Tensor:
+    return torch.empty_like(h)
 
 
-def _backward_gate_sum(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    (p, q, w_e), edges = _saved(ctx)
-    edge_grad = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-    dp, dq, dw_e, d_edge = torch.ops.srcgcnn_fast.gate_sum_backward(grad.contiguous(), p, q, w_e, *edges, edge_grad)
-    d_distance = d_edge if edge_grad and edges.features is None else None
-    d_features = d_edge if edge_grad and edges.features is not None else None
-    return dp, dq, dw_e, d_distance, d_features, None, None, None, None, None
+class _Saved:
+    """Keeps an operator's mixed arguments on an autograd context, and gives them back."""
+
+    @staticmethod
+    def put(ctx: Any, arguments: tuple[Any, ...]) -> None:
+        is_tensor = [isinstance(x, Tensor) for x in arguments]
+        ctx.save_for_backward(*(x for x, keep in zip(arguments, is_tensor, strict=True) if keep))
+        ctx.plain = [None if keep else x for x, keep in zip(arguments, is_tensor, strict=True)]
+        ctx.is_tensor = is_tensor
+
+    @staticmethod
+    def get(ctx: Any) -> tuple[Any, ...]:
+        tensors = iter(ctx.saved_tensors)
+        return tuple(next(tensors) if keep else x for keep, x in zip(ctx.is_tensor, ctx.plain, strict=True))
+
+
+_STATISTICS = slice(6, 10)
+
+
+def _setup_conv(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    h, *arguments = inputs
+    _, m, *used = output
+    arguments[_STATISTICS] = used
+    _Saved.put(ctx, (h, m, *arguments))
+    ctx.set_materialize_grads(False)
+
+
+def _backward_conv(ctx: Any, grad: Tensor | None, *_unused: Any) -> tuple[Any, ...]:
+    h, m, *arguments = _Saved.get(ctx)
+    none = [None] * (1 + len(arguments))
+    if grad is None:
+        return tuple(none)
+    at = 1 + _N_LAYER  # distance and features among the inputs (h, layer, graph, moments)
+    edge_grad = ctx.needs_input_grad[at] or ctx.needs_input_grad[at + 1]
+    dh, dw, db, dg1, db1, dg2, db2, d_edge = torch.ops.srcgcnn_fast.gated_conv_backward(
+        grad.contiguous(), h, m, *arguments, edge_grad
+    )
+    none[:7] = [dh, dw, None if arguments[1] is None else db, dg1, db1, dg2, db2]
+    if edge_grad:
+        none[at + (arguments[_N_LAYER + 1] is not None)] = d_edge
+    return tuple(none)
 
 
 def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _save_edges(ctx, inputs, 4)
-    ctx.edge_grad = inputs[-1]
+    _Saved.put(ctx, inputs)
 
 
 def _backward_second(ctx: Any, *upper: Tensor) -> tuple[Any, ...]:
     """Second derivatives are rare: they go through the reference formula."""
-    (grad, p, q, w_e), edges = _saved(ctx)
+    grad, h, _m, *arguments = _Saved.get(ctx)
+    layer, graph, moments = _split(tuple(arguments))
+    edge_grad = arguments[-1]
+    first_inputs = [h, *layer[:6]] + ([graph.distance if graph.features is None else graph.features] * edge_grad)
     with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (grad, p, q, w_e)]
-        edge = (edges.distance if edges.features is None else edges.features).detach()
-        if ctx.edge_grad:
-            edge.requires_grad_()
-        leaves += [edge] if ctx.edge_grad else []
-        edges = edges._replace(distance=edge) if edges.features is None else edges._replace(features=edge)
-        m = reference.gate_sum(leaves[1], leaves[2], leaves[3], edges)
-        first = torch.autograd.grad(m, leaves[1:], leaves[0], create_graph=True)
-        second = torch.autograd.grad(first, leaves, upper[: len(first)], allow_unused=True)
-    d_edge = second[4] if ctx.edge_grad else None
-    d_distance, d_features = (d_edge, None) if edges.features is None else (None, d_edge)
-    return *second[:4], d_distance, d_features, None, None, None, None, None, None
+        grad = grad.detach().requires_grad_()
+        leaves = [None if x is None else x.detach().requires_grad_() for x in first_inputs]
+        h, weight, bias, gamma1, beta1, gamma2, beta2, *edge = leaves
+        distance, features = graph.distance, graph.features
+        if edge_grad:
+            distance, features = (edge[0], None) if features is None else (distance, edge[0])
+        edges = Edges(distance, features, *graph[2:5], graph.dmin, graph.step)
+        bn1 = BatchNorm(gamma1, beta1, None, None, True, 0.0, layer.eps1)
+        bn2 = BatchNorm(gamma2, beta2, None, None, True, 0.0, layer.eps2)
+        if not layer.train1:
+            bn1 = bn1._replace(training=False, running_mean=layer.mean1.detach(), running_var=layer.var1.detach())
+        if not layer.train2:
+            bn2 = bn2._replace(training=False, running_mean=layer.mean2.detach(), running_var=layer.var2.detach())
+        out = reference.gated_conv(h, edges, moments.row_weight, weight, bias, bn1, bn2)
+        wanted = [x for x in leaves if x is not None]
+        first = torch.autograd.grad(out, wanted, grad, create_graph=True)
+        matching = [u for u, x in zip(upper, leaves, strict=False) if x is not None]
+        second = torch.autograd.grad(first, [grad, *wanted], matching, allow_unused=True)
+    given = iter(second[1:])
+    by_leaf = [None if x is None else next(given) for x in leaves]
+    none = [None] * (3 + len(arguments))
+    none[0], none[1], none[3:9] = second[0], by_leaf[0], by_leaf[1:7]
+    if edge_grad:
+        none[3 + _N_LAYER + (graph.features is not None)] = by_leaf[7]
+    return tuple(none)
 
 
-def _setup_neighbor_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:4])
-    ctx.transpose = inputs[4]
-
-
-def _backward_neighbor_sum(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    topology = ctx.saved_tensors
-    dh = torch.ops.srcgcnn_fast.neighbor_sum(grad.contiguous(), *topology, not ctx.transpose)
-    return dh, None, None, None, None
-
-
-def _register(name: str, backward: Any, setup: Any) -> None:
-    torch.library.register_autograd(f"srcgcnn_fast::{name}", backward, setup_context=setup, lib=_library)
-
-
-_register("gate_sum", _backward_gate_sum, _setup_gate_sum)
-_register("gate_sum_backward", _backward_second, _setup_second)
-_register("neighbor_sum", _backward_neighbor_sum, _setup_neighbor_sum)
+torch.library.register_autograd(
+    "srcgcnn_fast::gated_conv", _backward_conv, setup_context=_setup_conv, lib=_library
+)
+torch.library.register_autograd(
+    "srcgcnn_fast::gated_conv_backward", _backward_second, setup_context=_setup_second, lib=_library
+)

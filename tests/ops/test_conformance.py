@@ -8,7 +8,7 @@ import torch
 import srcgcnn_fast as sf
 from srcgcnn_fast import functional
 from srcgcnn_fast.functional import BatchNorm
-from srcgcnn_fast.ops import cpu, reference
+from srcgcnn_fast.ops import cpu, fused, reference
 from srcgcnn_fast.ops.reference import Edges
 
 FAST = [name for name in ("cpu", "triton", "cuda") if sf.backends()[name].available]
@@ -135,61 +135,87 @@ def test_gradient_of_the_edges(backend, make_batch, features):
     assert relative(grads[1], grads[0]) < 1e-12
 
 
-def test_the_gate_is_right_at_both_ends(make_batch):
+def test_the_gate_is_right_at_both_ends():
     """Far from zero: c for large c, exp(c) for very negative c, no overflow, no NaN."""
-    batch = make_batch("one atom")
-    edges = Edges(batch.distance.double(), None, batch.sender, batch.row_ptr, batch.crystal_ptr)
-    ends = torch.tensor([-700.0, -90, -30, -10, -1, -1e-9, 0, 1e-9, 1, 10, 30, 90, 700], dtype=torch.float64)
-    f, c = (x.reshape(1, -1) for x in torch.meshgrid(ends, ends, indexing="ij"))
-    p = torch.cat([f, c], 1)
-    zero = torch.zeros_like(p)
-    w_e = torch.zeros(41, p.shape[1], dtype=torch.float64)
-    for dtype, limit in ((torch.float64, 4e-15), (torch.float32, 1e-6)):
-        e = edges._replace(distance=edges.distance.to(dtype))
-        got = cpu.gate_sum(p.to(dtype), zero.to(dtype), w_e.to(dtype), e)
-        expected = reference.gate_sum(p, zero, w_e, edges)
+    ends = torch.tensor([-700.0, -90, -30, -10, -1, -1e-9, 0, 1e-9, 1, 10, 19.9, 30, 90, 700, 5, -5], dtype=torch.float64)
+    f, c = (x.reshape(-1) for x in torch.meshgrid(ends, ends, indexing="ij"))
+    width, index = f.numel(), lambda *x: torch.tensor(x, dtype=torch.int32)
+    for dtype in (torch.float64, torch.float32):
+        limit = torch.finfo(dtype).eps * (8 + f.abs() + c.abs())  # of the exponentials' rounded arguments
+        edges = Edges(torch.ones(1, dtype=dtype), None, index(0), index(0, 1), index(0, 1))
+        zero, one = torch.zeros(2 * width, dtype=dtype), torch.ones(2 * width, dtype=dtype)
+        bn1 = BatchNorm(zero, torch.cat([f, c]).to(dtype), zero, one)
+        bn2 = BatchNorm(None, None, zero[:width], one[:width])
+        layer = fused._layer(torch.zeros(2 * width, 2 * width + 1, dtype=dtype), None, bn1, bn2, width, 0)
+        row_weight = torch.ones(1, dtype=dtype)
+        m = cpu.conv(row_weight * zero[None, :width], layer, fused.with_shells(edges), cpu.Moments(row_weight, *[None] * 4))[1]
+        expected = torch.sigmoid(f.to(dtype).double()) * torch.nn.functional.softplus(c.to(dtype).double())
         normal = expected > 1e5 * torch.finfo(dtype).tiny  # no factor of it is denormal
-        assert torch.isfinite(got).all()
-        assert ((got - expected).abs() / expected)[normal].max() < limit
-        assert (got - expected).abs()[~normal].max() < 1e-32
+        assert torch.isfinite(m).all()
+        assert (((m[0] - expected).abs() / expected) < limit)[normal].all()
+        assert (m[0] - expected).abs()[~normal].max() < 1e-32
 
 
-@pytest.mark.parametrize("transpose", [False, True])
-def test_neighbor_sum_and_edge_moments(make_batch, transpose):
-    batch = make_batch("ragged", seed=9).to(dtype=torch.float64)
-    edges = Edges(batch.distance, None, batch.sender, batch.row_ptr, batch.crystal_ptr)
-    h = torch.rand(batch.num_rows, 5, dtype=torch.float64)
-    assert relative(cpu.neighbor_sum(h, edges, transpose), reference.neighbor_sum(h, edges, transpose)) < 1e-14
-    for got, expected in zip(
-        cpu.edge_moments(batch.weight, edges, 41, torch.float64),
-        reference.edge_moments(batch.weight, edges, 41, torch.float64),
-        strict=True,
-    ):
-        assert relative(got, expected) < 1e-13
+@pytest.mark.parametrize("features", [False, True])
+def test_moments_of_the_edges(make_batch, features):
+    batch, *_ = problem(make_batch("ragged", seed=9), 8, 41, torch.float64, features=features)
+    edges = Edges(batch.distance, batch.edge_features, batch.sender, batch.row_ptr, batch.crystal_ptr)
+    in_degree, *got = cpu.edge_moments(batch.weight, fused.with_shells(edges), 41)
+    for a, b in zip(got, reference.edge_moments(batch.weight, edges, 41, torch.float64), strict=True):
+        assert relative(a, b) < 1e-13
+    assert relative(in_degree[:, None], reference.neighbor_sum(batch.weight[:, None], edges, True)) < 1e-15
+
+
+def test_shells_are_the_distinct_distances(make_batch):
+    batch = make_batch("ragged", seed=10)
+    batch.distance = (batch.distance * 4).round() / 4
+    shell_of, shell_distance, shell_count = cpu.edge_shells(
+        batch.distance, batch.sender, batch.row_ptr, batch.crystal_ptr
+    )
+    edge_ptr = batch.row_ptr[batch.crystal_ptr.long()].tolist()
+    for c, (begin, end) in enumerate(zip(edge_ptr, edge_ptr[1:], strict=False)):
+        count = int(shell_count[c])
+        assert count == len(batch.distance[begin:end].unique())
+        table = shell_distance[begin : begin + count]
+        assert torch.equal(table[shell_of[begin:end].long()], batch.distance[begin:end])
+
+
+@pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
+@pytest.mark.parametrize("kind", [*KINDS, "large"])
+def test_whole_stack_without_gradients(make_batch, kind, model_type):
+    """The inference operator against the reference: shared and separate weights, widths that need padding."""
+    batch = make_batch(kind, seed=12)
+    for width, dtype in ((16, torch.float64), (64, torch.float32), (20, torch.float32)):
+        torch.manual_seed(1)
+        model = model_type(3, atom_fea_len=width, h_fea_len=8).to(dtype).eval()
+        for norm in (x for x in model.modules() if isinstance(x, torch.nn.BatchNorm1d)):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+        features = {}
+        for name, kept in (("truth", model.double()), ("reference", model), ("cpu", model)):
+            kept.to(torch.float64 if name == "truth" else dtype)
+            batch.cache.clear()
+            with torch.no_grad(), sf.use_backend("cpu" if name == "cpu" else "reference"):
+                features[name] = kept.features(batch)
+        limit = 1e-12 if dtype == torch.float64 else 2 * relative(features["reference"], features["truth"]) + 3e-7
+        if kind == "one atom" and dtype == torch.float32:
+            limit += 1e-6  # one row is too few numbers to compare roundings; its float64 is exact
+        assert relative(features["cpu"], features["truth"]) < limit
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_bits_do_not_depend_on_the_number_of_threads(make_batch, dtype):
-    batch = make_batch("many crystals", seed=11)
-    threads, results = torch.get_num_threads(), []
-    edges = Edges(batch.distance.to(dtype), None, batch.sender, batch.row_ptr, batch.crystal_ptr)
-    g = torch.Generator().manual_seed(0)
-    p, q, grad = (torch.rand(batch.num_rows, k, generator=g, dtype=dtype) for k in (32, 32, 16))
-    w_e = torch.rand(41, 32, generator=g, dtype=dtype)
+@pytest.mark.parametrize("training", [True, False])
+def test_bits_do_not_depend_on_the_number_of_threads(make_batch, dtype, training):
+    batch, threads, results = make_batch("many crystals", seed=11), torch.get_num_threads(), []
+    arguments = problem(batch, 16, 41, dtype)
     try:
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            results.append(
-                [
-                    cpu.gate_sum(p, q, w_e, edges),
-                    *cpu.gate_sum_backward(grad, p, q, w_e, edges, True),
-                    *cpu.edge_moments(batch.weight.to(dtype), edges, 41, dtype),
-                ]
-            )
+            results.append(run("cpu", *arguments, (training, training)))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        assert all(torch.equal(other[k], v) for k, v in results[0].items())
 
 
 @pytest.mark.parametrize(

@@ -8,61 +8,68 @@ import torch
 import srcgcnn_fast as sf
 from srcgcnn_fast import functional
 from srcgcnn_fast.functional import BatchNorm
-from srcgcnn_fast.ops import library  # noqa: F401  (registers the operators)
+from srcgcnn_fast.ops import cpu, fused
+from srcgcnn_fast.ops.cpu import Layer
+from srcgcnn_fast.ops.reference import Edges
 
 pytestmark = pytest.mark.skipif(not sf.backends()["cpu"].available, reason="the CPU kernels are not built")
 
 
-def arguments(batch, dtype=torch.float64, features=False, width=3, n_features=6):
+def arguments(batch, training, features=False, n_features=6):
+    """Everything that gated_conv takes, at the smallest width of the kernels."""
     g = torch.Generator().manual_seed(1)
-    rand = lambda *s: torch.randn(*s, generator=g, dtype=dtype)  # noqa: E731
+    rand = lambda *s: torch.rand(*s, generator=g, dtype=torch.float64)  # noqa: E731
+    width = cpu.kernel_width(torch.float64)
     given = rand(batch.num_edges, n_features) if features else None
-    edges = [batch.distance.to(dtype), given, batch.sender, batch.row_ptr, batch.crystal_ptr, 0.0, 1.5]
-    return rand(batch.num_rows, 2 * width), rand(batch.num_rows, 2 * width), rand(n_features, 2 * width), edges
+    edges = Edges(batch.distance.double(), given, batch.sender, batch.row_ptr, batch.crystal_ptr, 0.0, 1.5)
+    graph = fused.with_shells(edges)
+    c = 2 * width
+    layer = Layer(
+        (rand(c, c + n_features) - 0.5), rand(c), rand(c) + 0.5, rand(c), rand(width) + 0.5, rand(width),
+        rand(c), rand(c) + 0.5, rand(width), rand(width) + 0.5, 1e-5, 1e-5, training, training,
+    )  # fmt: skip
+    return rand(batch.num_rows, width), layer, graph, fused.moments(batch.weight.double(), graph, n_features)
 
 
-@pytest.fixture
-def small(make_batch):
-    return make_batch("isolated", seed=2)
-
-
-@pytest.mark.parametrize("features", [False, True])
-def test_opcheck(small, features):
-    p, q, w_e, edges = arguments(small, features=features)
-    for x in (p, q, w_e):
-        x.requires_grad_()
-    torch.library.opcheck(torch.ops.srcgcnn_fast.gate_sum.default, (p, q, w_e, *edges))
-    grad = torch.rand_like(p[:, :3])
+@pytest.mark.parametrize(("training", "features"), [(True, False), (False, False), (True, True)])
+def test_opcheck(make_batch, training, features):
+    batch = make_batch("isolated", seed=2)
+    h, layer, graph, moments = arguments(batch, training, features)
+    ops = torch.ops.srcgcnn_fast
+    basic = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(ops.edge_shells.default, (graph.distance, *graph[2:5]))
+    torch.library.opcheck(ops.edge_moments.default, (moments.row_weight, *graph, 6))
+    layer = layer._replace(**{name: getattr(layer, name).requires_grad_() for name in Layer._fields[:6]})
+    torch.library.opcheck(ops.gated_conv.default, (h.requires_grad_(), *layer, *graph, *moments), test_utils=basic)
+    grad, m = torch.rand_like(h), torch.rand_like(h)
     torch.library.opcheck(
-        torch.ops.srcgcnn_fast.gate_sum_backward.default,
-        (grad, p, q, w_e, *edges, True),
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+        ops.gated_conv_backward.default, (grad, h, m, *layer, *graph, *moments, not training), test_utils=basic
     )
-    topology = edges[2:5]
-    torch.library.opcheck(torch.ops.srcgcnn_fast.neighbor_sum.default, (p, *topology, True))
-    weight = small.weight.double()
-    torch.library.opcheck(torch.ops.srcgcnn_fast.edge_moments.default, (weight, *edges, w_e.shape[0]))
+    frozen = [x.detach() for x in layer[:10]]
+    torch.library.opcheck(
+        ops.gated_conv_stack.default, (h.detach(), frozen[:1], frozen[1:2], frozen[2:], [1e-5] * 2, True, *graph)
+    )
 
 
 @pytest.mark.parametrize("features", [False, True])
-def test_first_and_second_derivatives(small, features):
-    p, q, w_e, edges = arguments(small, features=features)
-    slot = 1 if features else 0
-    edge = edges[slot].requires_grad_()
-    leaves = [x.requires_grad_() for x in (p, q, w_e)]
+@pytest.mark.parametrize("training", [False, True])
+def test_first_and_second_derivatives(make_batch, training, features):
+    """Random projections of the derivatives of every input, and, with fixed statistics, of the edges."""
+    batch = make_batch("isolated", seed=2)
+    h, layer, graph, moments = arguments(batch, training, features)
+    leaves = [x.requires_grad_() for x in (h, *layer[:6])]
+    slot = "features" if features else "distance"
+    leaves += [] if training else [getattr(graph, slot).requires_grad_()]
 
-    def op(p, q, w_e, edge):
-        return torch.ops.srcgcnn_fast.gate_sum(p, q, w_e, *edges[:slot], edge, *edges[slot + 1 :])
+    def op(h, weight, bias, gamma1, beta1, gamma2, beta2, *edge):
+        given = layer._replace(weight=weight, bias=bias, gamma1=gamma1, beta1=beta1, gamma2=gamma2, beta2=beta2)
+        moved = graph._replace(**{slot: edge[0]}) if edge else graph
+        if edge and not features:  # the finite differences of gradcheck move distances: new shells
+            moved = fused.with_shells(Edges(edge[0], None, *graph[2:5], graph.dmin, graph.step))
+        return torch.ops.srcgcnn_fast.gated_conv(h, *given, *moved, *moments)[0]
 
-    assert torch.autograd.gradcheck(op, (*leaves, edge), eps=1e-6, atol=1e-7)
-    assert torch.autograd.gradgradcheck(op, (*leaves, edge), eps=1e-6, atol=1e-6)
-
-
-def test_neighbor_sum_is_differentiable_both_ways(small):
-    p, _, _, edges = arguments(small)
-    for transpose in (False, True):
-        op = lambda h, t=transpose: torch.ops.srcgcnn_fast.neighbor_sum(h, *edges[2:5], t)  # noqa: E731
-        assert torch.autograd.gradcheck(op, (p.requires_grad_(),))
+    assert torch.autograd.gradcheck(op, leaves, eps=1e-6, atol=1e-7, fast_mode=True)
+    assert torch.autograd.gradgradcheck(op, leaves, eps=1e-6, atol=1e-5, fast_mode=True)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True)
@@ -79,7 +86,7 @@ def test_gradcheck_of_the_layer(backend, make_batch, training):
         bn1, bn2 = BatchNorm(g1, b1, *state[:2], training), BatchNorm(g2, b2, *state[2:], training)
         return functional.gated_conv(h, batch, weight, bias, bn1, bn2, step=2.5)[::7]
 
-    assert torch.autograd.gradcheck(layer, leaves, eps=1e-6, atol=1e-7)
+    assert torch.autograd.gradcheck(layer, leaves, eps=1e-6, atol=1e-7, fast_mode=True)
 
 
 @pytest.mark.parametrize("backend", ["reference"], indirect=True)
