@@ -80,7 +80,8 @@ Edges<T> edges(const Addresses& a, const Sizes& s, const Basis& b) {
 
 template <class T>
 Moments<T> moments(const Addresses& a) {
-  return {address<T>(a.at(0)), address<T>(a.at(1)), address<T>(a.at(2)), address<T>(a.at(3)), address<double>(a.at(4))};
+  return {address<T>(a.at(0)), address<T>(a.at(1)), address<T>(a.at(2)), address<T>(a.at(3)),
+          address<double>(a.at(4)), address<double>(a.at(5))};
 }
 
 using Norms = std::tuple<double, double, bool, bool>;  // eps1, eps2, train1, train2
@@ -104,10 +105,10 @@ void bind(nb::module_& m, const char* suffix) {
                              edges<T>(e, s, b), threads);
   }, nogil);
   m.def(name("edge_moments").c_str(), [](uintptr_t in_degree, uintptr_t by_receiver, uintptr_t by_sender,
-                                         uintptr_t gram, uintptr_t weight, const Addresses& e, Sizes s, Basis b,
+                                         uintptr_t sum, uintptr_t gram, uintptr_t weight, const Addresses& e, Sizes s, Basis b,
                                          int threads) {
     kernels<T>().edge_moments(address<T>(in_degree), address<T>(by_receiver), address<T>(by_sender),
-                              address<double>(gram), address<T>(weight), edges<T>(e, s, b), threads);
+                              address<double>(sum), address<double>(gram), address<T>(weight), edges<T>(e, s, b), threads);
   }, nogil);
   m.def(name("conv").c_str(), [](uintptr_t out, uintptr_t messages, uintptr_t h, const Addresses& l, Norms n,
                                  const Addresses& e, Sizes s, Basis b, const Addresses& mo, int width, int threads) {

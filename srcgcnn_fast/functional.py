@@ -170,7 +170,7 @@ def _moments(
     """What batch statistics need of the graph, which the batch keeps."""
     row_weight = batch.weight.to(dtype)
     if not trains:
-        return fused.Moments(row_weight, None, None, None, None)
+        return fused.Moments(row_weight, None, None, None, None, None)
     n_features = layers[0].weight.shape[1] - layers[0].weight.shape[0]
     key = ("moments", n_features, graph.dmin, graph.step, dtype)
     return batch.cached(key, lambda: fused.moments(row_weight, graph, n_features))

@@ -460,8 +460,9 @@ void conv_backward(const Gradients<T>& d, const T* grad_out, const T* h, const T
   if (layer.train1) layer.bias = nullptr;
   const bool train = layer.train1;
   Buffer<T> nodes_at(int64_t(F) * 4 * F), back_at(int64_t(F) * 4 * F), w_e(int64_t(K) * C), w_e_scaled(int64_t(K) * C);
-  Buffer<T> scale1(C), shift1(C), scale2(F), shift2(F), a1(C), mean(C), r1(C);
+  Buffer<T> scale1(C), shift1(C), scale2(F), shift2(F), a1(C), mean(C), r1(C), b0(F), b1(F);
   Buffer<T> own(N * 4 * F), senders(N * 4 * F);
+  Buffer<double> edge_part(int64_t(K) * C), z_part(int64_t(K) * C);
   Buffer<double> sums(kChunks * 2 * F), totals(2 * F), by_chunk(kChunks * 2 * C), first_order(2 * C);
   Buffer<T> dw_nodes, dw_edges, e_pq;
   dw_nodes.zero(kChunks * int64_t(F) * 4 * F);
@@ -494,21 +495,29 @@ void conv_backward(const Gradients<T>& d, const T* grad_out, const T* h, const T
   {
     FlushDenormals flush;
     using M = typename MathOf<T>::M;
+    using V = typename Simd<T>::V;
     constexpr int W = Simd<T>::width;
     // 1. Through the output's softplus: d.h = da, and the sums that bn2 needs.
 #pragma omp for schedule(dynamic, 1)
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       const int64_t begin = g.crystal_ptr[chunk_begin(g, chunk)], end = g.crystal_ptr[chunk_begin(g, chunk + 1)];
       double* sum = sums + chunk * 2 * F;
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t at = i * F;
+      for (int64_t b = begin; b < end; b += 16) {  // few rows at a time: their sums are exact enough in T
+        const int64_t stop = b + 16 < end ? b + 16 : end;
         for (int c = 0; c < F; c += W) {
-          const auto x = load(h + at + c) + (load(m + at + c) * load(scale2 + c) + load(shift2 + c));
-          store(d.h + at + c, load(grad_out + at + c) * softplus_slope2<M>(x * T(kLog2e)));
-        }
-        for (int c = 0; c < F; ++c) {
-          sum[c] += d.h[at + c];
-          sum[F + c] += double(d.h[at + c]) * (m[at + c] - layer.mean2[c]);
+          V plain = V{}, with_m = V{};
+          for (int64_t i = b; i < stop; ++i) {
+            const V message = load(m + i * F + c);
+            const V x = load(h + i * F + c) + (message * load(scale2 + c) + load(shift2 + c));
+            const V da = load(grad_out + i * F + c) * softplus_slope2<M>(x * T(kLog2e));
+            store(d.h + i * F + c, da);
+            plain += da;
+            with_m += da * (message - load(layer.mean2 + c));
+          }
+          for (int l = 0; l < W; ++l) {
+            sum[c + l] += plain[l];
+            sum[F + c + l] += with_m[l];
+          }
         }
       }
     }
@@ -522,6 +531,8 @@ void conv_backward(const Gradients<T>& d, const T* grad_out, const T* h, const T
         totals[F + c] /= sqrt(double(layer.var2[c]) + layer.eps2);
         d.beta2[c] = T(totals[c]);
         d.gamma2[c] = T(totals[F + c]);
+        b0[c] = layer.train2 ? T(totals[c] / atoms) : T(0);
+        b1[c] = layer.train2 ? T(totals[F + c] / atoms / sqrt(double(layer.var2[c]) + layer.eps2)) : T(0);
       }
     }
     // 2. The edge pass, crystal by crystal.
@@ -539,10 +550,10 @@ void conv_backward(const Gradients<T>& d, const T* grad_out, const T* h, const T
         const T* pq = raw + (first - begin) * 4 * F;
         for (int64_t i = 0; i < n; ++i) {
           const int64_t at = (first + i) * F;
-          const double w = layer.train2 ? moments.row_weight[first + i] / atoms : 0;
-          for (int c = 0; c < F; ++c) {
-            const double hat = (m[at + c] - layer.mean2[c]) / sqrt(double(layer.var2[c]) + layer.eps2);
-            dm[i * F + c] = T(scale2[c] * (d.h[at + c] - w * (totals[c] + hat * totals[F + c])));
+          const auto w = splat(layer.train2 ? moments.row_weight[first + i] : T(0));
+          for (int c = 0; c < F; c += W) {
+            const auto correction = load(b0 + c) + load(b1 + c) * (load(m + at + c) - load(layer.mean2 + c));
+            store(dm + i * F + c, load(scale2 + c) * (load(d.h + at + c) - w * correction));
           }
         }
         scale_rows<T>(rows, pq, n, F, scale1, shift1);
@@ -557,12 +568,18 @@ void conv_backward(const Gradients<T>& d, const T* grad_out, const T* h, const T
         shell_gradient<T>(dw_edges + chunk * int64_t(K) * C, g, crystal, t, C);
         if (d.edge) edge_gradient<T>(d.edge, dm, rows, r, w_e, a1, g, crystal, F);
         // sum dy, and sum dy (z - mean) but for the edge part, which follows from dw_edges
-        for (int64_t i = 0; i < n; ++i)
-          for (int c = 0; c < C; ++c) {
-            const double dp = own_c[i * 4 * F + c], dq = senders_c[i * 4 * F + c];
-            sum[c] += dp;
-            sum[C + c] += dp * (pq[i * 4 * F + c] - mean[c]) + dq * pq[i * 4 * F + C + c];
+        for (int c = 0; c < C; c += W) {
+          V plain = V{}, with_z = V{};
+          for (int64_t i = 0; i < n; ++i) {
+            const V dp = load(own_c + i * 4 * F + c), dq = load(senders_c + i * 4 * F + c);
+            plain += dp;
+            with_z += dp * (load(pq + i * 4 * F + c) - load(mean + c)) + dq * load(pq + i * 4 * F + C + c);
           }
+          for (int l = 0; l < W; ++l) {
+            sum[c + l] += plain[l];
+            sum[C + c + l] += with_z[l];
+          }
+        }
       }
       if (!train) continue;
       // sum w e^T (p_i + q_j), for the correction of the edge weights
@@ -575,42 +592,43 @@ void conv_backward(const Gradients<T>& d, const T* grad_out, const T* h, const T
       gemm_tn<T>(moments.by_sender + begin * K, K, K, raw + C, 4 * F, C, to, C, end - begin);
     }
     // 3. bn1's sums, and the edge weights' gradient.
-#pragma omp single
-    {
-      Buffer<double> edge_part(int64_t(K) * C), e_sum;
-      e_sum.zero(K);
-      for (int64_t x = 0; x < int64_t(K) * C; ++x) {
-        edge_part[x] = 0;
-        for (int chunk = 0; chunk < kChunks; ++chunk) edge_part[x] += dw_edges[chunk * int64_t(K) * C + x];
-      }
-      for (int c = 0; c < C; ++c) {
-        double beta = 0, gamma = 0;
-        for (int chunk = 0; chunk < kChunks; ++chunk) {
-          beta += by_chunk[chunk * 2 * C + c];
-          gamma += by_chunk[chunk * 2 * C + C + c];
-        }
-        for (int k = 0; k < K; ++k) gamma += edge_part[int64_t(k) * C + c] * w_e[int64_t(k) * C + c];
-        gamma *= r1[c];
-        d.beta1[c] = T(beta);
-        d.gamma1[c] = T(gamma);
-        d.bias[c] = train ? T(0) : T(a1[c] * beta);
-        first_order[c] = train ? beta / edges : 0;
-        first_order[C + c] = train ? gamma / edges : 0;
-      }
+#pragma omp for schedule(static)
+    for (int64_t x = 0; x < int64_t(K) * C; ++x) {
+      double own_part = 0, z = 0;
+      for (int chunk = 0; chunk < kChunks; ++chunk) own_part += dw_edges[chunk * int64_t(K) * C + x];
       if (train)
-        for (int64_t i = 0; i < N; ++i)
-          for (int k = 0; k < K; ++k) e_sum[k] += double(moments.row_weight[i]) * moments.by_receiver[i * K + k];
-      for (int k = 0; k < K; ++k)
-        for (int c = 0; c < C; ++c) {
-          double value = edge_part[int64_t(k) * C + c];
-          if (train) {
-            double z = -double(mean[c]) * e_sum[k];
-            for (int chunk = 0; chunk < kChunks; ++chunk) z += e_pq[(chunk * int64_t(K) + k) * C + c];
-            for (int b = 0; b < K; ++b) z += moments.gram[k * K + b] * w_e[int64_t(b) * C + c];
-            value -= first_order[c] * e_sum[k] + first_order[C + c] * z * r1[c];
-          }
-          d.weight[int64_t(c) * (C + K) + C + k] = T(a1[c] * value);
-        }
+        for (int chunk = 0; chunk < kChunks; ++chunk) z += e_pq[chunk * int64_t(K) * C + x];
+      edge_part[x] = own_part;
+      z_part[x] = z;
+    }
+#pragma omp single
+    for (int c = 0; c < C; ++c) {
+      double beta = 0, gamma = 0;
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+        beta += by_chunk[chunk * 2 * C + c];
+        gamma += by_chunk[chunk * 2 * C + C + c];
+      }
+      for (int k = 0; k < K; ++k) gamma += edge_part[int64_t(k) * C + c] * w_e[int64_t(k) * C + c];
+      gamma *= r1[c];
+      d.beta1[c] = T(beta);
+      d.gamma1[c] = T(gamma);
+      d.bias[c] = train ? T(0) : T(a1[c] * beta);
+      first_order[c] = train ? beta / edges : 0;
+      first_order[C + c] = train ? gamma / edges : 0;
+    }
+#pragma omp for schedule(static)
+    for (int k = 0; k < K; ++k) {
+      double* z = z_part + int64_t(k) * C;
+      if (train)
+        for (int b = 0; b < K; ++b)
+          for (int c = 0; c < C; ++c) z[c] += moments.gram[k * K + b] * w_e[int64_t(b) * C + c];
+      for (int c = 0; c < C; ++c) {
+        double value = edge_part[int64_t(k) * C + c];
+        if (train)
+          value -= first_order[c] * moments.sum[k] +
+                   first_order[C + c] * r1[c] * (z[c] - double(mean[c]) * moments.sum[k]);
+        d.weight[int64_t(c) * (C + K) + C + k] = T(a1[c] * value);
+      }
     }
     // 4. Per row: bn1's corrections, then back through the node product.
     Buffer<T> block(kRowBlock * 4 * F), k0(C), k1(C);

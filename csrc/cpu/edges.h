@@ -15,33 +15,96 @@ constexpr int kChunks = 32;
 template <class T>
 constexpr int kReach = sizeof(T) == 4 ? 9 : 13;
 
+// Scratch memory outlives a call: fresh pages cost more than the arithmetic on them. At most kPoolBytes wait in kSlots.
+class Pool {
+ public:
+  struct Slot {
+    void* data;
+    int64_t bytes;
+  };
+
+  // A slot of at least that size, unless the smallest is more than twice too large; then new memory.
+  static Slot take(int64_t bytes) {
+    Slot best{nullptr, 0};
+    int at = -1;
+    lock();
+    for (int k = 0; k < kSlots; ++k)
+      if (slots_[k].data && slots_[k].bytes >= bytes && slots_[k].bytes <= 2 * bytes &&
+          (at < 0 || slots_[k].bytes < slots_[at].bytes))
+        at = k;
+    if (at >= 0) {
+      best = slots_[at];
+      slots_[at].data = nullptr;
+      held_ -= best.bytes;
+    }
+    unlock();
+    if (at >= 0) return best;
+    void* data = aligned_alloc(64, bytes);
+    if (!data) abort();
+    return {data, bytes};
+  }
+
+  static void give(Slot slot) {
+    lock();
+    int at = -1;
+    for (int k = 0; k < kSlots && at < 0; ++k)
+      if (!slots_[k].data) at = k;
+    const bool keep = at >= 0 && held_ + slot.bytes <= kPoolBytes;
+    if (keep) {
+      slots_[at] = slot;
+      held_ += slot.bytes;
+    }
+    unlock();
+    if (!keep) free(slot.data);
+  }
+
+ private:
+  static constexpr int kSlots = 64;
+  static constexpr int64_t kPoolBytes = int64_t(64) << 20;
+
+  static void lock() {
+    while (__atomic_test_and_set(&busy_, __ATOMIC_ACQUIRE)) {
+    }
+  }
+  static void unlock() { __atomic_clear(&busy_, __ATOMIC_RELEASE); }
+
+  static inline Slot slots_[kSlots] = {};
+  static inline int64_t held_ = 0;
+  static inline bool busy_ = false;
+};
+
 // Scratch, aligned and not initialised.
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t n = 0) { reserve(n); }
-  ~Buffer() { free(data_); }
+  explicit Buffer(int64_t n = 0) {
+    if (n > 0) reserve(n);
+  }
+  ~Buffer() { release(); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  operator T*() { return data_; }
-  operator const T*() const { return data_; }
+  operator T*() { return static_cast<T*>(slot_.data); }
+  operator const T*() const { return static_cast<const T*>(slot_.data); }
 
   // At least n numbers; what was there is lost.
   void reserve(int64_t n) {
-    if (data_ && n <= size_) return;
-    free(data_);
-    size_ = n;
-    data_ = static_cast<T*>(aligned_alloc(64, (n * sizeof(T) + 127) / 64 * 64));
-    if (!data_) abort();
+    const int64_t bytes = (n * int64_t(sizeof(T)) + 127) / 64 * 64;
+    if (slot_.data && bytes <= slot_.bytes) return;
+    release();
+    slot_ = Pool::take(bytes);
   }
   void zero(int64_t n) {
     reserve(n);
-    memset(data_, 0, n * sizeof(T));
+    memset(slot_.data, 0, n * sizeof(T));
   }
 
  private:
-  T* data_ = nullptr;
-  int64_t size_ = 0;
+  void release() {
+    if (slot_.data) Pool::give(slot_);
+    slot_.data = nullptr;
+  }
+
+  Pool::Slot slot_{nullptr, 0};
 };
 
 // First crystal of a chunk: chunks hold about equal numbers of edges, and depend on the graph alone.
@@ -64,30 +127,29 @@ int64_t chunk_begin(const Edges<T>& g, int chunk) {
 // The window of edge features that matter at one distance: values[0..count) belong to features first..first+count.
 template <class T>
 struct Window {
+  static constexpr int kPadded = (kReach<T> + Simd<T>::width - 1) / Simd<T>::width * Simd<T>::width;
+
   const T* values;
   int first, count;
-  T local[kReach<T>];
+  T local[kPadded];
 
   SRCGCNN_INLINE void at(const Edges<T>& g, T distance) {
     using M = typename MathOf<T>::M;
     using V = typename Simd<T>::V;
-    constexpr int W = Simd<T>::width, kPadded = (kReach<T> + W - 1) / W * W;
+    constexpr int W = Simd<T>::width;
+    V lane;
+    for (int l = 0; l < W; ++l) lane[l] = T(l);
     count = g.n_features < kReach<T> ? g.n_features : kReach<T>;
     const T u = (distance - g.dmin) / g.step;
     const int last = g.n_features - count;
     // A far or infinite distance must not reach the integer conversion.
     const T lowest = u + T(0.5) - kReach<T> / 2;
     first = !(lowest > 0) ? 0 : lowest >= last ? last : int(lowest);
-    T padded[kPadded];
-    for (int k = 0; k < kPadded; ++k) {
-      const T x = u - T(first + k);
-      padded[k] = T(-kLog2e) * x * x;
-    }
     for (int k = 0; k < kPadded; k += W) {
-      const V x = load(padded + k);
-      store(padded + k, V(x > T(-110) ? M::exp2(x) : V{}));
+      const V x = splat(u - T(first + k)) - lane;
+      const V power = T(-kLog2e) * x * x;
+      store(local + k, V(power > T(-110) ? M::exp2(power) : V{}));
     }
-    for (int k = 0; k < kReach<T>; ++k) local[k] = padded[k];
     values = local;
   }
 
@@ -205,9 +267,9 @@ void edge_shells(int32_t* shell_of, T* shell_distance, int32_t* shell_count, con
 }
 
 template <class T>
-void edge_moments(T* in_degree, T* by_receiver, T* by_sender, double* gram, const T* row_weight, const Edges<T>& g,
+void edge_moments(T* in_degree, T* by_receiver, T* by_sender, double* sum_out, double* gram, const T* row_weight, const Edges<T>& g,
                   int threads) {
-  const int64_t k = g.n_features, size = k * k;
+  const int64_t k = g.n_features, size = k * (k + 1);
   Buffer<double> partial;
   partial.zero(kChunks * size);
 #pragma omp parallel num_threads(threads)
@@ -249,6 +311,7 @@ void edge_moments(T* in_degree, T* by_receiver, T* by_sender, double* gram, cons
           const Window<T>& window = windows[s];
           for (int a = 0; a < window.count; ++a) {
             const double wa = shell_weight[s] * window.values[a];
+            sum[k * k + window.first + a] += wa;
             double* row = sum + (window.first + a) * k + window.first;
             for (int b = 0; b < window.count; ++b) row[b] += wa * window.values[b];
           }
@@ -259,7 +322,7 @@ void edge_moments(T* in_degree, T* by_receiver, T* by_sender, double* gram, cons
     for (int64_t x = 0; x < size; ++x) {
       double total = 0;
       for (int chunk = 0; chunk < kChunks; ++chunk) total += partial[chunk * size + x];
-      gram[x] = total;
+      (x < k * k ? gram[x] : sum_out[x - k * k]) = total;
     }
   }
 }

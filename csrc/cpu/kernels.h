@@ -30,6 +30,7 @@ struct Moments {
   const T* in_degree;    // (N) sum of the receivers' weights, by sender
   const T* by_receiver;  // (N, K) sum_j e_ij
   const T* by_sender;    // (N, K) sum_i w_i e_ij
+  const double* sum;     // (K) sum_ij w_i e_ij
   const double* gram;    // (K, K) sum_ij w_i e_ij^T e_ij
 };
 
@@ -69,7 +70,7 @@ struct Kernels {
   // Distinct distances per crystal.
   void (*edge_shells)(int32_t* shell_of, T* shell_distance, int32_t* shell_count, const Edges<T>& edges, int threads);
   // Fills the arrays of Moments (all but row_weight), which it takes as outputs.
-  void (*edge_moments)(T* in_degree, T* by_receiver, T* by_sender, double* gram, const T* row_weight,
+  void (*edge_moments)(T* in_degree, T* by_receiver, T* by_sender, double* sum, double* gram, const T* row_weight,
                        const Edges<T>& edges, int threads);
   // out, m (N, F): the layer's output, and the summed messages that its backward needs.
   void (*conv)(T* out, T* m, const T* h, const Layer<T>& layer, const Edges<T>& edges, const Moments<T>& moments,

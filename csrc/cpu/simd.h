@@ -68,13 +68,20 @@ struct MathF32 {
   // Relative error 2e-9 before rounding; results below 2^-126 are zero.
   static SRCGCNN_INLINE F32 exp2(F32 x) {
 #if SRCGCNN_VECTOR_BYTES == 64
-    const F32 r = (F32)_mm512_reduce_ps((__m512)x, 8);
+    const F32 r = (F32)_mm512_reduce_ps((__m512)x, 9);  // x - floor(x); scalef takes the floor itself
+    F32 p = F32{} + 2.170225546e-04f;
+    p = p * r + 1.243968783e-03f;
+    p = p * r + 9.678840996e-03f;
+    p = p * r + 5.548334198e-02f;
+    p = p * r + 2.402298363e-01f;
+    p = p * r + 6.931469838e-01f;
+    p = p * r + 1.0f;
+    return (F32)_mm512_scalef_ps((__m512)p, (__m512)x);
 #else
     x = x > -max_exponent ? x : F32{} - max_exponent;
     const F32 magic = F32{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
     const F32 shifted = x + magic;
     const F32 r = x - (shifted - magic);
-#endif
     F32 p = F32{} + 1.534581201e-04f;
     p = p * r + 1.339993122e-03f;
     p = p * r + 9.618488957e-03f;
@@ -82,9 +89,6 @@ struct MathF32 {
     p = p * r + 2.402264689e-01f;
     p = p * r + 6.931472057e-01f;
     p = p * r + 1.0f;
-#if SRCGCNN_VECTOR_BYTES == 64
-    return (F32)_mm512_scalef_ps((__m512)p, (__m512)(x - r));
-#else
     return (F32)((I)p + (((I)shifted - (I)magic) << 23));
 #endif
   }

@@ -53,6 +53,8 @@ class Moments(NamedTuple):
     """(N, K), sum_j e_ij."""
     by_sender: Tensor | None
     """(N, K), sum_i w_i e_ij."""
+    sum: Tensor | None
+    """(K,) float64, sum_ij w_i e_ij."""
     gram: Tensor | None
     """(K, K) float64, sum_ij w_i e_ij^T e_ij."""
 
@@ -150,15 +152,16 @@ def edge_shells(
     return shell_of, shell_distance, shell_count
 
 
-def edge_moments(row_weight: Tensor, graph: Graph, n_features: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def edge_moments(row_weight: Tensor, graph: Graph, n_features: int) -> tuple[Tensor, ...]:
     dtype = row_weight.dtype
     edges = _Edges(graph, n_features, dtype)
     n = edges.sizes[0]
     _check("row_weight", row_weight, (n,), dtype)
     in_degree = torch.empty_like(row_weight)
     by_receiver, by_sender = (row_weight.new_empty(n, n_features) for _ in range(2))
+    total = torch.empty(n_features, dtype=torch.float64)
     gram = torch.empty(n_features, n_features, dtype=torch.float64)
-    outputs = (in_degree, by_receiver, by_sender, gram)
+    outputs = (in_degree, by_receiver, by_sender, total, gram)
     _kernel("edge_moments", dtype)(
         *(x.data_ptr() for x in outputs), row_weight.data_ptr(), *edges.arguments, torch.get_num_threads()
     )
@@ -179,10 +182,11 @@ def _moment_addresses(moments: Moments, edges: _Edges, dtype: torch.dtype, train
     _check("row_weight", moments.row_weight, (n,), dtype)
     if train1:
         assert moments.in_degree is not None and moments.by_receiver is not None
-        assert moments.by_sender is not None and moments.gram is not None
+        assert moments.by_sender is not None and moments.sum is not None and moments.gram is not None
         _check("in_degree", moments.in_degree, (n,), dtype)
         _check("by_receiver", moments.by_receiver, (n, n_features), dtype)
         _check("by_sender", moments.by_sender, (n, n_features), dtype)
+        _check("sum", moments.sum, (n_features,), torch.float64)
         _check("gram", moments.gram, (n_features, n_features), torch.float64)
     return [_address(x) for x in moments]
 

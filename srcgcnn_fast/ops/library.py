@@ -19,14 +19,14 @@ _LAYER = (
     "Tensor weight, Tensor? bias, Tensor gamma1, Tensor beta1, Tensor gamma2, Tensor beta2, Tensor mean1, Tensor var1, "
     "Tensor mean2, Tensor var2, float eps1, float eps2, bool train1, bool train2"
 )
-_MOMENTS = "Tensor row_weight, Tensor? in_degree, Tensor? by_receiver, Tensor? by_sender, Tensor? gram"
+_MOMENTS = "Tensor row_weight, Tensor? in_degree, Tensor? by_receiver, Tensor? by_sender, Tensor? sum, Tensor? gram"
 _N_LAYER, _N_GRAPH, _N_MOMENTS = len(Layer._fields), len(Graph._fields), len(Moments._fields)
 
 _library = torch.library.Library("srcgcnn_fast", "DEF")
 _library.define(
     "edge_shells(Tensor distance, Tensor sender, Tensor row_ptr, Tensor crystal_ptr) -> (Tensor, Tensor, Tensor)"
 )
-_library.define(f"edge_moments(Tensor row_weight, {_GRAPH}, int n_features) -> (Tensor, Tensor, Tensor, Tensor)")
+_library.define(f"edge_moments(Tensor row_weight, {_GRAPH}, int n_features) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 _library.define(
     f"gated_conv(Tensor h, {_LAYER}, {_GRAPH}, {_MOMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
@@ -79,11 +79,12 @@ def _(distance: Tensor, sender: Tensor, row_ptr: Tensor, crystal_ptr: Tensor) ->
 
 
 @torch.library.register_fake("srcgcnn_fast::edge_moments", lib=_library)
-def _(row_weight: Tensor, *graph_and_size: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(row_weight: Tensor, *graph_and_size: Any) -> tuple[Tensor, ...]:
     n, k = row_weight.shape[0], graph_and_size[-1]
     by_row = row_weight.new_empty(n, k)
     gram = row_weight.new_empty(k, k, dtype=torch.float64)
-    return torch.empty_like(row_weight), by_row, torch.empty_like(by_row), gram
+    total = row_weight.new_empty(k, dtype=torch.float64)
+    return torch.empty_like(row_weight), by_row, torch.empty_like(by_row), total, gram
 
 
 @torch.library.register_fake("srcgcnn_fast::gated_conv", lib=_library)

@@ -148,7 +148,7 @@ def test_the_gate_is_right_at_both_ends():
         bn2 = BatchNorm(None, None, zero[:width], one[:width])
         layer = fused._layer(torch.zeros(2 * width, 2 * width + 1, dtype=dtype), None, bn1, bn2, width, 0)
         row_weight = torch.ones(1, dtype=dtype)
-        m = cpu.conv(row_weight * zero[None, :width], layer, fused.with_shells(edges), cpu.Moments(row_weight, *[None] * 4))[1]
+        m = cpu.conv(row_weight * zero[None, :width], layer, fused.with_shells(edges), cpu.Moments(row_weight, *[None] * 5))[1]
         expected = torch.sigmoid(f.to(dtype).double()) * torch.nn.functional.softplus(c.to(dtype).double())
         normal = expected > 1e5 * torch.finfo(dtype).tiny  # no factor of it is denormal
         assert torch.isfinite(m).all()
@@ -160,8 +160,9 @@ def test_the_gate_is_right_at_both_ends():
 def test_moments_of_the_edges(make_batch, features):
     batch, *_ = problem(make_batch("ragged", seed=9), 8, 41, torch.float64, features=features)
     edges = Edges(batch.distance, batch.edge_features, batch.sender, batch.row_ptr, batch.crystal_ptr)
-    in_degree, *got = cpu.edge_moments(batch.weight, fused.with_shells(edges), 41)
-    for a, b in zip(got, reference.edge_moments(batch.weight, edges, 41, torch.float64), strict=True):
+    in_degree, by_receiver, by_sender, total, gram = cpu.edge_moments(batch.weight, fused.with_shells(edges), 41)
+    assert relative(total, batch.weight @ by_receiver) < 1e-13
+    for a, b in zip((by_receiver, by_sender, gram), reference.edge_moments(batch.weight, edges, 41, torch.float64), strict=True):
         assert relative(a, b) < 1e-13
     assert relative(in_degree[:, None], reference.neighbor_sum(batch.weight[:, None], edges, True)) < 1e-15
 
