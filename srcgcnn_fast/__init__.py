@@ -36,8 +36,6 @@ __all__ = [*sorted(_HOME), "__version__", "functional"]
 
 if TYPE_CHECKING:
     from . import functional as functional
-    from .ops.registry import backends as backends
-    from .ops.registry import use_backend as use_backend
     from .errors import InputError as InputError
     from .graph import CrystalGraph as CrystalGraph
     from .graph import GraphBatch as GraphBatch
@@ -51,6 +49,8 @@ if TYPE_CHECKING:
     from .nn import SRCGCNN as SRCGCNN
     from .nn import GatedConv as GatedConv
     from .nn import ModelMetadata as ModelMetadata
+    from .ops.registry import backends as backends
+    from .ops.registry import use_backend as use_backend
     from .prediction import predict as predict
     from .serialization import load_model as load_model
     from .serialization import save_model as save_model

@@ -66,5 +66,7 @@ def report() -> str:
         lines.append("  WARNING: more than one OpenMP runtime is loaded; reinstall torch and srcgcnn_fast with pip.")
     lines += ["", "CUDA devices"] + [f"  {line}" for line in _cuda_lines()]
     present = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
-    lines += ["", "environment"] + [f"  {name}={value}" for name, value in present.items()] + ([] if present else ["  -"])
+    lines += (
+        ["", "environment"] + [f"  {name}={value}" for name, value in present.items()] + ([] if present else ["  -"])
+    )
     return "\n".join(lines)

@@ -160,7 +160,7 @@ def _stack(
 
 def _with_shells(batch: GraphBatch, edges: Edges, dtype: torch.dtype) -> fused.Graph:
     """The edges with their distinct distances, which the batch keeps."""
-    shells = batch.cached(("shells", dtype), lambda: fused.with_shells(edges)[5:8])
+    shells: tuple[Tensor, Tensor, Tensor] = batch.cached(("shells", dtype), lambda: fused.with_shells(edges)[5:8])
     return fused.Graph(*edges[:5], *shells, edges.dmin, edges.step)
 
 

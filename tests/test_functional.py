@@ -85,7 +85,11 @@ def test_single_atoms_train_only_with_company(make_batch):
 
 @pytest.mark.parametrize(
     ("h", "weight", "says"),
-    [((5, 8), (16, 57), "atom_fea must be"), ((None, 8), (16, 16), "weight must be"), ((None, 8), (8, 57), "weight must")],
+    [
+        ((5, 8), (16, 57), "atom_fea must be"),
+        ((None, 8), (16, 16), "weight must be"),
+        ((None, 8), (8, 57), "weight must"),
+    ],
 )
 def test_shapes_that_do_not_fit(make_batch, h, weight, says):
     batch = make_batch("plain")

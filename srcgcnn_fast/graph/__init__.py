@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from .batch import CrystalGraph as CrystalGraph
     from .batch import GraphBatch as GraphBatch
     from .batch import collate as collate
-    from .parameters import GraphParameters as GraphParameters
     from .build import build_graph as build_graph
     from .build import build_graphs as build_graphs
     from .elements import ELEMENT_SYMBOLS as ELEMENT_SYMBOLS
     from .elements import element_features as element_features
     from .neighbors import neighbor_list as neighbor_list
+    from .parameters import GraphParameters as GraphParameters
     from .readers import Crystal as Crystal
     from .readers import Record as Record
     from .readers import as_crystal as as_crystal

@@ -112,7 +112,8 @@ class GraphBatch:
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> GraphBatch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "cache"}
-        return replace(self, **{k: v if v is None else function(v) for k, v in tensors.items()}, cache={})
+        mapped: dict[str, Any] = {k: v if v is None else function(v) for k, v in tensors.items()}
+        return replace(self, **mapped, cache={})
 
     def to(
         self,
@@ -155,7 +156,7 @@ def collate(graphs: Sequence[CrystalGraph], distance_dtype: torch.dtype = torch.
     if max(rows[-1], edges[-1]) > np.iinfo(np.int32).max:
         raise InputError(f"A batch of {edges[-1]} edges is beyond 2^31 - 1; use smaller batches.")
 
-    def join(arrays: Sequence[np.ndarray], dtype: type) -> torch.Tensor:
+    def join(arrays: Sequence[Any], dtype: type) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(arrays).astype(dtype, copy=False))
 
     def optional(name: str) -> torch.Tensor | None:

@@ -209,6 +209,8 @@ class SRCGCNN(CrystalModel):
     The other arguments are those of :class:`CGCNN`.
     """
 
+    recurrent_alpha: Tensor | None
+
     def __init__(
         self,
         n_recurrent_steps: int = 3,

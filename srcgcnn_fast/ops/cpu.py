@@ -147,7 +147,11 @@ def edge_shells(
     shell_of, shell_distance = torch.empty_like(sender), torch.zeros_like(distance)
     shell_count = torch.empty(edges.sizes[2], dtype=torch.int32)
     _kernel("edge_shells", distance.dtype)(
-        shell_of.data_ptr(), shell_distance.data_ptr(), shell_count.data_ptr(), *edges.arguments, torch.get_num_threads()
+        shell_of.data_ptr(),
+        shell_distance.data_ptr(),
+        shell_count.data_ptr(),
+        *edges.arguments,
+        torch.get_num_threads(),
     )
     return shell_of, shell_distance, shell_count
 
@@ -198,7 +202,7 @@ def conv(
 
     A mean of the batch leaves without the bias.
     """
-    n, width = h.shape
+    width = h.shape[1]
     n_features = layer.weight.shape[1] - 2 * width
     edges = _Edges(graph, n_features, h.dtype)
     _check("h", h, (edges.sizes[0], width), h.dtype)
@@ -206,7 +210,8 @@ def conv(
         torch.empty_like(x) if trains else x.clone()
         for x, trains in zip(layer[6:10], (layer.train1,) * 2 + (layer.train2,) * 2, strict=True)
     ]
-    addresses, norms = _layer_arguments(layer._replace(mean1=used[0], var1=used[1], mean2=used[2], var2=used[3]), width, n_features)  # fmt: skip
+    layer = layer._replace(mean1=used[0], var1=used[1], mean2=used[2], var2=used[3])
+    addresses, norms = _layer_arguments(layer, width, n_features)
     out, m = torch.empty_like(h), torch.empty_like(h)
     _kernel("conv", h.dtype)(
         out.data_ptr(), m.data_ptr(), h.data_ptr(), addresses, norms, *edges.arguments,
@@ -219,7 +224,7 @@ def conv_backward(
     grad: Tensor, h: Tensor, m: Tensor, layer: Layer, graph: Graph, moments: Moments, edge_grad: bool
 ) -> tuple[Tensor, ...]:
     """Gradients of h, weight, bias, gamma1, beta1, gamma2, beta2, and of the edges (empty unless asked for)."""
-    n, width = h.shape
+    width = h.shape[1]
     n_features = layer.weight.shape[1] - 2 * width
     edges = _Edges(graph, n_features, h.dtype)
     for name, x in (("grad", grad), ("h", h), ("m", m)):

@@ -21,7 +21,7 @@ def with_shells(edges: Edges) -> Graph:
     """The edges with the distinct distances of every crystal."""
     if edges.features is not None:
         return Graph(*edges[:5], None, None, None, edges.dmin, edges.step)
-    shells = _ops.edge_shells(edges.distance.detach().contiguous(), *edges[2:5])
+    shells: tuple[Tensor, Tensor, Tensor] = _ops.edge_shells(edges.distance.detach().contiguous(), *edges[2:5])
     return Graph(*edges[:5], *shells, edges.dmin, edges.step)
 
 
@@ -58,11 +58,11 @@ def _layer(weight: Tensor, bias: Tensor | None, bn1: BatchNorm, bn2: BatchNorm, 
             ]
         )
     (g1, b1, m1, v1), (g2, b2, m2, v2) = vectors
-    small = [bias, g1, b1, g2, b2, m1, v1, m2, v2]
+    small: list[Any] = [bias, g1, b1, g2, b2, m1, v1, m2, v2]
     if more:
         weight = _widen_weight(weight, width, more)
         small = [None if x is None else _widen(x, width, more) for x in small]
-    return Layer(weight.contiguous(), *small, bn1.eps, bn2.eps, bn1.training, bn2.training)
+    return Layer(*[weight.contiguous(), *small, bn1.eps, bn2.eps, bn1.training, bn2.training])
 
 
 def _missing(h: Tensor) -> int:
@@ -97,7 +97,7 @@ def gated_conv(
 def stack(h: Tensor, graph: Graph, layers: Sequence[Any], shared: bool) -> Tensor:
     """All convolutions with fixed statistics and without gradients; ``shared``: they have one weight."""
     width, more = h.shape[1], _missing(h)
-    folded = [_layer(*layer, width, more) for layer in layers]
+    folded = [_layer(weight, bias, bn1, bn2, width, more) for weight, bias, bn1, bn2 in layers]
     wide = pad(h, (0, more)) if more else h.contiguous()
     own = folded[:1] if shared else folded
     out = _ops.gated_conv_stack(

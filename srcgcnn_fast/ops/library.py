@@ -26,7 +26,9 @@ _library = torch.library.Library("srcgcnn_fast", "DEF")
 _library.define(
     "edge_shells(Tensor distance, Tensor sender, Tensor row_ptr, Tensor crystal_ptr) -> (Tensor, Tensor, Tensor)"
 )
-_library.define(f"edge_moments(Tensor row_weight, {_GRAPH}, int n_features) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+_library.define(
+    f"edge_moments(Tensor row_weight, {_GRAPH}, int n_features) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 _library.define(
     f"gated_conv(Tensor h, {_LAYER}, {_GRAPH}, {_MOMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
@@ -62,7 +64,8 @@ def _stack_cpu(
     for t in range(n_steps):
         k = 0 if shared else t
         bias = biases[k] if biases else None
-        layers.append(Layer(weights[k], bias, *vectors[8 * t : 8 * t + 8], eps[2 * t], eps[2 * t + 1], False, False))
+        fields: list[Any] = [weights[k], bias, *vectors[8 * t : 8 * t + 8], *eps[2 * t : 2 * t + 2], False, False]
+        layers.append(Layer(*fields))
     return cpu.stack(h, layers, Graph(*graph))
 
 
@@ -161,7 +164,7 @@ def _backward_second(ctx: Any, *upper: Tensor) -> tuple[Any, ...]:
     first_inputs = [h, *layer[:6]] + ([graph.distance if graph.features is None else graph.features] * edge_grad)
     with torch.enable_grad():
         grad = grad.detach().requires_grad_()
-        leaves = [None if x is None else x.detach().requires_grad_() for x in first_inputs]
+        leaves: list[Any] = [None if x is None else x.detach().requires_grad_() for x in first_inputs]
         h, weight, bias, gamma1, beta1, gamma2, beta2, *edge = leaves
         distance, features = graph.distance, graph.features
         if edge_grad:
@@ -180,16 +183,14 @@ def _backward_second(ctx: Any, *upper: Tensor) -> tuple[Any, ...]:
         second = torch.autograd.grad(first, [grad, *wanted], matching, allow_unused=True)
     given = iter(second[1:])
     by_leaf = [None if x is None else next(given) for x in leaves]
-    none = [None] * (3 + len(arguments))
+    none: list[Tensor | None] = [None] * (3 + len(arguments))
     none[0], none[1], none[3:9] = second[0], by_leaf[0], by_leaf[1:7]
     if edge_grad:
         none[3 + _N_LAYER + (graph.features is not None)] = by_leaf[7]
     return tuple(none)
 
 
-torch.library.register_autograd(
-    "srcgcnn_fast::gated_conv", _backward_conv, setup_context=_setup_conv, lib=_library
-)
+torch.library.register_autograd("srcgcnn_fast::gated_conv", _backward_conv, setup_context=_setup_conv, lib=_library)
 torch.library.register_autograd(
     "srcgcnn_fast::gated_conv_backward", _backward_second, setup_context=_setup_second, lib=_library
 )

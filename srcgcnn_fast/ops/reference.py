@@ -124,7 +124,9 @@ def neighbor_sum(h: Tensor, edges: Edges, transpose: bool = False) -> Tensor:
     return torch.zeros_like(h).index_add(0, target, h[source])
 
 
-def edge_moments(row_weight: Tensor, edges: Edges, n_features: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def edge_moments(
+    row_weight: Tensor, edges: Edges, n_features: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """What batch norm needs of the edge vectors, from the graph alone.
 
     Returns:

@@ -19,7 +19,13 @@ def test_parameters_are_those_of_the_paper():
 
 
 def test_state_dict_names_are_the_published_ones():
-    assert {k.split(".")[0] for k in sf.CGCNN(n_h=2).state_dict()} == {"embedding", "convs", "conv_to_fc", "fcs", "fc_out"}
+    assert {k.split(".")[0] for k in sf.CGCNN(n_h=2).state_dict()} == {
+        "embedding",
+        "convs",
+        "conv_to_fc",
+        "fcs",
+        "fc_out",
+    }
     recurrent = sf.SRCGCNN(recurrent_layer_norm=True, recurrent_learnable_alpha=True).state_dict()
     assert {k.split(".")[0] for k in recurrent} == {
         "embedding", "shared_conv", "recurrent_bn1s", "recurrent_bn2s", "recurrent_norm", "recurrent_alpha",
@@ -51,7 +57,9 @@ def test_pooling_is_the_weighted_mean(make_batch):
 def test_multiple_targets_and_units(make_batch):
     batch, model = make_batch("plain"), sf.CGCNN(1, atom_fea_len=8, n_targets=2).eval()
     model.metadata = sf.ModelMetadata(("a", "b"), ("eV", "GPa"), (1.0, -2.0), (3.0, 0.5))
-    torch.testing.assert_close(model.predict(batch), model(batch) * torch.tensor([3.0, 0.5]) + torch.tensor([1.0, -2.0]))
+    torch.testing.assert_close(
+        model.predict(batch), model(batch) * torch.tensor([3.0, 0.5]) + torch.tensor([1.0, -2.0])
+    )
     with pytest.raises(sf.InputError, match="one unit, mean and std per target"):
         sf.ModelMetadata(("a", "b"), ("eV",), (0.0, 0.0), (1.0, 1.0))
 

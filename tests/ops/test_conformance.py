@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -72,18 +75,25 @@ def run(backend: str, batch, leaves, buffers, upstream, training: tuple[bool, bo
     return results
 
 
-def compare(backend, batch, width, n_features, dtype, training, seed=0, features=False):
-    """In float64 to 1e-12; in float32 at most twice as far from the truth as the published formula in float32."""
-    truth = run("reference", *problem(batch, width, n_features, torch.float64, seed, features), training)
-    plain = run("reference", *problem(batch, width, n_features, dtype, seed, features), training)
-    got = run(backend, *problem(batch, width, n_features, dtype, seed, features), training)
-    for name, expected in truth.items():
-        limit = 1e-12 if dtype == torch.float64 else 2 * relative(plain[name], expected) + 3e-7
-        if name == "grad bias" and training[0]:  # zero in exact arithmetic
-            assert got[name].abs().max() <= 1e-6 * max(1.0, float(truth["grad weight"].norm()))
-            continue
-        error = relative(got[name], expected)
-        assert error <= limit, f"{name}: relative L2 error {error:.1e}, allowed {limit:.1e}"
+def compare(backend, batch, width, n_features, dtype, training, seeds=(0,), features=False):
+    """In float64 to 1e-12; in float32 at most twice as far from the truth as the published formula in float32.
+
+    The latter over several seeds, by root mean square, where there are too few numbers to compare roundings.
+    """
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for seed in seeds:
+        truth = run("reference", *problem(batch, width, n_features, torch.float64, seed, features), training)
+        plain = run("reference", *problem(batch, width, n_features, dtype, seed, features), training)
+        got = run(backend, *problem(batch, width, n_features, dtype, seed, features), training)
+        for name, expected in truth.items():
+            if name == "grad bias" and training[0]:  # zero in exact arithmetic
+                assert got[name].abs().max() <= 1e-6 * max(1.0, float(truth["grad weight"].norm()))
+                continue
+            errors.setdefault(name, []).append((relative(got[name], expected), relative(plain[name], expected)))
+    for name, pairs in errors.items():
+        ours, theirs = (math.sqrt(sum(x * x for x in column) / len(seeds)) for column in zip(*pairs, strict=True))
+        limit = 1e-12 if dtype == torch.float64 else 2 * theirs + 3e-7
+        assert ours <= limit, f"{name}: relative L2 error {ours:.1e}, allowed {limit:.1e}"
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -100,7 +110,8 @@ def test_gated_conv(backend, make_batch, kind, training, dtype):
 @pytest.mark.parametrize(("width", "n_features"), [(64, 41), (8, 41), (7, 41), (1, 3), (33, 5), (48, 9), (128, 60)])
 def test_any_width_and_number_of_gaussians(backend, make_batch, width, n_features):
     for dtype in (torch.float64, torch.float32):
-        compare(backend, make_batch("weighted", seed=5), width, n_features, dtype, (True, True))
+        seeds = range(8) if width < 8 else (0,)
+        compare(backend, make_batch("weighted", seed=5), width, n_features, dtype, (True, True), seeds)
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -137,7 +148,9 @@ def test_gradient_of_the_edges(backend, make_batch, features):
 
 def test_the_gate_is_right_at_both_ends():
     """Far from zero: c for large c, exp(c) for very negative c, no overflow, no NaN."""
-    ends = torch.tensor([-700.0, -90, -30, -10, -1, -1e-9, 0, 1e-9, 1, 10, 19.9, 30, 90, 700, 5, -5], dtype=torch.float64)
+    ends = torch.tensor(
+        [-700.0, -90, -30, -10, -1, -1e-9, 0, 1e-9, 1, 10, 19.9, 30, 90, 700, 5, -5], dtype=torch.float64
+    )
     f, c = (x.reshape(-1) for x in torch.meshgrid(ends, ends, indexing="ij"))
     width, index = f.numel(), lambda *x: torch.tensor(x, dtype=torch.int32)
     for dtype in (torch.float64, torch.float32):
@@ -148,7 +161,9 @@ def test_the_gate_is_right_at_both_ends():
         bn2 = BatchNorm(None, None, zero[:width], one[:width])
         layer = fused._layer(torch.zeros(2 * width, 2 * width + 1, dtype=dtype), None, bn1, bn2, width, 0)
         row_weight = torch.ones(1, dtype=dtype)
-        m = cpu.conv(row_weight * zero[None, :width], layer, fused.with_shells(edges), cpu.Moments(row_weight, *[None] * 5))[1]
+        m = cpu.conv(
+            row_weight * zero[None, :width], layer, fused.with_shells(edges), cpu.Moments(row_weight, *[None] * 5)
+        )[1]
         expected = torch.sigmoid(f.to(dtype).double()) * torch.nn.functional.softplus(c.to(dtype).double())
         normal = expected > 1e5 * torch.finfo(dtype).tiny  # no factor of it is denormal
         assert torch.isfinite(m).all()
@@ -162,7 +177,9 @@ def test_moments_of_the_edges(make_batch, features):
     edges = Edges(batch.distance, batch.edge_features, batch.sender, batch.row_ptr, batch.crystal_ptr)
     in_degree, by_receiver, by_sender, total, gram = cpu.edge_moments(batch.weight, fused.with_shells(edges), 41)
     assert relative(total, batch.weight @ by_receiver) < 1e-13
-    for a, b in zip((by_receiver, by_sender, gram), reference.edge_moments(batch.weight, edges, 41, torch.float64), strict=True):
+    for a, b in zip(
+        (by_receiver, by_sender, gram), reference.edge_moments(batch.weight, edges, 41, torch.float64), strict=True
+    ):
         assert relative(a, b) < 1e-13
     assert relative(in_degree[:, None], reference.neighbor_sum(batch.weight[:, None], edges, True)) < 1e-15
 
@@ -174,7 +191,7 @@ def test_shells_are_the_distinct_distances(make_batch):
         batch.distance, batch.sender, batch.row_ptr, batch.crystal_ptr
     )
     edge_ptr = batch.row_ptr[batch.crystal_ptr.long()].tolist()
-    for c, (begin, end) in enumerate(zip(edge_ptr, edge_ptr[1:], strict=False)):
+    for c, (begin, end) in enumerate(pairwise(edge_ptr)):
         count = int(shell_count[c])
         assert count == len(batch.distance[begin:end].unique())
         table = shell_distance[begin : begin + count]

@@ -120,6 +120,8 @@ def test_compile_full_graph(backend, make_batch, training, model_type):
             model.zero_grad()
             out = call(batch)
             out.sum().backward()
-        results.append([out.detach(), *(p.grad.clone() for p in model.parameters()), *map(torch.clone, model.buffers())])
+        results.append(
+            [out.detach(), *(p.grad.clone() for p in model.parameters()), *map(torch.clone, model.buffers())]
+        )
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
