@@ -12,6 +12,9 @@ import srcgcnn_fast as sf
 from srcgcnn_fast.graph import GraphBatch
 from srcgcnn_fast.interop.upstream import expand_quotient
 
+GENERATED = 512
+"""Alloys to make where there are no data; a few seconds."""
+
 
 @cache
 def crystals() -> tuple[str, list]:
@@ -23,9 +26,11 @@ def crystals() -> tuple[str, list]:
         frame = pd.read_parquet(Path(data) / "mp" / "train.parquet")
         rows = zip(frame["lattice"], frame["frac_coords"], frame["atomic_numbers"], strict=True)
         return "Materials Project", [(np.reshape(a, (3, 3)), np.reshape(f, (-1, 3)), np.asarray(z)) for a, f, z in rows]
-    from srcgcnn_fast.training.alloys import generate
+    from srcgcnn_fast.training.alloys import random_alloy
 
-    return "generated fcc alloys", [record for record in generate(2048, seed=0)]
+    rng = np.random.default_rng(0)
+    alloys = (random_alloy(rng) for _ in range(GENERATED))
+    return "generated fcc alloys", [(a.cell[:], a.get_scaled_positions(), a.numbers) for a in alloys]
 
 
 @cache
