@@ -45,6 +45,7 @@ def _load_core() -> tuple[Any, str]:
 
 
 core, core_problem = _load_core()
+_BAD_SIMD = core is None and "SRCGCNN_FAST_SIMD" in core_problem  # a forced level, like a forced backend, never falls back
 
 
 def backends() -> dict[str, BackendStatus]:
@@ -108,6 +109,8 @@ def select(h: torch.Tensor, edge_statistics_grad: bool = False) -> str:
         InputError: a backend is forced that cannot take this input.
     """
     forced = forced_backend()
+    if _BAD_SIMD:
+        raise InputError(f"{core_problem}.")
     if forced == "reference":
         return forced
     if forced not in (None, "cpu"):

@@ -1,0 +1,41 @@
+"""Every SIMD level of this processor computes the same; a level that it has not is an error."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import srcgcnn_fast as sf
+from srcgcnn_fast.ops import registry
+
+pytestmark = pytest.mark.skipif(not sf.backends()["cpu"].available, reason="the CPU kernels are not built")
+LEVELS = registry.core.simd_levels() if registry.core is not None else []
+
+
+@pytest.mark.parametrize("level", LEVELS[:-1])
+def test_golden_values_and_conformance(level):
+    """The same tests in a process that is held to a lower level."""
+    tests = Path(__file__).parents[1]
+    chosen = [tests / "nn" / "test_golden.py", tests / "ops" / "test_conformance.py"]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *map(str, chosen), "-k", "weighted or ragged or float64 or any_width or ends or stack"],
+        env={**os.environ, "SRCGCNN_FAST_SIMD": level},
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert " passed" in run.stdout
+
+
+def test_an_unknown_level_is_an_error():
+    code = "import torch, srcgcnn_fast as sf; print(sf.backends()['cpu'].reason); sf.GatedConv(8)"
+    code += "; from srcgcnn_fast.ops import registry; registry.select(torch.zeros(1))"
+    environment = {**os.environ, "SRCGCNN_FAST_SIMD": "v9"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    assert "SRCGCNN_FAST_SIMD=v9 is not a level of this processor; choose one of" in run.stdout
+    assert "InputError" in run.stderr
