@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from ..errors import InputError
 
@@ -24,14 +25,25 @@ class GraphParameters:
     """What to do with an atom without neighbours: "error" or "keep"."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.radius) and self.radius > 0):
-            raise InputError(f"radius must be a positive number of Å, not {self.radius}.")
-        if self.max_neighbors < 1:
-            raise InputError(f"max_neighbors must be at least 1, not {self.max_neighbors}.")
-        if self.symmetry_tolerance is not None and not 0 < self.symmetry_tolerance < 0.1:
+        radius, count, tolerance = self.radius, self.max_neighbors, self.symmetry_tolerance
+        if not (_is_real(radius) and math.isfinite(radius) and radius > 0):
+            raise InputError(f"radius must be a positive number of Å, not {radius!r}.")
+        if isinstance(count, bool) or not isinstance(count, Integral) or not 1 <= count < 2**31:
+            raise InputError(f"max_neighbors must be a whole number of at least 1, not {count!r}.")
+        if tolerance is not None and not (_is_real(tolerance) and 0 < tolerance < 0.1):
             raise InputError(
-                f"symmetry_tolerance must be between 0 and 0.1 Å, or None for the full graph, "
-                f"not {self.symmetry_tolerance}."
+                f"symmetry_tolerance must be a number between 0 and 0.1 Å, or None for the full graph, "
+                f"not {tolerance!r}."
             )
+        if not isinstance(self.padded, bool):
+            raise InputError(f"padded must be True or False, not {self.padded!r}.")
         if self.isolated not in ("error", "keep"):
             raise InputError(f'isolated must be "error" or "keep", not {self.isolated!r}.')
+        # NumPy's numbers become Python's, which stores and models write as JSON.
+        object.__setattr__(self, "radius", float(radius))
+        object.__setattr__(self, "max_neighbors", int(count))
+        object.__setattr__(self, "symmetry_tolerance", None if tolerance is None else float(tolerance))
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
