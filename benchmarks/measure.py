@@ -14,7 +14,9 @@ import torch
 import srcgcnn_fast as sf
 
 
-def alternate(candidates: dict[str, Callable[[], object]], rounds: int = 10, warm_up: int = 2) -> dict[str, list[float]]:
+def alternate(
+    candidates: dict[str, Callable[[], object]], rounds: int = 10, warm_up: int = 2
+) -> dict[str, list[float]]:
     """Seconds of every round of every candidate, one after the other within each round."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for r in range(rounds + warm_up):

@@ -45,7 +45,8 @@ def _load_core() -> tuple[Any, str]:
 
 
 core, core_problem = _load_core()
-_BAD_SIMD = core is None and "SRCGCNN_FAST_SIMD" in core_problem  # a forced level, like a forced backend, never falls back
+# A forced level, like a forced backend, never falls back.
+_BAD_SIMD = core is None and "SRCGCNN_FAST_SIMD" in core_problem
 
 
 def backends() -> dict[str, BackendStatus]:
