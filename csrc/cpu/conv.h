@@ -175,12 +175,10 @@ struct ChunkStatistics {
 
 // Joins per-chunk means and sums of squares, in order (Chan, Golub & LeVeque's pairwise formula).
 template <class T>
-double join_statistics(ChunkStatistics<T>* chunks, int width, T* mean, T* var) {
-  double count = 0;
-  for (int chunk = 0; chunk < kChunks; ++chunk) count += chunks[chunk].count;
+void join_statistics(const ChunkStatistics<T>* chunks, int n_chunks, int width, T* mean, T* var) {
   for (int c = 0; c < width; ++c) {
     double n = 0, m = 0, s = 0;
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
+    for (int chunk = 0; chunk < n_chunks; ++chunk) {
       const double k = chunks[chunk].count;
       if (k == 0) continue;
       const double delta = chunks[chunk].mean[c] - m;
@@ -191,7 +189,6 @@ double join_statistics(ChunkStatistics<T>* chunks, int width, T* mean, T* var) {
     mean[c] = T(m);
     var[c] = T(n > 0 ? s / n : 0);
   }
-  return count;
 }
 
 // Mean of z over the edges of the rows [begin, end), exact: it follows from p, q and the edge sums of the rows.
@@ -254,15 +251,15 @@ int64_t most_rows(const Edges<T>& g) {
 template <class T>
 void conv(T* out, T* m, const T* h, const Layer<T>& layer_in, const Edges<T>& g, const Moments<T>& moments, int F,
           int threads) {
-  const int K = g.n_features, C = 2 * F;
+  const int K = g.n_features, C = 2 * F, n_chunks = chunks_of(g);
   const int64_t shells = most_shells(g), largest = most_rows(g);
   Layer<T> layer = layer_in;
   if (layer.train1) layer.bias = nullptr;  // batch statistics take any bias away; mean1 leaves without it
   Buffer<T> nodes_at(int64_t(F) * 4 * F), w_e(int64_t(K) * C), w_e_scaled(int64_t(K) * C), pq(g.n_rows * 4 * F);
   Buffer<T> scale1(C), shift1(C), scale2(F), shift2(F);
-  Buffer<double> mean_at(kChunks * C), squares_at(kChunks * C);
-  ChunkStatistics<T> chunks[kChunks];
-  for (int k = 0; k < kChunks; ++k) chunks[k] = {0, mean_at + k * C, squares_at + k * C};
+  Buffer<double> mean_at(n_chunks * C), squares_at(n_chunks * C);
+  ChunkStatistics<T> chunks[kMostChunks];
+  for (int k = 0; k < n_chunks; ++k) chunks[k] = {0, mean_at + k * C, squares_at + k * C};
   const auto nodes = pack_nodes<T>(nodes_at, layer.weight, F, K, nullptr);
   pack_edges<T>(w_e, layer.weight, F, K, nullptr);
 
@@ -271,7 +268,7 @@ void conv(T* out, T* m, const T* h, const Layer<T>& layer_in, const Edges<T>& g,
     FlushDenormals flush;
     Buffer<T> r(shells * C), rows(largest * 4 * F), row_sum(C);
 #pragma omp for schedule(dynamic, 1)
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
+    for (int chunk = 0; chunk < n_chunks; ++chunk) {
       const int64_t c0 = chunk_begin(g, chunk), c1 = chunk_begin(g, chunk + 1);
       const int64_t begin = g.crystal_ptr[c0], end = g.crystal_ptr[c1];
       node_product<T>(pq + begin * 4 * F, h, nodes, begin, end, F);
@@ -292,12 +289,12 @@ void conv(T* out, T* m, const T* h, const Layer<T>& layer_in, const Edges<T>& g,
     }
 #pragma omp single
     {
-      if (layer.train1) join_statistics(chunks, C, layer.mean1, layer.var1);
+      if (layer.train1) join_statistics(chunks, n_chunks, C, layer.mean1, layer.var1);
       fold_first<T>(scale1, shift1, layer, F);
       for (int64_t x = 0; x < int64_t(K) * C; ++x) w_e_scaled[x] = w_e[x] * scale1[x % C];
     }
 #pragma omp for schedule(dynamic, 1)
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
+    for (int chunk = 0; chunk < n_chunks; ++chunk) {
       const int64_t c0 = chunk_begin(g, chunk), c1 = chunk_begin(g, chunk + 1);
       for (int64_t c = c0; c < c1; ++c) {
         const int64_t first = g.crystal_ptr[c];
@@ -311,7 +308,7 @@ void conv(T* out, T* m, const T* h, const Layer<T>& layer_in, const Edges<T>& g,
     }
 #pragma omp single
     {
-      if (layer.train2) join_statistics(chunks, F, layer.mean2, layer.var2);
+      if (layer.train2) join_statistics(chunks, n_chunks, F, layer.mean2, layer.var2);
       fold_second<T>(scale2, shift2, layer, F);
     }
 #pragma omp for schedule(static)
@@ -454,7 +451,7 @@ void add_columns(double* to, const T* rows, int64_t n, int64_t ld, int columns) 
 template <class T>
 void conv_backward(const Gradients<T>& d, const T* grad_out, const T* h, const T* m, const Layer<T>& layer_in,
                    const Edges<T>& g, const Moments<T>& moments, int F, int threads) {
-  const int K = g.n_features, C = 2 * F;
+  const int K = g.n_features, C = 2 * F, n_chunks = chunks_of(g);
   const int64_t N = g.n_rows, shells = most_shells(g), largest = most_rows(g);
   Layer<T> layer = layer_in;
   if (layer.train1) layer.bias = nullptr;
@@ -463,13 +460,13 @@ void conv_backward(const Gradients<T>& d, const T* grad_out, const T* h, const T
   Buffer<T> scale1(C), shift1(C), scale2(F), shift2(F), a1(C), mean(C), r1(C), b0(F), b1(F);
   Buffer<T> own(N * 4 * F), senders(N * 4 * F);
   Buffer<double> edge_part(int64_t(K) * C), z_part(int64_t(K) * C);
-  Buffer<double> sums(kChunks * 2 * F), totals(2 * F), by_chunk(kChunks * 2 * C), first_order(2 * C);
+  Buffer<double> sums(n_chunks * 2 * F), totals(2 * F), by_chunk(n_chunks * 2 * C), first_order(2 * C);
   Buffer<T> dw_nodes, dw_edges, e_pq;
-  dw_nodes.zero(kChunks * int64_t(F) * 4 * F);
-  dw_edges.zero(kChunks * int64_t(K) * C);
-  e_pq.zero(train ? kChunks * int64_t(K) * C : 0);
-  sums.zero(kChunks * 2 * F);
-  by_chunk.zero(kChunks * 2 * C);
+  dw_nodes.zero(n_chunks * int64_t(F) * 4 * F);
+  dw_edges.zero(n_chunks * int64_t(K) * C);
+  e_pq.zero(train ? n_chunks * int64_t(K) * C : 0);
+  sums.zero(n_chunks * 2 * F);
+  by_chunk.zero(n_chunks * 2 * C);
   const auto nodes = pack_nodes<T>(nodes_at, layer.weight, F, K, nullptr);
   const T* weight = layer.weight;
   const auto back = pack<T>(back_at, 4 * F, F, [=](int c, int k) {
@@ -499,7 +496,7 @@ void conv_backward(const Gradients<T>& d, const T* grad_out, const T* h, const T
     constexpr int W = Simd<T>::width;
     // 1. Through the output's softplus: d.h = da, and the sums that bn2 needs.
 #pragma omp for schedule(dynamic, 1)
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
+    for (int chunk = 0; chunk < n_chunks; ++chunk) {
       const int64_t begin = g.crystal_ptr[chunk_begin(g, chunk)], end = g.crystal_ptr[chunk_begin(g, chunk + 1)];
       double* sum = sums + chunk * 2 * F;
       for (int64_t b = begin; b < end; b += 16) {  // few rows at a time: their sums are exact enough in T
@@ -525,7 +522,7 @@ void conv_backward(const Gradients<T>& d, const T* grad_out, const T* h, const T
     {
       for (int c = 0; c < 2 * F; ++c) {
         totals[c] = 0;
-        for (int chunk = 0; chunk < kChunks; ++chunk) totals[c] += sums[chunk * 2 * F + c];
+        for (int chunk = 0; chunk < n_chunks; ++chunk) totals[c] += sums[chunk * 2 * F + c];
       }
       for (int c = 0; c < F; ++c) {
         totals[F + c] /= sqrt(double(layer.var2[c]) + layer.eps2);
@@ -538,7 +535,7 @@ void conv_backward(const Gradients<T>& d, const T* grad_out, const T* h, const T
     // 2. The edge pass, crystal by crystal.
     Buffer<T> r(shells * C), t(shells * C), rows(largest * 4 * F), raw, dm(largest * F), we_rows;
 #pragma omp for schedule(dynamic, 1)
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
+    for (int chunk = 0; chunk < n_chunks; ++chunk) {
       const int64_t c0 = chunk_begin(g, chunk), c1 = chunk_begin(g, chunk + 1);
       const int64_t begin = g.crystal_ptr[c0], end = g.crystal_ptr[c1];
       double* sum = by_chunk + chunk * 2 * C;
@@ -595,16 +592,16 @@ void conv_backward(const Gradients<T>& d, const T* grad_out, const T* h, const T
 #pragma omp for schedule(static)
     for (int64_t x = 0; x < int64_t(K) * C; ++x) {
       double own_part = 0, z = 0;
-      for (int chunk = 0; chunk < kChunks; ++chunk) own_part += dw_edges[chunk * int64_t(K) * C + x];
+      for (int chunk = 0; chunk < n_chunks; ++chunk) own_part += dw_edges[chunk * int64_t(K) * C + x];
       if (train)
-        for (int chunk = 0; chunk < kChunks; ++chunk) z += e_pq[chunk * int64_t(K) * C + x];
+        for (int chunk = 0; chunk < n_chunks; ++chunk) z += e_pq[chunk * int64_t(K) * C + x];
       edge_part[x] = own_part;
       z_part[x] = z;
     }
 #pragma omp single
     for (int c = 0; c < C; ++c) {
       double beta = 0, gamma = 0;
-      for (int chunk = 0; chunk < kChunks; ++chunk) {
+      for (int chunk = 0; chunk < n_chunks; ++chunk) {
         beta += by_chunk[chunk * 2 * C + c];
         gamma += by_chunk[chunk * 2 * C + C + c];
       }
@@ -639,7 +636,7 @@ void conv_backward(const Gradients<T>& d, const T* grad_out, const T* h, const T
       k0[c] = T(a1[c] * first_order[c] - r1[c] * first_order[C + c] * layer.beta1[c]);
     }
 #pragma omp for schedule(dynamic, 1)
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
+    for (int chunk = 0; chunk < n_chunks; ++chunk) {
       const int64_t begin = g.crystal_ptr[chunk_begin(g, chunk)], end = g.crystal_ptr[chunk_begin(g, chunk + 1)];
       for (int64_t b = begin; b < end; b += kRowBlock) {
         const int64_t n = end - b < kRowBlock ? end - b : kRowBlock;
@@ -666,12 +663,16 @@ void conv_backward(const Gradients<T>& d, const T* grad_out, const T* h, const T
       }
     }
 #pragma omp for schedule(static)
-    for (int k = 0; k < F; ++k)
-      for (int c = 0; c < 4 * F; ++c) {
-        T total = 0;
-        for (int chunk = 0; chunk < kChunks; ++chunk) total += dw_nodes[(chunk * int64_t(F) + k) * 4 * F + c];
-        d.weight[int64_t(c % C) * (C + K) + (c < C ? k : F + k)] = total;
+    for (int k = 0; k < F; ++k) {
+      T* total = dw_nodes + int64_t(k) * 4 * F;
+      for (int chunk = 1; chunk < n_chunks; ++chunk)
+        for (int c = 0; c < 4 * F; c += W)
+          store(total + c, load(total + c) + load(dw_nodes + (chunk * int64_t(F) + k) * 4 * F + c));
+      for (int c = 0; c < C; ++c) {
+        d.weight[int64_t(c) * (C + K) + k] = total[c];
+        d.weight[int64_t(c) * (C + K) + F + k] = total[C + c];
       }
+    }
   }
 }
 

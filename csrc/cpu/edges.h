@@ -8,8 +8,14 @@
 
 namespace srcgcnn::SRCGCNN_LEVEL {
 
-// Partial sums are kept per chunk of crystals and added in order, so no result depends on the number of threads.
-constexpr int kChunks = 32;
+// Partial sums are kept per chunk of crystals and added in order, so no result depends on the number of threads: the
+// number of chunks follows from the graph alone. About 4 096 edges a chunk repay the zeroing and adding of its sums.
+constexpr int kMostChunks = 64;
+template <class T>
+int chunks_of(const Edges<T>& g) {
+  const int64_t n = g.n_edges / 4096 + 1;
+  return n < 4 ? 4 : n > kMostChunks ? kMostChunks : int(n);
+}
 
 // Gaussians in reach of a distance: those left out are below 2e-9 (float) and 5e-19 (double).
 template <class T>
@@ -111,8 +117,9 @@ class Buffer {
 template <class T>
 int64_t chunk_begin(const Edges<T>& g, int chunk) {
   if (chunk <= 0) return 0;
-  if (chunk >= kChunks) return g.n_crystals;
-  const int64_t wanted = g.n_edges * chunk / kChunks;
+  const int n_chunks = chunks_of(g);
+  if (chunk >= n_chunks) return g.n_crystals;
+  const int64_t wanted = g.n_edges * chunk / n_chunks;
   int64_t low = 0, high = g.n_crystals;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
@@ -241,8 +248,9 @@ SRCGCNN_INLINE uint64_t bits_of(double x) {
 // Distinct distances of every crystal, numbered in order of appearance, by a hash table that is emptied per crystal.
 template <class T>
 void edge_shells(int32_t* shell_of, T* shell_distance, int32_t* shell_count, const Edges<T>& g, int threads) {
+  const int n_chunks = chunks_of(g);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (int chunk = 0; chunk < kChunks; ++chunk) {
+  for (int chunk = 0; chunk < n_chunks; ++chunk) {
     Buffer<int32_t> table;
     for (int64_t c = chunk_begin(g, chunk); c < chunk_begin(g, chunk + 1); ++c) {
       const int64_t begin = g.row_ptr[g.crystal_ptr[c]], end = g.row_ptr[g.crystal_ptr[c + 1]];
@@ -270,15 +278,16 @@ template <class T>
 void edge_moments(T* in_degree, T* by_receiver, T* by_sender, double* sum_out, double* gram, const T* row_weight, const Edges<T>& g,
                   int threads) {
   const int64_t k = g.n_features, size = k * (k + 1);
+  const int n_chunks = chunks_of(g);
   Buffer<double> partial;
-  partial.zero(kChunks * size);
+  partial.zero(n_chunks * size);
 #pragma omp parallel num_threads(threads)
   {
     FlushDenormals flush;
     Buffer<Window<T>> windows;
     Buffer<double> shell_weight;
 #pragma omp for schedule(dynamic, 1)
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
+    for (int chunk = 0; chunk < n_chunks; ++chunk) {
       double* sum = partial + chunk * size;
       const int64_t c0 = chunk_begin(g, chunk), c1 = chunk_begin(g, chunk + 1);
       const int64_t first = g.crystal_ptr[c0], last = g.crystal_ptr[c1];
@@ -321,7 +330,7 @@ void edge_moments(T* in_degree, T* by_receiver, T* by_sender, double* sum_out, d
 #pragma omp for schedule(static)
     for (int64_t x = 0; x < size; ++x) {
       double total = 0;
-      for (int chunk = 0; chunk < kChunks; ++chunk) total += partial[chunk * size + x];
+      for (int chunk = 0; chunk < n_chunks; ++chunk) total += partial[chunk * size + x];
       (x < k * k ? gram[x] : sum_out[x - k * k]) = total;
     }
   }
