@@ -23,10 +23,22 @@ SRCGCNN_INLINE int64_t shell_index(const Edges<T>& g, int64_t e, int64_t begin) 
 // Columns of the node product: p filter, p core, q filter, q core, F each.
 template <class T>
 Packed<T> pack_nodes(T* to, const T* weight, int F, int K, const T* scale) {
-  return pack(to, F, 4 * F, [=](int k, int c) {
-    const int channel = c % (2 * F);
-    return weight[int64_t(channel) * (2 * F + K) + (c < 2 * F ? k : F + k)] * (scale ? scale[channel] : T(1));
-  });
+  for (int c = 0; c < 2 * F; ++c) {
+    const T* row = weight + int64_t(c) * (2 * F + K);
+    pack_column<T>(to, F, 4 * F, c, row, scale ? scale[c] : T(1));
+    pack_column<T>(to, F, 4 * F, 2 * F + c, row + F, scale ? scale[c] : T(1));
+  }
+  return {to, F, 4 * F};
+}
+// Its transpose: from the 4F columns back to the rows.
+template <class T>
+Packed<T> pack_nodes_back(T* to, const T* weight, int F, int K) {
+  for (int c = 0; c < 2 * F; ++c) {
+    const T* row = weight + int64_t(c) * (2 * F + K);
+    pack_row<T>(to, 4 * F, F, c, row);
+    pack_row<T>(to, 4 * F, F, 2 * F + c, row + F);
+  }
+  return {to, 4 * F, F};
 }
 template <class T>
 void pack_edges(T* w_e, const T* weight, int F, int K, const T* scale) {
@@ -291,7 +303,7 @@ void conv(T* out, T* m, const T* h, const Layer<T>& layer_in, const Edges<T>& g,
     {
       if (layer.train1) join_statistics(chunks, n_chunks, C, layer.mean1, layer.var1);
       fold_first<T>(scale1, shift1, layer, F);
-      for (int64_t x = 0; x < int64_t(K) * C; ++x) w_e_scaled[x] = w_e[x] * scale1[x % C];
+      pack_edges<T>(w_e_scaled, layer.weight, F, K, scale1);
     }
 #pragma omp for schedule(dynamic, 1)
     for (int chunk = 0; chunk < n_chunks; ++chunk) {
@@ -468,10 +480,7 @@ void conv_backward(const Gradients<T>& d, const T* grad_out, const T* h, const T
   sums.zero(n_chunks * 2 * F);
   by_chunk.zero(n_chunks * 2 * C);
   const auto nodes = pack_nodes<T>(nodes_at, layer.weight, F, K, nullptr);
-  const T* weight = layer.weight;
-  const auto back = pack<T>(back_at, 4 * F, F, [=](int c, int k) {
-    return weight[int64_t(c % C) * (C + K) + (c < C ? k : F + k)];
-  });
+  const auto back = pack_nodes_back<T>(back_at, layer.weight, F, K);
   pack_edges<T>(w_e, layer.weight, F, K, nullptr);
   fold_first<T>(scale1, shift1, layer, F);
   fold_second<T>(scale2, shift2, layer, F);
@@ -480,7 +489,7 @@ void conv_backward(const Gradients<T>& d, const T* grad_out, const T* h, const T
     a1[c] = layer.gamma1[c] * r1[c];
     mean[c] = layer.mean1[c] - (layer.bias ? layer.bias[c] : T(0));
   }
-  for (int64_t x = 0; x < int64_t(K) * C; ++x) w_e_scaled[x] = w_e[x] * scale1[x % C];
+  pack_edges<T>(w_e_scaled, layer.weight, F, K, scale1);
   double edges = 0, atoms = 0;
   if (layer.train1 || layer.train2)
     for (int64_t i = 0; i < N; ++i) {

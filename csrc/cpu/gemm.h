@@ -1,5 +1,7 @@
 // Small matrix products on packed operands, for blocks of rows that stay in cache.
 #pragma once
+#include <string.h>
+
 #include "simd.h"
 
 namespace srcgcnn::SRCGCNN_LEVEL {
@@ -17,16 +19,28 @@ struct Packed {
   SRCGCNN_INLINE const T* panel(int column) const { return data + int64_t(depth) * column; }
 };
 
-// pack(column, k) supplies the element; returns the packed matrix in `to` (depth * width numbers).
-template <class T, class Element>
-Packed<T> pack(T* to, int depth, int width, Element element) {
+// Where element (k, column) of a matrix (depth, width) is stored.
+template <class T>
+SRCGCNN_INLINE int64_t packed_at(int depth, int width, int k, int column) {
   constexpr int P = kPanel * Simd<T>::width;
-  for (int c = 0; c < width; c += P) {
-    const int wide = width - c < P ? width - c : P;
-    for (int k = 0; k < depth; ++k)
-      for (int x = 0; x < wide; ++x) to[int64_t(depth) * c + int64_t(k) * wide + x] = element(k, c + x);
-  }
-  return {to, depth, width};
+  const int first = column / P * P, wide = width - first < P ? width - first : P;
+  return int64_t(depth) * first + int64_t(k) * wide + (column - first);
+}
+
+// Column c becomes scale * from[0..depth).
+template <class T>
+void pack_column(T* to, int depth, int width, int column, const T* from, T scale) {
+  T* at = to + packed_at<T>(depth, width, 0, column);
+  const int64_t stride = packed_at<T>(depth, width, 1, column) - packed_at<T>(depth, width, 0, column);
+  for (int k = 0; k < depth; ++k) at[k * stride] = scale * from[k];
+}
+
+// Row k becomes from[0..width).
+template <class T>
+void pack_row(T* to, int depth, int width, int k, const T* from) {
+  constexpr int P = kPanel * Simd<T>::width;
+  for (int c = 0; c < width; c += P)
+    memcpy(to + packed_at<T>(depth, width, k, c), from + c, (width - c < P ? width - c : P) * sizeof(T));
 }
 
 template <class T, int R, int NV>

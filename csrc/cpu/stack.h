@@ -53,10 +53,9 @@ void stack(T* out, const T* h, const Layer<T>* layers, int n_steps, bool shared,
           node_product<T>(pq, state, product, 0, n, F, start + t * 4 * F);
           const T* from = r;
           for (int64_t c = c0; c < c1; ++c) {
-            const int64_t size = shells_of(g, c) * C;
             if (shared) {
-              for (int64_t x = 0; x < size; x += W) store(raw + x, load(from + x) * load(scale + t * C + x % C));
-              from += size;
+              for (int64_t s = 0; s < shells_of(g, c); ++s, from += C)
+                for (int x = 0; x < C; x += W) store(raw + s * C + x, load(from + x) * load(scale + t * C + x));
             } else {
               shell_terms<T>(raw, g, c, w_e + t * edge_size, C, nullptr);
             }
