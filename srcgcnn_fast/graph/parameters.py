@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Literal
 
 from ..errors import InputError
 
@@ -21,7 +22,7 @@ class GraphParameters:
     """Å within which atoms count as equivalent; None keeps every atom."""
     padded: bool = False
     """Fill short rows up as the published programs do: (index 0 of the crystal, distance radius + 1)."""
-    isolated: str = "error"
+    isolated: Literal["error", "keep"] = "error"
     """What to do with an atom without neighbours: "error" or "keep"."""
 
     def __post_init__(self) -> None:
@@ -43,6 +44,13 @@ class GraphParameters:
         object.__setattr__(self, "radius", float(radius))
         object.__setattr__(self, "max_neighbors", int(count))
         object.__setattr__(self, "symmetry_tolerance", None if tolerance is None else float(tolerance))
+
+    def n_gaussians(self, dmin: float = 0.0, step: float = 0.2) -> int:
+        """Gaussians of the distance that reach the radius: the published ``len(np.arange(dmin, radius + step, step))``.
+
+        41 for 8 Å; ``nbr_fea_len`` of a model trained on these graphs.
+        """
+        return max(0, math.ceil((self.radius + step - dmin) / step))
 
 
 def _is_real(value: object) -> bool:

@@ -126,8 +126,9 @@ def compare(
         source: anything that ``prepare`` reads, a prepared store or its path.
         target: name of the target column.
         batch_size: crystals per batch; by default 64 for up to 10 000 training crystals, 256 beyond.
-        val_source, test_source: separate sources; ``split`` is then unused.
-        parameters: of the graphs; the default reduces by symmetry.
+        val_source: a separate validation set; ``split`` is then unused.
+        test_source: a separate test set, beside ``val_source``.
+        parameters: of the graphs; the default reduces by symmetry. The radius decides the number of Gaussians.
 
     Raises:
         InputError: the target does not exist or fewer than 20 crystals have it.
@@ -139,6 +140,7 @@ def compare(
     recipe = Recipe(epochs=epochs, lr=lr, optimizer=optimizer, schedule=schedule)
     part = "test" if len(data.parts["test"].indices) else "val"
     widths = {"atom_fea_len": atom_fea_len, "h_fea_len": h_fea_len}
+    widths["nbr_fea_len"] = data.graph_parameters.n_gaussians()
 
     def contestant(name: str, directory: str, build: Callable[..., CGCNN | SRCGCNN], **depth: int) -> Contestant:
         shutil.rmtree(out / directory, ignore_errors=True)  # the run of an earlier comparison

@@ -135,7 +135,8 @@ class GraphDataModule(pl.LightningDataModule):
         split: fractions (train, val, test) drawn by ``seed``, or the indices themselves.
         batch_size: crystals per batch.
         batch_rows: graph rows per batch instead; bounds the memory where sizes differ much.
-        val_store, test_store: separate stores; ``split`` is then unused.
+        val_store: a separate validation set; ``split`` is then unused.
+        test_store: a separate test set, beside ``val_store``.
         units: of the targets, for tables and plots; those in ``KNOWN_UNITS`` need none.
         num_workers: processes that assemble batches ahead; 0 assembles in the training process.
 

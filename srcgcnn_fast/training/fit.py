@@ -155,10 +155,7 @@ def _logger(choice: Logger | str | None, directory: Path) -> Logger | bool:
         if isinstance(choice, str):
             raise InputError(f"The logger {choice!r} is unknown; use 'tensorboard' or a Lightning logger.")
         return choice
-    try:
-        require("tensorboard", "Logging to TensorBoard", extra="train")
-    except InputError:
-        raise InputError("Logging to TensorBoard needs tensorboard: python -m pip install tensorboard") from None
+    require("tensorboard", "Logging to TensorBoard", extra="tensorboard")
     from lightning.pytorch.loggers import TensorBoardLogger
 
     return TensorBoardLogger(directory, name="tensorboard", version="")

@@ -36,5 +36,12 @@ def test_numbers_of_numpy_become_plain_ones():
     assert whole == GraphParameters() and type(whole.radius) is float
 
 
+@pytest.mark.parametrize("radius", [0.1, 1, 2.5, 3.3, 4.8, 5, 5.2, 6, 6.5, 7.4, 8, 8.1, 10, 12, 15.6])
+@pytest.mark.parametrize(("dmin", "step"), [(0.0, 0.2), (0.5, 0.2), (0.0, 0.1), (1.0, 0.3)])
+def test_gaussians_are_those_of_the_published_programs(radius, dmin, step):
+    assert GraphParameters(radius).n_gaussians(dmin, step) == len(np.arange(dmin, radius + step, step))
+    assert GraphParameters().n_gaussians() == 41
+
+
 def test_no_tolerance_is_the_full_graph():
     assert GraphParameters(symmetry_tolerance=None).symmetry_tolerance is None
