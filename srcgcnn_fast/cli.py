@@ -96,6 +96,7 @@ def train(arguments: argparse.Namespace) -> None:
         gradient_clip=arguments.gradient_clip,
     )
     widths = {"atom_fea_len": arguments.atom_fea_len, "h_fea_len": arguments.h_fea_len, "n_h": arguments.n_h}
+    widths["nbr_fea_len"] = data.graph_parameters.n_gaussians()
     torch.manual_seed(arguments.seed)
     model: CGCNN | SRCGCNN
     if arguments.model == "cgcnn":
@@ -163,7 +164,9 @@ def predict(arguments: argparse.Namespace) -> int:
 
     _check_writable(Path(arguments.out))
     with use_backend(arguments.backend) if arguments.backend else nullcontext():
-        table = predict(arguments.model, arguments.input, batch_atoms=arguments.batch_atoms)
+        table = predict(
+            arguments.model, arguments.input, batch_atoms=arguments.batch_atoms, isolated=arguments.isolated
+        )
     write_table(table, arguments.out)
     failed = table["error"].notna()
     print(f"{len(table):,} rows, {int(failed.sum()):,} errors; written to {arguments.out}")
@@ -194,7 +197,9 @@ def doctor(arguments: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="srcgcnn-fast", description="Fast crystal graph networks: CGCNN and SR-CGCNN."
+        prog="srcgcnn-fast",
+        description="Fast crystal graph networks: CGCNN and SR-CGCNN.",
+        epilog="To see it all at work: srcgcnn-fast demo. Options of a command: srcgcnn-fast COMMAND --help",
     )
     parser.add_argument("--version", action="version", version=__version__)
     parser.set_defaults(debug=False)
@@ -208,45 +213,62 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(demo, "Make a data set, train and compare both models on it, predict new crystals (two minutes).")
     sub.add_argument("--out", metavar="DIR", help="where to write; by default in the user's cache directory")
-    sub.add_argument("--crystals", type=int, default=2400)
-    sub.add_argument("--epochs", type=int, default=40)
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--crystals", metavar="N", type=int, default=2400, help="size of the data set")
+    sub.add_argument("--epochs", metavar="N", type=int, default=40, help="passes over the training crystals")
+    sub.add_argument("--seed", metavar="N", type=int, default=0, help="of the data, split and initial weights")
 
     sub = command(prepare, "Build the graphs of a data set once, into a store that trains without parsing.")
     sub.add_argument("source", metavar="SOURCE", help=_SOURCE)
-    sub.add_argument("store", metavar="STORE", help="path of the store to write")
-    sub.add_argument("--target", action="append", default=[], help="target column to keep, repeatable; default all")
+    sub.add_argument("store", metavar="STORE", help="directory to write, which train and compare take as SOURCE")
+    sub.add_argument(
+        "--target", metavar="NAME", action="append", default=[], help="target column to keep, repeatable; default all"
+    )
     _add_graph_options(sub)
 
-    sub = command(train, "Train one model.")
+    sub = command(train, "Train one model, score it, and save it for predict.")
     _add_training_options(sub, batch_size="256", lr=3e-3)
-    sub.add_argument("--out", metavar="DIR", required=True, help="run directory")
-    sub.add_argument("--model", choices=("cgcnn", "sr-cgcnn"), default="sr-cgcnn")
+    sub.add_argument("--out", metavar="DIR", required=True, help="where to write the run: model, checkpoints, metrics")
+    sub.add_argument("--model", choices=("cgcnn", "sr-cgcnn"), default="sr-cgcnn", help="network")
     sub.add_argument("--classification", action="store_true", help="the target is a class, 0 or 1")
     sub.add_argument("--resume", action="store_true", help="continue the run in DIR after its last whole epoch")
-    sub.add_argument("--n-h", type=int, default=1, help="hidden layers after pooling")
-    sub.add_argument("--recurrent-layer-norm", action="store_true")
-    sub.add_argument("--recurrent-learnable-alpha", action="store_true")
-    sub.add_argument("--batch-rows", type=int, help="graph rows per batch, in place of --batch-size")
-    sub.add_argument("--weight-decay", type=float, default=0.0)
-    sub.add_argument("--lr-milestones", type=int, nargs="+", default=[100], help="epochs of the multistep schedule")
-    sub.add_argument("--gradient-clip", type=float, help="largest norm of the gradient")
-    sub.add_argument("--workers", type=int, default=0, help="processes that assemble batches")
+    sub.add_argument("--n-h", metavar="N", type=int, default=1, help="hidden layers after pooling")
+    sub.add_argument("--recurrent-layer-norm", action="store_true", help="SR-CGCNN: a layer norm after each step")
+    sub.add_argument(
+        "--recurrent-learnable-alpha", action="store_true", help="SR-CGCNN: a learned gate between old and new features"
+    )
+    sub.add_argument("--batch-rows", metavar="N", type=int, help="graph rows per batch, in place of --batch-size")
+    sub.add_argument("--weight-decay", metavar="X", type=float, default=0.0, help="of the optimiser")
+    sub.add_argument(
+        "--lr-milestones", metavar="N", type=int, nargs="+", default=[100], help="epochs of the multistep schedule"
+    )
+    sub.add_argument("--gradient-clip", metavar="X", type=float, help="largest norm of the gradient; default none")
+    sub.add_argument("--workers", metavar="N", type=int, default=0, help="processes that assemble batches")
     sub.add_argument("--tensorboard", action="store_true", help="log for TensorBoard, too")
 
     sub = command(compare, "Train a CGCNN and an SR-CGCNN under identical settings and tabulate error, size and time.")
     _add_training_options(sub, batch_size="64 for up to 10 000 crystals, else 256", lr=3e-3)
     sub.add_argument("--out", metavar="DIR", default="srcgcnn_fast_compare", help="where to write")
 
-    sub = command(predict, "Predict crystals: one row per input, errors as rows.")
+    sub = command(
+        predict, "Predict crystals into a table: one row per input; what cannot be read is a row with its error."
+    )
     sub.add_argument("model", metavar="MODEL", help="a model directory, or a published .pth.tar")
     sub.add_argument("input", metavar="INPUT", help=_SOURCE)
-    sub.add_argument("--out", metavar="TABLE", default="predictions.csv", help=".csv, .parquet or .json")
-    sub.add_argument("--batch-atoms", type=int, default=20_000, help="atoms in one forward pass")
-    sub.add_argument("--backend", help="force a backend, such as reference")
+    sub.add_argument(
+        "--out", metavar="TABLE", default="predictions.csv", help="table to write, .csv, .parquet or .json"
+    )
+    sub.add_argument(
+        "--batch-atoms",
+        metavar="N",
+        type=int,
+        default=20_000,
+        help="most graph rows in one forward pass (a row is an atom, or several that symmetry makes equal)",
+    )
+    sub.add_argument("--isolated", choices=("error", "keep"), help=f"{_ISOLATED}; default: as the model was trained")
+    sub.add_argument("--backend", metavar="NAME", help="force a backend that doctor lists, such as reference")
 
     sub = command(convert, "Convert a published .pth.tar to a model directory, or a model directory to a .pth.tar.")
-    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("model", metavar="MODEL", help="a model directory, or a published .pth.tar")
     sub.add_argument("out", metavar="OUT", help="a directory, or a name that ends with .pth.tar")
 
     command(doctor, "Say what is installed, which backends run here, and why others do not.")
@@ -257,19 +279,26 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Defaults in the help, where there is one to tell."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+        default = action.default
+        if isinstance(default, list | tuple) and default:
+            return f"{action.help} (default: {' '.join(map(str, default))})"
+        return action.help if default is None or default is False or default == [] else super()._get_help_string(action)
 
 
-_SOURCE = "CIF, POSCAR, extxyz, pymatgen JSON, Parquet, a folder of these (with or without id_prop.csv)"
+_SOURCE = "a CIF, POSCAR, extxyz, pymatgen JSON or Parquet file, or a folder of these, with or without id_prop.csv"
+_ISOLATED = "atoms without any neighbour: refuse the crystal, or keep it"
 
 
 def _add_graph_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("graphs")
-    group.add_argument("--radius", type=float, help="cutoff radius, Å (8)")
-    group.add_argument("--max-neighbors", type=int, help="neighbours kept per atom (12)")
-    group.add_argument("--symmetry-tolerance", type=float, help="Å within which atoms count as equal (1e-5)")
+    group.add_argument("--radius", metavar="X", type=float, help="cutoff radius, Å (default: 8)")
+    group.add_argument("--max-neighbors", metavar="N", type=int, help="neighbours kept per atom (default: 12)")
+    group.add_argument(
+        "--symmetry-tolerance", metavar="X", type=float, help="Å within which atoms count as equal (default: 1e-5)"
+    )
     group.add_argument("--full-graph", action="store_true", help="keep every atom: no reduction by symmetry")
-    group.add_argument("--padded", action="store_true", help="pad short neighbour lists as the published program does")
+    group.add_argument("--padded", action="store_true", help="pad short neighbour lists as the published programs do")
+    group.add_argument("--isolated", choices=("error", "keep"), help=f"{_ISOLATED} (default: error)")
 
 
 def _check_writable(path: Path) -> None:
@@ -288,7 +317,7 @@ def _graph_parameters(arguments: argparse.Namespace) -> GraphParameters | None:
 
     if arguments.full_graph and arguments.symmetry_tolerance is not None:
         raise InputError("--full-graph and --symmetry-tolerance exclude each other; give one of them.")
-    names = ("radius", "max_neighbors", "symmetry_tolerance")
+    names = ("radius", "max_neighbors", "symmetry_tolerance", "isolated")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if arguments.full_graph:
         given["symmetry_tolerance"] = None
@@ -298,24 +327,31 @@ def _graph_parameters(arguments: argparse.Namespace) -> GraphParameters | None:
 
 
 def _add_training_options(parser: argparse.ArgumentParser, batch_size: str, lr: float) -> None:
-    parser.add_argument("source", metavar="SOURCE", help=f"a prepared store, or {_SOURCE}")
-    parser.add_argument("--target", required=True, help="name of the target column")
-    parser.add_argument("--unit", help="of the target, for tables and plots")
+    parser.add_argument("source", metavar="SOURCE", help=f"a store that prepare wrote, or {_SOURCE}")
+    parser.add_argument("--target", metavar="NAME", required=True, help="target column to learn")
+    parser.add_argument("--unit", help="of the target, for tables and plots; known for the usual names")
     parser.add_argument("--val", metavar="SOURCE", help="separate validation set; --split is then unused")
-    parser.add_argument("--test", metavar="SOURCE", help="separate test set")
+    parser.add_argument("--test", metavar="SOURCE", help="separate test set; needs --val")
     parser.add_argument(
-        "--split", type=float, nargs=3, metavar=("TRAIN", "VAL", "TEST"), default=(0.8, 0.1, 0.1), help="fractions"
+        "--split",
+        type=float,
+        nargs=3,
+        metavar=("TRAIN", "VAL", "TEST"),
+        default=(0.8, 0.1, 0.1),
+        help="fractions of SOURCE",
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--batch-size", type=int, help=f"crystals per batch ({batch_size})")
-    parser.add_argument("--lr", type=float, default=lr, help="initial learning rate")
-    parser.add_argument("--optimizer", choices=("sgd", "adam", "adamw"), default="adam")
-    parser.add_argument("--schedule", choices=("constant", "multistep", "cosine"), default="cosine")
-    parser.add_argument("--n-conv", type=int, default=3, help="layers of a CGCNN")
-    parser.add_argument("--n-recurrent-steps", type=int, default=3, help="steps of an SR-CGCNN")
-    parser.add_argument("--atom-fea-len", type=int, default=64)
-    parser.add_argument("--h-fea-len", type=int, default=128)
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the split, order and initial weights")
+    parser.add_argument("--epochs", metavar="N", type=int, default=30, help="passes over the training crystals")
+    parser.add_argument("--batch-size", metavar="N", type=int, help=f"crystals per batch (default: {batch_size})")
+    parser.add_argument("--lr", metavar="X", type=float, default=lr, help="initial learning rate")
+    parser.add_argument("--optimizer", choices=("sgd", "adam", "adamw"), default="adam", help="optimiser")
+    parser.add_argument(
+        "--schedule", choices=("constant", "multistep", "cosine"), default="cosine", help="of the learning rate"
+    )
+    parser.add_argument("--n-conv", metavar="N", type=int, default=3, help="layers of a CGCNN")
+    parser.add_argument("--n-recurrent-steps", metavar="N", type=int, default=3, help="steps of an SR-CGCNN")
+    parser.add_argument("--atom-fea-len", metavar="N", type=int, default=64, help="features of an atom")
+    parser.add_argument("--h-fea-len", metavar="N", type=int, default=128, help="features of a hidden layer")
     _add_graph_options(parser)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from .serialization import load_model
 if TYPE_CHECKING:
     import pandas as pd
 
-    from .graph import CrystalGraph
+    from .graph import CrystalGraph, GraphParameters
     from .nn import CGCNN, SRCGCNN
 
 _CHUNK = 1024
@@ -33,6 +34,7 @@ def predict(
     *,
     batch_atoms: int = 20_000,
     timeout: float = 60.0,
+    isolated: Literal["error", "keep"] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> pd.DataFrame:
     """What ``model`` predicts for every crystal of ``inputs``, built into graphs as the model was trained on them.
@@ -46,6 +48,8 @@ def predict(
             (pymatgen, ASE, paths, or lattice, fractional coordinates and atomic numbers).
         batch_atoms: most graph rows in one forward pass; one larger crystal goes alone.
         timeout: seconds for reading one CIF file among several.
+        isolated: what an atom without any neighbour means for its crystal, in place of the model's own setting:
+            "error" an error row, "keep" a prediction.
         progress: called after each input is read, with the number read so far.
 
     Returns:
@@ -59,6 +63,7 @@ def predict(
     model = load_model(model) if isinstance(model, str | os.PathLike) else model
     if batch_atoms < 1:
         raise InputError(f"batch_atoms is {batch_atoms}; give at least 1.")
+    parameters = model.metadata.graph if isolated is None else replace(model.metadata.graph, isolated=isolated)
     targets = list(model.metadata.targets)
     if {"id", "error"} & set(targets) or len(set(targets)) < len(targets):
         raise InputError(f"The model's targets {targets} clash as columns beside id and error; rename them.")
@@ -70,7 +75,7 @@ def predict(
     model.eval()
     try:
         for chunk in _chunks(_counted(read_inputs(inputs, targets=(), timeout=timeout), progress)):
-            found, failures = _predict_chunk(model, chunk, batch_atoms)
+            found, failures = _predict_chunk(model, chunk, parameters, batch_atoms)
             ids += [record.id for record in chunk]
             values.append(found)
             errors += failures
@@ -120,12 +125,14 @@ def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
         yield chunk
 
 
-def _predict_chunk(model: Any, records: Sequence[Record], batch_atoms: int) -> tuple[np.ndarray, list[str | None]]:
+def _predict_chunk(
+    model: Any, records: Sequence[Record], parameters: GraphParameters, batch_atoms: int
+) -> tuple[np.ndarray, list[str | None]]:
     """(len(records), n_targets) float64, NaN where the sentence beside it is not None."""
     weight = model.embedding.weight
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32  # of the distances
     values = np.full((len(records), len(model.metadata.targets)), np.nan)
-    graphs, errors = _graphs(model, records, np.float64 if dtype == torch.float64 else np.float32)
+    graphs, errors = _graphs(model, records, parameters, np.float64 if dtype == torch.float64 else np.float32)
     for batch in _batches(graphs, batch_atoms):
         with torch.inference_mode():
             outputs = model.predict(collate([graphs[i] for i in batch], dtype).to(weight.device))
@@ -138,10 +145,9 @@ def _predict_chunk(model: Any, records: Sequence[Record], batch_atoms: int) -> t
 
 
 def _graphs(
-    model: Any, records: Sequence[Record], distance_dtype: Any
+    model: Any, records: Sequence[Record], parameters: GraphParameters, distance_dtype: Any
 ) -> tuple[dict[int, CrystalGraph], list[str | None]]:
     """The graph of each record that has one, by position, and the sentence of each that has none."""
-    parameters = model.metadata.graph
     errors = [record.error for record in records]
     good = [i for i, record in enumerate(records) if record.crystal is not None]
     built = build_graphs(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from srcgcnn_fast import load_model
+from srcgcnn_fast import predict as sf_predict
 from srcgcnn_fast.cli import main
 from srcgcnn_fast.training.alloys import write_alloys
 
@@ -87,6 +92,61 @@ def test_train_from_a_prepared_store(source, tmp_path, capsys):
     assert main([str(word) for word in common]) == 0
     assert "test: mae" in capsys.readouterr().out
     assert not (tmp_path / "run" / "graphs").exists()
+
+
+def test_the_radius_decides_the_gaussians_and_predict_uses_it(source, tmp_path, capsys):
+    out = tmp_path / "run"
+    options = ("--target", TARGET, "--epochs", "1", "--radius", "4", "--max-neighbors", "6", "--atom-fea-len", "16")
+    assert main(["train", str(source), *options, "--out", str(out)]) == 0
+    config = json.loads((out / "model" / "config.json").read_text())
+    assert config["hyperparameters"]["nbr_fea_len"] == 21
+    assert (config["graph"]["radius"], config["graph"]["max_neighbors"]) == (4.0, 6)
+    assert main(["predict", str(out / "model"), str(source), "--out", str(tmp_path / "p.csv")]) == 0
+    scored = pd.read_csv(out / "test_predictions.csv").set_index("id")
+    predicted = pd.read_csv(tmp_path / "p.csv").set_index("id").loc[scored.index]
+    assert predicted[TARGET].to_numpy() == pytest.approx(scored[f"{TARGET}_predicted"].to_numpy(), abs=1e-5)
+    model = load_model(out / "model")
+    model.metadata.graph = replace(model.metadata.graph, radius=8.0, max_neighbors=12)
+    other = sf_predict(model, source).set_index("id").loc[scored.index]
+    assert (other[TARGET] - predicted[TARGET]).abs().max() > 1e-4  # it was not those of 8 Å
+
+
+def test_compare_takes_the_radius(source, tmp_path):
+    argv = ["compare", str(source), "--target", TARGET, "--epochs", "1", "--radius", "5", "--out", str(tmp_path)]
+    assert main(argv) == 0
+    report = json.loads((tmp_path / "compare.json").read_text())
+    assert [m["hyperparameters"]["nbr_fea_len"] for m in report["models"].values()] == [26, 26]
+
+
+def test_isolated_atoms_are_kept_on_request(trained, tmp_path, capsys):
+    from ase import Atoms
+    from ase.build import bulk
+
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Atoms("He", cell=[18.0] * 3, pbc=True).write(folder / "lone.cif")
+    bulk("Cu").write(folder / "copper.cif")
+    assert main(["prepare", str(folder), str(tmp_path / "a")]) == 0
+    captured = capsys.readouterr()
+    assert "1 rejected" in captured.out and "--isolated keep" in captured.err
+    assert main(["prepare", str(folder), str(tmp_path / "b"), "--isolated", "keep"]) == 0
+    assert "2 crystals" in capsys.readouterr().out
+    argv = ["predict", str(trained / "model"), str(folder), "--out", str(tmp_path / "p.csv")]
+    assert main(argv) == 0
+    captured = capsys.readouterr()
+    assert "1 errors" in captured.out and "--isolated keep" in captured.err
+    assert main([*argv, "--isolated", "keep"]) == 0
+    assert "2 rows, 0 errors" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["demo", "prepare", "train", "compare", "predict", "convert", "doctor"])
+def test_every_option_is_explained(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    for line, following in pairwise(lines):
+        if line.startswith("  -"):
+            assert "  " in line.strip() or following.startswith(" " * 20), line
 
 
 def test_compare_prints_the_table(source, tmp_path, capsys):

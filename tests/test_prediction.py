@@ -57,7 +57,7 @@ def test_iterables_are_read_in_chunks(monkeypatch):
         return records
 
     original = prediction._predict_chunk
-    monkeypatch.setattr(prediction, "_predict_chunk", lambda m, records, b: original(m, watch(records), b))
+    monkeypatch.setattr(prediction, "_predict_chunk", lambda m, records, *more: original(m, watch(records), *more))
     counts = []
     frame = sf.predict(make_model(), (c for c in inputs), progress=counts.append)
     assert held == [5, 5, 5, 5, 3] and counts == list(range(1, 24)) and len(frame) == 23
@@ -152,6 +152,10 @@ def test_what_cannot_be_predicted_is_a_row():
     kept = make_model()
     kept.metadata.graph = sf.GraphParameters(isolated="keep")
     assert sf.predict(kept, [isolated])["error"].isna().all()
+    assert sf.predict(make_model(), [isolated], isolated="keep")["error"].isna().all()
+    assert "--isolated keep" in sf.predict(kept, [isolated], isolated="error")["error"][0]
+    with pytest.raises(sf.InputError, match="isolated must be"):
+        sf.predict(kept, [isolated], isolated="drop")
 
 
 def test_an_element_without_a_vector_is_a_row():

@@ -270,5 +270,5 @@ def isolated_failure(detail: np.ndarray, numbers: np.ndarray, radius: float) -> 
     which = f"site {i + 1}, {symbol(numbers[i])}" + (", is the first" if count > 1 else "")
     return (
         f"{count} of {len(numbers)} atoms {'has' if count == 1 else 'have'} no neighbour within {radius:g} Å "
-        f'({which}); use a larger radius, or isolated="keep".'
+        f'({which}); use a larger radius, or isolated="keep" (--isolated keep).'
     )
