@@ -21,6 +21,13 @@ int chunks_of(const Edges<T>& g) {
 template <class T>
 constexpr int kReach = sizeof(T) == 4 ? 9 : 13;
 
+// For sanitizers: every scratch buffer ends where its numbers end and begins as NaN, so that they see what leaves it.
+#ifdef SRCGCNN_NO_POOL
+constexpr bool kExact = true;
+#else
+constexpr bool kExact = false;
+#endif
+
 // Scratch memory outlives a call: fresh pages cost more than the arithmetic on them. At most kPoolBytes wait in kSlots.
 class Pool {
  public:
@@ -31,6 +38,12 @@ class Pool {
 
   // A slot of at least that size, unless the smallest is more than twice too large; then new memory.
   static Slot take(int64_t bytes) {
+    if (kExact) {
+      void* data = nullptr;
+      if (posix_memalign(&data, 64, bytes)) abort();
+      memset(data, 0xff, bytes);
+      return {data, bytes};
+    }
     Slot best{nullptr, 0};
     int at = -1;
     lock();
@@ -51,6 +64,7 @@ class Pool {
   }
 
   static void give(Slot slot) {
+    if (kExact) return free(slot.data);
     lock();
     int at = -1;
     for (int k = 0; k < kSlots && at < 0; ++k)
@@ -94,8 +108,8 @@ class Buffer {
 
   // At least n numbers; what was there is lost.
   void reserve(int64_t n) {
-    const int64_t bytes = (n * int64_t(sizeof(T)) + 127) / 64 * 64;
-    if (slot_.data && bytes <= slot_.bytes) return;
+    const int64_t bytes = kExact ? n * int64_t(sizeof(T)) : (n * int64_t(sizeof(T)) + 127) / 64 * 64;
+    if (slot_.data && bytes <= slot_.bytes && !kExact) return;
     release();
     slot_ = Pool::take(bytes);
   }
