@@ -21,6 +21,7 @@ import numpy as np
 from ..errors import InputError, require
 from .cif import read_cif, read_text
 from .crystal import Crystal, _one_line, checked_crystal, from_ase, from_pymatgen
+from .elements import is_built_in_table
 from .pool import CifPool
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ __all__ = ["Crystal", "Record", "as_crystal", "read_inputs"]
 
 STRUCTURE_COLUMNS = ("material_id", "lattice", "frac_coords", "atomic_numbers")
 _NOT_TARGETS = {*STRUCTURE_COLUMNS, "id", "formula", "n_sites", "structure"}
+_ATOM_INIT = "atom_init.json"
 _FEW_FILES = 64
 """Up to this many CIF files are read by one process."""
 
@@ -271,11 +273,15 @@ def _record(id: str, targets: dict[str, float], read: Any) -> Record:
 
 
 def _read_folder(folder: Path, wanted: list[str] | None, timeout: float) -> Iterator[Record]:
+    if (folder / "row_count.npy").is_file():
+        raise InputError(f"{folder} is a store of prepared graphs and holds no structures; give what it was made from.")
+    _check_atom_init(folder / _ATOM_INIT)
     table = folder / "id_prop.csv"
     if table.is_file():
         names, items = _id_prop_items(table, wanted)
         return _select(_read_items(items, len(items), timeout), names)
     files = sorted(p for p in folder.iterdir() if p.is_file() and _kind(p) and not p.name.startswith("."))
+    files = [p for p in files if p.name != _ATOM_INIT]
     if not files:
         raise InputError(
             f"{folder} has no structure files; put CIF, POSCAR, extended XYZ, JSON or Parquet files there."
@@ -285,6 +291,16 @@ def _read_folder(folder: Path, wanted: list[str] | None, timeout: float) -> Iter
             f"{folder} has no id_prop.csv and so no target {', '.join(wanted)}; add one with rows id,target."
         )
     return _select(_read_items((_Item(_stem(p), p) for p in files), len(files), timeout), wanted)
+
+
+def _check_atom_init(path: Path) -> None:
+    """Published data folders hold the element vectors; ours are the model's, so say where the two differ."""
+    if path.is_file() and not is_built_in_table(path):
+        logger.warning(
+            "%s differs from the built-in element vectors and is not read: the model's own are used; "
+            "to train with others, set model.element_table in Python.",
+            path,
+        )
 
 
 def _id_prop_items(table: Path, wanted: list[str] | None) -> tuple[list[str], list[_Item]]:
@@ -324,7 +340,8 @@ def _target(text: str) -> float:
 
 def _structure_file(folder: Path, id: str) -> Path | None:
     names = [f"{id}{suffix}" for suffix in (".cif", ".cif.gz", ".json", ".json.gz", ".vasp", ".extxyz", ".xyz")]
-    found = [folder / name for name in [*names, id] if id and (folder / name).is_file() and _kind(folder / name)]
+    names = [name for name in [*names, id] if name != _ATOM_INIT]
+    found = [folder / name for name in names if id and (folder / name).is_file() and _kind(name)]
     return found[0] if found else None
 
 

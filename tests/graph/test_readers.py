@@ -13,6 +13,8 @@ import pytest
 
 from srcgcnn_fast.errors import InputError
 from srcgcnn_fast.graph import pool as pool_module
+from srcgcnn_fast.graph import prepare
+from srcgcnn_fast.graph.elements import element_features
 from srcgcnn_fast.graph.readers import Crystal, Record, as_crystal, read_inputs
 
 Structure = pytest.importorskip("pymatgen.core").Structure
@@ -222,6 +224,37 @@ def test_folder_as_upstream_writes_it(tmp_path: Path) -> None:
     assert "missing (row 4 of id_prop.csv) has no structure file" in missing.error
     with pytest.raises(InputError, match=r"id_prop\.csv has no target gap; it has target"):
         read_inputs(tmp_path, targets=["gap"])
+
+
+def test_atom_init_is_no_structure(tmp_path: Path, caplog) -> None:
+    (tmp_path / "a.cif").write_text(cif())
+    built_in = {str(n): element_features()[n].astype(int).tolist() for n in range(1, 101)}
+    other = {**built_in, "8": [0] * 92}
+    path = tmp_path / "atom_init.json"
+    for labelled in (False, True):
+        if labelled:
+            (tmp_path / "id_prop.csv").write_text("a,1\natom_init,2\n")
+        for text, warns in (
+            (json.dumps(built_in), 0), (json.dumps(other), 1), ('{"8": [1, 2]}', 1), ("[" * 100_000, 1), ("[]", 1),
+            ('{"8": null}', 1), ("\0", 1),
+        ):  # fmt: skip
+            path.write_text(text)
+            caplog.clear()
+            records = list(read_inputs(tmp_path))
+            assert [r.id for r in records if r.error is None] == ["a"]
+            assert len(records) == 1 + labelled
+            assert len(caplog.records) == warns
+            for record in caplog.records:
+                assert record.levelname == "WARNING" and str(path) in record.message
+                assert "not read" in record.message and "element_table" in record.message
+
+
+def test_a_store_is_no_folder_of_structures(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.cif").write_text(cif())
+    prepare(tmp_path / "in", tmp_path / "store")
+    with pytest.raises(InputError, match="is a store of prepared graphs"):
+        read_inputs(tmp_path / "store")
 
 
 def test_folder_with_named_targets(tmp_path: Path) -> None:
