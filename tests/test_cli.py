@@ -168,7 +168,9 @@ def test_predict_and_convert(trained, source, tmp_path, capsys):
         assert "40 rows, 0 errors" in capsys.readouterr().out
         tables.append(pd.read_csv(out))
     assert list(tables[0].columns) == ["id", TARGET, "error"]
-    assert tables[0][TARGET].to_numpy() == pytest.approx(tables[1].iloc[:, 1].to_numpy(), abs=1e-5)
+    assert tables[0][TARGET].to_numpy() == pytest.approx(tables[1][TARGET].to_numpy(), abs=1e-5)
+    there, here = (json.loads((model / "config.json").read_text()) for model in (trained / "model", back))
+    assert all(there[key] == here[key] for key in ("targets", "units", "graph", "normalizer", "hyperparameters"))
 
 
 def test_predict_fails_only_when_every_input_fails(trained, tmp_path, capsys):

@@ -9,6 +9,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ _PUBLISHED = {  # file name -> target, unit, as the list of pre-trained models h
     "semi-metal-classification": ("semi_metal_classification", ""),
 }
 _UNITS = dict(_PUBLISHED.values())
+_OURS = "srcgcnn_fast"
+"""What the published programs have no place for stands under this name in ``args``, where they ignore it."""
 _SCALARS = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"}
 
 
@@ -42,7 +45,8 @@ def load_upstream_checkpoint(
     """The model of a published program's checkpoint, in eval mode, with its normaliser and graph parameters.
 
     Nothing in the file is executed: only tensors, numbers, strings and containers are accepted. The architecture
-    follows from the shapes of the weights. Graphs are padded, as both programs do.
+    follows from the shapes of the weights. Graphs are padded, as both programs do; those of a file that
+    :func:`save_upstream_checkpoint` wrote are the model's own, as are its target, unit and element vectors.
 
     Args:
         path: a file that ``main.py`` of either program saved.
@@ -57,15 +61,20 @@ def load_upstream_checkpoint(
     args = args if isinstance(args, Mapping) else {}
     kind, sizes = _architecture(path, state, args)
     gaussians, graph = _data_options(path, args, sizes["nbr_fea_len"])
-    table = _element_table(path, sizes["orig_atom_fea_len"], atom_init)
-
+    ours = _ours(path, args, sizes)
+    if atom_init is None and "element_table" in ours:
+        table = ours["element_table"]
+    else:
+        table = _element_table(path, sizes["orig_atom_fea_len"], atom_init)
     try:
         model = kind(**sizes, **gaussians)
         model.load_state_dict(state, strict=True)
     except (RuntimeError, InputError) as error:
         raise InputError(f"{path} does not fit {kind.__name__}: {_one_line(error)}") from error
     model.element_table = torch.from_numpy(table).to(model.element_table)
-    model.metadata = _metadata(path, checkpoint, args, graph, sizes)
+    model.metadata = _metadata(path, checkpoint, args, ours.get("graph", graph), sizes)
+    if ours:
+        model.metadata.targets, model.metadata.units = ours["targets"], ours["units"]
     return model.eval()
 
 
@@ -73,6 +82,7 @@ def save_upstream_checkpoint(model: CGCNN | SRCGCNN, path: str | os.PathLike[str
     """Write ``model`` as a checkpoint that ``predict.py`` of the published programs loads (CGCNN: either; SRCGCNN:
     SR-CGCNN's).
 
+    Target, unit, graph parameters and element vectors of its own go along for :func:`load_upstream_checkpoint`.
     Those programs pad their graphs; a model trained on unpadded ones predicts otherwise there for a crystal with
     fewer than 12 neighbours within 8 Å. They read the element vectors from their own ``atom_init.json``.
 
@@ -101,6 +111,10 @@ def save_upstream_checkpoint(model: CGCNN | SRCGCNN, path: str | os.PathLike[str
         args |= {name: options[name] for name in ("recurrent_layer_norm", "recurrent_learnable_alpha")}
     else:
         args |= {"conv_mode": "standard", "n_conv": options["n_conv"]}
+    args[_OURS] = {"targets": list(metadata.targets), "units": list(metadata.units), "graph": asdict(graph)}
+    table = model.element_table.detach().cpu().float().numpy()
+    if table.any() and not np.array_equal(table, element_features()):
+        args[_OURS]["element_table"] = table.tolist()
     unknown = 0.0 if options["classification"] else 1e10  # what main.py starts from
     checkpoint = {
         "epoch": int(metadata.extra.get("epoch", 0)),
@@ -256,6 +270,26 @@ def _data_options(path: Path, args: Mapping[str, Any], nbr_fea_len: int) -> tupl
         )
     graph = GraphParameters(radius=radius, max_neighbors=int(neighbors), padded=True)
     return {"dmin": dmin, "step": step}, graph
+
+
+def _ours(path: Path, args: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`save_upstream_checkpoint` adds, checked; empty for a file of the published programs."""
+    given = args.get(_OURS)
+    if given is None:
+        return {}
+    try:
+        ours: dict[str, Any] = {name: tuple(given[name]) for name in ("targets", "units")}
+        if any(len(x) != sizes["n_targets"] or not all(isinstance(y, str) for y in x) for x in ours.values()):
+            raise ValueError("targets and units must be one text for each target")
+        ours["graph"] = GraphParameters(**given["graph"])
+        if "element_table" in given:
+            shape = (MAX_ATOMIC_NUMBER + 1, sizes["orig_atom_fea_len"])
+            ours["element_table"] = np.asarray(given["element_table"], dtype=np.float32).reshape(shape)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} has args['{_OURS}'] that do not describe its model ({_one_line(error)}); write the file again."
+        ) from error
+    return ours
 
 
 def _element_table(path: Path, width: int, atom_init: str | os.PathLike[str] | None) -> np.ndarray:

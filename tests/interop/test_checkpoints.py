@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import tarfile
 from pathlib import Path
@@ -9,9 +11,10 @@ import pytest
 import torch
 
 from srcgcnn_fast.errors import InputError
+from srcgcnn_fast.graph import GraphParameters
 from srcgcnn_fast.graph.elements import element_features
 from srcgcnn_fast.interop import load_upstream_checkpoint, save_upstream_checkpoint
-from srcgcnn_fast.nn import CGCNN, SRCGCNN
+from srcgcnn_fast.nn import CGCNN, SRCGCNN, ModelMetadata
 
 ARCHITECTURES = [
     (CGCNN, {"n_conv": 2, "atom_fea_len": 8, "h_fea_len": 6}),
@@ -275,6 +278,39 @@ def test_written_checkpoints_read_back(kind, options, tmp_path):
     plain = torch.load(tmp_path / "new" / "b.pth.tar", weights_only=True)
     assert {"state_dict", "args", "normalizer", "epoch", "best_mae_error"} <= plain.keys()
     assert {"task", "atom_fea_len", "n_conv", "h_fea_len", "n_h"} <= plain["args"].keys()
+
+
+@pytest.mark.parametrize("own_table", [False, True])
+def test_what_the_published_programs_ignore_comes_back(own_table, tmp_path):
+    model = CGCNN(n_conv=1, atom_fea_len=4, h_fea_len=4).eval()
+    graph = GraphParameters(symmetry_tolerance=None, isolated="keep")
+    model.metadata = ModelMetadata(("gap",), ("eV",), (1.5,), (0.5,), graph)
+    if own_table:
+        model.element_table = torch.rand_like(model.element_table)
+    path = save_upstream_checkpoint(model, tmp_path / "band-gap-of-mine.pth.tar")
+    again = load_upstream_checkpoint(path)
+    assert (again.metadata.targets, again.metadata.units, again.metadata.graph) == (("gap",), ("eV",), graph)
+    assert torch.equal(again.element_table, model.element_table)
+    args = torch.load(path, weights_only=True)["args"]
+    assert ("element_table" in args["srcgcnn_fast"]) == own_table
+    assert json.loads(json.dumps(args)) == args  # plain values only
+    argparse.Namespace(**args)  # as the published predict.py takes them
+
+
+@pytest.mark.parametrize(
+    "ours",
+    [
+        3, {}, {"targets": ["a"]}, {"targets": [1], "units": [""], "graph": {}},
+        {"targets": ["a", "b"], "units": ["", ""], "graph": {}},
+        {"targets": ["a"], "units": [""], "graph": {"radius": "8"}},
+        {"targets": ["a"], "units": [""], "graph": {"colour": 1}},
+        {"targets": ["a"], "units": [""], "graph": {}, "element_table": [[1.0]]},
+    ],
+)  # fmt: skip
+def test_additions_that_do_not_fit_are_refused(ours, tmp_path):
+    checkpoint = make_checkpoint()
+    checkpoint["args"] = checkpoint["args"] | {"srcgcnn_fast": ours}
+    assert "args['srcgcnn_fast']" in refusal(write(checkpoint, tmp_path / "x.pth.tar"))
 
 
 def test_what_the_published_programs_cannot_express_is_not_written(tmp_path):
