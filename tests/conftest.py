@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# Idle OpenMP threads that spin stall every parallel region of a busy machine; read once, when torch loads.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import numpy as np
 import pytest
 import torch

@@ -107,23 +107,6 @@ def gated_conv(
     return softplus(h + batch_norm(m, bn2, count))
 
 
-def gate_sum(p: Tensor, q: Tensor, w_e: Tensor, edges: Edges) -> Tensor:
-    """m_i = sum_j sigmoid(y_ij[:F]) softplus(y_ij[F:]) with y_ij = p_i + q_j + e_ij w_e, (N, F)."""
-    width = p.shape[1] // 2
-    receiver = receivers(edges)
-    y = p[receiver] + q[edges.sender.long()] + edge_vectors(edges, w_e.shape[0], p.dtype) @ w_e
-    message = torch.sigmoid(y[:, :width]) * softplus(y[:, width:])
-    return p.new_zeros(p.shape[0], width).index_add(0, receiver, message)
-
-
-def neighbor_sum(h: Tensor, edges: Edges, transpose: bool = False) -> Tensor:
-    """(A h)_i = sum over the edges into i of h_sender; transposed: the sum over the edges out of i of h_receiver."""
-    source, target = edges.sender.long(), receivers(edges)
-    if transpose:
-        source, target = target, source
-    return torch.zeros_like(h).index_add(0, target, h[source])
-
-
 def edge_moments(
     row_weight: Tensor, edges: Edges, n_features: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
