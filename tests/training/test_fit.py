@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import sys
 
 import lightning.pytorch as pl
 import numpy as np
@@ -183,3 +184,11 @@ def test_a_run_leaves_the_process_as_it_was(alloys, tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         "best.ckpt", "last.ckpt", "metrics.csv", "model", "run.json",
     ]  # fmt: skip
+
+
+def test_a_logger_that_is_not_there_is_one_sentence(alloys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(InputError, match=r'tensorboard: python -m pip install "srcgcnn_fast\[tensorboard\]"'):
+        fit(CGCNN(1, 8, 8), GraphDataModule(alloys, "energy"), tmp_path / "run", Recipe(epochs=1), logger="tensorboard")
+    with pytest.raises(InputError, match="logger 'paper' is unknown"):
+        fit(CGCNN(1, 8, 8), GraphDataModule(alloys, "energy"), tmp_path / "new", Recipe(epochs=1), logger="paper")
