@@ -97,9 +97,8 @@ class Pool {
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t n = 0) {
-    if (n > 0) reserve(n);
-  }
+  Buffer() = default;
+  explicit Buffer(int64_t n) { reserve(n); }
   ~Buffer() { release(); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
