@@ -14,7 +14,11 @@ OPTIONAL = {"pymatgen", "ase", "pandas", "pyarrow", "lightning", "matplotlib", "
     ("code", "absent", "present"),
     [
         ("import srcgcnn_fast", OPTIONAL | {"torch", "numpy", "numba", "safetensors"}, set()),
-        ("import srcgcnn_fast as sf; sf.CGCNN; sf.functional", OPTIONAL - {"triton", "tqdm"} | {"numba"}, {"torch", "numpy"}),
+        (
+            "import srcgcnn_fast as sf; sf.CGCNN; sf.functional",
+            OPTIONAL - {"triton", "tqdm"} | {"numba"},
+            {"torch", "numpy"},
+        ),
         ("import srcgcnn_fast as sf; sf.CGCNN().eval(); sf.collate", {"pymatgen", "lightning", "numba"}, {"torch"}),
     ],
 )
