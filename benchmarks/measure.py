@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 import srcgcnn_fast as sf
+
+_VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "MKL_NUM_THREADS", "SRCGCNN_FAST_SIMD")
 
 
 def alternate(
@@ -32,20 +37,45 @@ def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run with this number of threads; compiled code is made for it, and none is reused from before."""
+    import torch._inductor.config
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    torch._dynamo.reset()
+    try:
+        with torch._inductor.config.patch({"cpp.threads": count}):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def machine() -> dict[str, str]:
-    """Processor, threads, versions and commit: what stands beside every number."""
+    """Processor, versions, environment and commit: what stands beside every number."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    root = Path(__file__).parent
     describe = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=10"], cwd=root, capture_output=True, text=True, check=False
-    )
+        ["git", "describe", "--always", "--dirty", "--abbrev=10"],
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    present = [f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ]
     return {
-        "processor": name,
+        "processor": f"{name}, {os.cpu_count()} cores",
         "backend": sf.backends()["cpu"].reason,
         "torch": torch.__version__,
+        "torch-geometric": _version("torch-geometric"),
         "python": platform.python_version(),
+        "environment": ", ".join(present) or "no thread setting",
         "commit": describe.stdout.strip() or "unknown",
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
