@@ -48,12 +48,12 @@ def demo(arguments: argparse.Namespace) -> None:
 
 def prepare(arguments: argparse.Namespace) -> None:
     from .graph.parameters import GraphParameters
-    from .graph.store import prepare
+    from .graph.store import name_it, prepare
 
     parameters = _graph_parameters(arguments) or GraphParameters()
     store = prepare(arguments.source, arguments.store, parameters, targets=arguments.target or None, progress=True)
     for name, reason in store.rejected[:5]:
-        print(f"rejected {name}: {reason}", file=sys.stderr)
+        print(f"rejected {name_it(name, reason)}", file=sys.stderr)
     if len(store.rejected) > 5:
         print(f"… and {len(store.rejected) - 5} more", file=sys.stderr)
     print(
@@ -73,7 +73,9 @@ def train(arguments: argparse.Namespace) -> None:
 
     out, parameters = Path(arguments.out), _graph_parameters(arguments)
     sources = {"graphs": arguments.source, "graphs-val": arguments.val, "graphs-test": arguments.test}
-    store, val_store, test_store = (s and prepared(s, out / name, parameters, True) for name, s in sources.items())
+    store, val_store, test_store = (
+        s and prepared(s, out / name, parameters, True, targets=[arguments.target]) for name, s in sources.items()
+    )
     data = GraphDataModule(
         store,
         arguments.target,

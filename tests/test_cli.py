@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from srcgcnn_fast import load_model
 from srcgcnn_fast import predict as sf_predict
@@ -18,6 +21,7 @@ from srcgcnn_fast.cli import main
 from srcgcnn_fast.training.alloys import write_alloys
 
 TARGET = "formation_energy_per_atom"
+ANGLES = ("alpha", "beta", "gamma")
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +207,91 @@ def test_bad_input_is_one_sentence(trained, source, tmp_path, capsys):
         capsys, "prepare", source, tmp_path / "s", "--full-graph", "--symmetry-tolerance", "1e-4"
     )
     assert not (tmp_path / "p.csv").exists()
+
+
+def cif(x: str = "0.5", a: float = 4.2, element: str = "Cl") -> str:
+    cell = "".join(
+        f"_cell_length_{k} {v}\n_cell_angle_{w} 90\n" for k, w, v in zip("abc", ANGLES, (a, 4, 4), strict=True)
+    )
+    site = "".join(f"_atom_site_{k}\n" for k in ("label", "type_symbol", "fract_x", "fract_y", "fract_z"))
+    return (
+        f"data_x\n{cell}_symmetry_space_group_name_H-M 'P 1'\nloop_\n{site}Na Na 0 0 0\n{element} {element} {x} .5 .5\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (cif(x="nan"), "finite number"), (cif(a=0), "Singular"), (cif(element="Xx"), "unknown element Xx"),
+        ("", "empty"), (cif()[:90], "a.cif"),
+    ],
+)  # fmt: skip
+def test_a_bad_structure_is_a_row_or_one_sentence(text, says, trained, tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.cif").write_text(text)
+    (folder / "id_prop.csv").write_text("a,1\n")
+    assert says in refused(capsys, "train", folder, "--target", "target", "--out", tmp_path / "run")
+    argv = ["predict", str(trained / "model"), str(folder), "--out", str(tmp_path / "p.csv")]
+    assert main(argv) == 1
+    assert says in pd.read_csv(tmp_path / "p.csv")["error"][0]
+    (folder / "b.cif").write_text(cif())
+    (folder / "id_prop.csv").write_text("a,1\nb,2\n")
+    assert main(argv) == 0
+    table = pd.read_csv(tmp_path / "p.csv")
+    assert table["error"].notna().tolist() == [True, False] and table[TARGET].isna().tolist() == [True, False]
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_bad_target_is_one_sentence(tmp_path, capsys):
+    for name in "ab":
+        (tmp_path / f"{name}.cif").write_text(cif())
+    out = tmp_path / "out"
+    assert "no id_prop.csv" in refused(capsys, "train", tmp_path, "--target", "gap", "--out", out)
+    (tmp_path / "id_prop.csv").write_text("a,wide\nb,\n")
+    assert "'wide'" in refused(capsys, "train", tmp_path, "--target", "target", "--out", out)
+    assert "has no target gap; it has target" in refused(capsys, "train", tmp_path, "--target", "gap", "--out", out)
+    assert not list(out.rglob("*"))
+    table = pd.DataFrame({"lattice": [4.0 * np.eye(3).ravel()], "frac_coords": [np.zeros(3)], "atomic_numbers": [[29]]})
+    table.assign(gap="wide").to_parquet(tmp_path / "t.parquet")
+    assert "give numbers" in refused(capsys, "compare", tmp_path / "t.parquet", "--target", "gap", "--out", out)
+
+
+def test_training_says_what_it_leaves_out(source, tmp_path, caplog):
+    table = pd.read_parquet(source)
+    table.at[3, "atomic_numbers"] = np.full_like(table.at[3, "atomic_numbers"], 130)
+    table.to_parquet(tmp_path / "t.parquet")
+    argv = ["train", str(tmp_path / "t.parquet"), "--target", TARGET, "--epochs", "1", "--out", str(tmp_path / "run")]
+    assert main(argv) == 0
+    assert "1 of 40 inputs are left out; the first: alloy-00003 (row 4 of t.parquet) has the unknown" in caplog.text
+
+
+def test_a_bad_model_is_one_sentence(trained, source, tmp_path, capsys):
+    torch.save({"state_dict": {"layer1.weight": torch.zeros(3, 3)}}, tmp_path / "foreign.pth.tar")
+    broken = shutil.copytree(trained / "model", tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:1000])
+    assert main(["convert", str(trained / "model"), str(tmp_path / "cut.pth.tar")]) == 0
+    (tmp_path / "cut.pth.tar").write_bytes((tmp_path / "cut.pth.tar").read_bytes()[:5000])
+    (tmp_path / "nothing").mkdir()
+    for name, says in {
+        "foreign.pth.tar": "another program", "broken": "damaged", "cut.pth.tar": "damaged", "nothing": "no model",
+    }.items():  # fmt: skip
+        out = tmp_path / "p.csv"
+        message = refused(capsys, "predict", tmp_path / name, source, "--out", out)
+        assert says in message and name in message and not out.exists()
+        assert says in refused(capsys, "convert", tmp_path / name, tmp_path / "converted")
+
+
+def test_what_is_no_store_is_one_sentence(trained, tmp_path, capsys):
+    folder, out = tmp_path / "folder", tmp_path / "out"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("nothing to train on")
+    assert "folder" in refused(capsys, "train", folder, "--target", "x", "--out", out)
+    (folder / "row_count.npy").write_bytes(b"")
+    assert "not a store" in refused(capsys, "train", folder, "--target", "x", "--out", out)
+    assert "is a store" in refused(
+        capsys, "predict", trained / "model", trained / "graphs", "--out", tmp_path / "p.csv"
+    )
 
 
 def test_an_unwritable_place_is_one_sentence(trained, source, tmp_path, capsys):

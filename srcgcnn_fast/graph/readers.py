@@ -515,6 +515,10 @@ def _read_parquet(path: Path, wanted: list[str] | None) -> Iterator[Record]:
         raise InputError(f"{path.name} lacks the column {', '.join(missing)}; it has {', '.join(schema.names)}.")
     types = require("pyarrow", "Reading Parquet files", extra="io").types
     numeric = [f.name for f in schema if types.is_integer(f.type) or types.is_floating(f.type)]
+    text = [name for name in wanted or () if name in schema.names and name not in numeric]
+    if text:
+        kind = schema.field(text[0]).type
+        raise InputError(f"{path.name} has the column {text[0]} of type {kind}, which is no target; give numbers.")
     keep = _chosen([name for name in numeric if name not in _NOT_TARGETS], wanted, path.name)
     return _parquet_records(table, path.name, keep, "material_id" in schema.names)
 

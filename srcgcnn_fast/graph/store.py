@@ -402,11 +402,17 @@ def _check_result(writer: _StoreWriter, source: Any, targets: Sequence[str] | No
         if not writer.rejected:
             raise InputError(f"There are no structures in {where}; give at least one.")
         id, reason = writer.rejected[0]
-        raise InputError(f"None of the {len(writer.rejected)} inputs of {where} became a graph; {id}: {reason}")
+        raise InputError(f"None of the {len(writer.rejected)} inputs of {where} became a graph; {name_it(id, reason)}")
     for name in targets or ():
         if all(np.isnan(row.get(name, np.nan)) for row in writer.targets):
-            has = ", ".join(writer.target_names(None)) or "none"
-            raise InputError(f"No crystal of {where} has a value of the target {name}; the targets are {has}.")
+            mend = name_it(*writer.rejected[0]) if writer.rejected else "fill it in, or choose another."
+            raise InputError(f"No crystal of {where} has a value of the target {name}; {mend}")
+
+
+def name_it(id: str, reason: str) -> str:
+    """The reason of a rejected input, with its id in front unless it is there."""
+    named = reason.startswith(id) and not reason.startswith(f"{id} of ")  # "1 of 6 atoms" names no input "1"
+    return reason if named else f"{id}: {reason}"
 
 
 def _log_summary(store: GraphStore) -> None:

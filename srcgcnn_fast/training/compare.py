@@ -135,7 +135,10 @@ def compare(
     """
     out = Path(out_dir)
     sources = {"graphs": source, "graphs-val": val_source, "graphs-test": test_source}
-    stores = [s if s is None else prepared(s, out / name, parameters, progress) for name, s in sources.items()]
+    stores = [
+        s if s is None else prepared(s, out / name, parameters, progress, targets=[target])
+        for name, s in sources.items()
+    ]
     data = _data(stores, target, split, batch_size, unit, seed)
     recipe = Recipe(epochs=epochs, lr=lr, optimizer=optimizer, schedule=schedule)
     part = "test" if len(data.parts["test"].indices) else "val"

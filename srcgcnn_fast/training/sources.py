@@ -2,33 +2,50 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
 from ..graph.parameters import GraphParameters
-from ..graph.store import GraphStore, open_store, prepare
+from ..graph.store import GraphStore, name_it, open_store, prepare
+
+logger = logging.getLogger(__name__)
 
 Source = str | os.PathLike[str] | GraphStore | Iterable[Any]
 """A prepared store or its path, anything on disk that ``prepare`` reads, or structures."""
 
 
 def prepared(
-    source: Source, path: str | os.PathLike[str], parameters: GraphParameters | None = None, progress: bool = False
+    source: Source,
+    path: str | os.PathLike[str],
+    parameters: GraphParameters | None = None,
+    progress: bool = False,
+    *,
+    targets: Sequence[str] | None = None,
 ) -> GraphStore:
     """The store of ``source``; what is not prepared yet is prepared into ``path``, and found there the next time.
 
+    Inputs without a graph are counted in the log. ``targets`` are what is read from a source that is not a store.
+
     Raises:
-        InputError: nothing readable is there, or a given store was prepared with other ``parameters``.
+        InputError: nothing readable is there, the source has no such target, or a given store was prepared with
+            other ``parameters``.
     """
     if isinstance(source, GraphStore):
         store = source
     elif isinstance(source, str | os.PathLike) and (Path(source) / "row_count.npy").is_file():
         store = open_store(source)
     else:
-        return prepare(source, path, parameters, progress=progress)
+        store = prepare(source, path, parameters, targets=targets, progress=progress)
+        if store.rejected:
+            inputs, (name, reason) = len(store) + len(store.rejected), store.rejected[0]
+            logger.warning(
+                "%d of %d inputs are left out; the first: %s", len(store.rejected), inputs, name_it(name, reason)
+            )
+        return store
     if parameters is not None and parameters != store.parameters:
         raise InputError(f"{source} was prepared with {store.parameters}; prepare it again, or drop the graph options.")
     return store

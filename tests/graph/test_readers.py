@@ -213,6 +213,16 @@ def test_parquet_rows_with_errors(tmp_path: Path) -> None:
 # ---- folders
 
 
+def test_a_column_of_text_is_no_target(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    row = {"lattice": [CELL.ravel()], "frac_coords": [COORDS.ravel()], "atomic_numbers": [NUMBERS], "gap": ["wide"]}
+    pandas.DataFrame(row).to_parquet(tmp_path / "t.parquet")
+    with pytest.raises(InputError, match=r"t\.parquet has the column gap of type \w+, .* give numbers"):
+        read_inputs(tmp_path / "t.parquet", targets=["gap"])
+    (record,) = read_inputs(tmp_path / "t.parquet")
+    assert record.targets == {} and record.error is None
+
+
 def test_folder_as_upstream_writes_it(tmp_path: Path) -> None:
     (tmp_path / "a.cif").write_text(cif())
     (tmp_path / "c.cif").write_text(cif())

@@ -15,7 +15,7 @@ from srcgcnn_fast.graph.batch import CrystalGraph, GraphBatch, collate
 from srcgcnn_fast.graph.build import build_graph
 from srcgcnn_fast.graph.parameters import GraphParameters
 from srcgcnn_fast.graph.readers import Crystal, Record
-from srcgcnn_fast.graph.store import GraphStore, open_store, prepare
+from srcgcnn_fast.graph.store import GraphStore, name_it, open_store, prepare
 
 FIELDS = ("numbers", "weight", "sender", "distance", "row_ptr", "crystal_ptr", "atom_class")
 
@@ -206,13 +206,13 @@ def test_a_crystal_without_a_graph_is_rejected_alone(tmp_path: Path) -> None:
 
 
 def test_nothing_usable(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="None of the 1 inputs of the input became a graph; bad: bad has no atoms"):
+    with pytest.raises(InputError, match="None of the 1 inputs of the input became a graph; bad has no atoms"):
         prepare([records(1)[-1]], tmp_path / "store")
     with pytest.raises(InputError, match="no structures in the input"):
         prepare([], tmp_path / "store")
     with pytest.raises(InputError, match=r"gone\.parquet does not exist"):
         prepare(tmp_path / "gone.parquet", tmp_path / "store")
-    with pytest.raises(InputError, match="c0: c0 has no target mass; it has gap, e"):
+    with pytest.raises(InputError, match="graph; c0 has no target mass; it has gap, e"):
         prepare(records(), tmp_path / "store", targets=["mass"])
     assert listing(tmp_path) == []
 
@@ -360,3 +360,15 @@ def test_materials_project_sample(data_dir: Path, tmp_path: Path) -> None:
     chosen = np.random.default_rng(0).choice(1500, 300, replace=False)
     assert_same_batch(store.batch(chosen), collate([store[i] for i in chosen]))
     assert int(store.batch(chosen).weight.sum()) == store.batch(chosen).atom_class.shape[0]
+
+
+@pytest.mark.parametrize(
+    ("id", "reason", "says"),
+    [
+        ("a", "a.cif is empty.", "a.cif is empty."),
+        ("a", "The lattice is bad.", "a: The lattice is bad."),
+        ("1", "1 of 6 atoms has no neighbour.", "1: 1 of 6 atoms has no neighbour."),
+    ],
+)
+def test_a_rejected_input_is_named_once(id: str, reason: str, says: str) -> None:
+    assert name_it(id, reason) == says
