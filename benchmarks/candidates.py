@@ -49,14 +49,14 @@ class Candidate:
         self._forget()
         with self.surroundings(), torch.no_grad():
             self.model.eval()
-            return (self.call or self.model)(*self.inputs)
+            return self._forward(*self.inputs)
 
     def training_step(self) -> Tensor:
         """Forward, loss and backward; no optimiser, which would be the same for all."""
         self._forget()
         with self.surroundings():
             self.model.train().zero_grad(set_to_none=True)
-            out = (self.call or self.model)(*self.inputs)
+            out = self._forward(*self.inputs)
             torch.nn.functional.mse_loss(out, self.target).backward()
             return out.detach()
 
@@ -67,6 +67,10 @@ class Candidate:
         """All gradients of the step before, in the order of their names."""
         named = {name.removeprefix("model."): p.grad for name, p in self.model.named_parameters()}
         return torch.cat([named[name].flatten() for name in sorted(named)])
+
+    @property
+    def _forward(self) -> Callable[..., Tensor]:
+        return self.model if self.call is None else self.call  # a compiled module has no truth value
 
     def _forget(self) -> None:
         """A step meets a batch that is new: what ours keeps of a graph is not there yet."""
