@@ -36,6 +36,8 @@ _PUBLISHED = {  # file name -> target, unit, as the list of pre-trained models h
 _UNITS = dict(_PUBLISHED.values())
 _OURS = "srcgcnn_fast"
 """What the published programs have no place for stands under this name in ``args``, where they ignore it."""
+_NO_ERROR_YET = 1e10
+"""What main.py starts from."""
 _SCALARS = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"}
 
 
@@ -115,11 +117,12 @@ def save_upstream_checkpoint(model: CGCNN | SRCGCNN, path: str | os.PathLike[str
     table = model.element_table.detach().cpu().float().numpy()
     if table.any() and not np.array_equal(table, element_features()):
         args[_OURS]["element_table"] = table.tolist()
-    unknown = 0.0 if options["classification"] else 1e10  # what main.py starts from
+    best = metadata.extra.get("best_epoch", {})
+    score = best.get("val_auc", 0.0) if options["classification"] else best.get("val_mae", _NO_ERROR_YET)
     checkpoint = {
-        "epoch": int(metadata.extra.get("epoch", 0)),
+        "epoch": int(metadata.extra.get("epoch", best.get("epoch", 0))),
         "state_dict": {name: value.detach().cpu() for name, value in model.state_dict().items()},
-        "best_mae_error": float(metadata.extra.get("best_mae_error", unknown)),
+        "best_mae_error": float(metadata.extra.get("best_mae_error", score)),
         "normalizer": {"mean": metadata.mean[0], "std": metadata.std[0]},
         "args": args,
     }
@@ -331,7 +334,7 @@ def _metadata(
     extra = {}
     for key in ("epoch", "best_mae_error"):
         value = _numbers(checkpoint.get(key), 1)
-        if value is not None:
+        if value is not None and value[0] != _NO_ERROR_YET:
             extra[key] = int(value[0]) if key == "epoch" else value[0]
     target, unit = _target(path, args)
     targets = (target,) if n == 1 else tuple(f"{target}_{i}" for i in range(n))

@@ -294,6 +294,10 @@ def test_what_the_published_programs_ignore_comes_back(own_table, tmp_path):
     args = torch.load(path, weights_only=True)["args"]
     assert ("element_table" in args["srcgcnn_fast"]) == own_table
     assert json.loads(json.dumps(args)) == args  # plain values only
+    assert again.metadata.extra == {"epoch": 0}
+    model.metadata.extra["best_epoch"] = {"epoch": 9, "val_mae": 0.25}
+    again = load_upstream_checkpoint(save_upstream_checkpoint(model, path))
+    assert again.metadata.extra == {"epoch": 9, "best_mae_error": 0.25}
     argparse.Namespace(**args)  # as the published predict.py takes them
 
 
