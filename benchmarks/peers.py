@@ -113,9 +113,7 @@ class GeometricModel(nn.Module):
         self.embedding, self.conv_to_fc, self.fc_out = model.embedding, model.conv_to_fc, model.fc_out
         self.steps = steps
 
-    def forward(
-        self, atom_fea: Tensor, edge_index: Tensor, nbr_fea: Tensor, crystal: Tensor, count: Tensor
-    ) -> Tensor:
+    def forward(self, atom_fea: Tensor, edge_index: Tensor, nbr_fea: Tensor, crystal: Tensor, count: Tensor) -> Tensor:
         h = self.embedding(atom_fea)
         for t in range(self.steps):
             if self.is_shared:

@@ -191,6 +191,13 @@ def convert(arguments: argparse.Namespace) -> None:
     print(f"{type(model).__name__} for {', '.join(metadata.targets)}, written to {arguments.out}")
 
 
+def bench(arguments: argparse.Namespace) -> None:
+    from .bench import bench
+
+    print(bench(arguments.source, arguments.out, arguments.threads))
+    print(f"\nbench.png, roofline.png and bench.json are in {arguments.out}")
+
+
 def doctor(arguments: argparse.Namespace) -> None:
     from .doctor import report
 
@@ -272,6 +279,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(convert, "Convert a published .pth.tar to a model directory, or a model directory to a .pth.tar.")
     sub.add_argument("model", metavar="MODEL", help="a model directory, or a published .pth.tar")
     sub.add_argument("out", metavar="OUT", help="a directory, or a name that ends with .pth.tar")
+
+    sub = command(bench, "Measure both models on this machine: a table, a bar chart and a roofline (a minute).")
+    sub.add_argument("source", metavar="SOURCE", nargs="?", help=f"a store that prepare wrote, or {_SOURCE}")
+    sub.add_argument("--out", metavar="DIR", default="srcgcnn_fast_bench", help="where to write")
+    sub.add_argument("--threads", metavar="N", type=int, help="most threads to measure; default all")
 
     command(doctor, "Say what is installed, which backends run here, and why others do not.")
     return parser

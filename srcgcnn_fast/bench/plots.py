@@ -19,6 +19,9 @@ _LABELS = {
     "cpu native": "compiled backend, native graph (symmetry quotient)",
 }
 
+_FLOOR_COLOURS = {"nodes": "#6b8f3c", "gates": "#b5cf8f", "memory": "#7a5195"}
+_FLOOR_LABELS = {"nodes": "node products", "gates": "gates", "memory": "memory traffic, beside the arithmetic"}
+
 
 def _series(row: Row) -> str:
     return row.backend if row.graph == "same graph" or row.backend == "reference" else f"{row.backend} native"
@@ -62,11 +65,11 @@ def roofline(path: Path, rows: Sequence[Row], ceilings: Mapping[int, Ceilings], 
         for y, kernel in enumerate(kernels):
             mine = {row.backend: row for row in shown if (row.model, row.work) == kernel}
             least = next(iter(mine.values())).floor
-            axis.barh(y - 0.14, least.nodes, 0.26, color="#6b8f3c", label="floor: node products" if y == 0 else None)
-            gates = "floor: gates" if y == 0 else None
-            axis.barh(y - 0.14, least.gates, 0.26, left=least.nodes, color="#b5cf8f", label=gates)
-            memory = "floor: memory traffic" if y == 0 else None
-            axis.barh(y + 0.14, least.memory, 0.26, color="#7a5195", label=memory)
+            for k, (part, colour) in enumerate(_FLOOR_COLOURS.items()):
+                label = f"floor: {_FLOOR_LABELS[part]}" if y == 0 else None
+                axis.barh(y + 0.2 * (k - 1), getattr(least, part), 0.18, color=colour, label=label)
+            ends = (y - 0.32, y + 0.32)
+            axis.plot([least.total] * 2, ends, color="0.1", label="floor: all of it" if y == 0 else None)
             for backend, row in mine.items():
                 label = f"measured: {_LABELS[backend].split(',')[0]}" if y == 0 else None
                 axis.plot(row.nanoseconds, y, "D", color=_COLOURS[backend], markersize=8, label=label)
@@ -81,7 +84,8 @@ def roofline(path: Path, rows: Sequence[Row], ceilings: Mapping[int, Ceilings], 
         axis.set_yticks(range(len(kernels)), [f"{model}\n{work}" for model, work in kernels])
         axis.set_ylim(len(kernels) - 0.3, -0.6)
         axis.set_xscale("log")
-        axis.set_xlim(0.5 * min(min(r.floor.nodes, r.floor.memory) for r in shown), 3 * max(r.nanoseconds for r in shown))
+        axis.set_xlim(0.5 * min(row.floor.memory for row in shown), 3 * max(row.nanoseconds for row in shown))
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.set_xlabel("nanoseconds per edge and step (logarithmic; left is faster)")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)

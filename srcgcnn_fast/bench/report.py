@@ -6,7 +6,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, require
 from ..files import atomic_path
 from ..graph import GraphBatch, build_graphs, collate
 from ..graph.readers import read_inputs
@@ -69,7 +69,8 @@ def bench(
     for name, value in (("threads", most), ("crystals", crystals)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, not {value}.")
-    folder = Path(out)
+    require("matplotlib", "Plotting", extra="train")
+    folder = _writable(Path(out))
     graphs, described = _graphs(source, crystals)
     rows: list[Row] = []
     ceilings: dict[int, Ceilings] = {}
@@ -79,7 +80,6 @@ def bench(
             for model in _MODELS:
                 for work in ("inference", "training step"):
                     rows += _measure(model, work, graphs, ceilings[count])
-    folder.mkdir(parents=True, exist_ok=True)
     bar_chart(folder / "bench.png", rows, described)
     roofline(folder / "roofline.png", rows, ceilings, described)
     with atomic_path(folder / "bench.json") as temporary:
@@ -90,6 +90,16 @@ def bench(
         }
         temporary.write_text(json.dumps(document, indent=1) + "\n")
     return _table(rows, ceilings, described)
+
+
+def _writable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"Cannot write {folder}: {error.strerror}; choose a directory that you may write to."
+        ) from error
+    return folder
 
 
 @contextmanager
@@ -199,7 +209,7 @@ def _gate(kind: str, work: str, results: dict[tuple[str, str], torch.Tensor]) ->
             )
 
 
-def _alternate(runs: dict[tuple[str, str], Callable[[], object]]) -> dict[tuple[str, str], float]:
+def _alternate(runs: Mapping[tuple[str, str], Callable[[], object]]) -> dict[tuple[str, str], float]:
     """Median seconds of at least three alternating rounds."""
     seconds: dict[tuple[str, str], list[float]] = {name: [] for name in runs}
     begun = time.perf_counter()
@@ -226,8 +236,6 @@ def _table(rows: Sequence[Row], ceilings: dict[int, Ceilings], described: str) -
     for row in rows:
         numbers = f"{row.milliseconds:.2f}", f"{row.crystals_per_second:,.0f}", f"{row.nanoseconds:.1f}"
         lines.append(
-            form.format(
-                row.model, row.work, row.threads, row.backend, row.graph, *numbers, f"{row.floor.total:.1f}"
-            )
+            form.format(row.model, row.work, row.threads, row.backend, row.graph, *numbers, f"{row.floor.total:.1f}")
         )
     return "\n".join(lines)
