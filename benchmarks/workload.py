@@ -33,13 +33,18 @@ def crystals() -> tuple[str, list]:
     return "generated fcc alloys", [(a.cell[:], a.get_scaled_positions(), a.numbers) for a in alloys]
 
 
+def draw(n_crystals: int, seed: int = 0) -> list:
+    """Crystals of the set, drawn at random; again from the start where it has fewer."""
+    _, population = crystals()
+    chosen = np.random.default_rng(seed).choice(len(population), n_crystals, replace=n_crystals > len(population))
+    return [population[i] for i in chosen]
+
+
 @cache
 def batches(n_crystals: int, seed: int = 0) -> tuple[GraphBatch, GraphBatch]:
     """(native, same): n crystals drawn at random as symmetry quotients, and the same edges with one row per atom.
 
     Rows are padded, so that the published programs can take the same graph.
     """
-    _, population = crystals()
-    chosen = np.random.default_rng(seed).choice(len(population), n_crystals, replace=n_crystals > len(population))
-    native = sf.collate(sf.build_graphs([population[i] for i in chosen], padded=True, isolated="keep"))
+    native = sf.collate(sf.build_graphs(draw(n_crystals, seed), padded=True, isolated="keep"))
     return native, expand_quotient(native)
