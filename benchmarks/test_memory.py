@@ -13,7 +13,7 @@ import pytest
 NOTE = (
     "MiB: peak resident memory during the step minus that just before it, batch built, gradients freed, after one "
     "warm-up step; 2 threads, a fresh process each; behind it how many times more than ours on the same graph / on our "
-    "native graph. Ours keeps scratch memory between steps: its first step, from nothing, shows that and what is loaded only once."
+    "native graph. Ours keeps scratch memory between steps: its first step shows that, and what is loaded once."
 )
 NAMES = (*field.OURS, field.ORACLE, "PyG CGConv", "split", "reference", "published, compiled", "split, compiled")
 
