@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -61,7 +62,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     name = config.getoption("--record")
     if not name:
         return
-    command = "pytest " + " ".join(a for a in map(str, config.invocation_params.args) if not Path(a).is_absolute())
+    command = shlex.join(["pytest", *(a for a in map(str, config.invocation_params.args) if not Path(a).is_absolute())])
     failed = [report.nodeid for report in terminalreporter.stats.get("failed", [])]
     folder = Path(__file__).parent / "results"
     folder.mkdir(exist_ok=True)
