@@ -52,7 +52,7 @@ def test_help_is_instant():
         "except SystemExit: pass\n"
         "assert not {'torch', 'numba', 'lightning', 'pandas', 'matplotlib'} & set(sys.modules)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(sys.prefix))
     assert result.returncode == 0, result.stderr
     assert all(
         word in result.stdout for word in ("demo", "prepare", "train", "compare", "predict", "convert", "doctor")

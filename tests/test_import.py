@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from tempfile import gettempdir
 
 import pytest
 
@@ -24,7 +25,7 @@ OPTIONAL = {"pymatgen", "ase", "pandas", "pyarrow", "lightning", "matplotlib", "
 )
 def test_what_an_import_loads(code, absent, present):
     program = f"import sys; {code}; print(*(name for name in sys.modules if '.' not in name))"
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=gettempdir())
     loaded = set(run.stdout.split())
     assert "srcgcnn_fast" in loaded and present <= loaded
     assert not absent & loaded

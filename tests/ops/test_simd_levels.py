@@ -22,7 +22,8 @@ def test_golden_values_and_conformance(level, tmp_path):
     tests = Path(__file__).parents[1]
     chosen = [tests / "nn" / "test_golden.py", tests / "ops" / "test_conformance.py"]
     subset = "weighted or ragged or float64 or any_width or ends or stack"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-rs", "-p", "no:cacheprovider", *map(str, chosen), "-k", subset]
+    options = ["-q", "-x", "-rs", "-p", "no:cacheprovider", "-k", subset]
+    command = [sys.executable, "-m", "pytest", *options, *map(str, chosen)]
     environment = {**os.environ, "SRCGCNN_FAST_SIMD": level}
     # Away from a checkout, whose sources would be imported in place of the installed package.
     run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
