@@ -177,12 +177,12 @@ void squares_of_crystal(double* sum, T* row_sum, const T* pq, const T* r, const 
   for (int c = 0; c < 2 * F; ++c) sum[c] += row_sum[c];
 }
 
-// Sums over the edges that follow from the rows: count, and w-weighted sum of z.
+// What one chunk knows of the weighted values that a batch norm sees.
 template <class T>
 struct ChunkStatistics {
   double count;
   double* mean;     // (2F)
-  double* squares;  // (2F) about the mean
+  double* squares;  // (2F) about that mean
 };
 
 // Joins per-chunk means and sums of squares, in order (Chan, Golub & LeVeque's pairwise formula).
