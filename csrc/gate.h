@@ -1,7 +1,9 @@
 // sigmoid(f) * softplus(c) and its derivatives, once for scalars, SIMD vectors and CUDA, in base 2: the arguments are
 // f2 = -f log2(e) and c2 = c log2(e), scalings that callers fold into their linear maps.
 // M supplies the arithmetic of V: exp2 (right from -inf to max_exponent), log2_1p (argument in [0, 1]), reciprocal,
-// abs, max0, at_most (a bound), tail(c2, t) = t, or 0 where c > 20 (PyTorch's threshold), select_nonnegative(c, a, b) = c >= 0 ? a : b, and the constants of its scalar type.
+// abs, max0, at_most (a bound), tail(c2, t) = t, or 0 where c > 20 (PyTorch's threshold), select_nonnegative(c, a, b) =
+// c >= 0 ? a : b, and the constants of its scalar type; for the gate of exponentials also log2_1p_wide(t, 1 / (1 + t)),
+// right for any finite t >= 0 (its second argument may be approximate), and reciprocal_estimate.
 #pragma once
 
 #ifdef __CUDACC__
@@ -55,6 +57,19 @@ SRCGCNN_INLINE GateGradient<V> gate_gradient2(V f2, V c2) {
   const V softplus = (M::max0(c2) + M::log2_1p(t)) * M::ln2;
   const V r = M::reciprocal(t + 1);
   return {s * softplus * (u * s), s * M::select_nonnegative(c2, r, t * r)};
+}
+
+// The same gate and its derivatives from exponentials, u = 2^f2 and t = 2^c2, both finite. Where f2 and c2 are sums, the
+// exponentials of their terms are formed once per term instead of once per sum.
+template <class M, class V>
+SRCGCNN_INLINE V gate_of_powers(V u, V t) {
+  return M::reciprocal(u + 1) * M::log2_1p_wide(t, M::reciprocal_estimate(t + 1));
+}
+
+template <class M, class V>
+SRCGCNN_INLINE GateGradient<V> gate_gradient_of_powers(V u, V t) {
+  const V s = M::reciprocal(u + 1), r = M::reciprocal(t + 1);
+  return {s * (M::log2_1p_wide(t, r) * M::ln2) * (u * s), s * (t * r)};
 }
 
 }  // namespace srcgcnn

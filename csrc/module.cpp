@@ -84,6 +84,14 @@ Moments<T> moments(const Addresses& a) {
           address<double>(a.at(4)), address<double>(a.at(5))};
 }
 
+// Features of the rows: their address, that of the species (or 0), rows of the table.
+using FeatureArguments = std::tuple<uintptr_t, uintptr_t, int64_t>;
+
+template <class T>
+Features<T> features(const FeatureArguments& a) {
+  return {address<T>(std::get<0>(a)), address<int32_t>(std::get<1>(a)), std::get<2>(a)};
+}
+
 using Norms = std::tuple<double, double, bool, bool>;  // eps1, eps2, train1, train2
 
 template <class T>
@@ -110,25 +118,25 @@ void bind(nb::module_& m, const char* suffix) {
     kernels<T>().edge_moments(address<T>(in_degree), address<T>(by_receiver), address<T>(by_sender),
                               address<double>(sum), address<double>(gram), address<T>(weight), edges<T>(e, s, b), threads);
   }, nogil);
-  m.def(name("conv").c_str(), [](uintptr_t out, uintptr_t messages, uintptr_t h, const Addresses& l, Norms n,
+  m.def(name("conv").c_str(), [](uintptr_t out, uintptr_t messages, FeatureArguments h, const Addresses& l, Norms n,
                                  const Addresses& e, Sizes s, Basis b, const Addresses& mo, int width, int threads) {
-    kernels<T>().conv(address<T>(out), address<T>(messages), address<T>(h), layer<T>(l, n), edges<T>(e, s, b),
+    kernels<T>().conv(address<T>(out), address<T>(messages), features<T>(h), layer<T>(l, n), edges<T>(e, s, b),
                       moments<T>(mo), width, threads);
   }, nogil);
-  m.def(name("conv_backward").c_str(), [](const Addresses& d, uintptr_t grad, uintptr_t h, uintptr_t messages,
+  m.def(name("conv_backward").c_str(), [](const Addresses& d, uintptr_t grad, FeatureArguments h, uintptr_t messages,
                                           const Addresses& l, Norms n, const Addresses& e, Sizes s, Basis b,
                                           const Addresses& mo, int width, int threads) {
     const Gradients<T> gradients{address<T>(d.at(0)), address<T>(d.at(1)), address<T>(d.at(2)), address<T>(d.at(3)),
                                  address<T>(d.at(4)), address<T>(d.at(5)), address<T>(d.at(6)), address<T>(d.at(7))};
-    kernels<T>().conv_backward(gradients, address<T>(grad), address<T>(h), address<T>(messages), layer<T>(l, n),
+    kernels<T>().conv_backward(gradients, address<T>(grad), features<T>(h), address<T>(messages), layer<T>(l, n),
                                edges<T>(e, s, b), moments<T>(mo), width, threads);
   }, nogil);
-  m.def(name("stack").c_str(), [](uintptr_t out, uintptr_t h, const std::vector<Addresses>& l,
+  m.def(name("stack").c_str(), [](uintptr_t out, FeatureArguments h, const std::vector<Addresses>& l,
                                   const std::vector<Norms>& n, bool shared, const Addresses& e, Sizes s, Basis b,
                                   int width, int threads) {
     std::vector<Layer<T>> layers;
     for (size_t t = 0; t < l.size(); ++t) layers.push_back(layer<T>(l[t], n.at(t)));
-    kernels<T>().stack(address<T>(out), address<T>(h), layers.data(), int(layers.size()), shared, edges<T>(e, s, b),
+    kernels<T>().stack(address<T>(out), features<T>(h), layers.data(), int(layers.size()), shared, edges<T>(e, s, b),
                        width, threads);
   }, nogil);
 }
@@ -156,6 +164,14 @@ std::tuple<int, int64_t> check_graph(uintptr_t sender_, uintptr_t row_ptr_, uint
   return {0, 0};
 }
 
+// The first row whose species is not in a table of n_table rows, or -1.
+int64_t check_species(uintptr_t species_, int64_t n_rows, int64_t n_table) {
+  const auto* species = address<int32_t>(species_);
+  for (int64_t i = 0; i < n_rows; ++i)
+    if (species[i] < 0 || species[i] >= n_table) return i;
+  return -1;
+}
+
 }  // namespace
 
 NB_MODULE(_core, m) {
@@ -163,6 +179,7 @@ NB_MODULE(_core, m) {
   bind<float>(m, "_f32");
   bind<double>(m, "_f64");
   m.def("check_graph", &check_graph);
+  m.def("check_species", &check_species);
   m.def("simd_level", [] { return std::string(chosen->name); });
   m.def("simd_levels", [] {
     std::vector<std::string> names;

@@ -1,5 +1,6 @@
 // Where the time of the CPU kernels goes: every stage alone, on one thread, best of many rounds, in ns per edge, beside
-// this processor's ceilings. The graph is made here: crystals of 25 atoms, 12 neighbours, 0.18 distinct distances an edge.
+// this processor's ceilings. The graphs are made here: crystals of 25 rows, 12 neighbours, with 0.18 distinct distances an
+// edge, as in full cells, and 0.43, as in symmetry quotients.
 //
 //   g++ -std=c++17 -O3 -fno-tree-pre -ffp-contract=fast -fopenmp -Wno-psabi -march=x86-64-v4 -mtune=skylake-avx512
 //       -mprefer-vector-width=512 -DSRCGCNN_LEVEL=v4 -I csrc/cpu benchmarks/native/stages.cpp -o stages && ./stages
@@ -16,6 +17,7 @@ using namespace srcgcnn::SRCGCNN_LEVEL;
 namespace {
 
 constexpr int F = 64, K = 41, C = 2 * F, kCrystals = 256, kAtoms = 25, kNeighbors = 12;
+constexpr int kPanels = F / kChannels<float>, kTwo = kPair<float>;
 
 double now() {
   timespec t;
@@ -90,11 +92,7 @@ void ceilings() {
          gate / 50 / n * F * 1e9, big.size() * 4 / read * 1e-9, total < 0 ? " " : "");
 }
 
-}  // namespace
-
-int main() {
-  srand48(1);
-  FlushDenormals flush;
+void stages(int distances) {
   const int64_t N = kCrystals * kAtoms, E = N * kNeighbors;
   std::vector<float> distance(E), weight(N, 1.0f), shell_distance(E), in_degree(N), by_receiver(N * K), by_sender(N * K);
   std::vector<int> sender(E), row_ptr(N + 1), crystal_ptr(kCrystals + 1), shell_of(E), shell_count(kCrystals);
@@ -104,7 +102,7 @@ int main() {
   for (int64_t e = 0; e < E; ++e) {
     const int64_t crystal = e / (kAtoms * kNeighbors);
     sender[e] = int(crystal * kAtoms + lrand48() % kAtoms);
-    distance[e] = 2.0f + 0.05f * (lrand48() % 55) + 1e-4f * crystal;
+    distance[e] = 2.0f + 2.75f * (lrand48() % distances) / distances + 1e-4f * crystal;
   }
   Edges<float> g{distance.data(), nullptr, sender.data(), row_ptr.data(), crystal_ptr.data(), shell_of.data(),
                  shell_distance.data(), shell_count.data(), N, E, kCrystals, K, 0.0f, 0.2f};
@@ -136,44 +134,67 @@ int main() {
       for (int c = 0; c < kCrystals; ++c) run(c);
     });
   };
-  ceilings();
   printf("graph: %ld rows, %ld edges, %.2f shells an edge\n", long(N), long(E), double(n_shells) / E);
   printf("once per batch\n");
   show("shells", shells);
   show("moments (training)", moments_time);
   printf("forward\n");
   char note[80];
-  const double product = best([&] { node_product<float>(pq.data(), h.data(), nodes, 0, N, F); });
+  const double product = best([&] { node_product<float>(pq.data(), h.data(), nodes, N, F); });
   snprintf(note, sizeof note, "%.0f GFLOP/s", 2.0 * N * F * 4 * F / product * 1e-9);
   show("node product", product, note);
-  const double terms = crystals([&](int c) { shell_terms<float>(r.data(), g, c, w_e.data(), C, nullptr); });
+  Windows<float> windows;
+  const auto panels = [&](auto run) {  // crystals panel by panel: run(crystal, first number of its rows, panel)
+    return crystals([&](int c) {
+      windows.of_crystal(g, c);
+      for (int x = 0; x < kPanels; ++x) run(c, (x * N + c * kAtoms) * kQuad<float>, x);
+    });
+  };
+  const double terms =
+      panels([&](int, int64_t, int x) { shell_terms<float>(r.data(), windows, w_e.data() + x * K * kTwo, nullptr); });
   snprintf(note, sizeof note, "%.0f ns a shell", 1e9 * terms / n_shells);
   show("edge terms of the shells", terms, note);
-  show("statistics (training)", crystals([&](int c) {
-         squares_of_crystal<float>(squares.data(), row_sum.data(), pq.data() + crystal_ptr[c] * 4 * F, r.data(),
-                                   weight.data(), g, c, F);
+  show("statistics (training)", panels([&](int c, int64_t at, int x) {
+         squares_of_panel<float>(squares.data() + x * kTwo, pq.data() + at, r.data(), weight.data(), g, c);
        }));
-  show("scale and shift of the rows", crystals([&](int c) {
-         const int64_t first = crystal_ptr[c];
-         scale_rows<float>(rows.data(), pq.data() + first * 4 * F, kAtoms, F, one.data(), zero.data());
+  show("powers of the rows", panels([&](int, int64_t at, int x) {
+         scale_rows<float, true>(rows.data(), pq.data() + at, kAtoms, one.data() + x * kTwo, zero.data() + x * kTwo);
        }));
-  show("gate and sum", crystals([&](int c) {
-         gate_crystal<float>(m.data(), rows.data(), r.data(), g, c, F);
+  show("edge terms, as powers", panels([&](int, int64_t, int x) {
+         shell_terms<float, true>(r.data(), windows, w_e.data() + x * K * kTwo, nullptr);
+       }));
+  show("gate and sum", panels([&](int c, int64_t, int x) {
+         gate_panel<float, true>(m.data() + x * kChannels<float>, rows.data(), r.data(), g, c, F);
        }));
   show("residual, softplus", best([&] {
          residual_softplus<float>(out.data(), h.data(), m.data(), N, F, one.data(), zero.data());
        }));
   printf("backward (and the node product, the scaling and the edge terms again)\n");
-  show("edge pass", crystals([&](int c) {
-         const int64_t first = crystal_ptr[c];
-         backward_crystal<float, true>(own.data() + first * 4 * F, senders.data() + first * 4 * F, t.data(),
-                                       grad.data(), rows.data(), r.data(), g, weight.data(), c, F);
+  Incoming incoming;
+  show("edges by sender and shell", crystals([&](int c) { incoming.of_crystal(g, c, shell_count[c]); }));
+  show("sums of z", panels([&](int c, int64_t at, int x) {
+         if (x == 0) incoming.of_crystal(g, c, windows.n);
+         sums_of_panel<float>(own.data() + at, senders.data() + at, pq.data() + at, r.data(), g, incoming,
+                              weight.data(), c);
+       }));
+  show("powers of the shells", panels([&](int, int64_t, int x) {
+         scale_terms<float, true>(t.data(), r.data(), windows.n, one.data() + x * kTwo);
+       }));
+  Aligned dy(kAtoms * kNeighbors * kTwo);
+  show("edge pass", panels([&](int c, int64_t at, int x) {
+         backward_panel<float, true>(own.data() + at, dy.data(), grad.data() + x * kChannels<float>, rows.data(),
+                                     r.data(), g, c, F);
+       }));
+  show("its sums by sender and shell", panels([&](int c, int64_t at, int x) {
+         if (x == 0) incoming.of_crystal(g, c, windows.n);
+         gather_panel<float>(senders.data() + at, kQuad<float>, dy.data(), incoming.by_sender, kAtoms);
+         gather_panel<float>(t.data(), kTwo, dy.data(), incoming.by_shell, windows.n);
        }));
   show("edge weights from the shells",
-       crystals([&](int c) { shell_gradient<float>(dw_e.data(), g, c, t.data(), C); }));
+       panels([&](int, int64_t, int x) { shell_gradient<float>(dw_e.data() + x * K * kTwo, windows, t.data()); }));
   show("edge weights' correction", best([&] {
-         gemm_tn<float>(by_receiver.data(), K, K, pq.data(), 4 * F, C, dw_e.data(), C, N);
-         gemm_tn<float>(by_sender.data(), K, K, pq.data() + C, 4 * F, C, dw_e.data(), C, N);
+         gemm_tn<float>(by_receiver.data(), K, K, h.data(), F, F, dw_e.data(), F, N);
+         gemm_tn<float>(by_sender.data(), K, K, h.data(), F, F, dw_e.data(), F, N);
        }));
   show("back through the node product", best([&] {
          for (int64_t i = 0; i < N; i += kRowBlock)
@@ -186,15 +207,34 @@ int main() {
                           N - i < kRowBlock ? N - i : kRowBlock);
        }));
   printf("whole operators\n");
+  const Features<float> rows_of_h{h.data(), nullptr, N};
   Moments<float> moments{weight.data(), in_degree.data(), by_receiver.data(), by_sender.data(), sum.data(), gram.data()};
   std::vector<float> mean1(C), var1(C, 1.0f), mean2(F), var2(F, 1.0f), d_w(w.size()), d1(C), d2(C), d3(C), d4(F), d5(F);
   Layer<float> layer{w.data(), nullptr, some.data(), zero.data(), some.data(), zero.data(), mean1.data(), var1.data(),
                      mean2.data(), var2.data(), 1e-5f, 1e-5f, true, true};
-  show("layer, training", best([&] { conv(out.data(), m.data(), h.data(), layer, g, moments, F, 1); }));
+  show("layer, training", best([&] { conv(out.data(), m.data(), rows_of_h, layer, g, moments, F, 1); }));
   Gradients<float> gradients{own.data(), d_w.data(), d1.data(), d2.data(), d3.data(), d4.data(), d5.data(), nullptr};
-  show("layer, backward", best([&] { conv_backward(gradients, grad.data(), h.data(), m.data(), layer, g, moments, F, 1); }));
+  show("layer, backward", best([&] { conv_backward(gradients, grad.data(), rows_of_h, m.data(), layer, g, moments, F, 1); }));
   Layer<float> fixed[3] = {layer, layer, layer};
   for (auto& one_layer : fixed) one_layer.train1 = one_layer.train2 = false;
-  show("three steps, inference, shared W", best([&] { stack(out.data(), h.data(), fixed, 3, true, g, F, 1); }));
-  show("three layers, inference", best([&] { stack(out.data(), h.data(), fixed, 3, false, g, F, 1); }));
+  show("three steps, inference, shared W", best([&] { stack(out.data(), rows_of_h, fixed, 3, true, g, F, 1); }));
+  show("three layers, inference", best([&] { stack(out.data(), rows_of_h, fixed, 3, false, g, F, 1); }));
+  std::vector<int> species(N);
+  for (int& x : species) x = int(lrand48() % 101);
+  const Features<float> elements{h.data(), species.data(), 101};
+  show("first layer, elements, training", best([&] { conv(out.data(), m.data(), elements, layer, g, moments, F, 1); }));
+  show("first layer, elements, backward",
+       best([&] { conv_backward(gradients, grad.data(), elements, m.data(), layer, g, moments, F, 1); }));
+  show("three steps from elements, shared W", best([&] { stack(out.data(), elements, fixed, 3, true, g, F, 1); }));
+  show("three layers from elements", best([&] { stack(out.data(), elements, fixed, 3, false, g, F, 1); }));
+}
+
+}  // namespace
+
+int main() {
+  srand48(1);
+  FlushDenormals flush;
+  ceilings();
+  stages(55);
+  stages(168);
 }

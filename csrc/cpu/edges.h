@@ -144,108 +144,210 @@ int64_t chunk_begin(const Edges<T>& g, int chunk) {
   return low;
 }
 
-// The window of edge features that matter at one distance: values[0..count) belong to features first..first+count.
-template <class T>
-struct Window {
-  static constexpr int kPadded = (kReach<T> + Simd<T>::width - 1) / Simd<T>::width * Simd<T>::width;
-
-  const T* values;
-  int first, count;
-  T local[kPadded];
-
-  SRCGCNN_INLINE void at(const Edges<T>& g, T distance) {
-    using M = typename MathOf<T>::M;
-    using V = typename Simd<T>::V;
-    constexpr int W = Simd<T>::width;
-    V lane;
-    for (int l = 0; l < W; ++l) lane[l] = T(l);
-    count = g.n_features < kReach<T> ? g.n_features : kReach<T>;
-    const T u = (distance - g.dmin) / g.step;
-    const int last = g.n_features - count;
-    // A far or infinite distance must not reach the integer conversion.
-    const T lowest = u + T(0.5) - kReach<T> / 2;
-    first = !(lowest > 0) ? 0 : lowest >= last ? last : int(lowest);
-    for (int k = 0; k < kPadded; k += W) {
-      const V x = splat(u - T(first + k)) - lane;
-      const V power = T(-kLog2e) * x * x;
-      store(local + k, V(power > T(-110) ? M::exp2(power) : V{}));
-    }
-    values = local;
-  }
-
-  // The k-th shell of crystal c, whose edges begin at `begin`; with given features every edge is its own.
-  SRCGCNN_INLINE void shell(const Edges<T>& g, int64_t begin, int64_t k) {
-    if (g.features) {
-      values = g.features + (begin + k) * g.n_features, first = 0, count = g.n_features;
-      return;
-    }
-    at(g, g.shell_distance[begin + k]);
-  }
-};
-
 template <class T>
 SRCGCNN_INLINE int64_t shells_of(const Edges<T>& g, int64_t crystal) {
   if (!g.features) return g.shell_count[crystal];
   return g.row_ptr[g.crystal_ptr[crystal + 1]] - g.row_ptr[g.crystal_ptr[crystal]];
 }
 
-// r (shells, width) = start + e W_e for the shells of one crystal; w_e (K, width).
+// The edge features that matter in each shell of a crystal: `count` numbers that belong to features first..first+count.
+// With given features every edge is its own shell, and all its features count.
 template <class T>
-void shell_terms(T* r, const Edges<T>& g, int64_t crystal, const T* w_e, int width, const T* start) {
-  using V = typename Simd<T>::V;
-  constexpr int W = Simd<T>::width, B = 8;
-  const int64_t begin = g.row_ptr[g.crystal_ptr[crystal]], n = shells_of(g, crystal);
-  Window<T> window;
-  for (int64_t s = 0; s < n; ++s) {
-    window.shell(g, begin, s);
-    T* to = r + s * width;
-    const T* w = w_e + int64_t(window.first) * width;
-    int c = 0;
-    for (; c + B * W <= width; c += B * W) {
-      V sum[B];
-      for (int v = 0; v < B; ++v) sum[v] = start ? load(start + c + v * W) : V{};
-      for (int k = 0; k < window.count; ++k) {
-        const V a = splat(window.values[k]);
-        for (int v = 0; v < B; ++v) sum[v] += a * load(w + int64_t(k) * width + c + v * W);
-      }
-      for (int v = 0; v < B; ++v) store(to + c + v * W, sum[v]);
+class Windows {
+ public:
+  int64_t n;
+  int count;
+
+  SRCGCNN_INLINE const T* values(int64_t s) const { return at_ + s * stride_; }
+  SRCGCNN_INLINE int first(int64_t s) const { return first_at_ ? first_at_[s] : 0; }
+
+  void of_crystal(const Edges<T>& g, int64_t crystal) {
+    const int64_t begin = g.row_ptr[g.crystal_ptr[crystal]];
+    n = shells_of(g, crystal);
+    if (g.features) {
+      at_ = g.features + begin * g.n_features, first_at_ = nullptr, count = int(stride_ = g.n_features);
+      return;
     }
-    for (; c < width; c += W) {
-      V sum = start ? load(start + c) : V{};
-      for (int k = 0; k < window.count; ++k) sum += splat(window.values[k]) * load(w + int64_t(k) * width + c);
-      store(to + c, sum);
+    using M = typename MathOf<T>::M;
+    using V = typename Simd<T>::V;
+    constexpr int W = Simd<T>::width;
+    constexpr int padded = (kReach<T> + W - 1) / W * W;
+    values_.reserve(n * padded);
+    first_.reserve(n);
+    at_ = values_, first_at_ = first_, stride_ = padded;
+    count = g.n_features < kReach<T> ? g.n_features : kReach<T>;
+    const int last = g.n_features - count;
+    V lane;
+    for (int l = 0; l < W; ++l) lane[l] = T(l);
+    for (int64_t s = 0; s < n; ++s) {
+      const T u = (g.shell_distance[begin + s] - g.dmin) / g.step;
+      // A far or infinite distance must not reach the integer conversion.
+      const T lowest = u + T(0.5) - kReach<T> / 2;
+      const int f = !(lowest > 0) ? 0 : lowest >= last ? last : int(lowest);
+      static_cast<int32_t*>(first_)[s] = f;
+      for (int k = 0; k < padded; k += W) {
+        const V x = splat(u - T(f + k)) - lane;
+        const V power = T(-kLog2e) * x * x;
+        store(static_cast<T*>(values_) + s * padded + k, V(power > T(-110) ? M::exp2(power) : V{}));
+      }
     }
   }
+
+ private:
+  Buffer<T> values_;
+  Buffer<int32_t> first_;
+  const T* at_;
+  const int32_t* first_at_;
+  int64_t stride_;
+};
+
+// Sums of three terms as products of their powers of two (float): no product leaves the range with each term in bounds.
+template <class T>
+constexpr bool kHasPowers = sizeof(T) == 4;
+template <class T, int NV>
+struct Bound {
+  static constexpr T most = 40;
+  typename Simd<T>::V worst[NV] = {};
+
+  SRCGCNN_INLINE void look(typename Simd<T>::V x, int v) {  // passes a NaN, which goes its own way through the powers
+    worst[v] = MathOf<T>::M::max(MathOf<T>::M::abs(x), worst[v]);
+  }
+  bool holds() const {
+    auto all = worst[0];
+    for (int v = 1; v < NV; ++v) all = MathOf<T>::M::max(all, worst[v]);
+    bool good = true;
+    for (int l = 0; l < Simd<T>::width; ++l) good &= all[l] <= most;
+    return good;
+  }
+};
+template <bool b>
+struct Flag {
+  static constexpr bool value = b;
+};
+
+// Channels are worked through in panels: kVectors vectors of the filter half and the same of the core half, so that what
+// a crystal needs of one panel stays in the first-level cache. Arrays of 2F channels are ordered panel by panel, and hold
+// (filter, core) of the panel; `placed` says where channel c of the layer is.
+constexpr int kVectors = SRCGCNN_VECTOR_BYTES == 64 ? 1 : 2;
+template <class T>
+constexpr int kChannels = kVectors * Simd<T>::width;
+template <class T>
+constexpr int kPair = 2 * kChannels<T>;
+
+template <class T>
+SRCGCNN_INLINE int placed(int c, int F) {
+  const int half = c / F, x = c % F;
+  return x / kChannels<T> * kPair<T> + half * kChannels<T> + x % kChannels<T>;
 }
 
-// dw_e (K, width) += e^T t for the shells of one crystal; t (shells, width).
-template <class T>
-void shell_gradient(T* dw_e, const Edges<T>& g, int64_t crystal, const T* t, int width) {
+// r (shells, kPair) = start + e W_e for the shells of one crystal and one panel, or the powers of it; w_e (K, kPair).
+// False: a power's exponent is out of bounds. R: how many features a window has, 0 if that is not known.
+template <class T, bool kPowers, int R>
+bool shell_terms_of(T* r, const Windows<T>& windows, const T* w_e, const T* start) {
   using V = typename Simd<T>::V;
-  constexpr int W = Simd<T>::width, B = 8;
-  const int64_t begin = g.row_ptr[g.crystal_ptr[crystal]], n = shells_of(g, crystal);
-  Window<T> window;
-  for (int64_t s = 0; s < n; ++s) {
-    window.shell(g, begin, s);
-    const T* from = t + s * width;
-    T* to = dw_e + int64_t(window.first) * width;
-    int c = 0;
-    for (; c + B * W <= width; c += B * W) {
-      V d[B];
-      for (int v = 0; v < B; ++v) d[v] = load(from + c + v * W);
-      for (int k = 0; k < window.count; ++k) {
-        const V a = splat(window.values[k]);
-        T* row = to + int64_t(k) * width + c;
-        for (int v = 0; v < B; ++v) store(row + v * W, load(row + v * W) + a * d[v]);
-      }
+  constexpr int W = Simd<T>::width, NV = 2 * kVectors;
+  Bound<T, NV> bound;
+  V from[NV];
+  for (int v = 0; v < NV; ++v) from[v] = start ? load(start + v * W) : V{};
+  for (int64_t s = 0; s < windows.n; ++s) {
+    const T* values = windows.values(s);
+    const T* w = w_e + int64_t(windows.first(s)) * NV * W;
+    V sum[NV];
+    for (int v = 0; v < NV; ++v) sum[v] = from[v];
+    for (int k = 0; k < (R ? R : windows.count); ++k) {
+      const V a = splat(values[k]);
+      for (int v = 0; v < NV; ++v) sum[v] += a * load(w + int64_t(k) * NV * W + v * W);
     }
-    for (; c < width; c += W)
-      for (int k = 0; k < window.count; ++k) {
-        T* row = to + int64_t(k) * width + c;
-        store(row, load(row) + splat(window.values[k]) * load(from + c));
+    for (int v = 0; v < NV; ++v) {
+      if constexpr (kPowers) {
+        bound.look(sum[v], v);
+        sum[v] = MathOf<T>::M::exp2(sum[v]);
       }
+      store(r + s * NV * W + v * W, sum[v]);
+    }
   }
+  return !kPowers || bound.holds();
 }
+template <class T, bool kPowers = false>
+bool shell_terms(T* r, const Windows<T>& windows, const T* w_e, const T* start) {
+  return windows.count == kReach<T> ? shell_terms_of<T, kPowers, kReach<T>>(r, windows, w_e, start)
+                                    : shell_terms_of<T, kPowers, 0>(r, windows, w_e, start);
+}
+
+// dw_e (K, kPair) += e^T t for the shells of one crystal and one panel; t (shells, kPair). Shells with the same window
+// follow each other (they are ordered by distance): their sums stay in registers.
+template <class T>
+void shell_gradient(T* dw_e, const Windows<T>& windows, const T* t) {
+  using V = typename Simd<T>::V;
+  constexpr int W = Simd<T>::width, R = kReach<T>, C = kPair<T>;
+  constexpr int NV = SRCGCNN_VECTOR_BYTES == 64 ? 2 : 1;  // vectors whose R sums fit the registers
+  if (windows.count == R) {
+    for (int c = 0; c < C; c += NV * W)
+      for (int64_t s = 0; s < windows.n;) {
+        const int first = windows.first(s);
+        V sum[R][NV] = {};
+        do {
+          const T* values = windows.values(s);
+          V d[NV];
+          for (int v = 0; v < NV; ++v) d[v] = load(t + s * C + c + v * W);
+          for (int k = 0; k < R; ++k)
+            for (int v = 0; v < NV; ++v) sum[k][v] += splat(values[k]) * d[v];
+        } while (++s < windows.n && windows.first(s) == first);
+        for (int k = 0; k < R; ++k)
+          for (int v = 0; v < NV; ++v) {
+            T* at = dw_e + int64_t(first + k) * C + c + v * W;
+            store(at, load(at) + sum[k][v]);
+          }
+      }
+    return;
+  }
+  for (int64_t s = 0; s < windows.n; ++s)
+    for (int k = 0; k < windows.count; ++k) {
+      T* row = dw_e + int64_t(windows.first(s) + k) * C;
+      const auto a = splat(windows.values(s)[k]);
+      for (int c = 0; c < C; c += W) store(row + c, load(row + c) + a * load(t + s * C + c));
+    }
+}
+
+// The edges of one crystal by sender and by shell, in order: sums over them are gathered, because scattered ones would
+// wait for each other in memory. Edges and rows count within the crystal.
+class Incoming {
+ public:
+  struct List {
+    const int32_t* start;  // (keys + 1)
+    const int32_t* edge;
+  };
+  List by_sender, by_shell;
+  const int32_t* receiver;  // by edge
+
+  template <class T>
+  void of_crystal(const Edges<T>& g, int64_t crystal, int64_t shells) {
+    const int64_t first = g.crystal_ptr[crystal], n = g.crystal_ptr[crystal + 1] - first, begin = g.row_ptr[first];
+    const int64_t edges = g.row_ptr[first + n] - begin;
+    receiver_.reserve(edges);
+    int32_t* receivers = receiver_;
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t e = g.row_ptr[first + i]; e < g.row_ptr[first + i + 1]; ++e) receivers[e - begin] = int32_t(i);
+    receiver = receiver_;
+    by_sender = sort(sender_start_, sender_edge_, g.sender + begin, int32_t(first), n, edges);
+    if (g.shell_of) by_shell = sort(shell_start_, shell_edge_, g.shell_of + begin, 0, shells, edges);
+  }
+
+ private:
+  static List sort(Buffer<int32_t>& start_at, Buffer<int32_t>& edge_at, const int32_t* key, int32_t least, int64_t n,
+                   int64_t edges) {
+    start_at.zero(n + 2);
+    edge_at.reserve(edges);
+    int32_t* start = start_at;
+    int32_t* edge = edge_at;
+    for (int64_t e = 0; e < edges; ++e) ++start[key[e] - least + 2];
+    for (int64_t k = 2; k <= n; ++k) start[k] += start[k - 1];
+    for (int64_t e = 0; e < edges; ++e) edge[start[key[e] - least + 1]++] = int32_t(e);
+    return {start, edge};
+  }
+
+  Buffer<int32_t> receiver_, sender_start_, sender_edge_, shell_start_, shell_edge_;
+};
 
 SRCGCNN_INLINE uint64_t bits_of(float x) {
   uint32_t b;
@@ -258,13 +360,26 @@ SRCGCNN_INLINE uint64_t bits_of(double x) {
   return b;
 }
 
-// Distinct distances of every crystal, numbered in order of appearance, by a hash table that is emptied per crystal.
+// Shells in the order of their distances, up to the width of a bin: counting sort. `number` becomes old -> new.
+template <class T>
+void order_shells(T* distance, int32_t count, T* copy, int32_t* number) {
+  constexpr int kBins = 256;
+  constexpr T per_length = 16;  // bins of 1/16 Å
+  int32_t start[kBins + 1] = {};
+  const auto bin = [&](T d) { return d > 0 ? (d * per_length < kBins - 1 ? int(d * per_length) : kBins - 1) : 0; };
+  for (int32_t s = 0; s < count; ++s) ++start[bin(copy[s] = distance[s]) + 1];
+  for (int b = 0; b < kBins; ++b) start[b + 1] += start[b];
+  for (int32_t s = 0; s < count; ++s) distance[number[s] = start[bin(copy[s])]++] = copy[s];
+}
+
+// Distinct distances of every crystal by a hash table that is emptied per crystal.
 template <class T>
 void edge_shells(int32_t* shell_of, T* shell_distance, int32_t* shell_count, const Edges<T>& g, int threads) {
   const int n_chunks = chunks_of(g);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int chunk = 0; chunk < n_chunks; ++chunk) {
-    Buffer<int32_t> table;
+    Buffer<int32_t> table, number;
+    Buffer<T> copy;
     for (int64_t c = chunk_begin(g, chunk); c < chunk_begin(g, chunk + 1); ++c) {
       const int64_t begin = g.row_ptr[g.crystal_ptr[c]], end = g.row_ptr[g.crystal_ptr[c + 1]];
       int64_t slots = 64;
@@ -283,6 +398,10 @@ void edge_shells(int32_t* shell_of, T* shell_distance, int32_t* shell_count, con
         shell_of[e] = table[slot];
       }
       shell_count[c] = count;
+      copy.reserve(count);
+      number.reserve(count);
+      order_shells<T>(shell_distance + begin, count, copy, number);
+      for (int64_t e = begin; e < end; ++e) shell_of[e] = number[shell_of[e]];
     }
   }
 }
@@ -297,7 +416,7 @@ void edge_moments(T* in_degree, T* by_receiver, T* by_sender, double* sum_out, d
 #pragma omp parallel num_threads(threads)
   {
     FlushDenormals flush;
-    Buffer<Window<T>> windows;
+    Windows<T> windows;
     Buffer<double> shell_weight;
 #pragma omp for schedule(dynamic, 1)
     for (int chunk = 0; chunk < n_chunks; ++chunk) {
@@ -308,34 +427,31 @@ void edge_moments(T* in_degree, T* by_receiver, T* by_sender, double* sum_out, d
       memset(by_receiver + first * k, 0, (last - first) * k * sizeof(T));
       memset(by_sender + first * k, 0, (last - first) * k * sizeof(T));
       for (int64_t c = c0; c < c1; ++c) {
-        const int64_t begin = g.row_ptr[g.crystal_ptr[c]], n = shells_of(g, c);
-        windows.reserve(n);
-        shell_weight.zero(n);
-        for (int64_t s = 0; s < n; ++s) {
-          windows[s].shell(g, begin, s);
-          if (!g.features) windows[s].values = windows[s].local;
-        }
+        const int64_t begin = g.row_ptr[g.crystal_ptr[c]];
+        windows.of_crystal(g, c);
+        shell_weight.zero(windows.n);
         for (int64_t i = g.crystal_ptr[c]; i < g.crystal_ptr[c + 1]; ++i)
           for (int64_t e = g.row_ptr[i]; e < g.row_ptr[i + 1]; ++e) {
             const int64_t s = g.features ? e - begin : g.shell_of[e];
-            const Window<T>& window = windows[s];
+            const T* values = windows.values(s);
             const T w = row_weight[i];
-            T* to_i = by_receiver + i * k + window.first;
-            T* to_j = by_sender + int64_t(g.sender[e]) * k + window.first;
-            for (int a = 0; a < window.count; ++a) {
-              to_i[a] += window.values[a];
-              to_j[a] += w * window.values[a];
+            T* to_i = by_receiver + i * k + windows.first(s);
+            T* to_j = by_sender + int64_t(g.sender[e]) * k + windows.first(s);
+            for (int a = 0; a < windows.count; ++a) {
+              to_i[a] += values[a];
+              to_j[a] += w * values[a];
             }
             in_degree[g.sender[e]] += w;
             shell_weight[s] += w;
           }
-        for (int64_t s = 0; s < n; ++s) {
-          const Window<T>& window = windows[s];
-          for (int a = 0; a < window.count; ++a) {
-            const double wa = shell_weight[s] * window.values[a];
-            sum[k * k + window.first + a] += wa;
-            double* row = sum + (window.first + a) * k + window.first;
-            for (int b = 0; b < window.count; ++b) row[b] += wa * window.values[b];
+        for (int64_t s = 0; s < windows.n; ++s) {
+          const T* values = windows.values(s);
+          const int first = windows.first(s);
+          for (int a = 0; a < windows.count; ++a) {
+            const double wa = shell_weight[s] * values[a];
+            sum[k * k + first + a] += wa;
+            double* row = sum + (first + a) * k + first;
+            for (int b = 0; b < windows.count; ++b) row[b] += wa * values[b];
           }
         }
       }

@@ -74,19 +74,22 @@ void panel_nn(const T* a, int64_t lda, const T* b, int depth, T* c, int64_t ldc,
   for (; i < rows; ++i) tile_nn<T, 1, NV>(a + i * lda, lda, b, depth, c + i * ldc, ldc, start, accumulate);
 }
 
-// C (rows, width) = start + A (rows, depth) B, or C += A B.
+// C (rows, width) = start + A (rows, depth) B, or C += A B. The columns of C may lie in groups: `group` columns to a row
+// of ldc, and the next ones `group_stride` numbers on; `group` is the width or a multiple of a panel.
 template <class T>
-void gemm_nn(const T* a, int64_t lda, Packed<T> b, T* c, int64_t ldc, int64_t rows, const T* start, bool accumulate) {
+void gemm_nn(const T* a, int64_t lda, Packed<T> b, T* c, int64_t ldc, int64_t rows, const T* start, bool accumulate,
+             int group = 1 << 30, int64_t group_stride = 0) {
   constexpr int W = Simd<T>::width;
   for (int x = 0; x < b.width; x += kPanel * W) {
     const T* from = start ? start + x : nullptr;
+    T* to = c + x / group * group_stride + x % group;
     switch ((b.width - x) / W) {
-      case 1: panel_nn<T, 1>(a, lda, b.panel(x), b.depth, c + x, ldc, rows, from, accumulate); break;
+      case 1: panel_nn<T, 1>(a, lda, b.panel(x), b.depth, to, ldc, rows, from, accumulate); break;
 #if SRCGCNN_VECTOR_BYTES == 64
-      case 2: panel_nn<T, 2>(a, lda, b.panel(x), b.depth, c + x, ldc, rows, from, accumulate); break;
-      case 3: panel_nn<T, 3>(a, lda, b.panel(x), b.depth, c + x, ldc, rows, from, accumulate); break;
+      case 2: panel_nn<T, 2>(a, lda, b.panel(x), b.depth, to, ldc, rows, from, accumulate); break;
+      case 3: panel_nn<T, 3>(a, lda, b.panel(x), b.depth, to, ldc, rows, from, accumulate); break;
 #endif
-      default: panel_nn<T, kPanel>(a, lda, b.panel(x), b.depth, c + x, ldc, rows, from, accumulate);
+      default: panel_nn<T, kPanel>(a, lda, b.panel(x), b.depth, to, ldc, rows, from, accumulate);
     }
   }
 }

@@ -16,7 +16,7 @@ namespace srcgcnn {
 namespace SRCGCNN_LEVEL {
 template <class T>
 constexpr Kernels<T> table() {
-  return {Simd<T>::width, edge_shells<T>, edge_moments<T>, conv<T>, conv_backward<T>, stack<T>};
+  return {kChannels<T>, edge_shells<T>, edge_moments<T>, conv<T>, conv_backward<T>, stack<T>};
 }
 }  // namespace SRCGCNN_LEVEL
 

@@ -51,9 +51,17 @@ struct Layer {
   bool train1, train2;
 };
 
+// Features of the rows: (N, F), or, with `species` (N), a table (n_table, F) of which row i takes row species[i].
+template <class T>
+struct Features {
+  const T* data;
+  const int32_t* species;
+  int64_t n_table;
+};
+
 template <class T>
 struct Gradients {
-  T* h;       // (N, F)
+  T* h;       // as the features
   T* weight;  // (2F, 2F + K)
   T* bias;    // (2F)
   T* gamma1;
@@ -73,13 +81,13 @@ struct Kernels {
   void (*edge_moments)(T* in_degree, T* by_receiver, T* by_sender, double* sum, double* gram, const T* row_weight,
                        const Edges<T>& edges, int threads);
   // out, m (N, F): the layer's output, and the summed messages that its backward needs.
-  void (*conv)(T* out, T* m, const T* h, const Layer<T>& layer, const Edges<T>& edges, const Moments<T>& moments,
+  void (*conv)(T* out, T* m, const Features<T>& h, const Layer<T>& layer, const Edges<T>& edges, const Moments<T>& moments,
                int width, int threads);
-  void (*conv_backward)(const Gradients<T>& gradients, const T* grad_out, const T* h, const T* m, const Layer<T>& layer,
-                        const Edges<T>& edges, const Moments<T>& moments, int width, int threads);
+  void (*conv_backward)(const Gradients<T>& gradients, const T* grad_out, const Features<T>& h, const T* m,
+                        const Layer<T>& layer, const Edges<T>& edges, const Moments<T>& moments, int width, int threads);
   // out (N, F): `n_steps` convolutions with fixed statistics, crystal by crystal. With `shared` all steps have one
   // weight (and bias).
-  void (*stack)(T* out, const T* h, const Layer<T>* layers, int n_steps, bool shared, const Edges<T>& edges, int width,
+  void (*stack)(T* out, const Features<T>& h, const Layer<T>* layers, int n_steps, bool shared, const Edges<T>& edges, int width,
                 int threads);
 };
 

@@ -4,16 +4,15 @@
 
 #include "../gate.h"
 
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#if defined(__x86_64__)
 #include <immintrin.h>
+#endif
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
 #define SRCGCNN_VECTOR_BYTES 64
 #elif defined(__AVX__)
 #define SRCGCNN_VECTOR_BYTES 32
 #else
 #define SRCGCNN_VECTOR_BYTES 16
-#endif
-#if defined(__x86_64__)
-#include <xmmintrin.h>
 #endif
 
 namespace srcgcnn::SRCGCNN_LEVEL {
@@ -60,8 +59,31 @@ struct MathF32 {
   static constexpr float max_exponent = 126.0f;
 
   static SRCGCNN_INLINE F32 abs(F32 x) { return (F32)((I)x & 0x7fffffff); }
-  static SRCGCNN_INLINE F32 max0(F32 x) { return x > 0 ? x : F32{}; }
-  static SRCGCNN_INLINE F32 at_most(F32 x) { return x < max_exponent ? x : F32{} + max_exponent; }
+  // The greater and the smaller one, b where either is not a number: one instruction, which gcc does not find.
+  static SRCGCNN_INLINE F32 max(F32 a, F32 b) {
+#if SRCGCNN_VECTOR_BYTES == 64
+    return (F32)_mm512_max_ps((__m512)a, (__m512)b);
+#elif SRCGCNN_VECTOR_BYTES == 32
+    return (F32)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__x86_64__)
+    return (F32)_mm_max_ps((__m128)a, (__m128)b);
+#else
+    return a > b ? a : b;
+#endif
+  }
+  static SRCGCNN_INLINE F32 min(F32 a, F32 b) {
+#if SRCGCNN_VECTOR_BYTES == 64
+    return (F32)_mm512_min_ps((__m512)a, (__m512)b);
+#elif SRCGCNN_VECTOR_BYTES == 32
+    return (F32)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__x86_64__)
+    return (F32)_mm_min_ps((__m128)a, (__m128)b);
+#else
+    return a < b ? a : b;
+#endif
+  }
+  static SRCGCNN_INLINE F32 max0(F32 x) { return max(F32{}, x); }
+  static SRCGCNN_INLINE F32 at_most(F32 x) { return min(F32{} + max_exponent, x); }
   static SRCGCNN_INLINE F32 tail(F32, F32 t) { return t; }  // the difference is below float's resolution
   static SRCGCNN_INLINE F32 select_nonnegative(F32 c, F32 a, F32 b) { return c >= 0 ? a : b; }
 
@@ -107,6 +129,28 @@ struct MathF32 {
     return p * t;
   }
 
+  // log2(1 + t) for t in [0, 2^125]; what the sum 1 + t loses to rounding is added back, so small t keep their digits.
+  static SRCGCNN_INLINE F32 log2_1p_wide(F32 t, F32 inverse) {
+    const F32 x = t + 1.0f;
+    const F32 lost = (t - (x - 1.0f)) * inverse;
+#if SRCGCNN_VECTOR_BYTES == 64
+    const F32 exponent = (F32)_mm512_getexp_ps((__m512)x);
+    const F32 mantissa = (F32)_mm512_getmant_ps((__m512)x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero);
+#else
+    const F32 exponent = __builtin_convertvector(((I)x >> 23) - 127, F32);
+    const F32 mantissa = (F32)(((I)x & 0x7fffff) | 0x3f800000);
+#endif
+    return lost * float(kLog2e) + (exponent + log2_1p(mantissa - 1.0f));
+  }
+
+  static SRCGCNN_INLINE F32 reciprocal_estimate(F32 x) {
+#if SRCGCNN_VECTOR_BYTES == 64
+    return (F32)_mm512_rcp14_ps((__m512)x);
+#else
+    return 1.0f / x;
+#endif
+  }
+
   static SRCGCNN_INLINE F32 reciprocal(F32 x) {
 #if SRCGCNN_VECTOR_BYTES == 64
     const F32 y = (F32)_mm512_rcp14_ps((__m512)x);  // 14 bits, doubled by one Newton step
@@ -123,8 +167,10 @@ struct MathF64 {
   static constexpr double max_exponent = 1022.0;
 
   static SRCGCNN_INLINE F64 abs(F64 x) { return (F64)((I)x & INT64_MAX); }
-  static SRCGCNN_INLINE F64 max0(F64 x) { return x > 0 ? x : F64{}; }
-  static SRCGCNN_INLINE F64 at_most(F64 x) { return x < max_exponent ? x : F64{} + max_exponent; }
+  static SRCGCNN_INLINE F64 max(F64 a, F64 b) { return a > b ? a : b; }
+  static SRCGCNN_INLINE F64 min(F64 a, F64 b) { return a < b ? a : b; }
+  static SRCGCNN_INLINE F64 max0(F64 x) { return max(F64{}, x); }
+  static SRCGCNN_INLINE F64 at_most(F64 x) { return min(F64{} + max_exponent, x); }
   static SRCGCNN_INLINE F64 tail(F64 c2, F64 t) { return c2 > 20 * kLog2e ? F64{} : t; }
   static SRCGCNN_INLINE F64 select_nonnegative(F64 c, F64 a, F64 b) { return c >= 0 ? a : b; }
 

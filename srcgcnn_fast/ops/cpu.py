@@ -139,6 +139,15 @@ class _Edges:
         return self.addresses, self.sizes, self.basis
 
 
+def checked(graph: Graph, n_features: int, dtype: torch.dtype) -> _Edges:
+    """The graph for several calls of :func:`conv` and :func:`conv_backward`, checked once.
+
+    Raises:
+        InputError: a shape, type or index is wrong.
+    """
+    return _Edges(graph, n_features, dtype)
+
+
 def edge_shells(
     distance: Tensor, sender: Tensor, row_ptr: Tensor, crystal_ptr: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,39 +204,64 @@ def _moment_addresses(moments: Moments, edges: _Edges, dtype: torch.dtype, train
     return [_address(x) for x in moments]
 
 
+def _features(h: Tensor, species: Tensor | None, n_rows: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Addresses and size of the rows' features, checked: (N, F), or a table (U, F) and the row's place in it (N,)."""
+    width = h.shape[1]
+    if species is None:
+        _check("h", h, (n_rows, width), dtype)
+        return h.data_ptr(), 0, 0
+    _check("h", h, (h.shape[0], width), dtype)
+    _check("species", species, (n_rows,), torch.int32)
+    fault = core.check_species(species.data_ptr(), n_rows, h.shape[0])
+    if fault >= 0:
+        raise InputError(f"species[{fault}] is {int(species[fault])}, but the table has {h.shape[0]} rows.")
+    return h.data_ptr(), species.data_ptr(), h.shape[0]
+
+
 def conv(
-    h: Tensor, layer: Layer, graph: Graph, moments: Moments
+    h: Tensor, layer: Layer, graph: Graph, moments: Moments, species: Tensor | None = None, edges: _Edges | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output and summed messages (N, F), then the statistics that were used: mean1, var1 (2F), mean2, var2 (F).
 
-    A mean of the batch leaves without the bias.
+    A mean of the batch leaves without the bias. With ``species`` (N,), h is a table (U, F) of which row i takes row
+    species[i]. ``edges``: the graph as :func:`checked` returns it.
     """
     width = h.shape[1]
     n_features = layer.weight.shape[1] - 2 * width
-    edges = _Edges(graph, n_features, h.dtype)
-    _check("h", h, (edges.sizes[0], width), h.dtype)
+    edges = edges or _Edges(graph, n_features, h.dtype)
+    n_rows = edges.sizes[0]
+    features = _features(h, species, n_rows, h.dtype)
     used = [
         torch.empty_like(x) if trains else x.clone()
         for x, trains in zip(layer[6:10], (layer.train1,) * 2 + (layer.train2,) * 2, strict=True)
     ]
     layer = layer._replace(mean1=used[0], var1=used[1], mean2=used[2], var2=used[3])
     addresses, norms = _layer_arguments(layer, width, n_features)
-    out, m = torch.empty_like(h), torch.empty_like(h)
+    out, m = (torch.empty(n_rows, width, dtype=h.dtype) for _ in range(2))
     _kernel("conv", h.dtype)(
-        out.data_ptr(), m.data_ptr(), h.data_ptr(), addresses, norms, *edges.arguments,
+        out.data_ptr(), m.data_ptr(), features, addresses, norms, *edges.arguments,
         _moment_addresses(moments, edges, h.dtype, layer.train1), width, torch.get_num_threads(),
     )  # fmt: skip
     return out, m, used[0], used[1], used[2], used[3]
 
 
 def conv_backward(
-    grad: Tensor, h: Tensor, m: Tensor, layer: Layer, graph: Graph, moments: Moments, edge_grad: bool
+    grad: Tensor,
+    h: Tensor,
+    m: Tensor,
+    layer: Layer,
+    graph: Graph,
+    moments: Moments,
+    edge_grad: bool,
+    species: Tensor | None = None,
+    edges: _Edges | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients of h, weight, bias, gamma1, beta1, gamma2, beta2, and of the edges (empty unless asked for)."""
     width = h.shape[1]
     n_features = layer.weight.shape[1] - 2 * width
-    edges = _Edges(graph, n_features, h.dtype)
-    for name, x in (("grad", grad), ("h", h), ("m", m)):
+    edges = edges or _Edges(graph, n_features, h.dtype)
+    features = _features(h, species, edges.sizes[0], h.dtype)
+    for name, x in (("grad", grad), ("m", m)):
         _check(name, x, (edges.sizes[0], width), h.dtype)
     if edge_grad and layer.train1:
         raise InputError("Gradients of the edges exist for fixed statistics only; call model.eval() first.")
@@ -238,23 +272,23 @@ def conv_backward(
     edge = torch.empty_like(like) if edge_grad else h.new_empty(0)
     gradients = [x.data_ptr() for x in outputs] + [edge.data_ptr() if edge_grad else 0]
     _kernel("conv_backward", h.dtype)(
-        gradients, grad.data_ptr(), h.data_ptr(), m.data_ptr(), addresses, norms, *edges.arguments,
+        gradients, grad.data_ptr(), features, m.data_ptr(), addresses, norms, *edges.arguments,
         _moment_addresses(moments, edges, h.dtype, layer.train1), width, torch.get_num_threads(),
     )  # fmt: skip
     return (*outputs, edge)
 
 
-def stack(h: Tensor, layers: Sequence[Layer], graph: Graph) -> Tensor:
+def stack(h: Tensor, layers: Sequence[Layer], graph: Graph, species: Tensor | None = None) -> Tensor:
     """All convolutions with fixed statistics, crystal by crystal; layers may share one weight tensor."""
     width = h.shape[1]
     n_features = layers[0].weight.shape[1] - 2 * width
     edges = _Edges(graph, n_features, h.dtype)
-    _check("h", h, (edges.sizes[0], width), h.dtype)
+    features = _features(h, species, edges.sizes[0], h.dtype)
     arguments = [_layer_arguments(layer, width, n_features) for layer in layers]
     shared = all(layer.weight.data_ptr() == layers[0].weight.data_ptr() for layer in layers)
-    out = torch.empty_like(h)
+    out = torch.empty(edges.sizes[0], width, dtype=h.dtype)
     _kernel("stack", h.dtype)(
-        out.data_ptr(), h.data_ptr(), [a for a, _ in arguments], [n for _, n in arguments], shared, *edges.arguments,
+        out.data_ptr(), features, [a for a, _ in arguments], [n for _, n in arguments], shared, *edges.arguments,
         width, torch.get_num_threads(),
     )  # fmt: skip
     return out
