@@ -6,7 +6,6 @@ device and dtype; :func:`srcgcnn_fast.use_backend` forces one. Under autocast th
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -42,6 +41,7 @@ def gated_conv(
     bn1: BatchNorm,
     bn2: BatchNorm,
     *,
+    species: Tensor | None = None,
     dmin: float = 0.0,
     step: float = 0.2,
 ) -> Tensor:
@@ -57,6 +57,8 @@ def gated_conv(
         bias: (2F,) or None.
         bn1: batch norm of the edges' 2F channels; its running statistics move in place when it trains.
         bn2: batch norm of the F summed channels.
+        species: (N,) int32. If given, ``atom_fea`` is a table (U, F), of which row i takes row species[i]: rows of the
+            same element share their part of the work. ``batch.numbers`` with features by atomic number, for instance.
         dmin: centre of the first Gaussian, Å; ignored where the batch has ``edge_features``.
         step: distance between the Gaussians' centres and their width, Å.
 
@@ -66,7 +68,8 @@ def gated_conv(
     Raises:
         InputError: shapes do not fit, or batch statistics are asked of a single value.
     """
-    return stacked_gated_conv(atom_fea, batch, [ConvParameters(weight, bias, bn1, bn2)], dmin=dmin, step=step)[0]
+    layer = ConvParameters(weight, bias, bn1, bn2)
+    return stacked_gated_conv(atom_fea, batch, [layer], species=species, dmin=dmin, step=step)[0]
 
 
 def stacked_gated_conv(
@@ -74,16 +77,17 @@ def stacked_gated_conv(
     batch: GraphBatch,
     layers: Sequence[ConvParameters],
     *,
+    species: Tensor | None = None,
     dmin: float = 0.0,
     step: float = 0.2,
     return_steps: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Several convolutions, each with its own parameters (CGCNN).
+    """Several convolutions, each with its own parameters (CGCNN). Arguments are those of :func:`gated_conv`.
 
     Returns:
         The features after the last one, (N, F), and, with ``return_steps``, those after each (else an empty list).
     """
-    return _stack(atom_fea, batch, layers, dmin, step, return_steps, None)
+    return _stack(atom_fea, batch, layers, species, dmin, step, return_steps, None)
 
 
 def recurrent_gated_conv(
@@ -96,6 +100,7 @@ def recurrent_gated_conv(
     *,
     layer_norm: Callable[[Tensor], Tensor] | None = None,
     alpha: Tensor | None = None,
+    species: Tensor | None = None,
     dmin: float = 0.0,
     step: float = 0.2,
     return_steps: bool = False,
@@ -117,13 +122,14 @@ def recurrent_gated_conv(
         return new if layer_norm is None else layer_norm(new)
 
     plain = layer_norm is None and alpha is None
-    return _stack(atom_fea, batch, layers, dmin, step, return_steps, None if plain else after)
+    return _stack(atom_fea, batch, layers, species, dmin, step, return_steps, None if plain else after)
 
 
 def _stack(
     h: Tensor,
     batch: GraphBatch,
     layers: Sequence[ConvParameters],
+    species: Tensor | None,
     dmin: float,
     step: float,
     return_steps: bool,
@@ -132,26 +138,43 @@ def _stack(
     device = h.device.type
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
-            return _stack(h.float(), batch, layers, dmin, step, return_steps, after)
+            return _stack(h.float(), batch, layers, species, dmin, step, return_steps, after)
+    _check_features(h, batch, species)
     for layer in layers:
-        _check(h, batch, layer)
+        _check(h.shape[1], batch, layer)
+    plain = after is None and not return_steps
     distance = batch.distance.to(h.dtype)
     features = None if batch.edge_features is None else batch.edge_features.to(h.dtype)
     edges = Edges(distance, features, batch.sender, batch.row_ptr, batch.crystal_ptr, float(dmin), float(step))
     trains = any(layer.bn1.training for layer in layers)
-    if registry.select(h, edge_statistics_grad=trains and _requires_grad(edges)) == "reference":
-        convolve = functools.partial(reference.gated_conv, edges=edges, row_weight=batch.weight)
+    is_reference = registry.select(h, edge_statistics_grad=trains and _requires_grad(edges)) == "reference"
+    # A table pays where many rows share its rows, and the steps after the first have none.
+    if species is not None and (is_reference or not plain or 4 * h.shape[0] > batch.num_rows):
+        h, species = h.index_select(0, species), None
+    convolve: Callable[[Tensor, Sequence[ConvParameters]], Tensor]
+    if is_reference:
+        row_weight = batch.weight
+
+        def convolve(h: Tensor, layers: Sequence[ConvParameters]) -> Tensor:
+            for layer in layers:
+                h = reference.gated_conv(h, edges, row_weight, *layer)
+            return h
+
     else:
         graph = _with_shells(batch, edges, h.dtype)
-        if after is None and not return_steps and not _needs_autograd(h, edges, layers):
+        if plain and not _needs_autograd(h, edges, layers):
             shared = all(layer.weight is layers[0].weight for layer in layers)
-            return fused.stack(h, graph, layers, shared), []
-        convolve = functools.partial(
-            fused.gated_conv, graph=graph, moments=_moments(batch, graph, layers, h.dtype, trains)
-        )
+            return fused.stack(h, graph, layers, shared, species), []
+        moments = _moments(batch, graph, layers, h.dtype, trains)
+
+        def convolve(h: Tensor, layers: Sequence[ConvParameters]) -> Tensor:
+            return fused.gated_convs(h, graph, moments, layers, species)
+
+    if plain:
+        return convolve(h, layers), []
     steps: list[Tensor] = []
     for t, layer in enumerate(layers):
-        new = convolve(h, weight=layer.weight, bias=layer.bias, bn1=layer.bn1, bn2=layer.bn2)
+        new = convolve(h, [layer])
         h = new if after is None else after(t, h, new)
         if return_steps:
             steps.append(h)
@@ -189,10 +212,19 @@ def _requires_grad(edges: Edges) -> bool:
     return edges.distance.requires_grad or (edges.features is not None and edges.features.requires_grad)
 
 
-def _check(h: Tensor, batch: GraphBatch, layer: ConvParameters) -> None:
-    if h.dim() != 2 or h.shape[0] != batch.num_rows:
-        raise InputError(f"atom_fea must be (N, F) with N = {batch.num_rows} rows of the batch, not {tuple(h.shape)}.")
-    width = h.shape[1]
+def _check_features(h: Tensor, batch: GraphBatch, species: Tensor | None) -> None:
+    n = batch.num_rows
+    if species is None:
+        if h.dim() != 2 or h.shape[0] != n:
+            raise InputError(f"atom_fea must be (N, F) with N = {n} rows of the batch, not {tuple(h.shape)}.")
+    elif h.dim() != 2 or species.shape != (n,) or species.dtype != torch.int32:
+        raise InputError(
+            f"With species, atom_fea must be a table (U, F), not {tuple(h.shape)}, and species int32 of shape ({n},), "
+            f"not {species.dtype} {tuple(species.shape)}."
+        )
+
+
+def _check(width: int, batch: GraphBatch, layer: ConvParameters) -> None:
     n_features = layer.weight.shape[1] - 2 * width
     if layer.weight.shape[0] != 2 * width or n_features < 1:
         raise InputError(

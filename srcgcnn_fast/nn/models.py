@@ -84,7 +84,9 @@ class CrystalModel(nn.Module):
     def _build_convolutions(self) -> None:
         raise NotImplementedError
 
-    def _convolve(self, h: Tensor, batch: GraphBatch, return_steps: bool) -> tuple[Tensor, list[Tensor]]:
+    def _convolve(
+        self, h: Tensor, species: Tensor | None, batch: GraphBatch, return_steps: bool
+    ) -> tuple[Tensor, list[Tensor]]:
         raise NotImplementedError
 
     def _convolution_modules(self) -> list[nn.Module]:
@@ -102,11 +104,16 @@ class CrystalModel(nn.Module):
 
     def embed(self, batch: GraphBatch) -> Tensor:
         """(N, F): the embedded element vector, or atom features, of every row."""
+        h, species = self._embed(batch)
+        return h if species is None else h.index_select(0, species)
+
+    def _embed(self, batch: GraphBatch) -> tuple[Tensor, Tensor | None]:
+        """The features of the rows, or a table (U, F) and each row's place in it."""
         if batch.atom_features is not None:
-            return self.embedding(batch.atom_features.to(self.embedding.weight.dtype))
+            return self.embedding(batch.atom_features.to(self.embedding.weight.dtype)), None
         if not bool(self._hyperparameters["orig_atom_fea_len"] == self.element_table.shape[1]):
             raise InputError("The element table's width is not orig_atom_fea_len; set a table that fits.")
-        return self.embedding(self.element_table).index_select(0, batch.numbers)
+        return self.embedding(self.element_table), batch.numbers
 
     def _pool(self, h: Tensor, batch: GraphBatch) -> Tensor:
         weight = batch.weight.to(h.dtype)[:, None]
@@ -117,14 +124,14 @@ class CrystalModel(nn.Module):
 
     def features(self, batch: GraphBatch) -> Tensor:
         """The pooled crystal vector, (B, F): a descriptor of the crystal."""
-        return self._pool(self._convolve(self.embed(batch), batch, False)[0], batch)
+        return self._pool(self._convolve(*self._embed(batch), batch, False)[0], batch)
 
     def forward(self, batch: GraphBatch, return_steps: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
         """(B, n_targets) network outputs, normalised as ``metadata`` says; a classifier's (B, 2) log-probabilities.
 
         With ``return_steps`` also the list of (N, F) features after each convolution.
         """
-        h, steps = self._convolve(self.embed(batch), batch, return_steps)
+        h, steps = self._convolve(*self._embed(batch), batch, return_steps)
         crystal = softplus(self.conv_to_fc(softplus(self._pool(h, batch))))
         if self.classification:
             crystal = self.dropout(crystal)
@@ -190,11 +197,13 @@ class CGCNN(CrystalModel):
     def _convolution_modules(self) -> list[nn.Module]:
         return [self.convs]
 
-    def _convolve(self, h: Tensor, batch: GraphBatch, return_steps: bool) -> tuple[Tensor, list[Tensor]]:
+    def _convolve(
+        self, h: Tensor, species: Tensor | None, batch: GraphBatch, return_steps: bool
+    ) -> tuple[Tensor, list[Tensor]]:
         layers = [conv.parameters_of_call() for conv in self.convs]  # type: ignore[operator]
         p = self._hyperparameters
         return functional.stacked_gated_conv(
-            h, batch, layers, dmin=p["dmin"], step=p["step"], return_steps=return_steps
+            h, batch, layers, species=species, dmin=p["dmin"], step=p["step"], return_steps=return_steps
         )
 
 
@@ -251,7 +260,9 @@ class SRCGCNN(CrystalModel):
     def _convolution_modules(self) -> list[nn.Module]:
         return [self.shared_conv, self.recurrent_bn1s, self.recurrent_bn2s]
 
-    def _convolve(self, h: Tensor, batch: GraphBatch, return_steps: bool) -> tuple[Tensor, list[Tensor]]:
+    def _convolve(
+        self, h: Tensor, species: Tensor | None, batch: GraphBatch, return_steps: bool
+    ) -> tuple[Tensor, list[Tensor]]:
         p = self._hyperparameters
         return functional.recurrent_gated_conv(
             h,
@@ -262,6 +273,7 @@ class SRCGCNN(CrystalModel):
             [batch_norm_state(norm) for norm in self.recurrent_bn2s],  # type: ignore[arg-type]
             layer_norm=self.recurrent_norm,
             alpha=self.recurrent_alpha,
+            species=species,
             dmin=p["dmin"],
             step=p["step"],
             return_steps=return_steps,

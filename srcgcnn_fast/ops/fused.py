@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,11 +45,23 @@ def _widen_weight(weight: Tensor, width: int, more: int) -> Tensor:
     return pad(wide.reshape(2, width, -1), (0, 0, 0, more)).reshape(2 * (width + more), -1)
 
 
+def _constants(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ones and zeros, which nobody writes to."""
+    if torch.compiler.is_compiling():
+        return torch.ones(size, dtype=dtype, device=device), torch.zeros(size, dtype=dtype, device=device)
+    return _kept_constants(size, dtype, device)
+
+
+@cache
+def _kept_constants(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.ones(size, dtype=dtype, device=device), torch.zeros(size, dtype=dtype, device=device)
+
+
 def _layer(weight: Tensor, bias: Tensor | None, bn1: BatchNorm, bn2: BatchNorm, width: int, more: int) -> Layer:
     """The layer as the operators take it, widened by ``more`` channels of zeros."""
     vectors = []
     for norm, size in ((bn1, 2 * width), (bn2, width)):
-        one, zero = weight.new_ones(size), weight.new_zeros(size)
+        one, zero = _constants(size, weight.dtype, weight.device)
         vectors.append(
             [
                 one if norm.weight is None else norm.weight,
@@ -69,44 +82,182 @@ def _missing(h: Tensor) -> int:
     return -h.shape[1] % cpu.kernel_width(h.dtype)
 
 
-def gated_conv(
+class _Convolutions(torch.autograd.Function):
+    """Convolutions one after the other as one node of the autograd graph, for calls outside of compilation.
+
+    It calls the kernels without PyTorch's dispatcher, which takes longer than small batches; compiled and traced code
+    goes through the operators of :mod:`.library`, and so do second derivatives.
+    """
+
+    @staticmethod
+    def forward(
+        graph: Graph,
+        moments: Moments,
+        species: Tensor | None,
+        norms: list[tuple[Any, ...]],
+        h: Tensor,
+        edge_values: Tensor,
+        *parameters: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        edges = cpu.checked(graph, parameters[0].shape[1] - 2 * h.shape[1], h.dtype)  # type: ignore[union-attr]
+        features, messages, statistics = [], [], []
+        x = h
+        for t, norm in enumerate(norms):
+            layer = Layer(*parameters[6 * t : 6 * t + 6], *norm)  # type: ignore[arg-type]
+            x, m, *used = cpu.conv(x, layer, graph, moments, None if t else species, edges)
+            features.append(x)
+            messages.append(m)
+            statistics += used
+        return (x, *features[:-1], *messages, *statistics)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.graph, ctx.moments, ctx.species, ctx.norms, *tensors = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.n_inputs = len(tensors)
+        ctx.save_for_backward(*tensors, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        none: list[Any] = [None] * 4
+        if grad is None:
+            return (*none, *([None] * ctx.n_inputs))
+        saved = ctx.saved_tensors
+        (h, edge_values, *parameters), kept = saved[: ctx.n_inputs], saved[ctx.n_inputs :]
+        if torch.is_grad_enabled():
+            return (*none, *_differentiable(ctx, grad, h, edge_values, parameters))
+        steps = len(ctx.norms)
+        features, messages, statistics = kept[: steps - 1], kept[steps - 1 : 2 * steps - 1], kept[2 * steps - 1 :]
+        edge_grad = ctx.needs_input_grad[5]
+        edges = cpu.checked(ctx.graph, parameters[0].shape[1] - 2 * h.shape[1], h.dtype)
+        gradients: list[Any] = [None] * len(parameters)
+        d_edge = None
+        grad = grad.contiguous()
+        for t in reversed(range(steps)):
+            layer = Layer(*parameters[6 * t : 6 * t + 6], *statistics[4 * t : 4 * t + 4], *ctx.norms[t][4:])
+            x, species = (features[t - 1], None) if t else (h, ctx.species)
+            grad, *rest, d = cpu.conv_backward(
+                grad, x, messages[t], layer, ctx.graph, ctx.moments, edge_grad, species, edges
+            )
+            gradients[6 * t : 6 * t + 6] = rest
+            d_edge = d if d_edge is None else d_edge + d
+        wanted = ctx.needs_input_grad[6:]
+        gradients = [g if want else None for g, want in zip(gradients, wanted, strict=True)]
+        return (*none, grad, d_edge if edge_grad else None, *gradients)
+
+
+def _differentiable(
+    ctx: Any, grad: Tensor, h: Tensor, edge_values: Tensor, parameters: list[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients once more, from operators that can be differentiated again."""
+    with torch.enable_grad():
+        x = h if ctx.species is None else h.index_select(0, ctx.species)
+        slot = "distance" if ctx.graph.features is None else "features"
+        graph = ctx.graph._replace(**{slot: edge_values})
+        for t, norm in enumerate(ctx.norms):
+            x = _ops.gated_conv(x, *parameters[6 * t : 6 * t + 6], *norm, *graph, *ctx.moments)[0]
+        inputs = [h, edge_values, *parameters]
+        wanted = [i for i, want in enumerate(ctx.needs_input_grad[4:]) if want]
+        found = torch.autograd.grad(x, [inputs[i] for i in wanted], grad, create_graph=True, allow_unused=True)  # type: ignore[misc]
+    gradients: list[Tensor | None] = [None] * len(inputs)
+    for i, gradient in zip(wanted, found, strict=True):
+        gradients[i] = gradient
+    return gradients
+
+
+def _eager(h: Tensor) -> bool:
+    """Does nobody trace this call?"""
+    return (
+        not torch.compiler.is_compiling()
+        and type(h) in (Tensor, torch.nn.Parameter)
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+def _missing(h: Tensor) -> int:
+    return -h.shape[1] % cpu.kernel_width(h.dtype)
+
+
+def gated_convs(
     h: Tensor,
     graph: Graph,
     moments: Moments,
-    weight: Tensor,
-    bias: Tensor | None,
-    bn1: BatchNorm,
-    bn2: BatchNorm,
+    layers: Sequence[tuple[Tensor, Tensor | None, BatchNorm, BatchNorm]],
+    species: Tensor | None = None,
 ) -> Tensor:
-    """One gated graph convolution, (N, F) -> (N, F), with one pass over the edges backward."""
+    """Gated graph convolutions one after the other, (N, F) -> (N, F), each with one pass over the edges backward.
+
+    With ``species`` (N,), h is a table (U, F) of which row i takes row species[i].
+    """
     width, more = h.shape[1], _missing(h)
-    layer = _layer(weight, bias, bn1, bn2, width, more)
     wide = pad(h, (0, more)) if more else h.contiguous()
-    out, _m, *used = _ops.gated_conv(wide, *layer, *graph, *moments)
+    given = [_layer(*layer, width, more) for layer in layers]
+    statistics: Sequence[Tensor]
+    if _eager(h):
+        edge_values = graph.distance if graph.features is None else graph.features
+        parameters = [x for layer in given for x in layer[:6]]
+        results = _Convolutions.apply(
+            graph, moments, species, [tuple(x[6:]) for x in given], wide, edge_values, *parameters
+        )
+        out, statistics = results[0], results[2 * len(given) :]
+    else:
+        out = wide if species is None else wide.index_select(0, species)
+        statistics = []
+        for layer in given:
+            out, _m, *used = _ops.gated_conv(out, *layer, *graph, *moments)
+            statistics += used
+    _update(layers, statistics, graph, moments, width, more)
+    return out[:, :width] if more else out
+
+
+def _update(
+    layers: Sequence[tuple[Tensor, Tensor | None, BatchNorm, BatchNorm]],
+    statistics: Sequence[Tensor],
+    graph: Graph,
+    moments: Moments,
+    width: int,
+    more: int,
+) -> None:
+    """Move the running statistics of the norms that train towards those of the batch."""
+    if not any(bn1.training or bn2.training for _, _, bn1, bn2 in layers):
+        return
     if more:
-        out = out[:, :width]
-        used = [x.reshape(-1, width + more)[:, :width].reshape(-1) for x in used]
-    if bn1.training:
-        mean = used[0] if bias is None else used[0] + bias.detach()
-        bn1.update(mean, used[1], moments.row_weight @ graph.row_ptr.diff().to(h.dtype))
-    if bn2.training:
-        bn2.update(used[2], used[3], moments.row_weight.sum())
-    return out
+        statistics = [x.reshape(-1, width + more)[:, :width].reshape(-1) for x in statistics]
+    atoms = moments.row_weight.sum()
+    edges = moments.row_weight @ graph.row_ptr.diff().to(atoms.dtype)
+    for t, (_, bias, bn1, bn2) in enumerate(layers):
+        mean1, var1, mean2, var2 = statistics[4 * t : 4 * t + 4]
+        if bn1.training:
+            bn1.update(mean1 if bias is None else mean1 + bias.detach(), var1, edges)
+        if bn2.training:
+            bn2.update(mean2, var2, atoms)
 
 
-def stack(h: Tensor, graph: Graph, layers: Sequence[Any], shared: bool) -> Tensor:
+def stack(
+    h: Tensor,
+    graph: Graph,
+    layers: Sequence[tuple[Tensor, Tensor | None, BatchNorm, BatchNorm]],
+    shared: bool,
+    species: Tensor | None = None,
+) -> Tensor:
     """All convolutions with fixed statistics and without gradients; ``shared``: they have one weight."""
     width, more = h.shape[1], _missing(h)
-    folded = [_layer(weight, bias, bn1, bn2, width, more) for weight, bias, bn1, bn2 in layers]
+    folded = [_layer(*layer, width, more) for layer in layers]
+    if shared and more:  # widened once, so that it is one still
+        folded = [layer._replace(weight=folded[0].weight, bias=folded[0].bias) for layer in folded]
     wide = pad(h, (0, more)) if more else h.contiguous()
-    own = folded[:1] if shared else folded
-    out = _ops.gated_conv_stack(
-        wide,
-        [layer.weight for layer in own],
-        [layer.bias for layer in own if layer.bias is not None],
-        [x for layer in folded for x in layer[2:10]],
-        [x for layer in folded for x in layer[10:12]],
-        shared,
-        *graph,
-    )
+    if _eager(h):
+        out = cpu.stack(wide, folded, graph, species)
+    else:
+        own = folded[:1] if shared else folded
+        out = _ops.gated_conv_stack(
+            wide if species is None else wide.index_select(0, species),
+            [layer.weight for layer in own],
+            [layer.bias for layer in own if layer.bias is not None],
+            [x for layer in folded for x in layer[2:10]],
+            [x for layer in folded for x in layer[10:12]],
+            shared,
+            *graph,
+        )
     return out[:, :width] if more else out

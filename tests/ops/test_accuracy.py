@@ -13,7 +13,7 @@ import srcgcnn_fast as sf
 
 pytestmark = pytest.mark.skipif(not sf.backends()["cpu"].available, reason="the CPU kernels are not built")
 LIMIT = 1.5
-SEEDS = range(6)
+SEEDS = range(24)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_float32_is_as_exact_as_the_published_formula(crystals, model_type):
     """Outputs and gradients of the kernels, at most 1.5 times as far from float64 as plain PyTorch in float32.
 
     Relative L2 errors, each of the tensors of all seeds together: a gradient that is one number may happen to vanish
-    for one of them. Absolute for ``fc_full.bias``, whose gradient is zero in exact arithmetic.
+    for one of them, and the ratio of two such errors needs many to settle. Absolute for ``fc_full.bias``, whose gradient is zero in exact arithmetic.
     """
     squares: dict[str, np.ndarray] = {}
     for seed in SEEDS:
