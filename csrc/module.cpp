@@ -118,18 +118,19 @@ void bind(nb::module_& m, const char* suffix) {
     kernels<T>().edge_moments(address<T>(in_degree), address<T>(by_receiver), address<T>(by_sender),
                               address<double>(sum), address<double>(gram), address<T>(weight), edges<T>(e, s, b), threads);
   }, nogil);
-  m.def(name("conv").c_str(), [](uintptr_t out, uintptr_t messages, FeatureArguments h, const Addresses& l, Norms n,
+  m.def(name("conv").c_str(), [](uintptr_t out, uintptr_t messages, uintptr_t products, FeatureArguments h, const Addresses& l, Norms n,
                                  const Addresses& e, Sizes s, Basis b, const Addresses& mo, int width, int threads) {
-    kernels<T>().conv(address<T>(out), address<T>(messages), features<T>(h), layer<T>(l, n), edges<T>(e, s, b),
+    kernels<T>().conv(address<T>(out), address<T>(messages), address<T>(products), features<T>(h), layer<T>(l, n), edges<T>(e, s, b),
                       moments<T>(mo), width, threads);
   }, nogil);
   m.def(name("conv_backward").c_str(), [](const Addresses& d, uintptr_t grad, FeatureArguments h, uintptr_t messages,
+                                          uintptr_t products,
                                           const Addresses& l, Norms n, const Addresses& e, Sizes s, Basis b,
                                           const Addresses& mo, int width, int threads) {
     const Gradients<T> gradients{address<T>(d.at(0)), address<T>(d.at(1)), address<T>(d.at(2)), address<T>(d.at(3)),
                                  address<T>(d.at(4)), address<T>(d.at(5)), address<T>(d.at(6)), address<T>(d.at(7))};
-    kernels<T>().conv_backward(gradients, address<T>(grad), features<T>(h), address<T>(messages), layer<T>(l, n),
-                               edges<T>(e, s, b), moments<T>(mo), width, threads);
+    kernels<T>().conv_backward(gradients, address<T>(grad), features<T>(h), address<T>(messages), address<T>(products),
+                               layer<T>(l, n), edges<T>(e, s, b), moments<T>(mo), width, threads);
   }, nogil);
   m.def(name("stack").c_str(), [](uintptr_t out, FeatureArguments h, const std::vector<Addresses>& l,
                                   const std::vector<Norms>& n, bool shared, const Addresses& e, Sizes s, Basis b,

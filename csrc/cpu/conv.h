@@ -322,14 +322,15 @@ int64_t most_rows(const Edges<T>& g) {
 }
 
 template <class T>
-void conv(T* out, T* m, const Features<T>& h, const Layer<T>& layer_in, const Edges<T>& g, const Moments<T>& moments,
-          int F, int threads) {
+void conv(T* out, T* m, T* products, const Features<T>& h, const Layer<T>& layer_in, const Edges<T>& g,
+          const Moments<T>& moments, int F, int threads) {
   const int K = g.n_features, C = 2 * F, n_chunks = chunks_of(g), n_panels = F / kChannels<T>;
   const int64_t shells = most_shells(g), largest = most_rows(g), n_table = h.species ? h.n_table : 0;
   Layer<T> layer = layer_in;
   if (layer.train1) layer.bias = nullptr;  // batch statistics take any bias away; mean1 leaves without it
-  Buffer<T> nodes_at(int64_t(F) * 4 * F), w_e(int64_t(K) * C), w_e_scaled(int64_t(K) * C), pq_at(g.n_rows * 4 * F);
+  Buffer<T> nodes_at(int64_t(F) * 4 * F), w_e(int64_t(K) * C), w_e_scaled(int64_t(K) * C), pq_scratch(products ? 0 : g.n_rows * 4 * F);
   Buffer<T> scale1(C), shift1(C), scale2(F), shift2(F), table(n_table * 4 * F);
+  T* pq_at = products ? products : static_cast<T*>(pq_scratch);
   Buffer<double> mean_at(n_chunks * C), squares_at(n_chunks * C);
   ChunkStatistics<T> chunks[kMostChunks];
   for (int k = 0; k < n_chunks; ++k) chunks[k] = {0, mean_at + k * C, squares_at + k * C};
@@ -529,8 +530,8 @@ void edge_gradient(T* d_edge, const T* dm, const T* rows, const T* r, const T* w
 }
 
 template <class T>
-void conv_backward(const Gradients<T>& d, const T* grad_out, const Features<T>& h, const T* m, const Layer<T>& layer_in,
-                   const Edges<T>& g, const Moments<T>& moments, int F, int threads) {
+void conv_backward(const Gradients<T>& d, const T* grad_out, const Features<T>& h, const T* m,
+                   const T* products, const Layer<T>& layer_in, const Edges<T>& g, const Moments<T>& moments, int F, int threads) {
   const int K = g.n_features, C = 2 * F, n_chunks = chunks_of(g), n_panels = F / kChannels<T>;
   const int64_t N = g.n_rows, shells = most_shells(g), largest = most_rows(g), n_table = h.species ? h.n_table : 0;
   const int64_t nodes_size = int64_t(F) * 4 * F, edges_size = int64_t(K) * C, hk_size = int64_t(K) * F;
@@ -626,8 +627,12 @@ void conv_backward(const Gradients<T>& d, const T* grad_out, const Features<T>& 
       double* sum = by_chunk + chunk * 2 * C;
       memset(sum, 0, 2 * C * sizeof(double));
       memset(dw_edges + chunk * edges_size, 0, edges_size * sizeof(T));
-      raw.reserve((end - begin) * 4 * F);
-      row_products<T>(raw, h, table, nodes, begin, end, F);
+      const T* pq_at = products + begin * 4 * F;
+      if (!products) {
+        raw.reserve((end - begin) * 4 * F);
+        row_products<T>(raw, h, table, nodes, begin, end, F);
+        pq_at = raw;
+      }
       for (int64_t crystal = c0; crystal < c1; ++crystal) {
         const int64_t first = g.crystal_ptr[crystal], n = g.crystal_ptr[crystal + 1] - first;
         for (int64_t i = 0; i < n; ++i) {
@@ -649,7 +654,7 @@ void conv_backward(const Gradients<T>& d, const T* grad_out, const Features<T>& 
         for (int x = 0; x < n_panels; ++x) {
           const int at = x * kPair<T>;
           const int64_t panel = (x * (end - begin) + first - begin) * kQuad<T>;
-          const T* pq = raw + panel;
+          const T* pq = pq_at + panel;
           const T* w_panel = w_e + int64_t(at) * K;
           const T* dm_panel = dm + x * kChannels<T>;
           T* own = own_at + begin * 4 * F + panel;

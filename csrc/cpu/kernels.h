@@ -80,11 +80,12 @@ struct Kernels {
   // Fills the arrays of Moments (all but row_weight), which it takes as outputs.
   void (*edge_moments)(T* in_degree, T* by_receiver, T* by_sender, double* sum, double* gram, const T* row_weight,
                        const Edges<T>& edges, int threads);
-  // out, m (N, F): the layer's output, and the summed messages that its backward needs.
-  void (*conv)(T* out, T* m, const Features<T>& h, const Layer<T>& layer, const Edges<T>& edges, const Moments<T>& moments,
+  // out, m (N, F): the layer's output, and the summed messages that its backward needs; products (N, 4F), or null: the
+  // rows' products in an order of their own, which spare the backward forming them again.
+  void (*conv)(T* out, T* m, T* products, const Features<T>& h, const Layer<T>& layer, const Edges<T>& edges, const Moments<T>& moments,
                int width, int threads);
   void (*conv_backward)(const Gradients<T>& gradients, const T* grad_out, const Features<T>& h, const T* m,
-                        const Layer<T>& layer, const Edges<T>& edges, const Moments<T>& moments, int width, int threads);
+                        const T* products, const Layer<T>& layer, const Edges<T>& edges, const Moments<T>& moments, int width, int threads);
   // out (N, F): `n_steps` convolutions with fixed statistics, crystal by crystal. With `shared` all steps have one
   // weight (and bias).
   void (*stack)(T* out, const Features<T>& h, const Layer<T>* layers, int n_steps, bool shared, const Edges<T>& edges, int width,

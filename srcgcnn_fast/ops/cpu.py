@@ -219,12 +219,19 @@ def _features(h: Tensor, species: Tensor | None, n_rows: int, dtype: torch.dtype
 
 
 def conv(
-    h: Tensor, layer: Layer, graph: Graph, moments: Moments, species: Tensor | None = None, edges: _Edges | None = None
+    h: Tensor,
+    layer: Layer,
+    graph: Graph,
+    moments: Moments,
+    species: Tensor | None = None,
+    edges: _Edges | None = None,
+    into: tuple[Tensor, Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output and summed messages (N, F), then the statistics that were used: mean1, var1 (2F), mean2, var2 (F).
 
     A mean of the batch leaves without the bias. With ``species`` (N,), h is a table (U, F) of which row i takes row
-    species[i]. ``edges``: the graph as :func:`checked` returns it.
+    species[i]. ``edges``: the graph as :func:`checked` returns it. ``into``: where to put the output and the messages,
+    and, if the backward shall have them, the rows' products (N, 4F).
     """
     width = h.shape[1]
     n_features = layer.weight.shape[1] - 2 * width
@@ -237,9 +244,14 @@ def conv(
     ]
     layer = layer._replace(mean1=used[0], var1=used[1], mean2=used[2], var2=used[3])
     addresses, norms = _layer_arguments(layer, width, n_features)
-    out, m = (torch.empty(n_rows, width, dtype=h.dtype) for _ in range(2))
+    if into is None:
+        into = torch.empty(n_rows, width, dtype=h.dtype), torch.empty(n_rows, width, dtype=h.dtype), None
+    out, m, products = into
+    for name, x, columns in (("out", out, width), ("m", m, width), ("products", products, 4 * width)):
+        if x is not None:
+            _check(name, x, (n_rows, columns), h.dtype)
     _kernel("conv", h.dtype)(
-        out.data_ptr(), m.data_ptr(), features, addresses, norms, *edges.arguments,
+        out.data_ptr(), m.data_ptr(), _address(products), features, addresses, norms, *edges.arguments,
         _moment_addresses(moments, edges, h.dtype, layer.train1), width, torch.get_num_threads(),
     )  # fmt: skip
     return out, m, used[0], used[1], used[2], used[3]
@@ -255,6 +267,7 @@ def conv_backward(
     edge_grad: bool,
     species: Tensor | None = None,
     edges: _Edges | None = None,
+    products: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients of h, weight, bias, gamma1, beta1, gamma2, beta2, and of the edges (empty unless asked for)."""
     width = h.shape[1]
@@ -263,6 +276,8 @@ def conv_backward(
     features = _features(h, species, edges.sizes[0], h.dtype)
     for name, x in (("grad", grad), ("m", m)):
         _check(name, x, (edges.sizes[0], width), h.dtype)
+    if products is not None:
+        _check("products", products, (edges.sizes[0], 4 * width), h.dtype)
     if edge_grad and layer.train1:
         raise InputError("Gradients of the edges exist for fixed statistics only; call model.eval() first.")
     addresses, norms = _layer_arguments(layer, width, n_features)
@@ -272,7 +287,7 @@ def conv_backward(
     edge = torch.empty_like(like) if edge_grad else h.new_empty(0)
     gradients = [x.data_ptr() for x in outputs] + [edge.data_ptr() if edge_grad else 0]
     _kernel("conv_backward", h.dtype)(
-        gradients, grad.data_ptr(), features, m.data_ptr(), addresses, norms, *edges.arguments,
+        gradients, grad.data_ptr(), features, m.data_ptr(), _address(products), addresses, norms, *edges.arguments,
         _moment_addresses(moments, edges, h.dtype, layer.train1), width, torch.get_num_threads(),
     )  # fmt: skip
     return (*outputs, edge)

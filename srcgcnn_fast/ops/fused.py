@@ -82,6 +82,21 @@ def _missing(h: Tensor) -> int:
     return -h.shape[1] % cpu.kernel_width(h.dtype)
 
 
+class _Kept:
+    """What the backward of several convolutions needs of each, as parts of one block.
+
+    The C library keeps the pages of one block for the next batch; those of its parts it would give back to the system,
+    and take new ones every time. Products of the rows spare their second computation; a table's are soon formed.
+    """
+
+    def __init__(self, h: Tensor, n: int, steps: int, has_table: bool, block: Tensor | None = None) -> None:
+        sizes = [1] * (2 * steps - 1) + [4] * (steps - has_table)
+        self.block = h.new_empty(sum(sizes) * n * h.shape[1]) if block is None else block
+        parts = [x.view(n, -1) for x in self.block.split([k * n * h.shape[1] for k in sizes])]
+        self.features, self.messages = parts[: steps - 1], parts[steps - 1 : 2 * steps - 1]
+        self.products = [None] * has_table + parts[2 * steps - 1 :]
+
+
 class _Convolutions(torch.autograd.Function):
     """Convolutions one after the other as one node of the autograd graph, for calls outside of compilation.
 
@@ -99,16 +114,18 @@ class _Convolutions(torch.autograd.Function):
         edge_values: Tensor,
         *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        edges = cpu.checked(graph, parameters[0].shape[1] - 2 * h.shape[1], h.dtype)  # type: ignore[union-attr]
-        features, messages, statistics = [], [], []
+        n, width, steps = graph.row_ptr.shape[0] - 1, h.shape[1], len(norms)
+        edges = cpu.checked(graph, parameters[0].shape[1] - 2 * width, h.dtype)  # type: ignore[union-attr]
+        kept = _Kept(h, n, steps, species is not None)
+        statistics = []
         x = h
         for t, norm in enumerate(norms):
             layer = Layer(*parameters[6 * t : 6 * t + 6], *norm)  # type: ignore[arg-type]
-            x, m, *used = cpu.conv(x, layer, graph, moments, None if t else species, edges)
-            features.append(x)
-            messages.append(m)
+            out = kept.features[t] if t < steps - 1 else h.new_empty(n, width)
+            into = out, kept.messages[t], kept.products[t]
+            x, _, *used = cpu.conv(x, layer, graph, moments, None if t else species, edges, into)
             statistics += used
-        return (x, *features[:-1], *messages, *statistics)
+        return (x, kept.block, *statistics)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -124,11 +141,11 @@ class _Convolutions(torch.autograd.Function):
         if grad is None:
             return (*none, *([None] * ctx.n_inputs))
         saved = ctx.saved_tensors
-        (h, edge_values, *parameters), kept = saved[: ctx.n_inputs], saved[ctx.n_inputs :]
+        (h, edge_values, *parameters), (block, *statistics) = saved[: ctx.n_inputs], saved[ctx.n_inputs :]
         if torch.is_grad_enabled():
             return (*none, *_differentiable(ctx, grad, h, edge_values, parameters))
         steps = len(ctx.norms)
-        features, messages, statistics = kept[: steps - 1], kept[steps - 1 : 2 * steps - 1], kept[2 * steps - 1 :]
+        kept = _Kept(h, grad.shape[0], steps, ctx.species is not None, block)
         edge_grad = ctx.needs_input_grad[5]
         edges = cpu.checked(ctx.graph, parameters[0].shape[1] - 2 * h.shape[1], h.dtype)
         gradients: list[Any] = [None] * len(parameters)
@@ -136,9 +153,9 @@ class _Convolutions(torch.autograd.Function):
         grad = grad.contiguous()
         for t in reversed(range(steps)):
             layer = Layer(*parameters[6 * t : 6 * t + 6], *statistics[4 * t : 4 * t + 4], *ctx.norms[t][4:])
-            x, species = (features[t - 1], None) if t else (h, ctx.species)
+            x, species = (kept.features[t - 1], None) if t else (h, ctx.species)
             grad, *rest, d = cpu.conv_backward(
-                grad, x, messages[t], layer, ctx.graph, ctx.moments, edge_grad, species, edges
+                grad, x, kept.messages[t], layer, ctx.graph, ctx.moments, edge_grad, species, edges, kept.products[t]
             )
             gradients[6 * t : 6 * t + 6] = rest
             d_edge = d if d_edge is None else d_edge + d
@@ -200,7 +217,7 @@ def gated_convs(
         results = _Convolutions.apply(
             graph, moments, species, [tuple(x[6:]) for x in given], wide, edge_values, *parameters
         )
-        out, statistics = results[0], results[2 * len(given) :]
+        out, _block, *statistics = results
     else:
         out = wide if species is None else wide.index_select(0, species)
         statistics = []
