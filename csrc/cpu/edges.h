@@ -28,7 +28,8 @@ constexpr bool kExact = true;
 constexpr bool kExact = false;
 #endif
 
-// Scratch memory outlives a call: fresh pages cost more than the arithmetic on them. At most kPoolBytes wait in kSlots.
+// Large scratch memory outlives a call: fresh pages cost more than the arithmetic on them. At most kPoolBytes wait in
+// kSlots, the largest ones.
 class Pool {
  public:
   struct Slot {
@@ -47,13 +48,13 @@ class Pool {
     Slot best{nullptr, 0};
     int at = -1;
     lock();
-    for (int k = 0; k < kSlots; ++k)
+    for (int k = 0; k < kSlots && bytes >= kLeast; ++k)
       if (slots_[k].data && slots_[k].bytes >= bytes && slots_[k].bytes <= 2 * bytes &&
           (at < 0 || slots_[k].bytes < slots_[at].bytes))
         at = k;
     if (at >= 0) {
       best = slots_[at];
-      slots_[at].data = nullptr;
+      slots_[at] = {nullptr, 0};
       held_ -= best.bytes;
     }
     unlock();
@@ -65,21 +66,25 @@ class Pool {
 
   static void give(Slot slot) {
     if (kExact) return free(slot.data);
-    lock();
-    int at = -1;
-    for (int k = 0; k < kSlots && at < 0; ++k)
-      if (!slots_[k].data) at = k;
-    const bool keep = at >= 0 && held_ + slot.bytes <= kPoolBytes;
-    if (keep) {
-      slots_[at] = slot;
-      held_ += slot.bytes;
+    if (slot.bytes >= kLeast) {
+      lock();
+      int at = 0;  // the smallest of the slots, an empty one if there is one
+      for (int k = 1; k < kSlots; ++k)
+        if (slots_[k].bytes < slots_[at].bytes) at = k;
+      if (slots_[at].bytes < slot.bytes && held_ + slot.bytes - slots_[at].bytes <= kPoolBytes) {
+        const Slot other = slots_[at];
+        slots_[at] = slot;
+        held_ += slot.bytes - other.bytes;
+        slot = other;
+      }
+      unlock();
     }
-    unlock();
-    if (!keep) free(slot.data);
+    free(slot.data);
   }
 
  private:
   static constexpr int kSlots = 64;
+  static constexpr int64_t kLeast = 32 << 10;  // smaller ones come from pages that the process has
   static constexpr int64_t kPoolBytes = int64_t(64) << 20;
 
   static void lock() {

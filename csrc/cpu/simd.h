@@ -100,7 +100,7 @@ struct MathF32 {
     p = p * r + 1.0f;
     return (F32)_mm512_scalef_ps((__m512)p, (__m512)x);
 #else
-    x = x > -max_exponent ? x : F32{} - max_exponent;
+    x = at_most(max(F32{} - max_exponent, x));
     const F32 magic = F32{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
     const F32 shifted = x + magic;
     const F32 r = x - (shifted - magic);

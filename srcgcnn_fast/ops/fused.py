@@ -175,12 +175,12 @@ def _differentiable(
         for t, norm in enumerate(ctx.norms):
             x = _ops.gated_conv(x, *parameters[6 * t : 6 * t + 6], *norm, *graph, *ctx.moments)[0]
         inputs = [h, edge_values, *parameters]
-        wanted = [i for i, want in enumerate(ctx.needs_input_grad[4:]) if want]
-        found = torch.autograd.grad(x, [inputs[i] for i in wanted], grad, create_graph=True, allow_unused=True)  # type: ignore[misc]
-    gradients: list[Tensor | None] = [None] * len(inputs)
-    for i, gradient in zip(wanted, found, strict=True):
-        gradients[i] = gradient
-    return gradients
+        wanted = [x for x, want in zip(inputs, ctx.needs_input_grad[4:], strict=True) if x is not None and want]
+        found = iter(torch.autograd.grad(x, wanted, grad, create_graph=True, allow_unused=True))
+    return [
+        next(found) if x is not None and want else None
+        for x, want in zip(inputs, ctx.needs_input_grad[4:], strict=True)
+    ]
 
 
 def _eager(h: Tensor) -> bool:
@@ -190,10 +190,6 @@ def _eager(h: Tensor) -> bool:
         and type(h) in (Tensor, torch.nn.Parameter)
         and not torch._C._len_torch_dispatch_stack()
     )
-
-
-def _missing(h: Tensor) -> int:
-    return -h.shape[1] % cpu.kernel_width(h.dtype)
 
 
 def gated_convs(

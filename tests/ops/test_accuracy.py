@@ -59,7 +59,8 @@ def test_float32_is_as_exact_as_the_published_formula(crystals, model_type):
     """Outputs and gradients of the kernels, at most 1.5 times as far from float64 as plain PyTorch in float32.
 
     Relative L2 errors, each of the tensors of all seeds together: a gradient that is one number may happen to vanish
-    for one of them, and the ratio of two such errors needs many to settle. Absolute for ``fc_full.bias``, whose gradient is zero in exact arithmetic.
+    for one of them, and the ratio of two such errors needs many to settle. Absolute for ``fc_full.bias``, whose
+    gradient is zero in exact arithmetic.
     """
     squares: dict[str, np.ndarray] = {}
     for seed in SEEDS:
