@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,6 +38,16 @@ def alternate(
 
 def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def in_fresh_process(measurement: Callable[..., Any], *arguments: Any) -> Any:
+    """Its result, from a process that has done nothing else.
+
+    Plain PyTorch allocates tensors of tens of MiB in every step. What the C library does about them depends on what the
+    process freed before, and changes the time of the same program by a factor of two.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+        return executor.submit(measurement, *arguments).result()
 
 
 @contextmanager

@@ -18,12 +18,13 @@ import workload
 
 ROUNDS = {1: 50, 16: 20, 256: 10, 2048: 3}
 NOTE = (
-    "Milliseconds, medians of alternating rounds in one process ({rounds} rounds for batches of {sizes} crystals); "
-    "a number behind a time: how many times longer than ours on the same graph / on our native graph. A batch is new "
-    "to ours in every round; edge features of the others are made beforehand. Clean: peers' features below 1e-30 are "
-    "zero, torch.set_flush_denormal(True) in the calling thread (False for ours and as shipped). A training step is "
-    "forward, loss and backward. Compiled: torch.compile, default mode, dynamic=False, with one operator for the "
-    "pooling in place of the published loop. PyG CGConv has one batch norm per layer: another, lighter network."
+    "Milliseconds, medians of alternating rounds ({rounds} of them for batches of {sizes} crystals), each line in a "
+    "process of its own; a number behind a time: how many times longer than ours on the same graph / on our native "
+    "graph. A batch is new to ours in every round; edge features of the others are made beforehand. Clean: peers' "
+    "features below 1e-30 are zero, torch.set_flush_denormal(True) in the calling thread (False for ours and as "
+    "shipped). A training step is forward, loss and backward. Compiled: torch.compile, default mode, dynamic=False, "
+    "with one operator for the pooling in place of the published loop. PyG CGConv has one batch norm per layer: "
+    "another, lighter network."
 )
 
 
@@ -43,6 +44,16 @@ def entrants(crystals: int, threads: int) -> list[str]:
 def test_beside_others(benchmark, record, kind, work, threads, crystals):
     if work != "inference" and crystals == 1:
         pytest.skip("a training step needs more than one crystal")
+    raw = measure.in_fresh_process(measured, kind, work, threads, crystals)
+    with measure.threads(threads):
+        benchmark.pedantic(field.make(kind, "native", *workload.batches(crystals)).run(work), rounds=3)
+    benchmark.extra_info.update(raw)
+    sizes = ", ".join(map(str, ROUNDS))
+    note = NOTE.format(rounds=", ".join(map(str, ROUNDS.values())), sizes=sizes)
+    record(f"{work}, {threads} thread{'s' if threads > 1 else ''}", shown(raw), note)
+
+
+def measured(kind: str, work: str, threads: int, crystals: int) -> dict:
     with measure.threads(threads):
         native, same = workload.batches(crystals)
         made = {name: field.make(kind, name, native, same) for name in entrants(crystals, threads)}
@@ -58,16 +69,10 @@ def test_beside_others(benchmark, record, kind, work, threads, crystals):
         # The first call was the warm-up.
         field.gate(work, entered, outputs)  # no number from what is wrong
         seconds = measure.alternate({name: one.run(work) for name, one in entered.items()}, ROUNDS[crystals], 0)
-        benchmark.pedantic(entered["native"].run(work), rounds=3)
-    took = measure.medians(seconds)
     raw = {"model": kind, "work": work, "threads": threads, "crystals": crystals, "rows": same.num_rows}
     raw |= {"rows native": native.num_rows, "denormals per edge": peers.denormals_per_edge(same)}
-    raw |= {"seconds": took, "rounds": seconds, "absent": absent}
-    raw |= {"first call, s": {name: s for name, s in first.items() if "compiled" in name}}
-    benchmark.extra_info.update(raw)
-    sizes = ", ".join(map(str, ROUNDS))
-    note = NOTE.format(rounds=", ".join(map(str, ROUNDS.values())), sizes=sizes)
-    record(f"{work}, {threads} thread{'s' if threads > 1 else ''}", shown(raw), note)
+    raw |= {"seconds": measure.medians(seconds), "rounds": seconds, "absent": absent}
+    return raw | {"first call, s": {name: s for name, s in first.items() if "compiled" in name}}
 
 
 def shown(raw: dict) -> dict:

@@ -7,7 +7,7 @@ device and dtype; :func:`srcgcnn_fast.use_backend` forces one. Under autocast th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from .graph.batch import GraphBatch
 from .ops import fused, reference, registry
 from .ops.reference import BatchNorm, Edges
 
-__all__ = ["BatchNorm", "ConvParameters", "gated_conv", "recurrent_gated_conv", "stacked_gated_conv"]
+__all__ = ["BatchNorm", "ConvParameters", "crystal_mean", "gated_conv", "recurrent_gated_conv", "stacked_gated_conv"]
 
 
 class ConvParameters(NamedTuple):
@@ -123,6 +123,44 @@ def recurrent_gated_conv(
 
     plain = layer_norm is None and alpha is None
     return _stack(atom_fea, batch, layers, species, dmin, step, return_steps, None if plain else after)
+
+
+def crystal_mean(atom_fea: Tensor, batch: GraphBatch) -> Tensor:
+    """(N, F) -> (B, F): the mean over the atoms of each crystal; a row counts as many times as it stands for atoms."""
+    if torch.compiler.is_compiling() or atom_fea.dtype not in (torch.float32, torch.float64):
+        weight = batch.weight.to(atom_fea.dtype)[:, None]
+        atoms = weight.new_zeros(batch.num_crystals, 1).index_add(0, batch.atom_crystal, weight)
+        total = atom_fea.new_zeros(batch.num_crystals, atom_fea.shape[1])
+        return total.index_add(0, batch.atom_crystal, weight * atom_fea) / atoms
+    shares = batch.cached(("shares", atom_fea.dtype), lambda: _shares(batch, atom_fea.dtype))
+    mean: Tensor = _CrystalMean.apply(atom_fea, *shares, batch.atom_crystal)
+    return mean
+
+
+def _shares(batch: GraphBatch, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Number of each row, first row of each crystal (B + 1), and the share of each row in its crystal's mean (N)."""
+    crystal, weight = batch.atom_crystal, batch.weight.to(dtype)
+    atoms = weight.new_zeros(batch.num_crystals).index_add(0, crystal, weight)
+    rows = torch.arange(batch.num_rows, device=batch.device)
+    return rows, batch.crystal_ptr.long(), weight / atoms.index_select(0, crystal)
+
+
+class _CrystalMean(torch.autograd.Function):
+    """A weighted sum per crystal whose backward is one lookup and one product."""
+
+    @staticmethod
+    def forward(h: Tensor, rows: Tensor, first: Tensor, share: Tensor, crystal: Tensor) -> Tensor:
+        return torch.nn.functional.embedding_bag(
+            rows, h, first, mode="sum", per_sample_weights=share, include_last_offset=True
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.share, ctx.crystal = inputs[3:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad.index_select(0, ctx.crystal) * ctx.share[:, None], None, None, None, None
 
 
 def _stack(

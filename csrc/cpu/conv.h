@@ -541,7 +541,7 @@ void conv_backward(const Gradients<T>& d, const T* grad_out, const Features<T>& 
   Buffer<T> nodes_at(nodes_size), back_at(nodes_size), w_e(edges_size);
   Buffer<T> scale1(C), shift1(C), scale2(F), shift2(F), a1(C), centre(C), r1(C), b0(F), b1(F), k0(C), k1(C);
   Buffer<T> own_at(N * 4 * F), senders_at(N * 4 * F), da_at(h.species ? N * F : 0);
-  Buffer<double> edge_part(edges_size), by_chunk(n_chunks * 2 * C), totals(2 * F), sums(n_chunks * 2 * F);
+  Buffer<double> edge_part(edges_size), ez(edges_size), by_chunk(n_chunks * 2 * C), totals(2 * F), sums(n_chunks * 2 * F);
   // Per chunk: dw of the node product (or, with a table, what its rows receive: 4F columns, and F of da), dw of the edge
   // weights, and sum w e^T h over receivers and over senders, for the edge weights' correction.
   Buffer<T> dw_nodes(h.species ? 0 : n_chunks * nodes_size), by_species(n_chunks * n_table * 5 * F);
@@ -722,10 +722,24 @@ void conv_backward(const Gradients<T>& d, const T* grad_out, const Features<T>& 
         gemm_nn<T>(e_h_total + int64_t(k) * F, F, nodes, e_pq + int64_t(k) * 4 * F, 4 * F,
                    2 * K - k < kTile ? 2 * K - k : kTile, nullptr, false);
     }
-    // sum w e_k (z - mean) is kept in the place of channel c; beta and gamma are sums over the edges.
+    // ez: sum w e_k (z - mean)
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < (train ? int64_t(n_panels) * K : 0); ++row) {
+      const int64_t x = row / K, k = row % K;
+      double* z = ez + row * kPair<T>;
+      const T* receivers = e_pq + k * 4 * F + x * kQuad<T>;
+      const T* senders = e_pq + (K + k) * 4 * F + x * kQuad<T> + kPair<T>;
+      for (int c = 0; c < kPair<T>; ++c)
+        z[c] = double(receivers[c]) + senders[c] + double(centre[x * kPair<T> + c]) * moments.sum[k];
+      for (int64_t b = 0; b < K; ++b) {
+        const double overlap = moments.gram[k * K + b];
+        if (overlap == 0) continue;  // Gaussians out of each other's reach
+        for (int c = 0; c < kPair<T>; ++c) z[c] += overlap * w_e[(x * K + b) * kPair<T> + c];
+      }
+    }
 #pragma omp for schedule(static)
     for (int c = 0; c < C; ++c) {
-      const int x = placed<T>(c, F), column = column_of<T>(c, F);
+      const int x = placed<T>(c, F);
       double beta = 0, gamma = 0;
       for (int chunk = 0; chunk < n_chunks; ++chunk) {
         beta += by_chunk[chunk * 2 * C + x];
@@ -742,12 +756,7 @@ void conv_backward(const Gradients<T>& d, const T* grad_out, const Features<T>& 
       k1[x] = T(a1[x] * c2);
       for (int k = 0; k < K; ++k) {
         double value = edge_part[edge_weight_at<T>(k, x, K)];
-        if (train) {
-          double z = double(e_pq[int64_t(k) * 4 * F + column]) + e_pq[int64_t(K + k) * 4 * F + column + kPair<T>] +
-                     double(centre[x]) * moments.sum[k];
-          for (int b = 0; b < K; ++b) z += moments.gram[k * K + b] * w_e[edge_weight_at<T>(b, x, K)];
-          value -= c1 * moments.sum[k] + c2 * z;
-        }
+        if (train) value -= c1 * moments.sum[k] + c2 * ez[edge_weight_at<T>(k, x, K)];
         d.weight[int64_t(c) * (C + K) + C + k] = T(a1[x] * value);
       }
     }

@@ -116,11 +116,7 @@ class CrystalModel(nn.Module):
         return self.embedding(self.element_table), batch.numbers
 
     def _pool(self, h: Tensor, batch: GraphBatch) -> Tensor:
-        weight = batch.weight.to(h.dtype)[:, None]
-        crystal = batch.atom_crystal
-        zeros = h.new_zeros(batch.num_crystals, h.shape[1])
-        atoms = weight.new_zeros(batch.num_crystals, 1).index_add(0, crystal, weight)
-        return zeros.index_add(0, crystal, weight * h) / atoms
+        return functional.crystal_mean(h, batch)
 
     def features(self, batch: GraphBatch) -> Tensor:
         """The pooled crystal vector, (B, F): a descriptor of the crystal."""

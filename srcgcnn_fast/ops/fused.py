@@ -90,9 +90,10 @@ class _Kept:
     """
 
     def __init__(self, h: Tensor, n: int, steps: int, has_table: bool, block: Tensor | None = None) -> None:
-        sizes = [1] * (2 * steps - 1) + [4] * (steps - has_table)
-        self.block = h.new_empty(sum(sizes) * n * h.shape[1]) if block is None else block
-        parts = [x.view(n, -1) for x in self.block.split([k * n * h.shape[1] for k in sizes])]
+        width = h.shape[1]
+        widths = [width] * (2 * steps - 1) + [4 * width] * (steps - has_table)
+        self.block = h.new_empty(n * sum(widths)) if block is None else block
+        parts = [x.view(n, w) for x, w in zip(self.block.split([n * w for w in widths]), widths, strict=True)]
         self.features, self.messages = parts[: steps - 1], parts[steps - 1 : 2 * steps - 1]
         self.products = [None] * has_table + parts[2 * steps - 1 :]
 

@@ -146,11 +146,12 @@ def test_gradient_of_the_edges(backend, make_batch, features):
     assert relative(grads[1], grads[0]) < 1e-12
 
 
-def test_the_gate_is_right_at_both_ends():
-    """Far from zero: c for large c, exp(c) for very negative c, no overflow, no NaN."""
-    ends = torch.tensor(
-        [-700.0, -90, -30, -10, -1, -1e-9, 0, 1e-9, 1, 10, 19.9, 30, 90, 700, 5, -5], dtype=torch.float64
-    )
+@pytest.mark.parametrize("most", [27, 700], ids=["powers", "sums"])
+def test_the_gate_is_right_at_both_ends(most):
+    """Far from zero: c for large c, exp(c) for very negative c, no overflow, no NaN; as far as float32 multiplies
+    powers of two (here only one of their three factors is not 1), and beyond."""
+    ends = torch.tensor([-90.0, -30, -10, -1, -1e-9, 0, 1e-9, 1, 10, 19.9, 30, 90, 5, -5, 700, -700]).double()
+    ends = ends.clamp(-most, most)
     f, c = (x.reshape(-1) for x in torch.meshgrid(ends, ends, indexing="ij"))
     width, index = f.numel(), lambda *x: torch.tensor(x, dtype=torch.int32)
     for dtype in (torch.float64, torch.float32):
@@ -168,7 +169,35 @@ def test_the_gate_is_right_at_both_ends():
         normal = expected > 1e5 * torch.finfo(dtype).tiny  # no factor of it is denormal
         assert torch.isfinite(m).all()
         assert (((m[0] - expected).abs() / expected) < limit)[normal].all()
-        assert (m[0] - expected).abs()[~normal].max() < 1e-32
+        assert ((m[0] - expected).abs()[~normal] < 1e-32).all()
+
+
+@pytest.mark.parametrize("size", [10, 35, 45, 300])
+def test_large_terms_that_cancel(size):
+    """p and q far from zero, their sum near it: powers of two as factors, and sums where a factor leaves the bounds."""
+    width, index = 16, lambda *x: torch.tensor(x, dtype=torch.int32)
+    g = torch.Generator().manual_seed(size)
+    h = torch.zeros(2, width)
+    h[0, 0], h[1, 0], h[:, 1] = size, -size, torch.rand(2, generator=g)
+    weight = torch.zeros(2 * width, 2 * width + 1)
+    weight[:, 0], weight[:, width], weight[:, 1] = 1.0, 1.0, torch.rand(2 * width, generator=g)
+    edges = Edges(torch.ones(2), None, index(1, 0), index(0, 1, 2), index(0, 2))
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        leaves = [x.to(dtype).requires_grad_() for x in (h, weight)]
+        state = [f(k, dtype=dtype) for k in (2 * width, width) for f in (torch.zeros, torch.ones)]
+        norms = BatchNorm(None, None, *state[:2]), BatchNorm(None, None, *state[2:])
+        moved = edges._replace(distance=edges.distance.to(dtype))
+        ones = torch.ones(2, dtype=dtype)
+        if dtype == torch.float64:
+            out = reference.gated_conv(leaves[0], moved, ones, leaves[1], None, *norms)
+        else:
+            moments = cpu.Moments(ones, *[None] * 5)
+            out = fused.gated_convs(leaves[0], fused.with_shells(moved), moments, [(leaves[1], None, *norms)])
+        found.append([x.detach() for x in (out, *torch.autograd.grad(out.sum(), leaves))])
+    limit = torch.finfo(torch.float32).eps * (8 + 2 * size)  # of the exponentials' rounded arguments
+    for truth, ours in zip(*found, strict=True):
+        assert relative(ours, truth) < limit
 
 
 @pytest.mark.parametrize("features", [False, True])

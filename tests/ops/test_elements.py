@@ -1,0 +1,123 @@
+"""Features from a table: rows of one element share the first layer's products, and nothing else changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import srcgcnn_fast as sf
+from srcgcnn_fast import functional
+from srcgcnn_fast.errors import InputError
+from srcgcnn_fast.functional import BatchNorm, ConvParameters
+
+pytestmark = pytest.mark.skipif(not sf.backends()["cpu"].available, reason="the CPU kernels are not built")
+ELEMENTS = 5
+
+
+def problem(batch, width: int, training: bool, layers: int = 3, n_features: int = 41, seed: int = 0):
+    g = torch.Generator().manual_seed(seed)
+    rand = lambda *s: torch.rand(*s, generator=g, dtype=torch.float64)  # noqa: E731
+    c = 2 * width
+    leaves = {"table": rand(ELEMENTS, width) * 2 + 0.3, "upstream": rand(batch.num_rows, width) - 0.5}
+    parameters = []
+    for t in range(layers):
+        named = {
+            "weight": (rand(c, c + n_features) - 0.5) / 3, "bias": rand(c) - 0.5, "gamma1": rand(c) + 0.5,
+            "beta1": rand(c) - 0.5, "gamma2": rand(width) + 0.5, "beta2": rand(width) - 0.5,
+        }  # fmt: skip
+        leaves |= {f"{t}.{name}": x for name, x in named.items()}
+        buffers = [rand(c) - 0.5, rand(c) + 0.5, rand(width) - 0.5, rand(width) + 0.5]
+        parameters.append((named, buffers))
+    leaves = {name: x.requires_grad_() for name, x in leaves.items()}
+    given = []
+    for named, (m1, v1, m2, v2) in parameters:
+        bn1 = BatchNorm(named["gamma1"], named["beta1"], m1, v1, training)
+        bn2 = BatchNorm(named["gamma2"], named["beta2"], m2, v2, training)
+        given.append(ConvParameters(named["weight"], named["bias"], bn1, bn2))
+    species = torch.randint(ELEMENTS, (batch.num_rows,), generator=g, dtype=torch.int32)
+    return leaves, given, species
+
+
+def run(backend: str, batch, width: int, training: bool, table: bool) -> dict[str, torch.Tensor]:
+    leaves, layers, species = problem(batch, width, training)
+    batch.cache.clear()
+    with sf.use_backend(backend):
+        h = leaves["table"] if table else leaves["table"][species.long()]
+        out, _ = functional.stacked_gated_conv(h, batch, layers, species=species if table else None)
+        found = torch.autograd.grad((out * leaves["upstream"]).sum(), list(leaves.values()))
+        with torch.no_grad():
+            fixed = [x._replace(bn1=x.bn1._replace(training=False), bn2=x.bn2._replace(training=False)) for x in layers]
+            infer, _ = functional.stacked_gated_conv(h, batch, fixed, species=species if table else None)
+    results = {"out": out.detach(), "inference": infer, **dict(zip(leaves, found, strict=True))}
+    for t, layer in enumerate(layers):
+        results |= {f"{t}.mean1": layer.bn1.running_mean, f"{t}.var2": layer.bn2.running_var}
+    return results
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("kind", ["plain", "weighted", "one crystal", "many crystals", "large"])
+@pytest.mark.parametrize("width", [16, 7])
+def test_a_table_is_the_rows_that_it_stands_for(make_batch, kind, training, width):
+    """Three layers as one node of autograd, in float64: outputs, all gradients, running statistics."""
+    batch = make_batch(kind, seed=3).to(dtype=torch.float64)
+    assert batch.num_rows >= 4 * ELEMENTS  # or the table would be expanded
+    truth = run("reference", batch, width, training, table=False)
+    for table in (True, False):
+        got = run("cpu", batch, width, training, table)
+        for name, expected in truth.items():
+            if name.endswith("bias") and training:
+                assert got[name].abs().max() < 1e-9
+                continue
+            error = float((got[name] - expected).norm() / expected.norm())
+            assert error < 1e-11, f"{name}, {'table' if table else 'rows'}: {error:.1e}"
+
+
+def test_second_derivatives_of_a_table(make_batch):
+    """Hessian times a vector through the node of three layers, against the reference."""
+    batch = make_batch("weighted", seed=5).to(dtype=torch.float64)
+    products = []
+    for backend in ("reference", "cpu"):
+        leaves, layers, species = problem(batch, 8, True)
+        with sf.use_backend(backend):
+            out, _ = functional.stacked_gated_conv(leaves["table"], batch, layers, species=species)
+            inputs = [leaves["table"], leaves["1.weight"], leaves["2.gamma1"]]
+            first = torch.autograd.grad((out * leaves["upstream"]).sum(), inputs, create_graph=True)
+            products.append(torch.autograd.grad(sum(x.square().sum() for x in first), inputs))
+    for ours, truth in zip(products[1], products[0], strict=True):
+        assert float((ours - truth).norm() / truth.norm()) < 1e-9
+
+
+def test_results_do_not_depend_on_the_number_of_threads(make_batch):
+    batch = make_batch("many crystals", seed=4).to(dtype=torch.float64)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(run("cpu", batch, 16, True, table=True))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(other[name], x) for name, x in found[0].items())
+
+
+def test_species_outside_the_table_are_an_error(make_batch):
+    batch = make_batch("one crystal", seed=4).to(dtype=torch.float64)
+    leaves, layers, species = problem(batch, 8, False)
+    species[17] = ELEMENTS
+    with sf.use_backend("cpu"), pytest.raises(InputError, match=r"species\[17\] is 5, but the table has 5 rows"):
+        functional.stacked_gated_conv(leaves["table"], batch, layers, species=species)
+    with pytest.raises(InputError, match="species int32"):
+        functional.stacked_gated_conv(leaves["table"], batch, layers, species=species.long())
+
+
+def test_mean_of_a_crystal(make_batch):
+    """Weighted by the atoms that a row stands for; differentiable twice."""
+    batch = make_batch("weighted", seed=2).to(dtype=torch.float64)
+    h = torch.rand(batch.num_rows, 3, dtype=torch.float64, requires_grad=True)
+    expected = [
+        (batch.weight[a:b, None] * h[a:b]).sum(0) / batch.weight[a:b].sum()
+        for a, b in zip(batch.crystal_ptr[:-1].tolist(), batch.crystal_ptr[1:].tolist(), strict=True)
+    ]
+    torch.testing.assert_close(functional.crystal_mean(h, batch), torch.stack(expected))
+    assert torch.autograd.gradcheck(lambda x: functional.crystal_mean(x, batch), h)
+    assert torch.autograd.gradgradcheck(lambda x: functional.crystal_mean(x, batch).square(), h)
