@@ -3,8 +3,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "gemm.h"
 #include "kernels.h"
-#include "simd.h"
 
 namespace srcgcnn::SRCGCNN_LEVEL {
 
@@ -162,6 +162,7 @@ class Windows {
  public:
   int64_t n;
   int count;
+  bool are_given;
 
   SRCGCNN_INLINE const T* values(int64_t s) const { return at_ + s * stride_; }
   SRCGCNN_INLINE int first(int64_t s) const { return first_at_ ? first_at_[s] : 0; }
@@ -169,7 +170,8 @@ class Windows {
   void of_crystal(const Edges<T>& g, int64_t crystal) {
     const int64_t begin = g.row_ptr[g.crystal_ptr[crystal]];
     n = shells_of(g, crystal);
-    if (g.features) {
+    are_given = g.features != nullptr;
+    if (are_given) {
       at_ = g.features + begin * g.n_features, first_at_ = nullptr, count = int(stride_ = g.n_features);
       return;
     }
@@ -273,8 +275,29 @@ bool shell_terms_of(T* r, const Windows<T>& windows, const T* w_e, const T* star
   }
   return !kPowers || bound.holds();
 }
+// All features of every edge: a matrix product.
+template <class T, bool kPowers>
+bool edge_terms_of(T* r, const Windows<T>& windows, const T* w_e, const T* start) {
+  constexpr int W = Simd<T>::width, NV = 2 * kVectors, R = SRCGCNN_VECTOR_BYTES == 64 ? 6 : 2;
+  const int K = windows.count;
+  int64_t s = 0;
+  for (; s + R <= windows.n; s += R)
+    tile_nn<T, R, NV>(windows.values(s), K, w_e, K, r + s * kPair<T>, kPair<T>, start, false);
+  for (; s < windows.n; ++s)
+    tile_nn<T, 1, NV>(windows.values(s), K, w_e, K, r + s * kPair<T>, kPair<T>, start, false);
+  if (!kPowers) return true;
+  Bound<T, NV> bound;
+  for (s = 0; s < windows.n; ++s)
+    for (int v = 0; v < NV; ++v) {
+      T* at = r + (s * NV + v) * W;
+      bound.look(load(at), v);
+      store(at, MathOf<T>::M::exp2(load(at)));
+    }
+  return bound.holds();
+}
 template <class T, bool kPowers = false>
 bool shell_terms(T* r, const Windows<T>& windows, const T* w_e, const T* start) {
+  if (windows.are_given) return edge_terms_of<T, kPowers>(r, windows, w_e, start);
   return windows.count == kReach<T> ? shell_terms_of<T, kPowers, kReach<T>>(r, windows, w_e, start)
                                     : shell_terms_of<T, kPowers, 0>(r, windows, w_e, start);
 }
@@ -286,6 +309,8 @@ void shell_gradient(T* dw_e, const Windows<T>& windows, const T* t) {
   using V = typename Simd<T>::V;
   constexpr int W = Simd<T>::width, R = kReach<T>, C = kPair<T>;
   constexpr int NV = SRCGCNN_VECTOR_BYTES == 64 ? 2 : 1;  // vectors whose R sums fit the registers
+  if (windows.are_given)
+    return gemm_tn<T>(windows.values(0), windows.count, windows.count, t, C, C, dw_e, C, windows.n);
   if (windows.count == R) {
     for (int c = 0; c < C; c += NV * W)
       for (int64_t s = 0; s < windows.n;) {
