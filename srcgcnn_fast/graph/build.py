@@ -73,6 +73,33 @@ class PackedGraphs(NamedTuple):
             image=None if self.image is None else self.image[e0:e1],
         )
 
+    def graphs(self, distance_dtype: Any = np.float32) -> list[CrystalGraph | InputError]:
+        """The graph of every crystal, views of common arrays; an InputError in the place of one that failed."""
+        distance = self.distance.astype(distance_dtype, copy=False)
+        rows = np.diff(self.crystal_ptr)
+        crystal = np.repeat(np.arange(len(rows)), rows + 1)
+        row_ptr = (self.row_ptr[np.arange(len(crystal)) - crystal] - self.edge_ptr[crystal]).astype(np.int32)
+        bounds = (self.crystal_ptr.tolist(), self.edge_ptr.tolist(), self.atom_ptr.tolist())
+        made: list[CrystalGraph | InputError] = []
+        for b, (r0, r1, e0, e1, a0, a1) in enumerate(zip(*(x for p in bounds for x in (p, p[1:])), strict=False)):
+            if b in self.errors:
+                made.append(InputError(self.errors[b]))
+                continue
+            made.append(
+                CrystalGraph(
+                    self.numbers[r0:r1],
+                    self.weight[r0:r1],
+                    self.sender[e0:e1],
+                    distance[e0:e1],
+                    row_ptr[r0 + b : r1 + b + 1],
+                    self.atom_class[a0:a1],
+                    None,
+                    None,
+                    None if self.image is None else self.image[e0:e1],
+                )
+            )
+        return made
+
 
 def build_packed(
     lattices: np.ndarray,
@@ -228,7 +255,7 @@ def _run_kernels(
     slack = _TIE_TOLERANCE if tolerance is None else float(tolerance)
     radius, count = float(parameters.radius), int(parameters.max_neighbors)
     status, detail, gap, *candidates = neighbors.search(
-        lattices[begin:end], frac_coords[atoms], local_ptr, radius, count, slack
+        lattices[begin:end], frac_coords[atoms], local_ptr, radius, count, slack, tolerance is None
     )
     graphs = symmetry.reduce(
         numbers[atoms], local_ptr, status, detail, *candidates, radius, count, slack, tolerance is not None,
@@ -339,11 +366,12 @@ def build_graphs(
     if errors not in ("raise", "collect"):
         raise InputError(f'errors = {errors!r} is neither "raise" nor "collect"; choose one.')
     graphs: list[Any] = []
-    names: list[str] = []
+    paths: dict[int, str] = {}
     batch: list[tuple[int, tuple[np.ndarray, np.ndarray, np.ndarray]]] = []
     waiting = 0
     for position, structure in enumerate(structures):
-        names.append(f"{structure}" if isinstance(structure, str | os.PathLike) else f"Structure {position}")
+        if isinstance(structure, str | os.PathLike):
+            paths[position] = str(structure)
         graphs.append(None)
         try:
             crystal = _as_arrays(structure)
@@ -357,8 +385,9 @@ def build_graphs(
             batch, waiting = [], 0
     _build_batch(batch, parameters, distance_dtype, graphs)
     if errors == "raise":
-        for name, graph in zip(names, graphs, strict=True):
+        for position, graph in enumerate(graphs):
             if isinstance(graph, InputError):
+                name = paths.get(position, f"Structure {position}")
                 raise graph if name in str(graph) or len(graphs) == 1 else InputError(f"{name}: {graph}") from graph
     return graphs
 
@@ -374,10 +403,10 @@ def _build_batch(
     positions, crystals = zip(*batch, strict=True)
     lattices, frac_coords, numbers = zip(*crystals, strict=True)
     ptr = np.concatenate([[0], np.cumsum([len(n) for n in numbers])])
-    packed = build_packed(np.stack(lattices), np.concatenate(frac_coords), np.concatenate(numbers), ptr, parameters)
-    for k, position in enumerate(positions):
-        failed = packed.errors.get(k)
-        graphs[position] = packed.graph(k, distance_dtype) if failed is None else InputError(failed)
+    cells = np.concatenate(lattices).reshape(-1, 3, 3)
+    packed = build_packed(cells, np.concatenate(frac_coords), np.concatenate(numbers), ptr, parameters)
+    for position, graph in zip(positions, packed.graphs(distance_dtype), strict=True):
+        graphs[position] = graph
 
 
 def _as_arrays(structure: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -387,7 +416,8 @@ def _as_arrays(structure: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
         structure = as_crystal(structure)
     try:
-        lattice, frac_coords = (np.asarray(x, dtype=np.float64) for x in structure[:2])
+        lattice = np.asarray(structure[0], dtype=np.float64)
+        frac_coords = np.asarray(structure[1], dtype=np.float64)
         numbers = np.asarray(structure[2])
         if numbers.dtype.kind not in "iuf":
             raise ValueError("atomic numbers are not numbers")

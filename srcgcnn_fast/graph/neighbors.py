@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
 
 from ..errors import InputError
 
@@ -22,13 +25,16 @@ OK, DEGENERATE_LATTICE, COINCIDENT_ATOMS, TOO_MANY_IMAGES, DISTANT_IMAGES = rang
 
 _EDGE_SLACK = 1e-8  # Å; a neighbour at the cutoff radius up to rounding is inside
 _BINNED_ATOMS = 96  # from here on a crystal is searched through bins
-_RANKED = 96  # up to here a rank sort (vectorised, quadratic) is the fastest
+_BLOCK = 64  # ghosts in one comparison; arrays that are compared are longer by this
+_PADDING = np.uint64(_BLOCK)
+_RANKED = 2 * _BLOCK  # up to here a rank sort (vectorised, quadratic) is the fastest
 _MAX_GHOSTS = 100_000_000
 _MAX_IMAGE = 2**31 - 1
 
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 jit = numba.njit(**_OPTIONS)
+_inlined = numba.njit(forceinline=True, **_OPTIONS)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -38,6 +44,80 @@ def kernel(function: Callable[..., Any]) -> Any:
     except RuntimeError as error:
         logger.warning("The compiled neighbour search cannot be kept on disk (%s).", error)
         return jit(function)
+
+
+def _vector_kernels(width: int) -> tuple[Any, Any]:
+    """Comparisons of ``width`` doubles at once that yield a bit each; LLVM makes them for every processor.
+
+    Loops over some 20 candidates are too short for a compiler to vectorise, and appending by a branch or a
+    conditional increment costs more than the distances themselves.
+    """
+    vector, bits = ir.VectorType(ir.DoubleType(), width), ir.IntType(width)
+
+    def load(context: Any, builder: Any, kind: Any, array: Any, start: Any) -> tuple[Any, Any]:
+        data = context.make_array(kind)(context, builder, array).data
+        pointer = builder.bitcast(builder.gep(data, [start]), vector.as_pointer())
+        return pointer, builder.load(pointer, align=8, typ=vector)
+
+    def splat(builder: Any, scalar: Any) -> Any:
+        one = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
+        zeros = ir.Constant(ir.VectorType(ir.IntType(32), width), [0] * width)
+        return builder.shuffle_vector(one, one, zeros)
+
+    def mask(builder: Any, values: Any, operator: str, limit: Any) -> Any:
+        packed = builder.bitcast(builder.fcmp_ordered(operator, values, splat(builder, limit)), bits)
+        return packed if width == 64 else builder.zext(packed, ir.IntType(64))
+
+    @intrinsic
+    def below(_: Any, array: Any, start: Any, limit: Any) -> Any:
+        """Bit k: array[start + k] < limit."""
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            _, values = load(context, builder, signature.args[0], args[0], args[1])
+            return mask(builder, values, "<", args[2])
+
+        return types.uint64(array, types.int64, types.float64), generate
+
+    @intrinsic
+    def near(_: Any, xs: Any, ys: Any, zs: Any, start: Any, x: Any, y: Any, z: Any, limit: Any, square: Any) -> Any:
+        """square[k] = |(xs, ys, zs)[start + k] - (x, y, z)|^2; bit k: that is at most ``limit``."""
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            total = None
+            for axis in range(3):
+                _, values = load(context, builder, signature.args[axis], args[axis], args[3])
+                difference = builder.fsub(values, splat(builder, args[4 + axis]))
+                term = builder.fmul(difference, difference)
+                total = term if total is None else builder.fadd(total, term)
+            pointer, _ = load(context, builder, signature.args[8], args[8], ir.Constant(ir.IntType(64), 0))
+            builder.store(total, pointer, align=8)
+            return mask(builder, total, "<=", args[7])
+
+        real = types.float64
+        return types.uint64(xs, ys, zs, types.int64, real, real, real, real, square), generate
+
+    return below, near
+
+
+_below, _near = _vector_kernels(_BLOCK)
+_below_short, _ = _vector_kernels(32)
+_, _near_short = _vector_kernels(16)
+
+
+@intrinsic
+def _lowest_bit(_: Any, bits: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.uint64(types.uint64), generate
+
+
+@intrinsic
+def _count_bits(_: Any, bits: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.ctpop(args[0])
+
+    return types.int64(types.uint64), generate
 
 
 @jit
@@ -146,100 +226,140 @@ def _count_ghosts(frac, low, high):
 
 
 @jit
-def _fill_ghosts(frac, lattice, transform, shift, low, high, position, atom, image, home):
-    """Every image in the box: Cartesian position (3, g), atom, translation in the original basis."""
+def _fill_ghosts(frac, lattice, transform, shift, low, high, images, xs, ys, zs, atom, image, home):
+    """Every image in the box: Cartesian position, atom and (``images``) translation in the original basis."""
     g = 0
     for j in range(frac.shape[0]):
-        b0, e0 = math.ceil(low[0] - frac[j, 0]), math.floor(high[0] - frac[j, 0])
-        b1, e1 = math.ceil(low[1] - frac[j, 1]), math.floor(high[1] - frac[j, 1])
-        b2, e2 = math.ceil(low[2] - frac[j, 2]), math.floor(high[2] - frac[j, 2])
-        for n0 in range(int(b0), int(e0) + 1):
-            for n1 in range(int(b1), int(e1) + 1):
-                v0, v1 = frac[j, 0] + n0, frac[j, 1] + n1
-                x = v0 * lattice[0, 0] + v1 * lattice[1, 0]
-                y = v0 * lattice[0, 1] + v1 * lattice[1, 1]
-                z = v0 * lattice[0, 2] + v1 * lattice[1, 2]
-                for n2 in range(int(b2), int(e2) + 1):
-                    v2 = frac[j, 2] + n2
-                    position[0, g] = x + v2 * lattice[2, 0]
-                    position[1, g] = y + v2 * lattice[2, 1]
-                    position[2, g] = z + v2 * lattice[2, 2]
+        f0, f1, f2 = frac[j, 0], frac[j, 1], frac[j, 2]
+        b0, e0 = int(math.ceil(low[0] - f0)), int(math.floor(high[0] - f0))
+        b1, e1 = int(math.ceil(low[1] - f1)), int(math.floor(high[1] - f1))
+        b2, e2 = int(math.ceil(low[2] - f2)), int(math.floor(high[2] - f2))
+        for n0 in range(b0, e0 + 1):
+            v0 = f0 + n0
+            for n1 in range(b1, e1 + 1):
+                v1 = f1 + n1
+                x = v0 * lattice[0, 0] + v1 * lattice[1, 0] + f2 * lattice[2, 0]
+                y = v0 * lattice[0, 1] + v1 * lattice[1, 1] + f2 * lattice[2, 1]
+                z = v0 * lattice[0, 2] + v1 * lattice[1, 2] + f2 * lattice[2, 2]
+                t0 = n0 * transform[0, 0] + n1 * transform[1, 0] - shift[j, 0]
+                t1 = n0 * transform[0, 1] + n1 * transform[1, 1] - shift[j, 1]
+                t2 = n0 * transform[0, 2] + n1 * transform[1, 2] - shift[j, 2]
+                if n0 == 0 and n1 == 0:
+                    home[j] = g - b2
+                for n2 in range(b2, e2 + 1):
+                    xs[g] = x + n2 * lattice[2, 0]
+                    ys[g] = y + n2 * lattice[2, 1]
+                    zs[g] = z + n2 * lattice[2, 2]
                     atom[g] = j
-                    for a in range(3):
-                        translation = n0 * transform[0, a] + n1 * transform[1, a] + n2 * transform[2, a]
-                        image[g, a] = translation - shift[j, a]
-                    if n0 == 0 and n1 == 0 and n2 == 0:
-                        home[j] = g
+                    if images:
+                        image[g, 0] = t0 + n2 * transform[2, 0]
+                        image[g, 1] = t1 + n2 * transform[2, 1]
+                        image[g, 2] = t2 + n2 * transform[2, 2]
                     g += 1
 
 
 @jit
-def _bin_of(position, inverse, low, scale, bins, g):
+def _bin_of(x, y, z, inverse, low, scale, bins):
     index = 0
     for k in range(3):
-        v = position[0, g] * inverse[0, k] + position[1, g] * inverse[1, k] + position[2, g] * inverse[2, k]
+        v = x * inverse[0, k] + y * inverse[1, k] + z * inverse[2, k]
         t = int((v - low[k]) * scale[k])
         index = index * bins[k] + min(max(t, 0), bins[k] - 1)
     return index
 
 
 @jit
-def _sort_into_bins(ghosts, position, atom, image, home, inverse, low, scale, bins, bin_ptr, where,
-                    new_position, new_atom, new_image):  # fmt: skip
+def _sort_into_bins(ghosts, images, xs, ys, zs, atom, image, home, inverse, low, scale, bins, bin_ptr, where,
+                    new_xs, new_ys, new_zs, new_atom, new_image):  # fmt: skip
     """Counting sort of the ghosts by bin, into the arrays new_*; home is renumbered in place."""
     for g in range(ghosts):
-        where[g] = _bin_of(position, inverse, low, scale, bins, g)
+        where[g] = _bin_of(xs[g], ys[g], zs[g], inverse, low, scale, bins)
         bin_ptr[where[g] + 2] += 1
     for q in range(2, bin_ptr.shape[0]):
         bin_ptr[q] += bin_ptr[q - 1]
     for g in range(ghosts):
         t = bin_ptr[where[g] + 1]
         bin_ptr[where[g] + 1] = t + 1
-        for a in range(3):
-            new_position[a, t] = position[a, g]
-            new_image[t, a] = image[g, a]
-        new_atom[t] = atom[g]
+        new_xs[t], new_ys[t], new_zs[t], new_atom[t] = xs[g], ys[g], zs[g], atom[g]
+        if images:
+            for a in range(3):
+                new_image[t, a] = image[g, a]
         where[g] = t
     for j in range(home.shape[0]):
         home[j] = where[home[j]]
 
 
-@jit
-def _within(position, begin, end, x, y, z, limit, square, key, index, m):
-    """Append the ghosts begin..end within sqrt(limit) of (x, y, z); branch-free, returns the new count."""
-    for g in range(begin, end):
-        dx = position[0, g] - x
-        dy = position[1, g] - y
-        dz = position[2, g] - z
-        square[g - begin] = dx * dx + dy * dy + dz * dz
-    for g in range(begin, end):
-        v = square[g - begin]
-        key[m] = v
-        index[m] = g
-        m += v <= limit
-    return m
+@_inlined
+def _all_within(xs, ys, zs, ghosts, home, x, y, z, limit, square, key, index):
+    """The ghosts within sqrt(limit) of (x, y, z) but ``home``, in order; returns how many."""
+    m = np.uint64(0)  # unsigned: no test for a negative index
+    for begin in range(0, ghosts, _BLOCK):
+        near = _near(xs, ys, zs, begin, x, y, z, limit, square)
+        if ghosts - begin < _BLOCK:
+            near &= (np.uint64(1) << np.uint64(ghosts - begin)) - np.uint64(1)
+        if begin <= home < begin + _BLOCK:
+            near &= ~(np.uint64(1) << np.uint64(home - begin))
+        while near != 0:
+            k = _lowest_bit(near)
+            key[m] = square[k]
+            index[m] = begin + np.int64(k)
+            m += np.uint64(1)
+            near &= near - np.uint64(1)
+    return np.int64(m)
+
+
+@_inlined
+def _some_within(xs, ys, zs, first, last, home, x, y, z, limit, square, key, index, m):
+    """The same for the few ghosts first..last of a run of bins, appended."""
+    m = np.uint64(m)
+    for begin in range(first, last, 16):
+        near = _near_short(xs, ys, zs, begin, x, y, z, limit, square)
+        if last - begin < 16:
+            near &= (np.uint64(1) << np.uint64(last - begin)) - np.uint64(1)
+        if begin <= home < begin + 16:
+            near &= ~(np.uint64(1) << np.uint64(home - begin))
+        while near != 0:
+            k = _lowest_bit(near)
+            key[m] = square[k]
+            index[m] = begin + np.int64(k)
+            m += np.uint64(1)
+            near &= near - np.uint64(1)
+    return np.int64(m)
+
+
+@_inlined
+def _count_below(key, m, limit):
+    """How many of the first m keys are below the limit; the keys behind them are infinite."""
+    if m <= 32:
+        return _count_bits(_below_short(key, 0, limit))
+    count = 0
+    for begin in range(0, m, _BLOCK):
+        count += _count_bits(_below(key, begin, limit))
+    return count
 
 
 @jit
-def _sort(key, index, m, sorted_key, sorted_index, rank):
-    """Sort the first m (key, index) pairs by key."""
+def _sort_many(key, index, sorted_key, sorted_index):
+    order = np.argsort(key)
+    for a in range(key.shape[0]):
+        sorted_key[a] = key[order[a]]
+        sorted_index[a] = index[order[a]]
+
+
+@_inlined
+def _sort(key, index, m, sorted_key, sorted_index, taken):
+    """Sort the first m (key, index) pairs by key; the keys behind them are infinite."""
     if m > _RANKED:
-        order = np.argsort(key[:m])
-        for a in range(m):
-            sorted_key[a] = key[order[a]]
-            sorted_index[a] = index[order[a]]
+        _sort_many(key[:m], index, sorted_key, sorted_index)
         return
-    for a in range(m):
-        rank[a] = 0
-    for b in range(m):
-        v = key[b]
-        for a in range(b):
-            rank[a] += v < key[a]
-        for a in range(b + 1, m):
-            rank[a] += v <= key[a]
-    for a in range(m):
-        sorted_key[rank[a]] = key[a]
-        sorted_index[rank[a]] = index[a]
+    for a in range(np.uint64(m)):
+        taken[a] = 0
+    for a in range(np.uint64(m)):
+        rank = np.uint64(_count_below(key, m, key[a]))
+        place = rank + taken[rank]  # equal keys follow one another
+        taken[rank] += np.uint64(1)
+        sorted_key[place] = key[a]
+        sorted_index[place] = index[a]
 
 
 @jit
@@ -253,7 +373,7 @@ def _grown(array, used, needed):
 
 
 @kernel
-def search(lattices, frac_coords, ptr, radius, count, slack):
+def search(lattices, frac_coords, ptr, radius, count, slack, images):
     """Neighbours of every atom: all within ``radius``, or those up to the ``count``-th distance + ``slack``.
 
     A crystal is taken through its reduced cell; the radius starts where about 1.5 ``count`` neighbours lie and
@@ -265,6 +385,7 @@ def search(lattices, frac_coords, ptr, radius, count, slack):
         ptr: (B + 1,) int64, first atom of each crystal, ``ptr[0]`` = 0.
         radius: cutoff in Å. count: neighbours wanted; 0 for all within the radius.
         slack: Å beyond the ``count``-th distance that are kept as well.
+        images: whether the translations are wanted; ``image`` is empty otherwise.
 
     Returns:
         status (B,), detail (B, 2) and gap (B,): outcome, the two atoms concerned and their distance;
@@ -279,20 +400,25 @@ def search(lattices, frac_coords, ptr, radius, count, slack):
     size = np.zeros(ptr[-1], np.int64)
     out_sender = np.empty(ptr[-1] * (min(count, 64) + 6) + 64, np.int32)
     out_distance = np.empty(out_sender.shape[0])
-    out_image = np.empty(3 * out_sender.shape[0], np.int32)
+    out_image = np.empty(3 * out_sender.shape[0] if images else 0, np.int32)
     used = 0
     reduced, transform = np.empty((3, 3)), np.empty((3, 3), np.int64)
-    inverse, to_reduced = np.empty((3, 3)), np.empty((3, 3))
+    inverse, to_reduced, real_transform = np.empty((3, 3)), np.empty((3, 3)), np.empty((3, 3))
     low, high, lowest, highest = np.empty(3), np.empty(3), np.empty(3), np.empty(3)
     reach, scale, height = np.empty(3), np.empty(3), np.empty(3)
     bins = np.empty(3, np.int64)
     room = 1024  # ghosts that the work arrays hold
-    made_position, made_atom = np.empty((3, room)), np.empty(room, np.int32)
-    made_image, where = np.empty((room, 3), np.int64), np.empty(room, np.int64)
-    bin_position, bin_atom = np.empty((3, room)), np.empty(room, np.int32)
-    bin_image, bin_ptr = np.empty((room, 3), np.int64), np.empty(room, np.int64)
-    square, key, index = np.empty(room), np.empty(room), np.empty(room, np.int64)
-    sorted_key, sorted_index, rank = np.empty(room), np.empty(room, np.int64), np.empty(room, np.int64)
+    made_x, made_y, made_z = np.empty(room + _BLOCK), np.empty(room + _BLOCK), np.empty(room + _BLOCK)
+    made_atom, made_image = np.empty(room, np.int32), np.empty((room, 3), np.int64)
+    bin_x, bin_y, bin_z = np.empty(0), np.empty(0), np.empty(0)
+    bin_atom, bin_image = np.empty(0, np.int32), np.empty((0, 3), np.int64)
+    bin_ptr, where = np.empty(0, np.int64), np.empty(0, np.int64)
+    square, key, index = np.empty(_BLOCK), np.empty(room + _BLOCK), np.empty(room, np.int64)
+    sorted_key, sorted_index, taken = np.empty(room), np.empty(room, np.int64), np.empty(room, np.uint64)
+    most = 64  # atoms that the work arrays hold
+    all_frac, all_position = np.empty((most, 3)), np.empty((most, 3))
+    all_shift, all_home = np.empty((most, 3), np.int64), np.empty(most, np.int64)
+    all_pending = np.empty(most, np.int64)
     for b in range(crystals):
         atoms = ptr[b + 1] - ptr[b]
         if atoms == 0:
@@ -306,12 +432,20 @@ def search(lattices, frac_coords, ptr, radius, count, slack):
         if not (min(height[0], height[1], height[2]) >= COINCIDENT_DISTANCE):  # NaN fails too
             status[b] = DEGENERATE_LATTICE
             continue
-        _invert(transform.astype(np.float64), to_reduced)
+        for i in range(3):
+            for j in range(3):
+                real_transform[i, j] = transform[i, j]
+        _invert(real_transform, to_reduced)
         for i in range(3):
             for j in range(3):
                 to_reduced[i, j] = math.floor(to_reduced[i, j] + 0.5)
-        frac, position = np.empty((atoms, 3)), np.empty((atoms, 3))
-        shift, home = np.empty((atoms, 3), np.int64), np.empty(atoms, np.int64)
+        if most < atoms:
+            most = 2 * atoms
+            all_frac, all_position = np.empty((most, 3)), np.empty((most, 3))
+            all_shift, all_home = np.empty((most, 3), np.int64), np.empty(most, np.int64)
+            all_pending = np.empty(most, np.int64)
+        frac, position, shift = all_frac[:atoms], all_position[:atoms], all_shift[:atoms]
+        home, pending = all_home[:atoms], all_pending[:atoms]
         _wrap(frac_coords[ptr[b] : ptr[b + 1]], to_reduced, transform, frac, shift)
         _to_cartesian(frac, reduced, position)
         for k in range(3):
@@ -320,7 +454,7 @@ def search(lattices, frac_coords, ptr, radius, count, slack):
             for k in range(3):
                 lowest[k] = min(lowest[k], frac[i, k])
                 highest[k] = max(highest[k], frac[i, k])
-        pending = np.arange(atoms)
+            pending[i] = i
         left = atoms
         r = radius
         if count > 0:
@@ -338,18 +472,19 @@ def search(lattices, frac_coords, ptr, radius, count, slack):
             ghosts = int(expected)
             if room < ghosts:
                 room = 2 * ghosts
-                made_position, made_atom = np.empty((3, room)), np.empty(room, np.int32)
-                made_image, where = np.empty((room, 3), np.int64), np.empty(room, np.int64)
-                bin_position, bin_atom = np.empty((3, room)), np.empty(room, np.int32)
-                bin_image = np.empty((room, 3), np.int64)
-                square, key, index = np.empty(room), np.empty(room), np.empty(room, np.int64)
-                sorted_key, sorted_index, rank = np.empty(room), np.empty(room, np.int64), np.empty(room, np.int64)
-            _fill_ghosts(frac, reduced, transform, shift, low, high, made_position, made_atom, made_image, home)
-            ghost_position, ghost_atom, ghost_image = made_position, made_atom, made_image
+                made_x, made_y, made_z = np.empty(room + _BLOCK), np.empty(room + _BLOCK), np.empty(room + _BLOCK)
+                made_atom, made_image = np.empty(room, np.int32), np.empty((room, 3), np.int64)
+                key, index = np.empty(room + _BLOCK), np.empty(room, np.int64)
+                sorted_key, sorted_index, taken = np.empty(room), np.empty(room, np.int64), np.empty(room, np.uint64)
+            _fill_ghosts(
+                frac, reduced, transform, shift, low, high, images,
+                made_x, made_y, made_z, made_atom, made_image, home,
+            )  # fmt: skip
+            xs, ys, zs, ghost_atom, ghost_image = made_x, made_y, made_z, made_atom, made_image
             binned = atoms >= _BINNED_ATOMS
             if binned:
                 for k in range(3):
-                    bins[k] = max(1, int(min(2 * (high[k] - low[k]) / reach[k], 1e4)))
+                    bins[k] = max(1, int(min((high[k] - low[k]) / reach[k], 1e4)))
                 while bins[0] * bins[1] * bins[2] > 4 * ghosts:
                     widest = int(np.argmax(bins))
                     bins[widest] = (bins[widest] + 1) // 2
@@ -358,11 +493,15 @@ def search(lattices, frac_coords, ptr, radius, count, slack):
                 if bin_ptr.shape[0] < bins[0] * bins[1] * bins[2] + 2:
                     bin_ptr = np.empty(2 * (bins[0] * bins[1] * bins[2] + 2), np.int64)
                 bin_ptr[: bins[0] * bins[1] * bins[2] + 2] = 0
+                if where.shape[0] < room:
+                    bin_x, bin_y, bin_z = np.empty(room + _BLOCK), np.empty(room + _BLOCK), np.empty(room + _BLOCK)
+                    bin_atom, bin_image = np.empty(room, np.int32), np.empty((room, 3), np.int64)
+                    where = np.empty(room, np.int64)
                 _sort_into_bins(
-                    ghosts, made_position, made_atom, made_image, home, inverse, low, scale, bins,
-                    bin_ptr[: bins[0] * bins[1] * bins[2] + 2], where, bin_position, bin_atom, bin_image,
+                    ghosts, images, xs, ys, zs, ghost_atom, ghost_image, home, inverse, low, scale, bins,
+                    bin_ptr[: bins[0] * bins[1] * bins[2] + 2], where, bin_x, bin_y, bin_z, bin_atom, bin_image,
                 )  # fmt: skip
-                ghost_position, ghost_atom, ghost_image = bin_position, bin_atom, bin_image
+                xs, ys, zs, ghost_atom, ghost_image = bin_x, bin_y, bin_z, bin_atom, bin_image
             still = 0
             for p in range(left):
                 i = pending[p]
@@ -378,28 +517,22 @@ def search(lattices, frac_coords, ptr, radius, count, slack):
                     for t0 in range(b0, e0 + 1):
                         for t1 in range(b1, e1 + 1):
                             q = (t0 * bins[1] + t1) * bins[2]
-                            m = _within(
-                                ghost_position, bin_ptr[q + b2], bin_ptr[q + e2 + 1],
+                            m = _some_within(
+                                xs, ys, zs, bin_ptr[q + b2], bin_ptr[q + e2 + 1], home[i],
                                 x, y, z, limit * limit, square, key, index, m,
                             )  # fmt: skip
                 else:
-                    m = _within(ghost_position, 0, ghosts, x, y, z, limit * limit, square, key, index, 0)
-                # the atom itself is no neighbour, its images are
-                for a in range(m):
-                    if index[a] == home[i]:
-                        m -= 1
-                        key[a], index[a] = key[m], index[m]
-                        break
+                    m = _all_within(xs, ys, zs, ghosts, home[i], x, y, z, limit * limit, square, key, index)
+                end = np.uint64(m)  # unsigned: no test for a negative index
+                for a in range(_PADDING):
+                    key[end + a] = np.inf
                 if not last:
                     certain = (r - slack - _EDGE_SLACK) ** 2 if r > slack + _EDGE_SLACK else 0.0
-                    inside = 0
-                    for a in range(m):
-                        inside += key[a] < certain
-                    if inside < count:
+                    if _count_below(key, m, certain) < count:
                         pending[still] = i
                         still += 1
                         continue
-                _sort(key, index, m, sorted_key, sorted_index, rank)
+                _sort(key, index, m, sorted_key, sorted_index, taken)
                 keep = m
                 if 0 < count < m:
                     bound = (math.sqrt(sorted_key[count - 1]) + slack) ** 2
@@ -414,17 +547,22 @@ def search(lattices, frac_coords, ptr, radius, count, slack):
                 if used + keep > out_sender.shape[0]:
                     out_sender = _grown(out_sender, used, used + keep)
                     out_distance = _grown(out_distance, used, used + keep)
-                    out_image = _grown(out_image, 3 * used, 3 * (used + keep))
+                    if images:
+                        out_image = _grown(out_image, 3 * used, 3 * (used + keep))
                 first[ptr[b] + i], size[ptr[b] + i] = used, keep
                 for a in range(keep):
-                    g = sorted_index[a]
-                    out_sender[used + a] = ghost_atom[g]
+                    out_sender[used + a] = ghost_atom[sorted_index[a]]
                     out_distance[used + a] = math.sqrt(sorted_key[a])
-                    for k in range(3):
-                        translation = ghost_image[g, k] + shift[i, k]
-                        if abs(translation) > _MAX_IMAGE:
-                            status[b] = DISTANT_IMAGES
-                        out_image[3 * (used + a) + k] = translation
+                if images:
+                    farthest = np.int64(0)
+                    for a in range(keep):
+                        g = sorted_index[a]
+                        for k in range(3):
+                            translation = ghost_image[g, k] + shift[i, k]
+                            farthest = max(farthest, abs(translation))
+                            out_image[3 * (used + a) + k] = translation
+                    if farthest > _MAX_IMAGE:
+                        status[b] = DISTANT_IMAGES
                 used += keep
             if status[b] != OK:
                 break
@@ -513,7 +651,7 @@ def neighbor_list(
     n = len(numbers)
     ptr = np.array([0, n], dtype=np.int64)
     status, detail, gap, first, size, sender, image, distance = search(
-        lattice[None], frac_coords, ptr, float(radius), max_neighbors or 0, 0.0
+        lattice[None], frac_coords, ptr, float(radius), max_neighbors or 0, 0.0, True
     )
     if status[0] != OK:
         raise InputError(failure(status[0], detail[0], gap[0], numbers, radius))

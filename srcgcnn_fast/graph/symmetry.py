@@ -63,15 +63,26 @@ def _split(members, begin, end, starts, value, column, width):
 
 
 @jit
-def _agree(members, begin, end, value, slack):
-    """Whether all rows of a class are within ``slack`` of its first one: the common case, in one vector pass."""
+def _compare(members, begin, end, value, slack, outside):
+    """Mark the columns in which a row of a class is not within ``slack`` of its first row; whether there are any."""
+    columns = slack.shape[0]
     reference = value[members[begin]]
+    for column in range(columns):
+        outside[column] = 0.0
     for k in range(begin + 1, end):
         row = value[members[k]]
-        outside = 0
-        for column in range(slack.shape[0]):
-            outside += abs(row[column] - reference[column]) > slack[column]
-        if outside > 0:
+        for column in range(columns):
+            outside[column] += abs(row[column] - reference[column]) > slack[column]
+    total = 0.0
+    for column in range(columns):
+        total += outside[column]
+    return total > 0
+
+
+@jit
+def _all_alone(starts, begin, end):
+    for k in range(begin + 1, end):
+        if not starts[k]:
             return False
     return True
 
@@ -104,18 +115,22 @@ def _find_shells(distance, first, size, degree, width, opens):
 @jit
 def _order_shells(order, opens, first, size, sender, colour):
     """Sort an atom's candidates by colour inside each shell; stable, so equal colours stay in order of distance."""
-    begin = first
-    for k in range(first + 1, first + size):
-        if opens[k]:
-            begin = k
-            continue
+    one = np.uint64(1)  # unsigned indices need no test for a negative one
+    begin, end = np.uint64(first), np.uint64(first + size)
+    previous = colour[sender[order[begin]]] if size > 0 else colour[0]
+    for k in range(begin + one, end):
         candidate = order[k]
         c = colour[sender[candidate]]
-        q = k
-        while q > begin and colour[sender[order[q - 1]]] > c:
-            order[q] = order[q - 1]
-            q -= 1
-        order[q] = candidate
+        if opens[k]:
+            begin = k
+        elif previous > c:
+            q = k
+            while q > begin and colour[sender[order[q - one]]] > c:
+                order[q] = order[q - one]
+                q -= one
+            order[q] = candidate
+            continue
+        previous = c
 
 
 @jit
@@ -142,8 +157,9 @@ def _refine(numbers, first, size, sender, distance, count, width, opens, order, 
     for i in range(atoms):
         value[i, 0] = degree[i]
     # columns of a signature: degree, then (colour, distance) place by place
-    slack = np.zeros(2 * most + 1)
+    slack, outside = np.zeros(2 * most + 1), np.empty(2 * most + 1)
     slack[2::2] = width / 2
+    one, two = np.uint64(1), np.uint64(2)
     changed = True
     while changed and colours < atoms:
         for k in range(atoms):
@@ -151,24 +167,28 @@ def _refine(numbers, first, size, sender, distance, count, width, opens, order, 
                 continue  # alone in its class
             i = members[k]
             _order_shells(order, opens, first[i], size[i], sender, colour)
-            for p in range(degree[i]):
-                candidate = order[first[i] + p]
-                value[i, 2 * p + 1] = colour[sender[candidate]]
-                value[i, 2 * p + 2] = distance[candidate]
+            row, begin = value[i], np.uint64(first[i])
+            for p in range(np.uint64(degree[i])):
+                candidate = order[begin + p]
+                row[two * p + one] = colour[sender[candidate]]
+                row[two * p + two] = distance[candidate]
         changed = False
-        begin = 0
-        while begin < atoms:
-            end = begin + 1
+        start = 0
+        while start < atoms:
+            begin, end = start, start + 1
             while end < atoms and not starts[end]:
                 end += 1
-            if end - begin > 1 and not _agree(members, begin, end, value, slack):
+            start = end
+            if end - begin > 1 and _compare(members, begin, end, value, slack, outside):
                 for column in range(2 * most + 1):
-                    if _split(members, begin, end, starts, value, column, 2 * slack[column]):
+                    if outside[column] > 0 and _split(members, begin, end, starts, value, column, 2 * slack[column]):
                         changed = True
-            begin = end
+                        if _all_alone(starts, begin, end):
+                            break
         colours = _number(members, starts, colour)
-    for i in range(atoms):
-        _order_shells(order, opens, first[i], size[i], sender, colour)
+    for k in range(atoms):  # by the final colours, which the others are in order of already
+        if changed or (starts[k] and (k + 1 == atoms or starts[k + 1])):
+            _order_shells(order, opens, first[members[k]], size[members[k]], sender, colour)
     return colours
 
 
@@ -201,7 +221,8 @@ def reduce(numbers, ptr, status, detail, first, size, sender, image, distance, r
     row_numbers, weight, row_size = np.empty(total, np.int32), np.empty(total, np.float32), np.empty(total, np.int32)
     edge_sender, edge_distance = np.empty(capacity, np.int32), np.empty(capacity)
     edge_image = np.empty((0 if quotient else capacity, 3), np.int32)
-    opens, order = np.empty(sender.shape[0], np.bool_), np.empty(sender.shape[0], np.int64)
+    sender = sender.view(np.uint32)  # unsigned indices need no test for a negative one
+    opens, order = np.empty(sender.shape[0], np.bool_), np.empty(sender.shape[0], np.uint32)
     degree, all_members = np.empty(total, np.int64), np.empty(total, np.int64)
     all_starts = np.empty(total, np.bool_)
     r = 0
@@ -221,16 +242,31 @@ def reduce(numbers, ptr, status, detail, first, size, sender, image, distance, r
                 status[b], detail[b, 0] = ISOLATED_ATOMS, isolated
                 continue
         members, starts, colour = all_members[lo:hi], all_starts[lo:hi], atom_class[lo:hi]
+        before = e
         colours = _refine(
             numbers[lo:hi], first[lo:hi], size[lo:hi], sender, distance, count, _WIDTH * tolerance, opens, order,
             degree[lo:hi], members, starts, colour,
         )  # fmt: skip
         if not quotient:
-            colours = atoms
+            rows[b] = atoms
             for i in range(atoms):
-                members[i], starts[i], colour[i] = i, True, i
+                colour[i] = i
+                row_numbers[r], weight[r] = numbers[lo + i], 1
+                taken = degree[lo + i]
+                row_size[r] = count if padded else taken
+                for p in range(taken):
+                    candidate = order[first[lo + i] + p]
+                    edge_sender[e + p], edge_distance[e + p] = sender[candidate], distance[candidate]
+                    for a in range(3):
+                        edge_image[e + p, a] = image[3 * candidate + a]
+                for p in range(taken, row_size[r]):
+                    edge_sender[e + p], edge_distance[e + p] = 0, radius + 1.0
+                    edge_image[e + p] = 0
+                e += row_size[r]
+                r += 1
+            edges[b] = e - before
+            continue
         rows[b] = colours
-        before = e
         begin = 0
         while begin < atoms:
             end = begin + 1
@@ -246,14 +282,9 @@ def reduce(numbers, ptr, status, detail, first, size, sender, image, distance, r
                 for k in range(begin, end):
                     mean += distance[order[first[lo + members[k]] + p]]
                 edge_distance[e] = mean / (end - begin)
-                if not quotient:
-                    for a in range(3):
-                        edge_image[e, a] = image[3 * candidate + a]
                 e += 1
             for _ in range(row_size[r] - degree[lo + i]):
                 edge_sender[e], edge_distance[e] = colour[0], radius + 1.0
-                if not quotient:
-                    edge_image[e] = 0
                 e += 1
             r += 1
             begin = end

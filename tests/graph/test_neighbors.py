@@ -142,7 +142,7 @@ def test_candidates_hold_the_whole_tied_shell(slack):
         frac = np.vstack([rng.random((12, 3)) * 0.25, rng.random((8, 3))])
         count = int(rng.integers(1, 20))
         ptr = np.array([0, len(frac)])
-        status, _, _, first, size, _, _, distance = search(lattice[None], frac, ptr, 8.0, count, slack)
+        status, _, _, first, size, _, _, distance = search(lattice[None], frac, ptr, 8.0, count, slack, False)
         assert status[0] == OK
         for i, (_, _, expected) in enumerate(brute_force(lattice, frac, 8.0)):
             limit = expected[:count].max(initial=0.0) + slack
