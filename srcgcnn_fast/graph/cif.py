@@ -7,6 +7,7 @@ import logging
 import re
 import warnings
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from .elements import ELEMENT_SYMBOLS
 
 logger = logging.getLogger(__name__)
 
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?(\(\d*\))?")
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?(\(\d*\))?")
 _OPERATION = re.compile(r"[-+*\dxyz./]+,[-+*\dxyz./]+,[-+*\dxyz./]+")
 _CELL = [f"_cell_length_{x}" for x in "abc"] + [f"_cell_angle_{x}" for x in ("alpha", "beta", "gamma")]
-_COORDINATES = [f"_atom_site_fract_{x}" for x in "xyz"]
-_SPACE_GROUPS = (
+COORDINATES = [f"_atom_site_fract_{x}" for x in "xyz"]
+SPACE_GROUPS = (
     "_symmetry_space_group_name_H-M",
     "_space_group_name_H-M_alt",
     "_space_group_name_Hall",
@@ -37,14 +38,15 @@ _FORMULA_TOLERANCE = 0.01
 
 def read_text(path: Path) -> str:
     """The text of a (gzipped) file; bytes that are not UTF-8 are replaced."""
-    data = path.read_bytes()
+    with open(path, "rb", buffering=0) as file:
+        data = file.read()
     if path.suffix.lower() == ".gz":
         data = gzip.decompress(data)
     return data.decode("utf-8-sig", errors="replace")
 
 
 def read_cif(path: Path) -> Crystal:
-    """The one ordered structure of a CIF file, every symmetry operation applied.
+    """The one ordered structure of a CIF file, every symmetry operation applied: by gemmi, or by pymatgen in doubt.
 
     Deuterium counts as hydrogen; oxidation states and magnetic moments are ignored.
 
@@ -53,11 +55,19 @@ def read_cif(path: Path) -> Crystal:
             atom, a coordinate that is not a number, hydrogen atoms without positions, or content that
             contradicts its own ``_chemical_formula_sum`` times ``_cell_formula_units_Z``.
     """
+    from .quick_cif import read_quickly
+
+    crystal = read_quickly(path)
+    return read_carefully(path) if crystal is None else crystal
+
+
+def read_carefully(path: Path) -> Crystal:
+    """The same by pymatgen alone."""
     require("pymatgen", "Reading CIF files", extra="io")
     name = path.name
     try:
         return _parse(read_text(path), name)
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except OSError as error:
         raise InputError(f"{name} cannot be read ({error.strerror or _one_line(error)}); check the file.") from error
@@ -88,7 +98,7 @@ def _parse(text: str, name: str) -> Crystal:
         raise _no_hydrogen(name, "some sites stand for water or hydroxyl")
     crystal = from_pymatgen(structure, name)
     try:
-        _check_formula(items, crystal, name)
+        check_formula(items, crystal, name)
     except InputError:
         merged = _merged_further(block, items, name) if snap else None
         if merged is None:
@@ -107,7 +117,7 @@ def _merged_further(block: str, items: dict[str, Any], name: str) -> Crystal | N
             parser = CifParser.from_str(block, site_tolerance=tolerance, check_cif=False)
             try:
                 crystal = from_pymatgen(parser.parse_structures(primitive=False, on_error="raise")[0], name)
-                _check_formula(items, crystal, name)
+                check_formula(items, crystal, name)
             except ValueError:
                 continue
         logger.debug("%s: images within %g of a cell edge were merged.", name, tolerance)
@@ -130,14 +140,14 @@ def _structure_block(text: str, name: str) -> str:
             else:
                 blocks.append([])
         blocks[-1].append(line)
-    held = [block for block in blocks if any(_is_tag(line, _COORDINATES[0]) for line in block)]
+    held = [block for block in blocks if any(_is_tag(line, COORDINATES[0]) for line in block)]
     if not held:
-        raise InputError(f"{name} has no atom sites ({_COORDINATES[0]} is missing); give a CIF file of a crystal.")
+        raise InputError(f"{name} has no atom sites ({COORDINATES[0]} is missing); give a CIF file of a crystal.")
     if len(held) > 1:
         titles = ", ".join(block[0].split()[0][5:] or "unnamed" for block in held)
         raise InputError(f"{name} has {len(held)} structures ({titles}); split it into one file for each data block.")
     kept = _without_empty_loops(held[0])
-    if not any(_is_tag(line, _COORDINATES[0]) for line in kept):
+    if not any(_is_tag(line, COORDINATES[0]) for line in kept):
         raise InputError(f"{name} has no atoms (its atom-site loop has no rows); give at least one site.")
     return "\n".join(kept) + "\n"
 
@@ -181,23 +191,23 @@ def _only_identity(block: str) -> bool:
 
 def _check_items(items: dict[str, Any], name: str) -> None:
     for tag in _CELL:
-        if not _NUMBER.fullmatch(str(items.get(tag, "?"))):
+        if not NUMBER.fullmatch(str(items.get(tag, "?"))):
             raise InputError(f"{name} has no usable cell ({tag} is {items.get(tag, 'missing')}); give all six numbers.")
     columns = {tag: _column(items, tag) for tag in ("_atom_site_label", "_atom_site_type_symbol")}
     labels = columns["_atom_site_label"]
     if not labels:
         raise InputError(f"{name} has atom sites without _atom_site_label; add a label to every site.")
-    for tag in _COORDINATES:
+    for tag in COORDINATES:
         values = _column(items, tag)
         if len(values) != len(labels):
             raise InputError(
                 f"{name} has {len(labels)} atom sites but {len(values)} values of {tag}; correct the loop."
             )
         for label, value in zip(labels, values, strict=True):
-            if not _NUMBER.fullmatch(value):
+            if not NUMBER.fullmatch(value):
                 raise InputError(f"{name} has the coordinate {value!r} ({tag}) at site {label}; give a finite number.")
     for label, value in zip(labels, _column(items, "_atom_site_occupancy"), strict=False):
-        if value != "?" and not _NUMBER.fullmatch(value):
+        if value != "?" and not NUMBER.fullmatch(value):
             raise InputError(f"{name} has the occupancy {value!r} at site {label}; give 1 for a full site.")
         if value != "?" and float(value.split("(")[0]) > 1 + 1e-6:
             raise InputError(f"{name} has the occupancy {value} above 1 at site {label}; correct it.")
@@ -208,7 +218,7 @@ def _check_items(items: dict[str, Any], name: str) -> None:
     for value in [x for tag in _OPERATIONS for x in _column(items, tag)]:
         if not _OPERATION.fullmatch("".join(value.lower().split())):  # pymatgen makes an operation of anything
             raise InputError(f"{name} has the symmetry operation {value!r}; write it like 'x, y+1/2, -z'.")
-    if any(_NUMBER.fullmatch(x) and float(x) for x in _column(items, "_atom_site_attached_hydrogens")):
+    if any(NUMBER.fullmatch(x) and float(x) for x in _column(items, "_atom_site_attached_hydrogens")):
         raise _no_hydrogen(name, "_atom_site_attached_hydrogens counts some")
 
 
@@ -222,7 +232,7 @@ def _no_hydrogen(name: str, reason: str) -> InputError:
 
 
 def _check_really_p1(items: dict[str, Any], name: str) -> None:
-    for tag in _SPACE_GROUPS:
+    for tag in SPACE_GROUPS:
         group = "".join(str(items.get(tag, "?")).split())
         if group.upper() not in ("?", ".", "", "P1", "1"):
             raise InputError(
@@ -231,15 +241,17 @@ def _check_really_p1(items: dict[str, Any], name: str) -> None:
             )
 
 
-def _check_formula(items: dict[str, Any], crystal: Crystal, name: str) -> None:
+def check_formula(items: dict[str, Any], crystal: Crystal, name: str) -> None:
     """Compare the cell's content with formula times Z; a file without either is taken at its word."""
     formula = str(items.get("_chemical_formula_sum", "?"))
-    expected = _parse_formula(formula)
+    expected = parse_formula(formula)
     if not expected:
         return
     found = Counter(crystal.numbers.tolist())
     units = str(items.get("_cell_formula_units_Z", "?"))
-    z = float(units.split("(")[0]) if _NUMBER.fullmatch(units) else 0.0
+    z = float(units.split("(")[0]) if NUMBER.fullmatch(units) else 0.0
+    if found == expected and (z <= 1 or _is_multiple(expected, z)):
+        return
     shared = [e for e in expected if e != 1 and e in found] or [e for e in expected if e in found]
     ratios = [found[e] / expected[e] for e in shared]
     factors = [z] if z else [float(np.median(ratios))] if ratios else [1.0]
@@ -259,7 +271,8 @@ def _check_formula(items: dict[str, Any], crystal: Crystal, name: str) -> None:
     )
 
 
-def _parse_formula(formula: str) -> dict[int, float]:
+@lru_cache(4096)
+def parse_formula(formula: str) -> dict[int, float]:
     """Atomic number -> amount of a CIF formula sum ('Al2 Ca3 O12 Si3'); empty where it is written otherwise."""
     amounts: dict[int, float] = {}
     for token in formula.split():

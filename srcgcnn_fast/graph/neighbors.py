@@ -104,20 +104,16 @@ _below_short, _ = _vector_kernels(32)
 _, _near_short = _vector_kernels(16)
 
 
-@intrinsic
-def _lowest_bit(_: Any, bits: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+def _bit_instruction(build: Callable[[Any, Any], Any]) -> Any:
+    @intrinsic
+    def instruction(_: Any, bits: Any) -> Any:
+        return types.uint64(types.uint64), lambda context, builder, signature, args: build(builder, args[0])
 
-    return types.uint64(types.uint64), generate
+    return instruction
 
 
-@intrinsic
-def _count_bits(_: Any, bits: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.ctpop(args[0])
-
-    return types.int64(types.uint64), generate
+_lowest_bit = _bit_instruction(lambda builder, bits: builder.cttz(bits, ir.Constant(ir.IntType(1), 1)))
+_count_bits = _bit_instruction(lambda builder, bits: builder.ctpop(bits))
 
 
 @jit
@@ -231,9 +227,9 @@ def _fill_ghosts(frac, lattice, transform, shift, low, high, images, xs, ys, zs,
     g = 0
     for j in range(frac.shape[0]):
         f0, f1, f2 = frac[j, 0], frac[j, 1], frac[j, 2]
-        b0, e0 = int(math.ceil(low[0] - f0)), int(math.floor(high[0] - f0))
-        b1, e1 = int(math.ceil(low[1] - f1)), int(math.floor(high[1] - f1))
-        b2, e2 = int(math.ceil(low[2] - f2)), int(math.floor(high[2] - f2))
+        b0, e0 = math.ceil(low[0] - f0), math.floor(high[0] - f0)
+        b1, e1 = math.ceil(low[1] - f1), math.floor(high[1] - f1)
+        b2, e2 = math.ceil(low[2] - f2), math.floor(high[2] - f2)
         for n0 in range(b0, e0 + 1):
             v0 = f0 + n0
             for n1 in range(b1, e1 + 1):
@@ -331,10 +327,10 @@ def _some_within(xs, ys, zs, first, last, home, x, y, z, limit, square, key, ind
 def _count_below(key, m, limit):
     """How many of the first m keys are below the limit; the keys behind them are infinite."""
     if m <= 32:
-        return _count_bits(_below_short(key, 0, limit))
-    count = 0
+        return np.int64(_count_bits(_below_short(key, 0, limit)))
+    count: Any = 0
     for begin in range(0, m, _BLOCK):
-        count += _count_bits(_below(key, begin, limit))
+        count += np.int64(_count_bits(_below(key, begin, limit)))
     return count
 
 

@@ -1,4 +1,4 @@
-"""CIF files read in processes of their own, so that one file that never ends costs its time limit and no more."""
+"""CIF files read in processes of their own, so that a file that never ends costs its time limit and no more."""
 
 from __future__ import annotations
 
@@ -9,35 +9,59 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError
 from .crystal import Crystal
 
-_SERVE = "from srcgcnn_fast.graph.pool import serve; serve()"
+_SERVE = "from srcgcnn_fast.graph.pool import serve; serve({limit})"
+MEMORY_LIMIT = 4 * 2**30
+"""Bytes that a process may take to read a file; where the system has such limits (Linux)."""
 
 
-def serve() -> None:
-    """The loop of a worker: a path comes in on stdin, a Crystal or the sentence of its error goes out."""
-    from .cif import read_cif
+def serve(limit: int) -> None:
+    """The loop of a worker: paths come in on stdin, a Crystal or the sentence of its error goes out for each."""
+    from .cif import read_carefully
+    from .quick_cif import gemmi_cif, read_quickly
 
+    gemmi_cif()
+    _limit_memory(limit)
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a parser prints must not reach the replies
     requests = sys.stdin.buffer
     _send(replies, None)
     while True:
         try:
-            path = pickle.load(requests)
+            paths = [Path(path) for path in pickle.load(requests)]
         except EOFError:
             return
-        try:
-            _send(replies, read_cif(Path(path)))
-        except InputError as error:
-            _send(replies, str(error))
+        for path in paths:
+            found: Crystal | str | None = read_quickly(path)
+            if found is None:
+                _send(replies, None)  # the other side then knows which file takes so long
+                try:
+                    found = read_carefully(path)
+                except InputError as error:
+                    found = str(error)
+                except MemoryError:
+                    found = f"{path.name} needs more than {limit / 2**30:g} GiB of memory to read; simplify the file."
+            pickle.dump(found, replies)
+        replies.flush()
 
 
-def _send(stream, value: object) -> None:  # type: ignore[no-untyped-def]
+def _limit_memory(limit: int) -> None:
+    try:
+        from resource import RLIMIT_DATA, setrlimit
+    except ImportError:
+        return
+    with contextlib.suppress(OSError, ValueError):
+        setrlimit(RLIMIT_DATA, (limit, limit))
+
+
+def _send(stream: Any, value: object) -> None:
     pickle.dump(value, stream)
     stream.flush()
 
@@ -45,35 +69,63 @@ def _send(stream, value: object) -> None:  # type: ignore[no-untyped-def]
 class _Worker:
     """One child process. ``subprocess`` and not ``multiprocessing``: that one runs the caller's script again."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(x for x in sys.path if x), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _SERVE],
+            [sys.executable, "-c", _SERVE.format(limit=MEMORY_LIMIT)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=environment,
         )
+        self._deadline = float("inf")
+        threading.Thread(target=self._watch, daemon=True, name="time-limit-of-a-reader").start()
+
+    def wait_until_ready(self) -> None:
         try:
             pickle.load(self.process.stdout)  # type: ignore[arg-type]
-        except EOFError:
-            raise RuntimeError(f"A worker that reads CIF files ended with status {self.process.wait()}.") from None
+        except (EOFError, OSError):
+            raise RuntimeError(f"A process that reads CIF files ended with status {self.process.wait()}.") from None
 
-    def read(self, path: Path, timeout: float) -> Crystal | str:
-        """A Crystal, or the sentence that says why not; after the time limit the process is gone."""
-        timer = threading.Timer(timeout, self.process.kill)
+    def _watch(self) -> None:
+        """End the process once a file is over its time."""
+        while self.alive:
+            time.sleep(min(0.2, self.timeout / 4))
+            if time.monotonic() > self._deadline:
+                self.process.kill()
+
+    def read(self, paths: Sequence[Path]) -> list[Crystal | str]:
+        """A Crystal or the sentence that says why not for each path, in order.
+
+        Fewer where the process ended at a file of many and nobody knows which; the rest is then read one by one.
+        """
+        found: list[Crystal | str] = []
+        is_certain = len(paths) == 1
         start = time.monotonic()
-        timer.start()
         try:
-            _send(self.process.stdin, str(path))
-            return pickle.load(self.process.stdout)  # type: ignore[arg-type]
+            self._deadline = start + self.timeout
+            _send(self.process.stdin, [str(path) for path in paths])
+            while len(found) < len(paths):
+                reply = pickle.load(self.process.stdout)  # type: ignore[arg-type]
+                start = time.monotonic()
+                self._deadline = start + self.timeout
+                if reply is not None:
+                    found.append(reply)
+                is_certain = reply is None or len(paths) == 1
         except (EOFError, OSError, pickle.UnpicklingError):
+            late = time.monotonic() - start >= self.timeout
             self.close()
-            if time.monotonic() - start >= timeout:
-                return f"{path.name} took longer than {timeout:g} s to read; simplify the file or raise the timeout."
-            return f"{path.name} ended the process that read it (status {self.process.returncode}); check the file."
+            name = paths[len(found)].name
+            if is_certain:
+                found.append(
+                    f"{name} took longer than {self.timeout:g} s to read; simplify the file or raise the timeout."
+                    if late
+                    else f"{name} ended the process that read it (status {self.process.returncode}); check the file."
+                )
         finally:
-            timer.cancel()
+            self._deadline = float("inf")
+        return found
 
     @property
     def alive(self) -> bool:
@@ -92,19 +144,31 @@ class CifPool:
 
     def __init__(self, timeout: float, workers: int) -> None:
         self.timeout = timeout
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="read-cif")
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="read-cif", initializer=self._start)
         self._local = threading.local()
         self._started: list[_Worker] = []
 
-    def submit(self, path: Path) -> Future[Crystal | str]:
-        return self._threads.submit(self._read, path)
+    def submit(self, paths: Sequence[Path]) -> Future[list[Crystal | str]]:
+        """A Crystal or the sentence of its error for each path; can be cancelled until a process is free for it."""
+        return self._threads.submit(self._read, paths)
 
-    def _read(self, path: Path) -> Crystal | str:
+    def _start(self) -> None:
+        with contextlib.suppress(RuntimeError):  # said again, and passed on, when there is something to read
+            self._worker()
+
+    def _worker(self) -> _Worker:
         worker = getattr(self._local, "worker", None)
         if worker is None or not worker.alive:
-            worker = self._local.worker = _Worker()
+            worker = self._local.worker = _Worker(self.timeout)
             self._started.append(worker)
-        return worker.read(path, self.timeout)
+            worker.wait_until_ready()
+        return worker
+
+    def _read(self, paths: Sequence[Path]) -> list[Crystal | str]:
+        found = self._worker().read(paths)
+        while len(found) < len(paths):
+            found += self._worker().read(paths[len(found) :][:1])
+        return found
 
     def close(self) -> None:
         for worker in self._started:

@@ -23,6 +23,7 @@ from .cif import read_cif, read_text
 from .crystal import Crystal, _one_line, checked_crystal, from_ase, from_pymatgen
 from .elements import is_built_in_table
 from .pool import CifPool
+from .quick_cif import read_quickly
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +32,12 @@ __all__ = ["Crystal", "Record", "as_crystal", "read_inputs"]
 STRUCTURE_COLUMNS = ("material_id", "lattice", "frac_coords", "atomic_numbers")
 _NOT_TARGETS = {*STRUCTURE_COLUMNS, "id", "formula", "n_sites", "structure"}
 _ATOM_INIT = "atom_init.json"
-_FEW_FILES = 64
-"""Up to this many CIF files are read by one process."""
+_MAX_READERS = 16
+"""Processes that read CIF files, this one among them, where there are as many cores."""
+_GROUP = 64
+"""CIF files that a process is given at a time."""
+_FEW_FILES = 256
+"""Up to this many CIF files no process is started but for those that need pymatgen."""
 
 
 @dataclass
@@ -86,8 +91,9 @@ def read_inputs(source: Any, *, targets: Sequence[str] | None = None, timeout: f
             files ``id.cif``; a first row ``id,name,...`` names the targets) or without (every structure file,
             by name); one object that :func:`as_crystal` takes, an iterable of them, or a dictionary id -> object.
         targets: names of the targets to keep, by default all numbers that the source has. A blank is NaN.
-        timeout: seconds for one CIF file of a folder or an iterable. Each is read in a child process that is
-            ended after this time; a single file is read in this process without a limit.
+        timeout: seconds for one CIF file of a folder or an iterable. What gemmi does not read in a moment is read
+            in a child process that is ended after this time, or beyond 4 GiB of memory (Linux); a single file is
+            read in this process without a limit.
 
     Raises:
         InputError: the path does not exist or is of no known kind, the folder has no structure files, or a
@@ -184,38 +190,102 @@ def _default_id(value: Any, index: int) -> str:
 
 
 def _read_items(items: Iterable[_Item], count: int, timeout: float) -> Iterator[Record]:
-    """Records in the order of the ``count`` (-1: unknown) items; among many, CIF files are read ahead."""
+    """Records in the order of the ``count`` (-1: unknown) items; many CIF files are read by other processes, too."""
     if count == 1:
         for item in items:
             yield from _finish(item)
         return
-    workers = min(4, os.cpu_count() or 1)
-    pool = CifPool(timeout, workers)
-    waiting: deque[tuple[_Item, Any]] = deque()
-    submitted = 0
+    processes = min(_MAX_READERS, _cores())
+    pool = CifPool(timeout, max(1, processes - 1))
+    waiting: deque[_Files] = deque()
+    seen = 0
     try:
-        for item in items:
-            if item.error is None and _kind(item.value) == "cif" and Path(item.value).is_file():
-                require("pymatgen", "Reading CIF files", extra="io")
-                waiting.append((item, pool.submit(Path(item.value))))
-                submitted += 1
-            else:
-                waiting.append((item, None))
-            while len(waiting) > (8 * workers if max(count, submitted) > _FEW_FILES else 0):
-                yield from _finish(*waiting.popleft())
+        for are_files, group in _groups(items):
+            seen += len(group)
+            ahead = 0
+            if are_files:
+                many = processes > 1 and max(count, seen) > _FEW_FILES
+                ahead = 4 * processes if many else 0
+                waiting.append(_Files(group, pool, many))
+                group = []
+            while len(waiting) > ahead:
+                yield from _first_of(waiting)
+            for item in group:
+                yield from _finish(item)
         while waiting:
-            yield from _finish(*waiting.popleft())
+            yield from _first_of(waiting)
     finally:
         pool.close()
 
 
-def _finish(item: _Item, future: Any = None) -> Iterator[Record]:
+class _Files:
+    """CIF files that another process reads, or this one."""
+
+    def __init__(self, items: list[_Item], pool: CifPool, others: bool) -> None:
+        self.items, self.pool = items, pool
+        self.paths = [Path(item.value) for item in items]
+        self.future = pool.submit(self.paths) if others else None
+        self.found: list[Crystal | None] | None = None
+
+    def read_here(self) -> bool:
+        """Read them, unless another process has begun or it is done; whether there was something to do."""
+        if self.found is not None or (self.future is not None and not self.future.cancel()):
+            return False
+        self.found = [read_quickly(path) for path in self.paths]
+        return True
+
+    def records(self) -> Iterator[Record]:
+        self.read_here()
+        if self.found is None:
+            assert self.future is not None
+            results: Iterable[Crystal | str] = self.future.result()
+        else:
+            slow = {i: self.pool.submit([self.paths[i]]) for i, crystal in enumerate(self.found) if crystal is None}
+            results = (slow[i].result()[0] if crystal is None else crystal for i, crystal in enumerate(self.found))
+        for item, result in zip(self.items, results, strict=True):
+            if isinstance(result, str):
+                yield Record(item.id, None, item.targets, result)
+            else:
+                yield Record(item.id, result, item.targets)
+
+
+def _first_of(waiting: deque[_Files]) -> Iterator[Record]:
+    """Records of the first files; while another process reads those, others are read here."""
+    first = waiting.popleft()
+    first.read_here()
+    while first.future is not None and not (first.found or first.future.done()):
+        if not any(files.read_here() for files in waiting):
+            break
+    yield from first.records()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _is_cif_file(item: _Item) -> bool:
+    return item.error is None and _kind(item.value) == "cif" and os.path.isfile(item.value)
+
+
+def _groups(items: Iterable[_Item]) -> Iterator[tuple[bool, list[_Item]]]:
+    """(True, up to ``_GROUP`` CIF files) or (False, one item that is anything else)."""
+    files: list[_Item] = []
+    for item in items:
+        is_file = _is_cif_file(item)
+        if is_file:
+            files.append(item)
+        if files and (not is_file or len(files) == _GROUP):
+            yield True, files
+            files = []
+        if not is_file:
+            yield False, [item]
+    if files:
+        yield True, files
+
+
+def _finish(item: _Item) -> Iterator[Record]:
     if item.error is not None:
         yield Record(item.id, None, item.targets, item.error)
-    elif future is not None:
-        result = future.result()
-        failed = isinstance(result, str)
-        yield Record(item.id, None if failed else result, item.targets, result if failed else None)
     elif isinstance(item.value, Record):
         yield item.value
     elif isinstance(item.value, str | os.PathLike):
@@ -280,8 +350,8 @@ def _read_folder(folder: Path, wanted: list[str] | None, timeout: float) -> Iter
     if table.is_file():
         names, items = _id_prop_items(table, wanted)
         return _select(_read_items(items, len(items), timeout), names)
-    files = sorted(p for p in folder.iterdir() if p.is_file() and _kind(p) and not p.name.startswith("."))
-    files = [p for p in files if p.name != _ATOM_INIT]
+    names = sorted(name for name in _file_names(folder) if _kind(name) and not name.startswith("."))
+    files = [folder / name for name in names if name != _ATOM_INIT]
     if not files:
         raise InputError(
             f"{folder} has no structure files; put CIF, POSCAR, extended XYZ, JSON or Parquet files there."
@@ -314,12 +384,20 @@ def _id_prop_items(table: Path, wanted: list[str] | None) -> tuple[list[str], li
         extra = max(len(row) for _, row in rows) - 1
         names = ["target"] + [f"target_{i}" for i in range(2, extra + 1)] if extra else []
     keep = _chosen(names, wanted, str(table))
-    return keep, [_id_prop_item(table, number, row, names, keep) for number, row in rows]
+    present = _file_names(table.parent)
+    return keep, [_id_prop_item(table, number, row, names, keep, present) for number, row in rows]
 
 
-def _id_prop_item(table: Path, number: int, row: list[str], names: list[str], keep: list[str]) -> _Item:
+def _file_names(folder: Path) -> set[str]:
+    with os.scandir(folder) as entries:
+        return {entry.name for entry in entries if entry.is_file()}
+
+
+def _id_prop_item(
+    table: Path, number: int, row: list[str], names: list[str], keep: list[str], present: set[str]
+) -> _Item:
     id, values = row[0], dict(zip(names, row[1:], strict=False))
-    item = _Item(id, _structure_file(table.parent, id))
+    item = _Item(id, _structure_file(table.parent, id, present))
     if item.value is None:
         item.error = f"{id} (row {number} of {table.name}) has no structure file; add {id}.cif to {table.parent}."
     for name in keep:
@@ -338,11 +416,13 @@ def _target(text: str) -> float:
     return value
 
 
-def _structure_file(folder: Path, id: str) -> Path | None:
+def _structure_file(folder: Path, id: str, present: set[str]) -> Path | None:
     names = [f"{id}{suffix}" for suffix in (".cif", ".cif.gz", ".json", ".json.gz", ".vasp", ".extxyz", ".xyz")]
-    names = [name for name in [*names, id] if name != _ATOM_INIT]
-    found = [folder / name for name in names if id and (folder / name).is_file() and _kind(name)]
-    return found[0] if found else None
+    for name in [*names, id] if id else ():
+        is_here = name in present or (os.sep in name and (folder / name).is_file())
+        if is_here and name != _ATOM_INIT and _kind(name):
+            return folder / name
+    return None
 
 
 def _chosen(names: Sequence[str], wanted: list[str] | None, where: str) -> list[str]:
@@ -360,7 +440,7 @@ def _kind(value: Any) -> str | None:
     """The format that a path's name stands for; None where there is none."""
     if not isinstance(value, str | os.PathLike):
         return None
-    name = Path(value).name.lower()
+    name = os.path.basename(os.fspath(value)).lower()
     plain = name.removesuffix(".gz")
     if plain.endswith((".cif", ".mcif")):
         return "cif"

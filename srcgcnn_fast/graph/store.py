@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -357,11 +358,14 @@ def _source_key(source: Any, parameters: GraphParameters, targets: Sequence[str]
     if not isinstance(source, str | os.PathLike) or not Path(source).exists():
         return None
     root = Path(source).resolve()
-    files = sorted(p for p in root.iterdir() if p.is_file()) if root.is_dir() else [root]
+    with os.scandir(root if root.is_dir() else root.parent) as entries:
+        found = sorted((e.name, e) for e in entries if e.is_file() and (root.is_dir() or e.name == root.name))
+    stamps = [(name, entry.stat().st_size, entry.stat().st_mtime_ns) for name, entry in found]
     key = {
         "package": __version__,
         "source": str(root),
-        "files": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files],
+        "files": len(stamps),
+        "stamps": sha256(repr(stamps).encode()).hexdigest(),
         "parameters": asdict(parameters),
         "targets": list(targets) if targets is not None else None,
     }

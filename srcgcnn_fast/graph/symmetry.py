@@ -10,6 +10,8 @@ in every layer of any message-passing network (their distances up to the toleran
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from .neighbors import OK, jit, kernel, symbol
@@ -81,10 +83,7 @@ def _compare(members, begin, end, value, slack, outside):
 
 @jit
 def _all_alone(starts, begin, end):
-    for k in range(begin + 1, end):
-        if not starts[k]:
-            return False
-    return True
+    return starts[begin + 1 : end].all()
 
 
 @jit
@@ -115,8 +114,9 @@ def _find_shells(distance, first, size, degree, width, opens):
 @jit
 def _order_shells(order, opens, first, size, sender, colour):
     """Sort an atom's candidates by colour inside each shell; stable, so equal colours stay in order of distance."""
-    one = np.uint64(1)  # unsigned indices need no test for a negative one
-    begin, end = np.uint64(first), np.uint64(first + size)
+    one: Any = np.uint64(1)  # unsigned indices need no test for a negative one
+    begin: Any = np.uint64(first)
+    end: Any = np.uint64(first + size)
     previous = colour[sender[order[begin]]] if size > 0 else colour[0]
     for k in range(begin + one, end):
         candidate = order[k]
@@ -167,9 +167,9 @@ def _refine(numbers, first, size, sender, distance, count, width, opens, order, 
                 continue  # alone in its class
             i = members[k]
             _order_shells(order, opens, first[i], size[i], sender, colour)
-            row, begin = value[i], np.uint64(first[i])
+            row, own = value[i], np.uint64(first[i])
             for p in range(np.uint64(degree[i])):
-                candidate = order[begin + p]
+                candidate = order[own + p]
                 row[two * p + one] = colour[sender[candidate]]
                 row[two * p + two] = distance[candidate]
         changed = False
