@@ -144,7 +144,9 @@ def build_packed(
     if errors:
         lattices, frac_coords, wide_numbers, ptr = _without(errors, lattices, frac_coords, wide_numbers, ptr)
     numbers = _kernel_array(wide_numbers, np.int32)
-    good = np.array([b for b in range(crystals) if b not in errors], dtype=np.int64)
+    good = np.arange(crystals)
+    if errors:
+        good = np.delete(good, list(errors))
     chunks = _chunks(ptr)
     _announce_compilation()
     threads = min(len(chunks), torch.get_num_threads())
@@ -172,6 +174,8 @@ def _unusable(lattices: np.ndarray, frac_coords: np.ndarray, numbers: np.ndarray
         known = (numbers >= 1) & (numbers <= MAX_ATOMIC_NUMBER) & (numbers == np.trunc(numbers))
         inside = (np.abs(frac_coords) < _MAX_COORDINATE).all(axis=1)
         fine = (np.abs(lattices) < _MAX_COORDINATE).all(axis=(1, 2))
+    if known.all() and inside.all() and fine.all() and (ptr[1:] > ptr[:-1]).all():
+        return errors
     for b in np.flatnonzero(np.diff(ptr) == 0).tolist():
         errors[b] = "The crystal has no atoms; give it at least one."
     for b, atom in _first_of_each(~known, ptr):
@@ -264,6 +268,14 @@ def _run_kernels(
     return (status, detail, gap, *graphs)
 
 
+def _nothing() -> tuple[np.ndarray, ...]:
+    """What :func:`_run_kernels` returns for no crystals."""
+    dtypes = (np.int64,) * 2 + (np.float64,) + (np.int64,) * 2 + (
+        np.int32, np.int32, np.float32, np.int32, np.int32, np.float64, np.int32,
+    )  # fmt: skip
+    return tuple(np.empty((0, 2) if k == 1 else (0, 3) if k == 11 else 0, dtype) for k, dtype in enumerate(dtypes))
+
+
 def _join(
     results: list[tuple[np.ndarray, ...]],
     good: np.ndarray,
@@ -276,11 +288,10 @@ def _join(
     """Chunks to one set of arrays; ``good`` are the crystals that reached the kernels."""
     from . import neighbors, symmetry
 
-    dtypes = (np.int64,) * 2 + (np.float64,) + (np.int64,) * 2 + (
-        np.int32, np.int32, np.float32, np.int32, np.int32, np.float64, np.int32,
-    )  # fmt: skip
-    empty = tuple(np.empty((0, 2) if k == 1 else (0, 3) if k == 11 else 0, dtype) for k, dtype in enumerate(dtypes))
-    columns = [np.concatenate(column) for column in zip(*(results or [empty]), strict=True)]
+    if len(results) == 1:
+        columns = list(results[0])
+    else:
+        columns = [np.concatenate(column) for column in zip(*(results or [_nothing()]), strict=True)]
     status, detail, gap, rows, edges, atom_class, row_numbers, weight, row_size, sender, distance, image = columns
     for k in np.flatnonzero(status != neighbors.OK):
         atoms = numbers[ptr[k] : ptr[k + 1]]
@@ -290,7 +301,8 @@ def _join(
             else neighbors.failure(status[k], detail[k], gap[k], atoms, parameters.radius)
         )
     accepted = status == neighbors.OK
-    atom_class = atom_class[np.repeat(accepted, np.diff(ptr))]
+    if not accepted.all():
+        atom_class = atom_class[np.repeat(accepted, np.diff(ptr))]
     counts = np.zeros((3, crystals), dtype=np.int64)
     counts[:, good] = rows, edges, np.where(accepted, np.diff(ptr), 0)
     crystal_ptr, edge_ptr, atom_ptr = (np.concatenate([[0], np.cumsum(c)]) for c in counts)
