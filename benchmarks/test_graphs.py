@@ -97,8 +97,8 @@ def test_small_cells(benchmark, record, crystals):
     benchmark.extra_info.update({"seconds": took, "rounds": seconds})
     note = (
         f"{crystals} crystals of 5 to 24 atoms ({arrays[3][-1]} atoms), radius 8 Å, 12 neighbours; one core, medians "
-        "of 10 alternating rounds. Raw: all pairs within 8 Å, one call a crystal. Best 12: NumPy's argsort of packed keys "
-        f"on them. How many times longer than ours: {', '.join(list(runs)[:3])}. {versions()}."
+        "of 10 alternating rounds. Raw: all pairs within 8 Å, one call a crystal. Best 12: NumPy's argsort of packed "
+        f"keys on them. How many times longer than ours: {', '.join(list(runs)[:3])}. {versions()}."
     )
     for name, value in took.items():
         row = {"program": name, "µs a crystal": 1e6 * value / crystals, "crystals/s": crystals / value}
@@ -223,9 +223,7 @@ def test_batches_and_memory(benchmark, record, tmp_path):
         pytest.skip("SRCGCNN_TEST_DATA does not name the directory of test data")
     with one_core():
         source = Path(data) / "mp" / "train.parquet"
-        (seconds,) = measure.alternate({"prepare": lambda: prepare(source, tmp_path / "s")}, rounds=1, warm_up=0)[
-            "prepare"
-        ]
+        once = measure.alternate({"prepare": lambda: prepare(source, tmp_path / "s")}, rounds=1, warm_up=0)
         store = open_store(tmp_path / "s")
         order = np.random.default_rng(0).permutation(len(store))
         parts = [order[k : k + 256] for k in range(0, len(order) - 255, 256)]
