@@ -47,11 +47,17 @@ def demo(arguments: argparse.Namespace) -> None:
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    from .graph.parameters import GraphParameters
     from .graph.store import name_it, prepare
 
-    parameters = _graph_parameters(arguments) or GraphParameters()
-    store = prepare(arguments.source, arguments.store, parameters, targets=arguments.target or None, progress=True)
+    parameters = _graph_parameters(arguments)
+    store = prepare(
+        arguments.source,
+        arguments.store,
+        parameters,
+        targets=arguments.target or None,
+        append=arguments.append,
+        progress=True,
+    )
     for name, reason in store.rejected[:5]:
         print(f"rejected {name_it(name, reason)}", file=sys.stderr)
     if len(store.rejected) > 5:
@@ -232,6 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--target", metavar="NAME", action="append", default=[], help="target column to keep, repeatable; default all"
     )
+    sub.add_argument("--append", action="store_true", help="add to the store that is there, with its graph options")
     _add_graph_options(sub)
 
     sub = command(train, "Train one model, score it, and save it for predict.")

@@ -12,7 +12,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,9 @@ def as_crystal(structure: Any, name: str | None = None) -> Crystal:
     )
 
 
-def read_inputs(source: Any, *, targets: Sequence[str] | None = None, timeout: float = 60.0) -> Iterator[Record]:
+def read_inputs(
+    source: Any, *, targets: Sequence[str] | None = None, timeout: float = 60.0, skip: int = 0
+) -> Iterator[Record]:
     """One :class:`Record` per input, in order. What is wrong with one input becomes its ``Record.error``.
 
     Args:
@@ -94,6 +96,7 @@ def read_inputs(source: Any, *, targets: Sequence[str] | None = None, timeout: f
         timeout: seconds for one CIF file of a folder or an iterable. What gemmi does not read in a moment is read
             in a child process that is ended after this time, or beyond 4 GiB of memory (Linux); a single file is
             read in this process without a limit.
+        skip: leave out so many records at the beginning; files that hold one record are then not read.
 
     Raises:
         InputError: the path does not exist or is of no known kind, the folder has no structure files, or a
@@ -107,8 +110,10 @@ def read_inputs(source: Any, *, targets: Sequence[str] | None = None, timeout: f
         if not path.exists():
             raise InputError(f"{path} does not exist; give the path of a structure file or folder.")
         if path.is_dir():
-            return _read_folder(path, wanted, timeout)
-        return _read_file(path, wanted)
+            return _read_folder(path, wanted, timeout, skip)
+        if _kind(path) == "parquet":
+            return _read_parquet(path, wanted, skip)
+        return islice(_read_file(path, wanted), skip, None)
     if _is_single(source):
         items, count = iter([_Item("0", source)]), 1
     elif isinstance(source, Mapping):
@@ -120,7 +125,7 @@ def read_inputs(source: Any, *, targets: Sequence[str] | None = None, timeout: f
         raise InputError(
             f"A {type(source).__name__} holds no crystals; give a path, a structure, or an iterable of structures."
         )
-    return _select(_read_items(items, count, timeout), wanted)
+    return _select(_read_items(items, count, timeout, skip), wanted)
 
 
 # ---- objects
@@ -189,8 +194,13 @@ def _default_id(value: Any, index: int) -> str:
     return _stem(Path(value)) if isinstance(value, str | os.PathLike) else str(index)
 
 
-def _read_items(items: Iterable[_Item], count: int, timeout: float) -> Iterator[Record]:
+def _read_items(items: Iterable[_Item], count: int, timeout: float, skip: int = 0) -> Iterator[Record]:
     """Records in the order of the ``count`` (-1: unknown) items; many CIF files are read by other processes, too."""
+    items = iter(items)
+    while skip > 0 and (item := next(items, None)) is not None:
+        held = [None] if item.error is not None or _kind(item.value) in ("cif", "poscar") else list(_finish(item))
+        yield from (record for record in held[skip:] if record is not None)
+        skip -= len(held)
     if count == 1:
         for item in items:
             yield from _finish(item)
@@ -342,14 +352,14 @@ def _record(id: str, targets: dict[str, float], read: Any) -> Record:
 # ---- folders
 
 
-def _read_folder(folder: Path, wanted: list[str] | None, timeout: float) -> Iterator[Record]:
+def _read_folder(folder: Path, wanted: list[str] | None, timeout: float, skip: int) -> Iterator[Record]:
     if (folder / "row_count.npy").is_file():
         raise InputError(f"{folder} is a store of prepared graphs and holds no structures; give what it was made from.")
     _check_atom_init(folder / _ATOM_INIT)
     table = folder / "id_prop.csv"
     if table.is_file():
         names, items = _id_prop_items(table, wanted)
-        return _select(_read_items(items, len(items), timeout), names)
+        return _select(_read_items(items, len(items), timeout, skip), names)
     names = sorted(name for name in _file_names(folder) if _kind(name) and not name.startswith("."))
     files = [folder / name for name in names if name != _ATOM_INIT]
     if not files:
@@ -360,7 +370,7 @@ def _read_folder(folder: Path, wanted: list[str] | None, timeout: float) -> Iter
         raise InputError(
             f"{folder} has no id_prop.csv and so no target {', '.join(wanted)}; add one with rows id,target."
         )
-    return _select(_read_items((_Item(_stem(p), p) for p in files), len(files), timeout), wanted)
+    return _select(_read_items((_Item(_stem(p), p) for p in files), len(files), timeout, skip), wanted)
 
 
 def _check_atom_init(path: Path) -> None:
@@ -583,7 +593,7 @@ def _numbers_of(values: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def _read_parquet(path: Path, wanted: list[str] | None) -> Iterator[Record]:
+def _read_parquet(path: Path, wanted: list[str] | None, skip: int = 0) -> Iterator[Record]:
     parquet = require("pyarrow.parquet", "Reading Parquet files", extra="io")
     try:
         table = parquet.ParquetFile(path)
@@ -600,13 +610,15 @@ def _read_parquet(path: Path, wanted: list[str] | None) -> Iterator[Record]:
         kind = schema.field(text[0]).type
         raise InputError(f"{path.name} has the column {text[0]} of type {kind}, which is no target; give numbers.")
     keep = _chosen([name for name in numeric if name not in _NOT_TARGETS], wanted, path.name)
-    return _parquet_records(table, path.name, keep, "material_id" in schema.names)
+    return _parquet_records(table, path.name, keep, "material_id" in schema.names, skip)
 
 
-def _parquet_records(table: Any, where: str, keep: list[str], has_id: bool) -> Iterator[Record]:
+def _parquet_records(table: Any, where: str, keep: list[str], has_id: bool, skip: int) -> Iterator[Record]:
     columns = [*STRUCTURE_COLUMNS[0 if has_id else 1 :], *keep]
     stem, row = _stem(Path(where)), 0
     for batch in table.iter_batches(batch_size=1024, columns=columns):
+        left_out = min(skip - row, len(batch)) if row < skip else 0
+        row, batch = row + left_out, batch.slice(left_out)
         held = {name: _rows(batch.column(name)) for name in STRUCTURE_COLUMNS[1:]}
         targets = np.array([_floats(batch.column(name)) for name in keep]).reshape(len(keep), len(batch)).T
         ids = batch.column("material_id").to_pylist() if has_id else [None] * len(batch)

@@ -16,30 +16,28 @@ import torch
 
 from .. import __version__
 from ..errors import InputError
-from ..files import atomic_path
 from .batch import CrystalGraph, GraphBatch
 from .parameters import GraphParameters
 from .readers import Record, read_inputs
+from .store_writer import (
+    DTYPES,
+    FORMAT,
+    METADATA,
+    PROGRESS,
+    REJECTED,
+    VERSION,
+    StoreWriter,
+    checksum,
+    copy_store,
+    id_arrays,
+    workplace,
+)
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "srcgcnn_fast prepared graphs"
-VERSION = 1
-_METADATA = "metadata.json"
 _CHUNK_ATOMS = 100_000
 _CHUNK_CRYSTALS = 8192
-
-_DTYPES: dict[str, Any] = {
-    "numbers": np.uint8,  # (R,)
-    "weight": np.float32,  # (R,)
-    "degree": np.int32,  # (R,) edges of each row
-    "sender": np.int32,  # (E,) counted within the crystal
-    "distance": np.float32,  # (E,) Å
-    "atom_class": np.int32,  # (A,) counted within the crystal
-    "row_count": np.int64,  # (n,)
-    "edge_count": np.int64,  # (n,)
-    "atom_count": np.int64,  # (n,)
-}
+_COUNTS = ("row_count", "edge_count", "atom_count", "id_size")
 _OPTIONAL = ("atom_features", "edge_features")  # in memory only
 
 
@@ -48,11 +46,34 @@ class StoreInfo:
     """What a store says about itself; ``metadata.json`` on disk."""
 
     parameters: GraphParameters = field(default_factory=GraphParameters)
-    ids: list[str] = field(default_factory=list)
     targets: list[str] = field(default_factory=list)
-    rejected: list[tuple[str, str]] = field(default_factory=list)
     key: dict[str, Any] | None = None
     """What the graphs were made from; None for objects in memory."""
+    rejected: int = 0
+    checksums: dict[str, int] = field(default_factory=dict)
+    """CRC-32 of the values of each array."""
+
+
+class _Ids(Sequence[str]):
+    """n names out of one array of text; equal to a list of the same."""
+
+    def __init__(self, size: np.ndarray, text: np.ndarray) -> None:
+        self._end, self._text = np.cumsum(size, dtype=np.int64), text
+
+    def __len__(self) -> int:
+        return len(self._end)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        i = range(len(self))[index]
+        return self._text[self._end[i - 1] if i else 0 : self._end[i]].tobytes().decode()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    def __repr__(self) -> str:
+        return repr(list(self))
 
 
 class GraphStore:
@@ -66,10 +87,8 @@ class GraphStore:
         self.path = path
         """The directory, or None for a store in memory."""
         self.parameters = info.parameters
-        self.ids = info.ids
+        self.ids: Sequence[str] = _Ids(arrays["id_size"], arrays["id_text"])
         """One for each graph; not necessarily unique."""
-        self.rejected = info.rejected
-        """(id, reason) of each input that has no graph."""
         self.targets = {name: np.array(arrays["targets"][:, k]) for k, name in enumerate(info.targets)}
         """name -> (n,) float64, NaN where missing."""
         self.row_counts = np.array(arrays["row_count"])
@@ -77,7 +96,8 @@ class GraphStore:
         self._info = info
         self._arrays = {name: np.asarray(array) for name, array in arrays.items()}
         self._first = {
-            name: np.concatenate([[0], np.cumsum(arrays[f"{name}_count"])]) for name in ("row", "edge", "atom")
+            name: np.concatenate([[0], np.cumsum(arrays[f"{name}_count"], dtype=np.int64)])
+            for name in ("row", "edge", "atom")
         }
 
     @classmethod
@@ -119,10 +139,29 @@ class GraphStore:
                 raise InputError(f"Only {len(held)} of {len(graphs)} graphs carry {name}; give it to all or to none.")
             if held:
                 arrays[name] = np.concatenate(held)
-        return cls(arrays, StoreInfo(parameters or GraphParameters(), names, list(columns)))
+        arrays |= id_arrays(names)
+        return cls(arrays, StoreInfo(parameters or GraphParameters(), list(columns)))
+
+    @property
+    def rejected(self) -> list[tuple[str, str]]:
+        """(id, reason) of each input that has no graph; on disk one JSON list a line, ``rejected.jsonl``."""
+        if self.path is None or not self._info.rejected:
+            return []
+        with (self.path / REJECTED).open(encoding="utf-8") as lines:
+            return [(id, reason) for id, reason in map(json.loads, lines)]
+
+    def verify(self) -> None:
+        """Read everything and compare it with the checksums taken when it was written.
+
+        Raises:
+            InputError: an array on disk is not what was written.
+        """
+        for name, expected in self._info.checksums.items():
+            if checksum(self._arrays[name]) != expected:
+                raise InputError(f"{self.path} is damaged ({name}.npy has another checksum); prepare it again.")
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.row_counts)
 
     def __repr__(self) -> str:
         where = f"{self.path}: " if self.path else ""
@@ -169,11 +208,11 @@ class GraphStore:
             InputError: no index is given, one is not a whole number of -n to n - 1, or the batch exceeds int32.
         """
         chosen = self._checked(indices)
-        counts = {name: np.diff(first)[chosen] for name, first in self._first.items()}
+        counts = {name: first[chosen + 1] - first[chosen] for name, first in self._first.items()}
         ends = {name: np.cumsum(count) for name, count in counts.items()}
         if max(ends["row"][-1], ends["edge"][-1]) > np.iinfo(np.int32).max:
             raise InputError(f"A batch of {ends['edge'][-1]} edges is beyond 2^31 - 1; use smaller batches.")
-        picked = {name: _ranges(self._first[name][:-1][chosen], counts[name], ends[name]) for name in counts}
+        picked = {name: _ranges(self._first[name][chosen], counts[name], ends[name]) for name in counts}
         taken = self._take(lambda name, kind: self._arrays[name][picked[kind]])
         row_offset = (ends["row"] - counts["row"]).astype(np.int32)
         taken["sender"] = taken["sender"] + np.repeat(row_offset, counts["edge"])
@@ -247,15 +286,15 @@ def open_store(path: str | os.PathLike[str]) -> GraphStore:
             if not file.is_file() or file.stat().st_size != size:
                 found = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
                 raise InputError(f"{folder} is damaged ({name} is {found}, not {size} bytes); prepare it again.")
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in [*_DTYPES, "targets"]}
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in [*DTYPES, "targets"]}
         info = StoreInfo(
             GraphParameters(**metadata["parameters"]),
-            metadata["ids"],
             metadata["targets"],
-            [(id, reason) for id, reason in metadata["rejected"]],
             metadata["key"],
+            metadata["rejected"],
+            metadata["checksums"],
         )
-        _check_counts(arrays, len(info.ids), len(info.targets))
+        _check_counts(arrays, metadata["crystals"], len(info.targets))
     except InputError:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -267,7 +306,7 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
     if not folder.exists():
         raise InputError(f"{folder} does not exist; write a store there with prepare.")
     try:
-        metadata = json.loads((folder / _METADATA).read_text(encoding="utf-8"))
+        metadata = json.loads((folder / METADATA).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         metadata = None
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT or "version" not in metadata:
@@ -278,9 +317,9 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
 def _check_counts(arrays: Mapping[str, np.ndarray], crystals: int, targets: int) -> None:
     rows, edges, atoms = (int(arrays[f"{name}_count"].sum()) for name in ("row", "edge", "atom"))
     shapes = {"numbers": rows, "weight": rows, "degree": rows, "sender": edges, "distance": edges, "atom_class": atoms}
-    shapes |= {"row_count": crystals, "edge_count": crystals, "atom_count": crystals}
+    shapes |= dict.fromkeys(_COUNTS, crystals) | {"id_text": int(arrays["id_size"].sum(dtype=np.int64))}
     for name, length in shapes.items():
-        if arrays[name].shape != (length,) or arrays[name].dtype != _DTYPES[name]:
+        if arrays[name].shape != (length,) or arrays[name].dtype != DTYPES[name]:
             raise ValueError(f"{name}.npy does not fit the counts")
     if arrays["targets"].shape != (crystals, targets) or int(arrays["degree"].sum(dtype=np.int64)) != edges:
         raise ValueError("targets.npy or degree.npy does not fit the counts")
@@ -295,48 +334,69 @@ def prepare(
     parameters: GraphParameters | None = None,
     *,
     targets: Sequence[str] | None = None,
+    append: bool = False,
     progress: bool | Callable[[int], None] | None = None,
 ) -> GraphStore:
     """Read crystals, build their graphs and write them to the directory ``path``, whole or not at all.
 
     What cannot be read or built is kept in ``rejected`` with its reason. A store that is there already is used as it
-    is when source, parameters and targets are the same, and replaced otherwise. Memory stays bounded.
+    is when source, parameters and targets are the same, and replaced otherwise. Memory stays bounded. When a
+    preparation from files is interrupted, or its process killed, the next call with the same arguments continues it
+    (from ``.NAME.partial`` beside the store).
 
     Args:
         source: whatever :func:`srcgcnn_fast.graph.readers.read_inputs` takes.
         path: the directory of the store.
         parameters: how a crystal becomes a graph; ``GraphParameters()`` by default.
         targets: names of the targets to keep, by default all that the source has.
+        append: add to the store that is there, whose parameters hold; a source that it holds already is not added
+            again. Whoever has the store open keeps the old one.
         progress: True for a progress bar, or a function that is told the number of inputs done so far.
 
     Raises:
-        InputError: the source cannot be read, no input became a graph, a target has no value at all, or ``path``
-            holds something else than a store.
+        InputError: the source cannot be read, no input became a graph, a target has no value at all, ``path``
+            holds something else than a store, or another process prepares the same one.
     """
-    folder, parameters = Path(path), parameters or GraphParameters()
-    key = _source_key(source, parameters, targets)
+    folder = Path(path)
     existing = _existing(folder)
-    if existing is not None and key is not None and existing.get("key") == key:
+    if append:
+        if existing is None:
+            raise InputError(f"{folder} does not exist, so nothing can be appended; prepare it first.")
+        held = open_store(folder)
+        if parameters not in (None, held.parameters):
+            raise InputError(f"{folder} was prepared with {held.parameters}; append with the same, or leave them out.")
+        parameters = held.parameters
+    parameters = parameters or GraphParameters()
+    part, key = _source_key(source), None
+    if part is not None:
+        key = _key(parameters, targets, [part])
+    if append and existing is not None:
+        before = existing["key"]
+        if before is not None and part in before["parts"]:
+            logger.info("%s is in %s already.", source, folder)
+            return held
+        key = _key(parameters, targets, [*before["parts"], part]) if before is not None and part is not None else None
+    elif existing is not None and key is not None and existing.get("key") == key:
         try:
             store = open_store(folder)
             logger.info("%s is prepared already: %d crystals.", folder, len(store))
             return store
         except InputError as error:
             logger.warning("Preparing again: %s", error)
-    records = read_inputs(source, targets=targets)
-    with atomic_path(folder) as scratch:
-        scratch.mkdir()
-        writer = _StoreWriter(scratch)
+    with workplace(folder, key) as scratch:
+        if append and not (scratch / PROGRESS).exists():
+            copy_store(folder, scratch, key)
+        writer = StoreWriter(scratch, key)
+        if writer.done:
+            logger.warning("Continuing after the %d inputs that an earlier call prepared.", writer.done)
         try:
-            for chunk in _chunks(_reported(records, progress)):
+            records = read_inputs(source, targets=targets, skip=writer.done)
+            for chunk in _chunks(_reported(records, progress, writer.done)):
                 writer.add(chunk, parameters)
         finally:
             writer.close()
         _check_result(writer, source, targets)
-        info = StoreInfo(parameters, writer.ids, writer.target_names(targets), writer.rejected, key)
-        writer.finish(info)
-        if folder.exists():
-            folder.rename(scratch.parent / "replaced")  # a directory cannot replace one that has files
+        writer.finish(parameters, targets)
     store = open_store(folder)
     _log_summary(store)
     return store
@@ -354,34 +414,33 @@ def _existing(folder: Path) -> dict[str, Any] | None:
         raise InputError(f"{folder} exists and is not a store of prepared graphs; choose another path.") from None
 
 
-def _source_key(source: Any, parameters: GraphParameters, targets: Sequence[str] | None) -> dict[str, Any] | None:
+def _key(parameters: GraphParameters, targets: Sequence[str] | None, parts: list[Any]) -> dict[str, Any]:
+    names = list(targets) if targets is not None else None
+    return {"package": __version__, "parameters": asdict(parameters), "targets": names, "parts": parts}
+
+
+def _source_key(source: Any) -> dict[str, Any] | None:
     if not isinstance(source, str | os.PathLike) or not Path(source).exists():
         return None
     root = Path(source).resolve()
     with os.scandir(root if root.is_dir() else root.parent) as entries:
         found = sorted((e.name, e) for e in entries if e.is_file() and (root.is_dir() or e.name == root.name))
     stamps = [(name, entry.stat().st_size, entry.stat().st_mtime_ns) for name, entry in found]
-    key = {
-        "package": __version__,
-        "source": str(root),
-        "files": len(stamps),
-        "stamps": sha256(repr(stamps).encode()).hexdigest(),
-        "parameters": asdict(parameters),
-        "targets": list(targets) if targets is not None else None,
-    }
-    return json.loads(json.dumps(key))
+    return {"source": str(root), "files": len(stamps), "stamps": sha256(repr(stamps).encode()).hexdigest()}
 
 
-def _reported(records: Iterable[Record], progress: bool | Callable[[int], None] | None) -> Iterator[Record]:
+def _reported(
+    records: Iterable[Record], progress: bool | Callable[[int], None] | None, before: int
+) -> Iterator[Record]:
     if progress is True:
         try:
             from tqdm.auto import tqdm
         except ImportError:
             logger.info("Without tqdm there is no progress bar.")
         else:
-            yield from tqdm(records, desc="prepare", unit=" crystals")
+            yield from tqdm(records, desc="prepare", unit=" crystals", initial=before)
             return
-    for done, record in enumerate(records, start=1):
+    for done, record in enumerate(records, start=before + 1):
         yield record
         if callable(progress):
             progress(done)
@@ -400,16 +459,16 @@ def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield chunk
 
 
-def _check_result(writer: _StoreWriter, source: Any, targets: Sequence[str] | None) -> None:
+def _check_result(writer: StoreWriter, source: Any, targets: Sequence[str] | None) -> None:
     where = str(source) if isinstance(source, str | os.PathLike) else "the input"
-    if not writer.ids:
-        if not writer.rejected:
+    if not writer.crystals:
+        if writer.first_rejected is None:
             raise InputError(f"There are no structures in {where}; give at least one.")
-        id, reason = writer.rejected[0]
-        raise InputError(f"None of the {len(writer.rejected)} inputs of {where} became a graph; {name_it(id, reason)}")
+        reason = name_it(*writer.first_rejected)
+        raise InputError(f"None of the {writer.rejected} inputs of {where} became a graph; {reason}")
     for name in targets or ():
-        if all(np.isnan(row.get(name, np.nan)) for row in writer.targets):
-            mend = name_it(*writer.rejected[0]) if writer.rejected else "fill it in, or choose another."
+        if not writer.has_values(name):
+            mend = name_it(*writer.first_rejected) if writer.first_rejected else "fill it in, or choose another."
             raise InputError(f"No crystal of {where} has a value of the target {name}; {mend}")
 
 
@@ -425,90 +484,3 @@ def _log_summary(store: GraphStore) -> None:
         store.path, len(store), store.n_atoms, store.n_rows, store.n_atoms / max(store.n_rows, 1), store.n_edges,
         len(store.rejected),
     )  # fmt: skip
-
-
-class _StoreWriter:
-    """Appends graphs to the files of a store in a directory of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.ids: list[str] = []
-        self.targets: list[dict[str, float]] = []
-        self.rejected: list[tuple[str, str]] = []
-        self._files = {name: _NpyFile(folder / f"{name}.npy", dtype) for name, dtype in _DTYPES.items()}
-
-    def add(self, records: Sequence[Record], parameters: GraphParameters) -> None:
-        from .build import build_packed
-
-        crystals = [record.crystal for record in records if record.crystal is not None]
-        packed = None
-        if crystals:
-            packed = build_packed(
-                np.stack([c.lattice for c in crystals]),
-                np.concatenate([c.frac_coords for c in crystals]),
-                np.concatenate([c.numbers for c in crystals]),
-                np.concatenate([[0], np.cumsum([len(c.numbers) for c in crystals])]),
-                parameters,
-            )
-        good: list[int] = []
-        position = -1
-        for record in records:
-            position += record.crystal is not None
-            reason = record.error if record.crystal is None or packed is None else packed.errors.get(position)
-            if reason is None and record.crystal is not None:
-                self.ids.append(record.id)
-                self.targets.append(record.targets)
-                good.append(position)
-            else:
-                self.rejected.append((record.id, reason or f"{record.id} has no crystal."))
-        if packed is not None:
-            self._append(packed, np.array(good, dtype=np.int64))
-
-    def _append(self, packed: Any, good: np.ndarray) -> None:
-        for name in ("numbers", "weight", "sender", "distance", "atom_class"):
-            self._files[name].append(getattr(packed, name))  # a crystal that failed takes no room in these
-        self._files["degree"].append(np.diff(packed.row_ptr))
-        for name, pointer in (("row", "crystal_ptr"), ("edge", "edge_ptr"), ("atom", "atom_ptr")):
-            self._files[f"{name}_count"].append(np.diff(getattr(packed, pointer))[good])
-
-    def target_names(self, wanted: Sequence[str] | None) -> list[str]:
-        return list(wanted) if wanted is not None else list(dict.fromkeys(k for row in self.targets for k in row))
-
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
-
-    def finish(self, info: StoreInfo) -> None:
-        table = np.array([[row.get(name, np.nan) for name in info.targets] for row in self.targets], dtype=np.float64)
-        np.save(self.folder / "targets.npy", table.reshape(len(self.ids), len(info.targets)))
-        metadata = {
-            "format": FORMAT,
-            "version": VERSION,
-            "package_version": __version__,
-            "sizes": {file.name: file.stat().st_size for file in sorted(self.folder.glob("*.npy"))},
-            **asdict(info),
-        }
-        (self.folder / _METADATA).write_text(json.dumps(metadata), encoding="utf-8")
-
-
-class _NpyFile:
-    """A one-dimensional .npy file that grows; its length is written into the header on closing."""
-
-    def __init__(self, path: Path, dtype: Any) -> None:
-        self.dtype, self.length = np.dtype(dtype), 0
-        self._file = path.open("wb")
-        self._write_header()
-
-    def _write_header(self) -> None:
-        text = f"{{'descr': {self.dtype.str!r}, 'fortran_order': False, 'shape': ({self.length},), }}"
-        self._file.write(b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + text.ljust(117).encode() + b"\n")
-
-    def append(self, array: np.ndarray) -> None:
-        self._file.write(np.ascontiguousarray(array, dtype=self.dtype).data)
-        self.length += len(array)
-
-    def close(self) -> None:
-        if not self._file.closed:
-            self._file.seek(0)
-            self._write_header()
-            self._file.close()

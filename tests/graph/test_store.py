@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -170,14 +171,14 @@ def test_chunks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     parts = prepare(records(30), tmp_path / "parts", progress=seen.append)
     assert seen == list(range(1, 32))
     assert parts.ids == whole.ids and parts.rejected == whole.rejected
-    for name in store_module._DTYPES:
+    for name in store_module.DTYPES:
         assert (tmp_path / "whole" / f"{name}.npy").read_bytes() == (tmp_path / "parts" / f"{name}.npy").read_bytes()
 
 
 def test_records_are_read_as_they_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "_CHUNK_CRYSTALS", 4)
     alive = most = 0
-    add = store_module._StoreWriter.add
+    add = store_module.StoreWriter.add
 
     def counted(writer: object, chunk: list[Record], parameters: GraphParameters) -> None:
         nonlocal alive, most
@@ -190,7 +191,7 @@ def test_records_are_read_as_they_are_needed(tmp_path: Path, monkeypatch: pytest
             alive += 1
             yield record
 
-    monkeypatch.setattr(store_module._StoreWriter, "add", counted)
+    monkeypatch.setattr(store_module.StoreWriter, "add", counted)
     assert len(prepare(stream(), tmp_path / "store")) == 40
     assert most <= 4
 
@@ -235,7 +236,7 @@ def test_a_failing_write_leaves_nothing_and_spares_the_old_store(
     for path in ("store", "new"):
         with pytest.raises(RuntimeError, match="the disk is full"):
             prepare(broken(), tmp_path / path)
-    monkeypatch.setattr(store_module._StoreWriter, "finish", lambda *_: 1 / 0)
+    monkeypatch.setattr(store_module.StoreWriter, "finish", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare(records(8), tmp_path / "store")
     assert listing(tmp_path) == ["store"]
@@ -283,6 +284,104 @@ def test_the_same_source_is_prepared_once(tmp_path: Path, caplog: pytest.LogCapt
     assert listing(tmp_path) == ["store", "t.parquet"]
 
 
+def interrupt(source: Path, path: Path, after: int, **options: object) -> None:
+    def stop(done: int) -> None:
+        if done == after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, path, progress=stop, **options)
+
+
+def assert_same_files(found: Path, expected: Path) -> None:
+    for name in (*store_module.DTYPES, "targets"):
+        assert (found / f"{name}.npy").read_bytes() == (expected / f"{name}.npy").read_bytes(), name
+    assert (found / "rejected.jsonl").read_bytes() == (expected / "rejected.jsonl").read_bytes()
+    open_store(found).verify()
+
+
+@pytest.mark.parametrize("kind", ["table", "folder"])
+def test_an_interrupted_preparation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    pytest.importorskip("pyarrow")
+    structure = pytest.importorskip("pymatgen.core").Structure
+    source = tmp_path / "source"
+    if kind == "table":
+        source = table(tmp_path / "source.parquet", 30)
+    else:
+        source.mkdir()
+        for i in range(30):
+            made = structure(crystal(i).lattice, crystal(i).numbers, crystal(i).frac_coords)
+            (source / f"c{i:02}.cif").write_text(made.to(fmt="cif") if i % 7 else "broken")
+    prepare(source, tmp_path / "whole")
+    monkeypatch.setattr(store_module, "_CHUNK_CRYSTALS", 4)
+    interrupt(source, tmp_path / "parts", after=14)
+    partial = tmp_path / ".parts.partial"
+    with (partial / "sender.npy").open("ab") as file:
+        file.write(b"half a chunk that a killed process had written")
+    interrupt(source, tmp_path / "parts", after=25)
+    seen: list[int] = []
+    prepare(source, tmp_path / "parts", progress=seen.append)
+    assert seen == list(range(25, 31))  # 24 inputs in whole chunks were there
+    assert_same_files(tmp_path / "parts", tmp_path / "whole")
+    assert not partial.exists()
+
+
+def test_another_preparation_does_not_go_on_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pyarrow")
+    monkeypatch.setattr(store_module, "_CHUNK_CRYSTALS", 4)
+    source = table(tmp_path / "source.parquet", 20)
+    interrupt(source, tmp_path / "store", after=14)
+    seen: list[int] = []
+    store = prepare(source, tmp_path / "store", GraphParameters(max_neighbors=5), progress=seen.append)
+    assert seen[0] == 1 and len(store) == 20 and store.parameters.max_neighbors == 5
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs file locks")
+def test_one_process_prepares_a_store(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    source = table(tmp_path / "source.parquet", 5)
+
+    def again(done: int) -> None:
+        with pytest.raises(InputError, match="is being prepared by another process"):
+            prepare(source, tmp_path / "store")
+
+    assert len(prepare(source, tmp_path / "store", progress=again)) == 5
+
+
+def test_appending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pyarrow")
+    monkeypatch.setattr(store_module, "_CHUNK_CRYSTALS", 4)
+    first, second = table(tmp_path / "a.parquet", 6), table(tmp_path / "b.parquet", 9)
+    path = tmp_path / "store"
+    with pytest.raises(InputError, match="nothing can be appended; prepare it first"):
+        prepare(first, path, append=True)
+    prepare(first, path)
+    with pytest.raises(InputError, match="append with the same"):
+        prepare(second, path, GraphParameters(radius=6.0), append=True)
+    interrupt(second, path, after=6, append=True)
+    assert len(open_store(path)) == 6
+    for _ in range(2):  # the second time it is there
+        store = prepare(second, path, append=True)
+        assert store.ids == [f"c{i}" for i in (*range(6), *range(9))]
+    store = prepare([*records(3), Record("last", crystal(5), {"mass": 5.0})], path, append=True)
+    store.verify()
+    assert len(store) == 19 and [id for id, _ in store.rejected] == ["bad"]
+    assert np.isnan(store.targets["mass"][:18]).all() and store.targets["mass"][18] == 5.0
+    assert store.targets["gap"][:15].tolist() == [*range(6), *range(9)]
+    for i, seed in ((0, 0), (6, 0), (14, 8), (18, 5)):
+        assert_same_graph(store[i], build_graph(crystal(seed)))
+
+
+def test_checksums_and_names(tmp_path: Path) -> None:
+    names = ["a", "", "Brückmann", "超", "a"]
+    store = prepare([Record(name, crystal(i)) for i, name in enumerate(names)], tmp_path / "store")
+    assert store.ids == names and store.ids[-2:] == names[-2:] and store.ids != names[:4]
+    store.verify()
+    set_bytes(tmp_path / "store", "distance.npy", np.load(tmp_path / "store" / "distance.npy") + 1)
+    with pytest.raises(InputError, match=r"damaged .distance.npy has another checksum"):
+        open_store(tmp_path / "store").verify()
+
+
 def test_foreign_directories_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
@@ -321,8 +420,8 @@ def set_bytes(folder: Path, name: str, value: np.ndarray) -> None:
             "damaged .distance.npy is",
         ),
         (lambda f: (f / "metadata.json").write_text("{"), "is not a store"),
-        (lambda f: damage_metadata(f, version=99), "has the store format 99, this package reads 1"),
-        (lambda f: damage_metadata(f, ids=["one"]), "is damaged"),
+        (lambda f: damage_metadata(f, version=99), "has the store format 99, this package reads 2"),
+        (lambda f: damage_metadata(f, crystals=1), "is damaged"),
         (lambda f: damage_metadata(f, sizes=None), "is damaged"),
         (lambda f: damage_metadata(f, parameters={"colour": 3}), "is damaged"),
         (lambda f: set_bytes(f, "row_count.npy", np.zeros(12, np.int64)), "is damaged"),
