@@ -280,7 +280,9 @@ def _parser() -> argparse.ArgumentParser:
         default=20_000,
         help="most graph rows in one forward pass (a row is an atom, or several that symmetry makes equal)",
     )
-    sub.add_argument("--isolated", choices=("error", "keep"), help=f"{_ISOLATED}; default: as the model was trained")
+    sub.add_argument(
+        "--isolated", choices=("error", "warn", "keep"), help=f"{_ISOLATED}; default: as the model was trained"
+    )
     sub.add_argument("--backend", metavar="NAME", help="force a backend that doctor lists, such as reference")
 
     sub = command(convert, "Convert a published .pth.tar to a model directory, or a model directory to a .pth.tar.")
@@ -306,8 +308,10 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if default is None or default is False or default == [] else super()._get_help_string(action)
 
 
-_SOURCE = "a CIF, POSCAR, extxyz, pymatgen JSON or Parquet file, or a folder of these, with or without id_prop.csv"
-_ISOLATED = "atoms without any neighbour: refuse the crystal, or keep it"
+_SOURCE = (
+    "a CIF, POSCAR, extxyz, pymatgen JSON, ASE db or Parquet file, or a folder of these, with or without id_prop.csv"
+)
+_ISOLATED = "atoms without any neighbour: refuse the crystal, or keep it (warn: and count such crystals)"
 
 
 def _add_graph_options(parser: argparse.ArgumentParser) -> None:
@@ -319,7 +323,7 @@ def _add_graph_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--full-graph", action="store_true", help="keep every atom: no reduction by symmetry")
     group.add_argument("--padded", action="store_true", help="pad short neighbour lists as the published programs do")
-    group.add_argument("--isolated", choices=("error", "keep"), help=f"{_ISOLATED} (default: error)")
+    group.add_argument("--isolated", choices=("error", "warn", "keep"), help=f"{_ISOLATED} (default: error)")
 
 
 def _check_writable(path: Path) -> None:

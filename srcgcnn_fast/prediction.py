@@ -34,7 +34,7 @@ def predict(
     *,
     batch_atoms: int = 20_000,
     timeout: float = 60.0,
-    isolated: Literal["error", "keep"] | None = None,
+    isolated: Literal["error", "warn", "keep"] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> pd.DataFrame:
     """What ``model`` predicts for every crystal of ``inputs``, built into graphs as the model was trained on them.

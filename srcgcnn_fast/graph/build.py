@@ -263,7 +263,7 @@ def _run_kernels(
     )
     graphs = symmetry.reduce(
         numbers[atoms], local_ptr, status, detail, *candidates, radius, count, slack, tolerance is not None,
-        bool(parameters.padded), parameters.isolated == "keep",
+        bool(parameters.padded), parameters.isolated != "error",
     )  # fmt: skip
     return (status, detail, gap, *graphs)
 
@@ -301,6 +301,11 @@ def _join(
             else neighbors.failure(status[k], detail[k], gap[k], atoms, parameters.radius)
         )
     accepted = status == neighbors.OK
+    if parameters.isolated == "warn" and (lonely := int((accepted & (detail[:, 0] > 0)).sum())):
+        logger.warning(
+            "%d of %d crystals have atoms without any neighbour within %g Å; such an atom receives nothing.",
+            lonely, crystals, parameters.radius,
+        )  # fmt: skip
     if not accepted.all():
         atom_class = atom_class[np.repeat(accepted, np.diff(ptr))]
     counts = np.zeros((3, crystals), dtype=np.int64)
@@ -328,7 +333,7 @@ def build_graph(
     symmetry_tolerance: float | None = 1e-5,
     *,
     padded: bool = False,
-    isolated: Literal["error", "keep"] = "error",
+    isolated: Literal["error", "warn", "keep"] = "error",
     distance_dtype: Any = np.float32,
 ) -> CrystalGraph:
     """The CGCNN graph of one crystal: each atom's nearest neighbours within a radius (Xie & Grossman 2018).
@@ -343,7 +348,7 @@ def build_graph(
         symmetry_tolerance: Å up to which distances count as equal when atoms of one symmetry kind are merged into
             one row with a weight. Predictions are those of the full graph. None for the full graph.
         padded: fill short rows as the published programs do.
-        isolated: "keep" accepts atoms without any neighbour.
+        isolated: "keep" accepts atoms without any neighbour, "warn" too and counts their crystals in the log.
         distance_dtype: float32, or float64.
 
     Raises:
@@ -362,7 +367,7 @@ def build_graphs(
     symmetry_tolerance: float | None = 1e-5,
     *,
     padded: bool = False,
-    isolated: Literal["error", "keep"] = "error",
+    isolated: Literal["error", "warn", "keep"] = "error",
     errors: Literal["raise", "collect"] = "raise",
     distance_dtype: Any = np.float32,
 ) -> list[Any]:

@@ -22,8 +22,8 @@ class GraphParameters:
     """Å within which atoms count as equivalent; None keeps every atom."""
     padded: bool = False
     """Fill short rows up as the published programs do: (index 0 of the crystal, distance radius + 1)."""
-    isolated: Literal["error", "keep"] = "error"
-    """What to do with an atom without neighbours: "error" or "keep"."""
+    isolated: Literal["error", "warn", "keep"] = "error"
+    """What to do with an atom without neighbours: refuse the crystal, or keep it and (warn) say so."""
 
     def __post_init__(self) -> None:
         radius, count, tolerance = self.radius, self.max_neighbors, self.symmetry_tolerance
@@ -38,8 +38,8 @@ class GraphParameters:
             )
         if not isinstance(self.padded, bool):
             raise InputError(f"padded must be True or False, not {self.padded!r}.")
-        if self.isolated not in ("error", "keep"):
-            raise InputError(f'isolated must be "error" or "keep", not {self.isolated!r}.')
+        if self.isolated not in ("error", "warn", "keep"):
+            raise InputError(f'isolated must be "error", "warn" or "keep", not {self.isolated!r}.')
         # NumPy's numbers become Python's, which stores and models write as JSON.
         object.__setattr__(self, "radius", float(radius))
         object.__setattr__(self, "max_neighbors", int(count))

@@ -8,10 +8,12 @@ import json
 import logging
 import math
 import os
+import sqlite3
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ import numpy as np
 from ..errors import InputError, require
 from .cif import read_cif, read_text
 from .crystal import Crystal, _one_line, checked_crystal, from_ase, from_pymatgen
-from .elements import is_built_in_table
+from .elements import ELEMENT_SYMBOLS, is_built_in_table
 from .pool import CifPool
 from .quick_cif import read_quickly
 
@@ -32,6 +34,7 @@ __all__ = ["Crystal", "Record", "as_crystal", "read_inputs"]
 STRUCTURE_COLUMNS = ("material_id", "lattice", "frac_coords", "atomic_numbers")
 _NOT_TARGETS = {*STRUCTURE_COLUMNS, "id", "formula", "n_sites", "structure"}
 _ATOM_INIT = "atom_init.json"
+_ATOMIC_NUMBERS = {symbol: number for number, symbol in enumerate(ELEMENT_SYMBOLS) if symbol} | {"D": 1}
 _MAX_READERS = 16
 """Processes that read CIF files, this one among them, where there are as many cores."""
 _GROUP = 64
@@ -88,10 +91,11 @@ def read_inputs(
 
     Args:
         source: the path of a CIF, POSCAR/CONTCAR (``*.vasp``), extended XYZ, pymatgen JSON (``.json``,
-            ``.json.gz``) or Parquet file (columns ``material_id``, ``lattice`` (9), ``frac_coords`` (3n),
-            ``atomic_numbers`` (n), and numbers as targets); a folder with ``id_prop.csv`` (rows ``id,target``,
-            files ``id.cif``; a first row ``id,name,...`` names the targets) or without (every structure file,
-            by name); one object that :func:`as_crystal` takes, an iterable of them, or a dictionary id -> object.
+            ``.json.gz``; also matbench's tables), ASE database (``.db``) or Parquet file (columns ``material_id``,
+            ``lattice`` (9), ``frac_coords`` (3n), ``atomic_numbers`` (n), and numbers as targets); a folder with
+            ``id_prop.csv`` (rows ``id,target``, files ``id.cif``; a first row ``id,name,...`` names the targets) or
+            without (every structure file, by name); one object that :func:`as_crystal` takes, an iterable of them,
+            or a dictionary id -> object.
         targets: names of the targets to keep, by default all numbers that the source has. A blank is NaN.
         timeout: seconds for one CIF file of a folder or an iterable. What gemmi does not read in a moment is read
             in a child process that is ended after this time, or beyond 4 GiB of memory (Linux); a single file is
@@ -151,7 +155,25 @@ def _is_single(value: Any) -> bool:
     )
 
 
+def _plain_dictionary(value: Mapping[str, Any], name: str) -> Crystal | None:
+    """An ordered pymatgen dictionary without pymatgen, which takes a hundred times longer; None where it is needed."""
+    try:
+        lattice, sites = value["lattice"], value["sites"]
+        if not all(lattice.get("pbc", (True,))):
+            return None
+        held = [site["species"] for site in sites]
+        if not all(len(species) == 1 and species[0]["occu"] == 1 for species in held):
+            return None
+        numbers = [_ATOMIC_NUMBERS[species[0]["element"]] for species in held]
+        return checked_crystal(lattice["matrix"], [site["abc"] for site in sites], numbers, name)
+    except (KeyError, TypeError, AttributeError, InputError):
+        return None
+
+
 def _from_dictionary(value: Mapping[str, Any], name: str) -> Crystal:
+    plain = _plain_dictionary(value, name)
+    if plain is not None:
+        return plain
     structure_class = require("pymatgen.core", "Reading pymatgen dictionaries", extra="io").Structure
     if "lattice" not in value:
         raise InputError(f"{name} has no lattice; give a periodic structure.")
@@ -460,13 +482,15 @@ def _kind(value: Any) -> str | None:
         return "poscar"
     if name.endswith((".xyz", ".extxyz")):
         return "extxyz"
+    if name.endswith(".db"):
+        return "ase"
     return "parquet" if name.endswith((".parquet", ".pq")) else None
 
 
 def _stem(path: Path) -> str:
     name = path.name.removesuffix(".gz")
     stem, _, suffix = name.rpartition(".")
-    known = suffix.lower() in ("cif", "mcif", "json", "vasp", "poscar", "xyz", "extxyz", "parquet", "pq")
+    known = suffix.lower() in ("cif", "mcif", "json", "vasp", "poscar", "xyz", "extxyz", "db", "parquet", "pq")
     return stem if stem and known else name
 
 
@@ -474,7 +498,7 @@ def _read_file(path: Path, wanted: list[str] | None) -> Iterator[Record]:
     kind = _kind(path)
     if kind is None:
         raise InputError(
-            f"{path.name} is of no known kind; name it *.cif, POSCAR, *.vasp, *.extxyz, *.json(.gz) or *.parquet."
+            f"{path.name} is of no known kind; name it *.cif, POSCAR, *.vasp, *.extxyz, *.json(.gz), *.db or *.parquet."
         )
     if kind == "parquet":
         return _read_parquet(path, wanted)
@@ -482,7 +506,8 @@ def _read_file(path: Path, wanted: list[str] | None) -> Iterator[Record]:
         _chosen([], wanted, path.name)
         read = read_cif if kind == "cif" else _read_poscar
         return iter([_record(_stem(path), {}, lambda: read(path))])
-    return _select(_read_json(path) if kind == "json" else _read_extxyz(path), wanted)
+    read_many = {"json": _read_json, "extxyz": _read_extxyz, "ase": _read_ase_database}[kind]
+    return _select(read_many(path), wanted)
 
 
 def _select(records: Iterator[Record], wanted: list[str] | None) -> Iterator[Record]:
@@ -552,6 +577,26 @@ def _frame(atoms: Any, id: str, where: str) -> Record:
     return _record(id, _numbers_of(info), lambda: from_ase(atoms, f"{id} ({where})"))
 
 
+def _read_ase_database(path: Path) -> Iterator[Record]:
+    connect = require("ase.db", "Reading ASE databases", extra="io").connect
+    stem, count = _stem(path), 0
+    try:
+        for row in connect(path, type="db", append=True).select():
+            count += 1
+            info = {**row.key_value_pairs, **{k: row[k] for k in ("energy",) if k in row}}
+            id = str(info.get("material_id", info.get("id", f"{stem}-{row.id}")))
+            yield _record(id, _numbers_of(info), partial(_row_crystal, row, f"{id} ({path.name})"))
+    except sqlite3.Error as error:
+        yield Record(stem, None, {}, f"{path.name} is not an ASE database ({_one_line(error)}); write it again.")
+        return
+    if not count:
+        yield Record(stem, None, {}, f"{path.name} has no rows; give an ASE database of structures.")
+
+
+def _row_crystal(row: Any, name: str) -> Crystal:
+    return from_ase(row.toatoms(), name)
+
+
 def _read_json(path: Path) -> Iterator[Record]:
     stem = _stem(path)
     try:
@@ -564,6 +609,8 @@ def _read_json(path: Path) -> Iterator[Record]:
         return
     if isinstance(content, Mapping) and "sites" in content:
         entries: Iterable[tuple[str, Any]] = [(stem, content)]
+    elif isinstance(content, Mapping) and {"columns", "data"} <= content.keys():
+        entries = _matbench_entries(content, stem)
     elif isinstance(content, Mapping):
         entries = content.items()
     elif isinstance(content, list):
@@ -575,11 +622,19 @@ def _read_json(path: Path) -> Iterator[Record]:
         yield Record(stem, None, {}, f"{path.name} holds no structures; give a pymatgen Structure or a list of them.")
         return
     for id, entry in chain([first], entries):
-        if isinstance(entry, Mapping):
+        held = entry.get("structure") if isinstance(entry, Mapping) else None
+        if isinstance(entry, Mapping) and not (isinstance(held, str) and not held.lstrip().startswith("{")):
             yield _entry_record(str(id), entry, f"{id} ({path.name})")
         else:
             message = f"{id} ({path.name}) is not a pymatgen Structure dictionary; give one with lattice and sites."
             yield Record(str(id), None, {}, message)
+
+
+def _matbench_entries(content: Mapping[str, Any], stem: str) -> Iterator[tuple[str, Any]]:
+    """Rows of a table in pandas' "split" form, as matbench's files are: index, columns, data."""
+    columns, rows = content["columns"], content["data"]
+    for index, row in zip(content.get("index", range(len(rows))), rows, strict=False):
+        yield index if isinstance(index, str) else f"{stem}-{index}", dict(zip(columns, row, strict=False))
 
 
 def _numbers_of(values: Mapping[str, Any]) -> dict[str, float]:

@@ -198,7 +198,8 @@ def reduce(numbers, ptr, status, detail, first, size, sender, image, distance, r
     """Graphs of B crystals from their candidates: one row per class (``quotient``) or per atom.
 
     A class's distances are the float64 means over its members, place by place. Crystals whose ``status`` is not OK
-    are left out; a crystal with isolated atoms gets the status ISOLATED_ATOMS unless ``keep_isolated``. Padded rows
+    are left out; a crystal with isolated atoms (``detail``: how many, the first) gets the status ISOLATED_ATOMS unless
+    ``keep_isolated``. Padded rows
     are filled to ``count`` edges with (row of atom 0, radius + 1).
 
     Args:
@@ -232,15 +233,13 @@ def reduce(numbers, ptr, status, detail, first, size, sender, image, distance, r
             continue
         lo, hi = ptr[b], ptr[b + 1]
         atoms = hi - lo
-        if not keep_isolated:
-            isolated = 0
-            for i in range(atoms - 1, -1, -1):
-                if size[lo + i] == 0:
-                    isolated += 1
-                    detail[b, 1] = i
-            if isolated > 0:
-                status[b], detail[b, 0] = ISOLATED_ATOMS, isolated
-                continue
+        for i in range(atoms - 1, -1, -1):
+            if size[lo + i] == 0:
+                detail[b, 0] += 1
+                detail[b, 1] = i
+        if detail[b, 0] > 0 and not keep_isolated:
+            status[b] = ISOLATED_ATOMS
+            continue
         members, starts, colour = all_members[lo:hi], all_starts[lo:hi], atom_class[lo:hi]
         before = e
         colours = _refine(

@@ -95,6 +95,16 @@ def test_padding_is_that_of_the_published_programs(tolerance):
     assert short[1].n_edges == 2 and short[2].n_edges == 16
 
 
+def test_isolated_atoms_are_counted_on_request(caplog):
+    crystals = [LONE_ATOM, (np.eye(3) * 4.0, [[0, 0, 0]], [29])]
+    kept, other = build_graphs(crystals, isolated="warn"), build_graphs(crystals, isolated="keep")
+    assert "1 of 2 crystals have atoms without any neighbour within 8 Å" in caplog.text
+    assert [g.n_edges for g in kept] == [g.n_edges for g in other]
+    caplog.clear()
+    build_graphs(crystals[1:], isolated="warn")
+    assert not caplog.text
+
+
 def test_isolated_atoms():
     with pytest.raises(InputError, match=r"1 of 3 atoms has no neighbour within 8 Å \(site 3, He\).*keep"):
         build_graph(LONE_ATOM)

@@ -119,6 +119,46 @@ def test_single_files(tmp_path: Path, name: str) -> None:
     assert_same(as_crystal(str(path)), 1e-7)
 
 
+def test_ase_database(tmp_path: Path) -> None:
+    from ase.calculators.singlepoint import SinglePointCalculator
+    from ase.db import connect
+
+    atoms = Atoms(numbers=NUMBERS, cell=CELL, scaled_positions=COORDS, pbc=True)
+    atoms.calc = SinglePointCalculator(atoms, energy=-3.0)
+    with connect(tmp_path / "made.db") as database:
+        database.write(atoms, gap=1.5, material_id="mp-1", note="text")
+        database.write(Atoms("H", pbc=True))
+        database.write(atoms)
+    first, second, third = read_inputs(tmp_path / "made.db")
+    assert_same(first.crystal)
+    assert (first.id, first.targets) == ("mp-1", {"gap": 1.5, "energy": -3.0})
+    assert second.error is not None and "made-2 (made.db) has no cell" in second.error
+    assert third.id == "made-3" and third.targets == {"energy": -3.0}
+    (tmp_path / "bad.db").write_text("words " * 100)
+    assert "bad.db is not an ASE database" in only_error(tmp_path / "bad.db")
+    with connect(tmp_path / "none.db"):
+        pass
+    assert "none.db has no rows" in only_error(tmp_path / "none.db")
+
+
+def test_matbench_table(tmp_path: Path) -> None:
+    rows = [
+        [structure().as_dict(), 0.5],
+        [Structure(CELL, ["Sr2+", "D", "O2-"], COORDS).as_dict(), 1.5],
+        ["Fe2O3", 2.0],
+    ]
+    table = {"index": ["mb-1", "mb-2", "mb-3"], "columns": ["structure", "e_form"], "data": rows}
+    (tmp_path / "matbench.json.gz").write_bytes(gzip.compress(json.dumps(table).encode()))
+    first, second, third = read_inputs(tmp_path / "matbench.json.gz")
+    assert_same(first.crystal)
+    assert (first.id, first.targets) == ("mb-1", {"e_form": 0.5})
+    assert second.crystal is not None and second.crystal.numbers.tolist() == [38, 1, 8]
+    assert third.error is not None and "mb-3" in third.error
+    table = {"columns": ["structure"], "data": rows[:1], "index": [7]}
+    (tmp_path / "m.json").write_text(json.dumps(table))
+    assert [record.id for record in read_inputs(tmp_path / "m.json")] == ["m-7"]
+
+
 def test_extended_xyz(tmp_path: Path) -> None:
     from ase.io import write
 
