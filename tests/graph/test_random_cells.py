@@ -21,7 +21,8 @@ from hypothesis import strategies as st  # noqa: E402
 
 KINDS = ("triclinic", "skewed", "slender", "flat", "tiny", "dense", "one atom", "grid", "far origin", "many atoms")
 COUNT = 12
-MOST_DISTANCES = 600_000
+MOST_DISTANCES = 1_300_000
+LARGEST_RADIUS = {"many atoms": 3.5, "dense": 4.0, "tiny": 4.0}
 
 
 def made_cell(kind: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -146,12 +147,7 @@ def run(examples: int, part: int = 0) -> Counter:
         radius=st.floats(1.5, 8.0, allow_nan=False),
     )
     def all_kinds(kind: str, seed: int, radius: float) -> None:
-        check(
-            kind,
-            16 * seed + part,
-            min(radius, 3.5) if kind == "many atoms" else min(radius, 4.0) if kind in ("dense", "tiny") else radius,
-            seen,
-        )
+        check(kind, 16 * seed + part, min(radius, LARGEST_RADIUS.get(kind, 8.0)), seen)
 
     all_kinds()
     return seen
