@@ -206,12 +206,16 @@ def _matrices(texts: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _check_apart(coords: np.ndarray) -> None:
-    """No two sites within pymatgen's tolerance, seen along one direction that tells nearly all of them apart."""
-    along = np.sort((coords - 0.123456) % 1.0 @ _DIRECTION)
-    if len(along) > 1 and (along[1:] - along[:-1]).min() < 4 * _SITE_TOLERANCE:
-        apart = coords[:, None] - coords
-        apart -= np.rint(apart)
-        if ((np.abs(apart) < 2 * _SITE_TOLERANCE).all(axis=2).sum(axis=1) > 1).any():
+    """No two sites within pymatgen's tolerance; sorted along one direction, only neighbours need to be looked at."""
+    along = (coords - 0.123456) % 1.0 @ _DIRECTION
+    order = np.argsort(along)
+    along = along[order]
+    for step in range(1, len(along)):
+        close = np.flatnonzero(along[step:] - along[:-step] < 4 * _SITE_TOLERANCE)
+        if not len(close):
+            return
+        apart = coords[order[close + step]] - coords[order[close]]
+        if (np.abs(apart - np.rint(apart)) < 2 * _SITE_TOLERANCE).all(axis=1).any():
             raise _Doubt
 
 

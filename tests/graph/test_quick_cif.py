@@ -101,6 +101,8 @@ def test_hard_cases(data_dir: Path) -> None:
     large = "large_cell__MIL-101-primitive.cif"  # pymatgen takes a minute
     accepted = [assert_same(path) for path in sorted((data_dir / "hard_cases").glob("*.cif")) if path.name != large]
     assert sum(accepted) > 30
+    mil = read_quickly(data_dir / "hard_cases" / large)
+    assert mil is not None and len(mil.numbers) == 3604
 
 
 def test_upstream_sample(data_dir: Path) -> None:

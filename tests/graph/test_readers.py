@@ -609,7 +609,7 @@ def hard_cases(request: pytest.FixtureRequest) -> tuple[list[dict[str, str]], di
     with (folder / "MANIFEST.csv").open(newline="") as file:
         manifest = list(csv.DictReader(file))
     paths = [folder / row["file"] for row in manifest]
-    return manifest, dict(zip([p.name for p in paths], read_inputs(paths, timeout=60), strict=True))
+    return manifest, dict(zip([p.name for p in paths], read_inputs(paths, timeout=10), strict=True))
 
 
 def test_hard_cases(hard_cases: tuple[list[dict[str, str]], dict[str, Record]]) -> None:
