@@ -299,3 +299,49 @@ def test_exploded_cells_are_refused(data_dir):
     assert "atoms ha" in str(some) and "larger radius" in str(some)
     kept = build_graphs(structures, isolated="keep")
     assert kept[0].n_edges == 0 and kept[1].n_edges > 0
+
+
+def compare_with_pymatgen(rows) -> int:
+    """Graphs of the 12 nearest against pymatgen's list within 8 Å; returns how many have a tied last shell.
+
+    Below an atom's last shell the edges are the same and sorted distances agree to 2e-6 Å; inside of it, number and
+    distance, this to the width of a shell, 1e-5 Å; the returned images give the returned distances.
+    """
+    structure = pytest.importorskip("pymatgen.core").Structure
+    tied = 0
+    for row in rows.itertuples():
+        lattice, frac = np.reshape(row.lattice, (3, 3)), np.reshape(row.frac_coords, (-1, 3))
+        graph = build_graph((lattice, frac, row.atomic_numbers), symmetry_tolerance=None, distance_dtype=np.float64,
+                            isolated="keep")  # fmt: skip
+        i, j, image, distance = structure(lattice, row.atomic_numbers, frac).get_neighbor_list(8.0, exclude_self=True)
+        order = np.lexsort((distance, i))
+        i, j, image, distance = i[order], j[order], image[order].round().astype(int), distance[order]
+        first = np.searchsorted(i, np.arange(len(frac) + 1))
+        receiver = np.repeat(np.arange(len(frac)), np.diff(graph.row_ptr))
+        vector = (frac[graph.sender] + graph.image - frac[receiver]) @ lattice
+        assert np.allclose(np.linalg.norm(vector, axis=1), graph.distance, rtol=0, atol=1e-9)
+        for a in range(len(frac)):
+            mine, theirs = slice(*graph.row_ptr[a : a + 2]), slice(first[a], min(first[a] + 12, first[a + 1]))
+            assert len(graph.distance[mine]) == len(distance[theirs]), row.material_id
+            has_more = first[a + 1] - first[a] > 12
+            limit = distance[theirs][-1] - 2e-5 if has_more else np.inf
+            error = np.abs(np.sort(graph.distance[mine]) - distance[theirs])
+            assert error[distance[theirs] < limit].max(initial=0.0) < 2e-6, row.material_id
+            assert error.max(initial=0.0) <= 1e-5, row.material_id
+            tied += has_more and distance[first[a] + 12] - distance[first[a] + 11] < 1e-5
+            near = graph.distance[mine] < limit
+            own = np.column_stack([graph.sender[mine], graph.image[mine]])[near]
+            other = np.column_stack([j[theirs], image[theirs]])[distance[theirs] < limit]
+            assert {tuple(k) for k in own.tolist()} == {tuple(k) for k in other.tolist()}, row.material_id
+    return tied
+
+
+def test_against_pymatgen_by_the_protocol(data_dir):
+    pd = pytest.importorskip("pandas")
+    assert compare_with_pymatgen(pd.read_parquet(data_dir / "mp" / "test.parquet").iloc[::60]) > 100
+
+
+@pytest.mark.slow
+def test_against_pymatgen_every_crystal(data_dir):
+    pd = pytest.importorskip("pandas")
+    assert compare_with_pymatgen(pd.read_parquet(data_dir / "mp" / "test.parquet")) > 5000
