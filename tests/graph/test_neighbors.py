@@ -109,13 +109,13 @@ def test_brute_force_through_bins(count):
     assert_same_neighbors(found, brute_force(lattice, frac, 5.0), lattice, frac, count)
 
 
-@pytest.mark.parametrize("count", [None, 12])
-def test_large_cell_against_kd_tree(count):
+@pytest.mark.parametrize(("n", "count"), [(5000, None), (5000, 12), pytest.param(50_000, 12, marks=pytest.mark.slow)])
+def test_large_cell_against_kd_tree(n, count):
     from scipy.spatial import cKDTree
 
     rng = np.random.default_rng(0)
-    n, radius = 5000, 5.0
-    lattice = np.array([[45.0, 0, 0], [12, 40, 0], [-8, 5, 42]])
+    radius = 5.0
+    lattice = np.array([[45.0, 0, 0], [12, 40, 0], [-8, 5, 42]]) * (n / 5000) ** (1 / 3)
     frac = rng.random((n, 3))
     images = np.stack(np.meshgrid(*[[-1, 0, 1]] * 3, indexing="ij"), -1).reshape(-1, 3)
     ghosts = (frac + images[:, None]).reshape(-1, 3) @ lattice
