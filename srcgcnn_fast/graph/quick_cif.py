@@ -1,4 +1,4 @@
-"""CIF files by gemmi, tens of times faster than by pymatgen: what is beyond doubt is read, anything else left to it."""
+"""CIF files by gemmi, many times faster than by pymatgen: what is beyond doubt is read, anything else left to it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def gemmi_cif() -> Any:
     try:
         from gemmi import cif
     except ImportError:
-        logger.warning('CIF files are read tens of times faster with gemmi: python -m pip install "srcgcnn_fast[io]"')
+        logger.warning('CIF files are read many times faster with gemmi: python -m pip install "srcgcnn_fast[io]"')
         return None
     return cif
 
