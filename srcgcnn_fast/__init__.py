@@ -23,6 +23,7 @@ _HOME = {
     "collate": "graph",
     "prepare": "graph",
     "open_store": "graph",
+    "accelerate": "interop",
     "load_model": "serialization",
     "save_model": "serialization",
     "predict": "prediction",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from .graph import collate as collate
     from .graph import open_store as open_store
     from .graph import prepare as prepare
+    from .interop import accelerate as accelerate
     from .nn import CGCNN as CGCNN
     from .nn import SRCGCNN as SRCGCNN
     from .nn import GatedConv as GatedConv

@@ -1,4 +1,4 @@
-"""Other programs: published checkpoints, published batches, PyTorch Geometric."""
+"""Other programs: their models accelerated, published checkpoints, published batches, PyTorch Geometric."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _HOME = {
+    "CGConv": "geometric",
+    "accelerate": "switch",
+    "acceleration": "switch",
+    "difference": "switch",
+    "restore": "switch",
     "load_upstream_checkpoint": "checkpoints",
     "save_upstream_checkpoint": "checkpoints",
     "expand_quotient": "upstream",
@@ -20,6 +25,11 @@ __all__ = sorted(_HOME)
 if TYPE_CHECKING:
     from .checkpoints import load_upstream_checkpoint as load_upstream_checkpoint
     from .checkpoints import save_upstream_checkpoint as save_upstream_checkpoint
+    from .geometric import CGConv as CGConv
+    from .switch import accelerate as accelerate
+    from .switch import acceleration as acceleration
+    from .switch import difference as difference
+    from .switch import restore as restore
     from .upstream import expand_quotient as expand_quotient
     from .upstream import from_pyg as from_pyg
     from .upstream import from_upstream as from_upstream

@@ -1,0 +1,336 @@
+"""PyTorch Geometric's ``CGConv``: a module of this package in its place, and the replacement of theirs."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, softplus
+
+from ..errors import InputError
+from ..graph.batch import GraphBatch
+from ..ops import fused, reference, registry
+from ..ops.reference import BatchNorm, Edges
+from .indexed import TensorCache, blocks, edge_batch
+from .swap import Swapped, own_formula
+
+_AGGREGATIONS = {"add": "add", "sum": "add", "mean": "mean", "max": "max"}
+_cache = TensorCache()
+
+
+class CGConv(nn.Module):
+    """The layer of PyTorch Geometric of this name: x_i' = x_i + sum_j sigmoid(z_ij W_f + b_f) softplus(z_ij W_s + b_s),
+    z_ij = [x_i, x_j, e_ij]; constructor, state dict, initial weights and numbers are theirs. PyTorch Geometric itself
+    is not needed.
+
+    Args:
+        channels: F, or (F_source, F_target) for a bipartite graph.
+        dim: K, features of an edge.
+        aggr: "add", "mean" or "max".
+        batch_norm: over the sums, before x is added.
+        bias: of both linear maps.
+        flow: "source_to_target" or "target_to_source".
+    """
+
+    def __init__(
+        self,
+        channels: int | tuple[int, int],
+        dim: int = 0,
+        aggr: str = "add",
+        batch_norm: bool = False,
+        bias: bool = True,
+        *,
+        flow: str = "source_to_target",
+    ) -> None:
+        super().__init__()
+        if aggr not in _AGGREGATIONS:
+            raise InputError(f"aggr must be 'add', 'mean' or 'max', not {aggr!r}.")
+        if flow not in ("source_to_target", "target_to_source"):
+            raise InputError(f"flow must be 'source_to_target' or 'target_to_source', not {flow!r}.")
+        self.channels, self.dim, self.aggr, self.batch_norm, self.flow = channels, dim, aggr, batch_norm, flow
+        source, target = (channels, channels) if isinstance(channels, int) else channels
+        self.lin_f = nn.Linear(source + target + dim, target, bias=bias)
+        self.lin_s = nn.Linear(source + target + dim, target, bias=bias)
+        self.bn = nn.BatchNorm1d(target) if batch_norm else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """New weights; the order of the random numbers is PyTorch Geometric's."""
+        self.lin_f.reset_parameters()
+        self.lin_s.reset_parameters()
+        if self.bn is not None:
+            self.bn.reset_parameters()
+
+    def forward(self, x: Tensor | tuple[Tensor, Tensor], edge_index: Any, edge_attr: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            x: (N, F), or ((N_source, F_source), (N_target, F_target)).
+            edge_index: (2, E) integer, source first, in any order; or the transposed adjacency (rows are targets) as a
+                ``torch_sparse.SparseTensor`` or a ``torch.sparse`` tensor, whose values serve as ``edge_attr``.
+            edge_attr: (E, K).
+
+        Returns:
+            (N, F), or (N_target, F_target).
+
+        Raises:
+            InputError: an index is not a row of x, or shapes disagree.
+        """
+        source, target = (x, x) if isinstance(x, Tensor) else x
+        edges, edge_attr = _edges(edge_index, edge_attr, self.flow)
+        if edge_attr is not None and edge_attr.ndim == 1:
+            edge_attr = edge_attr[:, None]
+        self._check(source, target, edges, edge_attr)
+        return _cg_conv(self, source, target, edges, edge_attr)
+
+    def _check(self, source: Tensor, target: Tensor, edges: Tensor, edge_attr: Tensor | None) -> None:
+        given = 0 if edge_attr is None else edge_attr.shape[1]
+        width = source.shape[1] + target.shape[1] + given
+        if width != self.lin_f.in_features or target.shape[1] != self.lin_f.out_features:
+            raise InputError(
+                f"x {tuple(source.shape)} and {tuple(target.shape)} with {given} edge features do not fit {self}."
+            )
+        if edge_attr is not None and edge_attr.shape[0] != edges.shape[1]:
+            raise InputError(f"edge_attr has {edge_attr.shape[0]} rows for {edges.shape[1]} edges.")
+        if not torch.compiler.is_compiling() and _graph(edges, len(source), len(target)) is None:
+            raise InputError(f"edge_index points outside the {len(source)} sources or {len(target)} targets of x.")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.channels}, dim={self.dim})"
+
+
+class GeometricConv(Swapped):
+    """PyTorch Geometric's own ``CGConv``."""
+
+    what = "CGConv of PyTorch Geometric"
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        return any(
+            cls.__name__ == "CGConv" and cls.__module__.startswith("torch_geometric.") for cls in type(module).__mro__
+        )
+
+    @staticmethod
+    def refusal(module: Any) -> str | None:
+        if not isinstance(module.aggr, str) or module.aggr not in _AGGREGATIONS:
+            return f"its aggregation {module.aggr!r} is not add, mean or max"
+        if module.node_dim != -2 or module.decomposed_layers != 1:
+            return "its node_dim or decomposed_layers is not the default"
+        for name in ("lin_f", "lin_s"):
+            if type(getattr(module, name)) is not nn.Linear:
+                return f"its {name} is {type(getattr(module, name)).__name__}, not Linear"
+        return None
+
+    @staticmethod
+    def probe(module: Any, generator: torch.Generator) -> list[tuple[Any, ...]]:
+        channels, k = module.channels, module.dim
+        edge_index = torch.tensor([[1, 2, 0, 4, 2, 1, 0, 3, 4], [0, 1, 0, 3, 1, 4, 2, 0, 2]])
+        edge_attr = torch.rand(9, k, dtype=torch.float64, generator=generator) if k else None
+        widths = (channels,) if isinstance(channels, int) else channels
+        x = [torch.randn(5, width, dtype=torch.float64, generator=generator) for width in widths]
+        return [(x[0], edge_index, edge_attr)] if len(x) == 1 else [(tuple(x), edge_index, edge_attr)]
+
+    def forward(self: Any, x: Any, edge_index: Any, edge_attr: Tensor | None = None) -> Tensor:
+        theirs: Any = super()
+        hooked = self.explain or any(hooks for name, hooks in vars(self).items() if _is_propagation_hook(name))
+        source, target = x if isinstance(x, tuple | list) else (x, x)
+        if hooked or own_formula(self) or not isinstance(source, Tensor) or not isinstance(target, Tensor):
+            return theirs.forward(x, edge_index, edge_attr)
+        edges, features = _edges(edge_index, edge_attr, self.flow)
+        fits = features is None or (features.ndim == 2 and len(features) == edges.shape[1])
+        if not fits or _graph(edges, len(source), len(target)) is None:
+            return theirs.forward(x, edge_index, edge_attr)
+        return _cg_conv(self, source, target, edges, features)
+
+
+def _is_propagation_hook(name: str) -> bool:
+    parts = ("_propagate_", "_message_", "_aggregate_", "_edge_update_")
+    return name.startswith(parts) and name.endswith("_hooks")
+
+
+class _Graph(NamedTuple):
+    """The edges in the order of their receivers."""
+
+    sender: Tensor
+    """(E,) int64"""
+    receiver: Tensor
+    """(E,) int64"""
+    order: Tensor | None
+    """(E,) int64, place of each edge in the input; None where that was sorted."""
+    row_ptr: Tensor
+    """(N_target + 1,) int32"""
+
+
+def _edges(edge_index: Any, edge_attr: Tensor | None, flow: str) -> tuple[Tensor, Tensor | None]:
+    """(2, E) integer senders and receivers, and the features of the edges."""
+    if type(edge_index) is Tensor and edge_index.layout == torch.strided and flow == "source_to_target":
+        return edge_index, edge_attr
+    if isinstance(edge_index, Tensor) and edge_index.layout == torch.strided:  # reversed, or EdgeIndex
+        plain = edge_index.as_subclass(Tensor)
+        rows = [0, 1] if flow == "source_to_target" else [1, 0]
+        return _cache.get((edge_index,), ("plain", flow), lambda: plain.detach()[rows]), edge_attr
+    if flow != "source_to_target":
+        raise InputError("A sparse adjacency has the flow 'source_to_target'; transpose it for the other.")
+    if isinstance(edge_index, Tensor):
+        coo = edge_index.to_sparse_coo().coalesce()
+        pair = _cache.get((edge_index,), "sparse", lambda: coo.indices().detach().flip(0))
+        value = coo.values() if coo.values().ndim > 1 else None
+    else:  # torch_sparse.SparseTensor
+        receiver, sender, value = edge_index.coo()
+        pair = torch.stack([sender, receiver])
+    return pair, value if edge_attr is None else edge_attr
+
+
+def _graph(edges: Tensor, n_sources: int, n_targets: int) -> _Graph | None:
+    """The edges in order, kept while the tensor lives; None where an index is not a row."""
+
+    def build() -> _Graph | None:
+        sender, receiver = edges.detach().long()
+        if edges.shape[1]:
+            outside = int(edges.min()) < 0 or int(sender.max()) >= n_sources or int(receiver.max()) >= n_targets
+            if outside:
+                return None
+        order = None
+        if bool((receiver.diff() < 0).any()):
+            order = torch.argsort(receiver, stable=True)
+            sender, receiver = sender[order], receiver[order]
+        ends = torch.bincount(receiver, minlength=n_targets).cumsum(0)
+        return _Graph(sender, receiver, order, torch.nn.functional.pad(ends, (1, 0)).int())
+
+    if edges.ndim != 2 or edges.shape[0] != 2 or edges.is_floating_point():
+        return None
+    graph: _Graph | None = _cache.get((edges,), ("graph", n_sources, n_targets), build)
+    return graph
+
+
+def _batch(edges: Tensor, graph: _Graph, features: Tensor | None, dtype: torch.dtype) -> GraphBatch:
+    """The graph as the operators take it, with one feature of zero where there are none."""
+
+    def build() -> GraphBatch:
+        rows = torch.arange(graph.row_ptr.shape[0] - 1, device=edges.device)
+        low, high = (rows.scatter_reduce(0, graph.receiver, graph.sender, how) for how in ("amin", "amax"))
+        given = edges.new_zeros(edges.shape[1], 1, dtype=dtype) if features is None else features.to(dtype)
+        given = given if graph.order is None else given.index_select(0, graph.order)
+        return edge_batch(graph.sender.int(), graph.row_ptr, blocks(low, high), given)
+
+    if features is not None and features.requires_grad and torch.is_grad_enabled():
+        return build()
+    batch: GraphBatch = _cache.get((edges, features), ("batch", dtype), build)
+    return batch
+
+
+def _cg_conv(module: Any, source: Tensor, target: Tensor, edges: Tensor, features: Tensor | None) -> Tensor:
+    device = target.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            real = None if features is None else features.float()
+            return _cg_conv(module, source.float(), target.float(), edges, real)
+    graph = _graph(edges, len(source), len(target))
+    assert graph is not None
+    weight = torch.cat([module.lin_f.weight, module.lin_s.weight])
+    bias = None if module.lin_f.bias is None else torch.cat([module.lin_f.bias, module.lin_s.bias])
+    aggr = _AGGREGATIONS[module.aggr]
+    if source is target and aggr != "max" and edges.shape[1] and registry.select(target) == "cpu":
+        total = _summed_messages(target, weight, bias, _batch(edges, graph, features, target.dtype))
+    else:
+        given = features if features is None or graph.order is None else features.index_select(0, graph.order)
+        message = _messages(source, target, weight, bias, graph.sender, graph.receiver, given)
+        total = _aggregate(message, graph.receiver, target, aggr)
+    if aggr == "mean":
+        total = total / graph.row_ptr.diff().clamp(min=1)[:, None]
+    return (total if module.bn is None else module.bn(total)) + target
+
+
+def _messages(
+    source: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sender: Tensor,
+    receiver: Tensor,
+    features: Tensor | None,
+) -> Tensor:
+    """(E, F), with one product per node in place of one per edge."""
+    width, ends = target.shape[1], target.shape[1] + source.shape[1]
+    z = linear(target, weight[:, :width], bias).index_select(0, receiver)
+    z = z + linear(source, weight[:, width:ends]).index_select(0, sender)
+    if features is not None:
+        z = z + linear(features, weight[:, ends:])
+    return torch.sigmoid(z[:, :width]) * softplus(z[:, width:])
+
+
+def _aggregate(message: Tensor, receiver: Tensor, target: Tensor, aggr: str) -> Tensor:
+    zeros = message.new_zeros(len(target), message.shape[1])
+    if aggr != "max":
+        return zeros.index_add(0, receiver, message)
+    index = receiver[:, None].expand_as(message)
+    return zeros.scatter_reduce(0, index, message, "amax", include_self=False)
+
+
+def _summed_messages(h: Tensor, weight: Tensor, bias: Tensor | None, batch: GraphBatch) -> Tensor:
+    """(N, F) sums of the messages by the compiled operator."""
+    missing = weight.shape[1] - 2 * h.shape[1]
+    if missing == 0:  # no features: those of the batch are zero
+        weight = torch.nn.functional.pad(weight, (0, 1))
+    return _SummedMessages.apply(h, weight, bias, batch.edge_features, batch)
+
+
+class _SummedMessages(torch.autograd.Function):
+    """m_i = sum_j sigmoid(z_ij[:F]) softplus(z_ij[F:]).
+
+    The operator computes softplus(h + bn2(m)) after bn1(z). Both norms are the identity here; m is one of its outputs.
+    Backward, the derivative of the outer softplus is 1 where its argument is large, so the operator is given 64 - h in
+    place of m, and the residual path is taken off.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, features: Tensor | None, batch: GraphBatch
+    ) -> Tensor:
+        ctx.save_for_backward(h, weight, bias, features)
+        ctx.batch = batch
+        with torch.no_grad():
+            layer, graph, moments, wide = _operands(h, weight, bias, features, batch)
+            return torch.ops.srcgcnn_fast.gated_conv(wide(h), *layer, *graph, *moments)[1][:, : h.shape[1]]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        h, weight, bias, features = ctx.saved_tensors
+        batch: GraphBatch = ctx.batch
+        if torch.is_grad_enabled():  # to be differentiated again: through the formula
+            given = reference.edge_vectors(_plain_edges(batch, features), weight.shape[1] - 2 * h.shape[1], h.dtype)
+            message = _messages(h, h, weight, bias, batch.sender.long(), batch.receiver, given)
+            total = _aggregate(message, batch.receiver, h, "add")
+            inputs = [h, weight, bias, features]
+            wanted = [x for x, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
+            found = iter(torch.autograd.grad(total, wanted, grad, create_graph=True))  # type: ignore[arg-type]
+            return (*(next(found) if need else None for need in ctx.needs_input_grad[:4]), None)
+        layer, graph, moments, wide = _operands(h, weight, bias, features, batch)
+        width, more = h.shape[1], layer.gamma2.shape[0] - h.shape[1]
+        edge_grad = ctx.needs_input_grad[3]
+        dh, dw, db, *_, edge = torch.ops.srcgcnn_fast.gated_conv_backward(
+            wide(grad), wide(h), 64 - wide(h), *layer, *graph, *moments, edge_grad
+        )
+        if more:
+            dw = dw.reshape(2, width + more, -1)[:, :width].flatten(0, 1)
+            dw = torch.cat([dw[:, :width], dw[:, width + more : 2 * width + more], dw[:, 2 * (width + more) :]], 1)
+            db = db.reshape(2, -1)[:, :width].flatten()
+        return dh[:, :width] - grad, dw, None if bias is None else db, edge if edge_grad else None, None
+
+
+def _plain_edges(batch: GraphBatch, features: Tensor | None) -> Edges:
+    return Edges(batch.distance, features, batch.sender, batch.row_ptr, batch.crystal_ptr, 0.0, 1.0)
+
+
+def _operands(h: Tensor, weight: Tensor, bias: Tensor | None, features: Tensor | None, batch: GraphBatch) -> Any:
+    """Layer, graph and moments as the operators take them, and what widens (N, F) to their width."""
+    one, zero = weight.new_ones(weight.shape[0]), weight.new_zeros(weight.shape[0])
+    width = h.shape[1]
+    more = fused._missing(h)
+    norms = [BatchNorm(None, None, zero[:n], one[:n], False, 0.0, 0.0) for n in (2 * width, width)]
+    layer = fused._layer(weight, bias, norms[0], norms[1], width, more)
+    edges = _plain_edges(batch, features)
+    graph = batch.cached(("graph", h.dtype), lambda: fused.with_shells(edges)) if features is None else None
+    graph = fused.with_shells(edges) if graph is None else graph
+    moments = fused.Moments(batch.weight.to(h.dtype), None, None, None, None, None)
+    return layer, graph, moments, lambda x: torch.nn.functional.pad(x, (0, more)) if more else x.contiguous()

@@ -1,0 +1,146 @@
+"""The convolution and the pooling of the published programs' models, computed by the operators of this package.
+
+Each is a class that takes the place of a module's own class, so that the module keeps its parameters, buffers, hooks
+and everything that refers to it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from ..nn.conv import batch_norm_state
+from ..ops import registry
+from .indexed import neighbor_batch
+from .swap import Swapped, own_formula
+
+_LAYERS = {"fc_full": nn.Linear, "sigmoid": nn.Sigmoid, "softplus1": nn.Softplus, "softplus2": nn.Softplus}
+
+
+class PublishedConv(Swapped):
+    """``ConvLayer`` of txie-93/cgcnn, cgcnn2 and sata-deep/SR-CGCNN."""
+
+    what = "convolution of the published programs"
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        return any(cls.__name__ == "ConvLayer" for cls in type(module).__mro__) and hasattr(module, "fc_full")
+
+    @staticmethod
+    def refusal(module: Any) -> str | None:
+        for name, cls in _LAYERS.items():
+            if type(getattr(module, name, None)) is not cls:
+                return f"its {name} is {_name(getattr(module, name, None))}, not {cls.__name__}"
+        for layer in (module.softplus1, module.softplus2):
+            if (layer.beta, layer.threshold) != (1, 20):
+                return "its softplus has a beta or threshold of its own"
+        for name in ("bn1", "bn2"):
+            norm = getattr(module, name, None)
+            if norm is not None and type(norm) is not nn.BatchNorm1d:
+                return f"its {name} is {_name(norm)}, not BatchNorm1d"
+        c, k = module.fc_full.weight.shape
+        if c % 2 or k <= c:
+            return f"its fc_full maps {k} numbers to {c}, not 2F + K to 2F"
+        return None
+
+    @staticmethod
+    def probe(module: Any, generator: torch.Generator) -> list[tuple[Any, ...]]:
+        width = module.fc_full.weight.shape[0] // 2
+        n_features = module.fc_full.weight.shape[1] - 2 * width
+        given: list[Any] = [
+            torch.randn(7, width, dtype=torch.float64, generator=generator),
+            torch.rand(7, 3, n_features, dtype=torch.float64, generator=generator),
+            torch.tensor([[1, 2, 0], [0, 0, 0], [2, 1, 0], [3, 3, 3], [6, 4, 5], [4, 4, 6], [5, 4, 4]]),
+        ]
+        if getattr(module, "bn1", None) is None or getattr(module, "bn2", None) is None:
+            given += [nn.BatchNorm1d(size).double().train(module.training) for size in (2 * width, width)]
+        return [tuple(given)]
+
+    def forward(
+        self: Any,
+        atom_in_fea: Tensor,
+        nbr_fea: Tensor,
+        nbr_fea_idx: Tensor,
+        bn1: nn.Module | None = None,
+        bn2: nn.Module | None = None,
+    ) -> Tensor:
+        given = {"bn1": bn1, "bn2": bn2}
+        norms: list[Any] = [getattr(self, name, None) if norm is None else norm for name, norm in given.items()]
+        h, batch = atom_in_fea, None
+        if torch.is_autocast_enabled(h.device.type):
+            h = h.float()
+        if (
+            not own_formula(self, *norms)
+            and all(type(norm) is nn.BatchNorm1d for norm in norms)
+            and _is_graph(h, nbr_fea, nbr_fea_idx)
+            and registry.select(h) != "reference"
+        ):
+            batch = neighbor_batch(nbr_fea, nbr_fea_idx, h.dtype)
+        if batch is None or batch.num_edges < 2 or batch.num_rows < 2:
+            own: Any = super()
+            more = {name: norm for name, norm in given.items() if norm is not None}
+            return own.forward(atom_in_fea, nbr_fea, nbr_fea_idx, **more)
+        linear: Any = self.fc_full
+        first, second = (batch_norm_state(norm) for norm in norms)
+        return functional.gated_conv(h, batch, linear.weight, linear.bias, first, second, dmin=0.0, step=1.0)
+
+
+class PublishedPooling(Swapped):
+    """``CrystalGraphConvNet``: its mean over the atoms of each crystal, without a loop over the crystals."""
+
+    what = "pooling of the published programs"
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        pooling = getattr(type(module), "pooling", None)
+        return callable(pooling) and list(inspect.signature(pooling).parameters)[1:] == ["atom_fea", "crystal_atom_idx"]
+
+    @staticmethod
+    def refusal(module: nn.Module) -> str | None:
+        return None
+
+    method = "pooling"
+
+    @staticmethod
+    def probe(module: nn.Module, generator: torch.Generator) -> list[tuple[Any, ...]]:
+        fea = torch.randn(7, 3, dtype=torch.float64, generator=generator)
+        return [
+            (fea, [torch.tensor(x) for x in idx]) for idx in ([[0, 1, 2], [3], [4, 5, 6]], [[6, 0], [2, 1, 5, 3, 4]])
+        ]
+
+    def pooling(self: Any, atom_fea: Tensor, crystal_atom_idx: Sequence[Tensor]) -> Tensor:
+        if (
+            own_formula(self)
+            or atom_fea.dtype not in (torch.float32, torch.float64)
+            or len(crystal_atom_idx) < 2
+            or any(x.ndim != 1 for x in crystal_atom_idx)
+            or sum(map(len, crystal_atom_idx)) != atom_fea.shape[0]
+        ):
+            own: Any = super()
+            return own.pooling(atom_fea, crystal_atom_idx)
+        counts = torch.tensor([len(x) for x in crystal_atom_idx], device=atom_fea.device)
+        rows = atom_fea.index_select(0, torch.cat(list(crystal_atom_idx)).to(atom_fea.device))
+        crystal = torch.repeat_interleave(counts, output_size=atom_fea.shape[0])
+        total = atom_fea.new_zeros(len(counts), atom_fea.shape[1]).index_add(0, crystal, rows)
+        return total / counts[:, None]
+
+
+def _name(value: Any) -> str:
+    return "absent" if value is None else type(value).__name__
+
+
+def _is_graph(atom_fea: Tensor, nbr_fea: Tensor, nbr_fea_idx: Tensor) -> bool:
+    """Have the tensors the shapes, types and device of a published batch?"""
+    return (
+        (atom_fea.ndim, nbr_fea.ndim, nbr_fea_idx.ndim) == (2, 3, 2)
+        and atom_fea.shape[0] == nbr_fea_idx.shape[0]
+        and nbr_fea.is_floating_point()
+        and not nbr_fea_idx.is_floating_point()
+        and nbr_fea_idx.dtype not in (torch.bool, torch.uint8)  # those select, they do not count
+        and atom_fea.device == nbr_fea.device == nbr_fea_idx.device
+    )

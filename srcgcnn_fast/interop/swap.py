@@ -1,0 +1,162 @@
+"""Giving a module another forward in place: its class is exchanged, everything else stays."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+_PROBE_TOLERANCE = 1e-9
+"""Relative, in float64; rounding leaves some 1e-14."""
+
+
+class Swapped:
+    """Mixed in before a module's own class. ``super()`` reaches the module's own formula."""
+
+    what: ClassVar[str]
+    """What the module is, in words."""
+    method: ClassVar[str] = "forward"
+    """The method that is replaced."""
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        """Does the module look like what this class replaces?"""
+        raise NotImplementedError
+
+    @staticmethod
+    def refusal(module: nn.Module) -> str | None:
+        """Why the operators of this package cannot compute it, as its parts show; None where they can."""
+        raise NotImplementedError
+
+    @staticmethod
+    def probe(module: nn.Module, generator: torch.Generator) -> list[tuple[Any, ...]]:
+        """Small float64 inputs on which both formulas are compared."""
+        raise NotImplementedError
+
+    _kind: ClassVar[type[Swapped]]
+    _own_class: ClassVar[type]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (self._kind, self._own_class), self.__dict__.copy()
+
+
+def own_class(module: Any) -> type:
+    """The class that the module was written as."""
+    cls: type = module._own_class if isinstance(module, Swapped) else type(module)
+    return cls
+
+
+@cache
+def _swapped_class(kind: Any, cls: Any) -> Any:
+    members = {"__module__": cls.__module__, "__doc__": cls.__doc__, "_kind": kind, "_own_class": cls}
+    return type(f"Fast{cls.__name__}", (kind, cls), members)
+
+
+def _rebuild(kind: Any, cls: Any) -> Any:
+    new: Any = _swapped_class(kind, cls)
+    return new.__new__(new)
+
+
+def swap(module: Any, kind: Any) -> None:
+    """Let ``kind``, a subclass of :class:`Swapped`, compute what the module's own class did."""
+    cls: Any = type(module)
+    module.__class__ = _swapped_class(kind, cls)
+
+
+def unswap(module: Any) -> None:
+    """Give the module its own class back."""
+    module.__class__ = own_class(module)
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def unhooked(module: nn.Module) -> bool:
+    return not any(getattr(module, name) for name in _HOOKS)
+
+
+def own_formula(module: Any, *more: nn.Module | None) -> bool:
+    """Must this call go through the module's own formula? A hooked part wants to be called; tracers want its operators.
+
+    Args:
+        more: modules beside its parts that the call involves.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack():
+        return True
+    parts = [*module._modules.values(), *more]
+    if all(part is None or unhooked(part) for part in parts):
+        return False
+    _say_once(f"a part of a {own_class(module).__name__} has a hook, so the layer is computed by its own formula")
+    return True
+
+
+@cache
+def _say_once(reason: str) -> None:
+    logger.warning("Not accelerated: %s.", reason)
+
+
+def probe_difference(module: nn.Module, kind: type[Swapped]) -> str | None:
+    """How the two formulas differ on small random inputs, in float64; None where they agree.
+
+    Compared are output, gradients and buffers, in training and evaluation mode, with random parameters.
+    """
+    for training in (False, True):
+        results = []
+        for fast in (False, True):
+            generator = torch.Generator().manual_seed(0)
+            try:
+                twin = _twin(module, kind, training, generator)
+                if fast:
+                    swap(twin, kind)
+                results.append([_run(twin, kind.method, args) for args in kind.probe(twin, generator)])
+            except Exception as error:  # whatever their code raises
+                return f"it does not run on a small example ({type(error).__name__}: {' '.join(str(error).split())})"
+        for ours, theirs in zip(*reversed(results), strict=True):
+            for name, x in theirs.items():
+                difference = relative_difference(ours[name], x)
+                if not difference <= _PROBE_TOLERANCE:
+                    return f"its {name} differs from the published formula's by {difference:.1e} on a small example"
+    return None
+
+
+def relative_difference(x: Tensor, reference: Tensor) -> float:
+    """Norm of the difference over the reference's norm; equal NaNs are equal."""
+    if x.shape != reference.shape:
+        return float("inf")
+    x, reference = x.detach().double(), reference.detach().double()
+    both = x.isnan() & reference.isnan()
+    x, reference = x.masked_fill(both, 0), reference.masked_fill(both, 0)
+    return float((x - reference).norm() / reference.norm().clamp_min(1e-30))
+
+
+def _twin(module: nn.Module, kind: type[Swapped], training: bool, generator: torch.Generator) -> nn.Module:
+    if kind.method != "forward":
+        return copy.copy(module)  # uses no parameters
+    twin = copy.deepcopy(module)
+    for part in twin.modules():
+        for name in [name for name in vars(part) if name.endswith("_hooks")]:
+            getattr(part, name).clear()
+    twin = twin.to(device="cpu", dtype=torch.float64).train(training).requires_grad_()
+    with torch.no_grad():
+        for name, x in [*twin.named_parameters(), *twin.named_buffers()]:
+            if x.is_floating_point():
+                x.uniform_(*((0.5, 1.5) if name.endswith("running_var") else (-1, 1)), generator=generator)
+    return twin
+
+
+def _run(module: nn.Module, method: str, args: tuple[Any, ...]) -> dict[str, Tensor]:
+    """Output, gradients and buffers of one call."""
+    with torch.inference_mode(False), torch.enable_grad():
+        first = args[0].clone().requires_grad_()
+        out = getattr(module, method)(first, *args[1:])
+        weight = torch.cos(torch.arange(out.numel(), dtype=out.dtype)).reshape(out.shape)
+        wanted = [first, *(p for p in module.parameters() if p.requires_grad and method == "forward")]
+        gradients = torch.autograd.grad((out * weight).sum(), wanted, allow_unused=True)
+    found = {"output": out, "gradient": torch.cat([g.flatten() for g in gradients if g is not None])}
+    return found | {f"buffer {name}": x for name, x in module.named_buffers()} if method == "forward" else found
