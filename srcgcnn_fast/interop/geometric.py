@@ -326,10 +326,11 @@ def _plain_edges(batch: GraphBatch, features: Tensor | None) -> Edges:
 
 def _operands(h: Tensor, weight: Tensor, bias: Tensor | None, features: Tensor | None, batch: GraphBatch) -> Any:
     """Layer, graph and moments as the operators take them, and what widens (N, F) to their width."""
-    one, zero = weight.new_ones(weight.shape[0]), weight.new_zeros(weight.shape[0])
+    zero = weight.new_zeros(weight.shape[0])
     width = h.shape[1]
     more = fused._missing(h)
-    norms = [BatchNorm(None, None, zero[:n], one[:n], False, 0.0, 0.0) for n in (2 * width, width)]
+    # 1 / sqrt(0 + 1) is exactly 1, for the channels that widening adds too.
+    norms = [BatchNorm(None, None, zero[:n], zero[:n], False, 0.0, 1.0) for n in (2 * width, width)]
     layer = fused._layer(weight, bias, norms[0], norms[1], width, more)
     edges = _plain_edges(batch, features)
     graph = batch.cached(("graph", h.dtype), lambda: fused.with_shells(edges)) if features is None else None

@@ -153,10 +153,11 @@ def _twin(module: nn.Module, kind: type[Swapped], training: bool, generator: tor
 def _run(module: nn.Module, method: str, args: tuple[Any, ...]) -> dict[str, Tensor]:
     """Output, gradients and buffers of one call."""
     with torch.inference_mode(False), torch.enable_grad():
-        first = args[0].clone().requires_grad_()
-        out = getattr(module, method)(first, *args[1:])
+        several = isinstance(args[0], tuple)
+        inputs = [x.clone().requires_grad_() for x in (args[0] if several else args[:1])]
+        out = getattr(module, method)(tuple(inputs) if several else inputs[0], *args[1:])
         weight = torch.cos(torch.arange(out.numel(), dtype=out.dtype)).reshape(out.shape)
-        wanted = [first, *(p for p in module.parameters() if p.requires_grad and method == "forward")]
+        wanted = [*inputs, *(p for p in module.parameters() if p.requires_grad and method == "forward")]
         gradients = torch.autograd.grad((out * weight).sum(), wanted, allow_unused=True)
     found = {"output": out, "gradient": torch.cat([g.flatten() for g in gradients if g is not None])}
     return found | {f"buffer {name}": x for name, x in module.named_buffers()} if method == "forward" else found

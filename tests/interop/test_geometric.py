@@ -1,0 +1,274 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import srcgcnn_fast as sf
+from srcgcnn_fast.errors import InputError
+from srcgcnn_fast.interop import CGConv, acceleration, difference
+from srcgcnn_fast.interop import geometric as ours
+
+GRAPHS = {
+    "random": (30, 200),
+    "sparse, isolated nodes": (40, 25),
+    "one node, one edge": (1, 1),
+    "no edges": (5, 0),
+    "no nodes": (0, 0),
+    "self loops and double edges": (3, 40),
+}
+
+
+def theirs(*args, **kwargs):
+    geometric = pytest.importorskip("torch_geometric.nn", reason="torch-geometric is not installed")
+    return geometric.CGConv(*args, **kwargs).double()
+
+
+def graph(kind="random", channels=5, dim=4, seed=0):
+    """x, edge_index in no order, edge_attr (None without features); float64."""
+    generator = torch.Generator().manual_seed(seed)
+    n, e = GRAPHS[kind]
+    widths = (channels, channels) if isinstance(channels, int) else channels
+    sizes = (n, n) if isinstance(channels, int) else (n, n + 3)
+    ends = [torch.randint(0, max(size, 1), (e,), generator=generator) for size in sizes]
+    x = [torch.randn(size, w, dtype=torch.float64, generator=generator) for size, w in zip(sizes, widths, strict=True)]
+    attr = torch.randn(e, dim, dtype=torch.float64, generator=generator) if dim else None
+    return (x[0] if isinstance(channels, int) else tuple(x)), torch.stack(ends), attr
+
+
+def outcome(layer, x, edge_index, edge_attr):
+    """Output, gradients of inputs and parameters, buffers."""
+    xs = [x] if isinstance(x, torch.Tensor) else list(x)
+    leaves = [a.clone().requires_grad_() for a in [*xs, *([] if edge_attr is None else [edge_attr])]]
+    given = leaves[0] if len(xs) == 1 else tuple(leaves[:2])
+    out = layer(given, edge_index, None if edge_attr is None else leaves[-1])
+    weight = torch.cos(torch.arange(out.numel(), dtype=out.dtype)).reshape(out.shape)
+    wanted = [*leaves, *layer.parameters()]
+    gradients = torch.autograd.grad((out * weight).sum(), wanted, allow_unused=True)
+    found = [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, gradients, strict=True)]
+    return [out, *found, *layer.buffers()]
+
+
+def assert_same(mine, other, *inputs):
+    for x, y in zip(outcome(mine, *inputs), outcome(other, *inputs), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"batch_norm": True}, {"aggr": "mean", "batch_norm": True}, {"aggr": "max"}, {"bias": False}],
+    ids=["plain", "batch norm", "mean", "max", "no bias"],
+)
+@pytest.mark.parametrize("channels", [5, 16, (6, 5)], ids=["narrow", "wide", "bipartite"])
+@pytest.mark.parametrize("dim", [0, 4])
+@pytest.mark.parametrize("kind", GRAPHS)
+def test_equal_to_pyg(kind, dim, channels, options, training):
+    if options.get("batch_norm") and training and GRAPHS[kind][0] < 2 and channels != (6, 5):
+        pytest.skip("batch norm cannot train on one row")
+    torch.manual_seed(0)
+    other = theirs(channels, dim, **options).train(training)
+    torch.manual_seed(0)
+    mine = CGConv(channels, dim, **options).double().train(training)
+    assert list(mine.state_dict()) == list(other.state_dict())
+    assert all(torch.equal(x, y) for x, y in zip(mine.parameters(), other.parameters(), strict=True))
+    assert repr(mine) == repr(other)
+    inputs = graph(kind, channels, dim)
+    assert_same(mine, copy.deepcopy(other), *inputs)
+    replaced = copy.deepcopy(other)
+    if channels != (6, 5) or kind != "no nodes":
+        sf.accelerate(replaced)
+        assert acceleration(replaced) == {"the model (CGConv)": None}
+        assert_same(replaced, other, *inputs)
+
+
+@pytest.fixture
+def operator_calls(monkeypatch):
+    calls, summed = [], ours._summed_messages
+    monkeypatch.setattr(ours, "_summed_messages", lambda *a: calls.append(a[3]) or summed(*a))
+    if sf.backends()["cpu"].available:
+        return calls
+    pytest.skip("no compiled backend on this machine")
+
+
+def test_what_the_compiled_operator_computes(operator_calls):
+    for aggr, expected in (("add", 1), ("mean", 2), ("max", 2)):
+        CGConv(16, 4, aggr=aggr).double()(*graph(channels=16))
+        assert len(operator_calls) == expected
+    layer, (x, index, _) = CGConv(16, 41).double(), graph(channels=16)
+    fea = torch.exp(-((torch.rand(200, 1, dtype=torch.float64) * 30 - torch.arange(41)) ** 2))
+    layer(x, index, fea)
+    assert operator_calls[2].edge_features is None  # recognised
+    weight, bias = (torch.cat([getattr(m, name) for m in (layer.lin_f, layer.lin_s)]) for name in ("weight", "bias"))
+    by_formula = ours._messages(x, x, weight, bias, *index, fea)
+    expected = x + torch.zeros_like(x).index_add(0, index[1], by_formula)
+    torch.testing.assert_close(layer(x, index, fea), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_formula():
+    """Without PyTorch Geometric: each edge by hand."""
+    layer, (x, index, attr) = CGConv(5, 4).double(), graph("self loops and double edges")
+    expected = x.clone()
+    for (j, i), e in zip(index.T.tolist(), attr, strict=True):
+        z = torch.cat([x[i], x[j], e])
+        expected[i] += torch.sigmoid(layer.lin_f(z)) * nn.functional.softplus(layer.lin_s(z))
+    torch.testing.assert_close(layer(x, index, attr), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("channels", [5, (6, 5)], ids=["square", "bipartite"])
+def test_reversed_flow(channels):
+    other, inputs = theirs(channels, 4, flow="target_to_source"), graph(channels=channels)
+    x, index, attr = inputs
+    index = index.flip(0)
+    mine = CGConv(channels, 4, flow="target_to_source").double()
+    mine.load_state_dict(other.state_dict())
+    if channels == 5:
+        assert_same(mine, other, x, index, attr)
+        assert_same(sf.accelerate(copy.deepcopy(other)), other, x, index, attr)
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_coo, torch.sparse_csc])
+def test_sparse_adjacency(layout):
+    n, generator = 12, torch.Generator().manual_seed(0)
+    adjacency = (torch.rand(n, n, generator=generator) < 0.3).double()  # rows are targets
+    receiver, sender = adjacency.nonzero().T
+    sparse = adjacency.to_sparse(layout=layout)
+    layer, x = CGConv(5).double(), torch.randn(n, 5, dtype=torch.float64, generator=generator)
+    expected = layer(x, torch.stack([sender, receiver]))
+    for _ in range(2):
+        torch.testing.assert_close(layer(x, sparse), expected)
+    if layout is torch.sparse_csc:
+        return  # PyTorch Geometric does not take it
+    other = theirs(5)
+    other.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(other(x, sparse), expected)
+    torch.testing.assert_close(sf.accelerate(other)(x, sparse), expected)
+    with pytest.raises(InputError, match="source_to_target"):
+        CGConv(5, flow="target_to_source").double()(x, sparse)
+
+
+def test_sparse_tensor_with_values():
+    sparse = pytest.importorskip("torch_sparse", reason="torch-sparse is not installed")
+    x, index, attr = graph()
+    order = (index[1] * 30 + index[0]).argsort(stable=True)
+    adjacency = sparse.SparseTensor(row=index[1][order], col=index[0][order], value=attr[order], sparse_sizes=(30, 30))
+    other = theirs(5, 4)
+    expected = other(x, index, attr)
+    torch.testing.assert_close(other(x, adjacency), expected)
+    torch.testing.assert_close(sf.accelerate(other)(x, adjacency), expected)
+
+
+def test_edge_index_class_of_pyg():
+    pyg = pytest.importorskip("torch_geometric", reason="torch-geometric is not installed")
+    x, index, attr = graph()
+    index = index[:, index[1].argsort(stable=True)]
+    wrapped = pyg.EdgeIndex(index, sparse_size=(30, 30), sort_order="col")
+    other = theirs(5, 4)
+    expected = other(x, index, attr)
+    torch.testing.assert_close(sf.accelerate(other)(x, wrapped, attr), expected)
+
+
+def test_edges_are_sorted_once(monkeypatch):
+    sorts, argsort = [], torch.argsort
+    monkeypatch.setattr(torch, "argsort", lambda *a, **k: sorts.append(1) or argsort(*a, **k))
+    layers, (x, index, attr) = [CGConv(5, 4).double() for _ in range(3)], graph()
+    for layer in layers:
+        x = layer(x, index, attr)
+    assert len(sorts) == 1
+    before = layers[0](x, index, attr)
+    index[0, 0] = (index[0, 0] + 1) % 30
+    after = layers[0](x, index, attr)
+    assert len(sorts) == 2 and not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("kind", ["random", "self loops and double edges"])
+@pytest.mark.parametrize("given", ["features", "Gaussians"])
+def test_gradients_against_differences(kind, given):
+    layer, (x, index, attr) = CGConv(3, 4).double(), graph(kind, 3)
+    if given == "Gaussians":
+        attr = torch.exp(-((attr[:, :1] - torch.arange(4)) ** 2))
+        assert torch.autograd.gradcheck(lambda x: layer(x, index, attr), x.requires_grad_())
+        assert torch.autograd.gradgradcheck(lambda x: layer(x, index, attr), x)
+    else:
+        inputs = (x.requires_grad_(), attr.requires_grad_())
+        assert torch.autograd.gradcheck(lambda x, a: layer(x, index, a), inputs)
+        assert torch.autograd.gradgradcheck(lambda x, a: layer(x, index, a), inputs)
+
+
+def test_a_geometric_network(published):
+    pyg = pytest.importorskip("torch_geometric", reason="torch-geometric is not installed")
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList(pyg.nn.CGConv(16, 41, batch_norm=True) for _ in range(2))
+            self.out = nn.Linear(16, 1)
+
+        def forward(self, data):
+            x = data.x
+            for conv in self.convs:
+                x = conv(x, data.edge_index, data.edge_attr).relu()
+            return self.out(pyg.nn.global_mean_pool(x, data.batch))
+
+    crystals = []
+    for seed in range(4):
+        x, index, _ = graph(channels=16, seed=seed)
+        fea = torch.exp(-((torch.rand(200, 1, dtype=torch.float64) * 30 - torch.arange(41)) ** 2))
+        crystals.append(pyg.data.Data(x=x, edge_index=index, edge_attr=fea))
+    data = pyg.data.Batch.from_data_list(crystals)
+    model = sf.accelerate(Net().double(), verify=data)
+    found = difference(model, data)
+    assert max(found.output, found.gradient, found.buffers) < 1e-11
+    data.x, data.edge_attr = data.x.float(), data.edge_attr.float()
+    assert difference(model.float(), data).rounding
+
+
+def test_a_subclass_with_another_message_is_left():
+    geometric = pytest.importorskip("torch_geometric.nn", reason="torch-geometric is not installed")
+
+    class Halved(geometric.CGConv):
+        def message(self, x_i, x_j, edge_attr):
+            return 0.5 * super().message(x_i, x_j, edge_attr)
+
+    with pytest.raises(InputError, match=r"Nothing in this Halved can be accelerated .* differs from the published"):
+        sf.accelerate(Halved(5, 4))
+
+
+def test_hooks_of_message_passing_are_called():
+    other, inputs = theirs(5, 4), graph()
+    expected, seen = other(*inputs), []
+    sf.accelerate(other)
+    other.register_message_forward_hook(lambda *_: seen.append(1))
+    assert torch.equal(other(*inputs), expected) and seen == [1]
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda x, i, a: (x[:, :3], i, a), "do not fit"),
+        (lambda x, i, a: (x, i, a[:, :2]), "do not fit"),
+        (lambda x, i, a: (x, i, a[:7]), "7 rows for 200 edges"),
+        (lambda x, i, a: (x, i + 25, a), "points outside"),
+        (lambda x, i, a: (x, i - 1, a), "points outside"),
+    ],
+)
+def test_bad_input(change, word):
+    with pytest.raises(InputError, match=word):
+        CGConv(5, 4).double()(*change(*graph()))
+
+
+def test_bad_options():
+    for options, word in (({"aggr": "mul"}, "aggr"), ({"flow": "both"}, "flow")):
+        with pytest.raises(InputError, match=word):
+            CGConv(5, **options)
+
+
+def test_autocast():
+    layer, (x, index, attr) = CGConv(16, 4), graph(channels=16)
+    x, attr = x.float(), attr.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x, index, attr)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, layer(x, index, attr))
