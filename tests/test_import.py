@@ -20,6 +20,7 @@ OPTIONAL = {"pymatgen", "ase", "pandas", "pyarrow", "lightning", "matplotlib", "
             OPTIONAL - {"triton", "tqdm"} | {"numba"},
             {"torch", "numpy"},
         ),
+        ("from srcgcnn_fast.interop import *", {"torch_geometric", "pymatgen", "lightning", "pandas"}, {"torch"}),
         ("import srcgcnn_fast as sf; sf.CGCNN().eval(); sf.collate", {"pymatgen", "lightning", "numba"}, {"torch"}),
     ],
 )

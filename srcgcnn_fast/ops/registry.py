@@ -117,7 +117,9 @@ def select(h: torch.Tensor, edge_statistics_grad: bool = False) -> str:
     if forced not in (None, "cpu"):
         _require(forced)  # type: ignore[arg-type]
     reason = _refusal(h.device.type, h.dtype)
-    if edge_statistics_grad:
+    if _is_transformed():
+        reason = "torch.func transforms and forward-mode derivatives go through the reference"
+    elif edge_statistics_grad:
         reason = "gradients of distances through the batch norm of a training batch exist in the reference only"
     if reason is None:
         return "cpu"
@@ -125,6 +127,13 @@ def select(h: torch.Tensor, edge_statistics_grad: bool = False) -> str:
         raise InputError(f"Backend {forced!r} cannot take this input: {reason}.")
     _say_once(reason)
     return "reference"
+
+
+def _is_transformed() -> bool:
+    """Is this a call inside vmap, jvp …? The compiled operators would have no tangent there, or run row by row."""
+    if torch.compiler.is_compiling():
+        return False
+    return bool(torch._C._functorch.peek_interpreter_stack()) or torch.autograd.forward_ad._current_level >= 0
 
 
 def _refusal(device: str, dtype: torch.dtype) -> str | None:
