@@ -1,0 +1,63 @@
+"""The programs under examples/ run, and say what they should."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import srcgcnn_fast as sf
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = str(Path(sf.__file__).parents[1])
+
+
+def run(name: str, *arguments: str) -> str:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def losses_of(line: str) -> list[float]:
+    return [float(x) for x in re.findall(r"\d+\.\d{6}", line)]
+
+
+def test_every_example_has_a_test():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "own_network.py",
+        "switch_published.py",
+        "switch_pyg.py",
+    }
+
+
+def test_own_network():
+    pytest.importorskip("ase", reason="ASE is not installed")
+    first, last = map(float, re.search(r"loss ([\d.]+) -> ([\d.]+)", run("own_network.py")).groups())
+    assert last < first / 2
+
+
+@pytest.mark.parametrize("program", ["cgcnn", "SR-CGCNN/SR-CGCNN"])
+def test_switch_published(program):
+    pytest.importorskip("ase", reason="ASE is not installed")
+    where = Path(os.environ.get("SRCGCNN_PEERS", "")) / program
+    if not (where / "cgcnn" / "model.py").is_file():
+        pytest.skip(f"SRCGCNN_PEERS does not hold {program}")
+    _, theirs, ours = run("switch_published.py", str(where)).strip().splitlines()
+    assert losses_of(theirs)[0] == pytest.approx(losses_of(ours)[0], rel=1e-5, abs=1e-6)
+    assert losses_of(theirs)[1] == pytest.approx(losses_of(ours)[1], rel=1e-2, abs=1e-3)
+
+
+def test_switch_pyg():
+    if importlib.util.find_spec("torch_geometric") is None:
+        pytest.skip("torch-geometric is not installed")
+    pytest.importorskip("ase", reason="ASE is not installed")
+    _, *lines = run("switch_pyg.py").strip().splitlines()
+    (theirs,), *others = (losses_of(line) for line in lines)
+    assert len(others) == 2 and all(x == pytest.approx(theirs, rel=1e-2, abs=1e-3) for (x,) in others)
