@@ -186,8 +186,10 @@ def _stack(
     edges = Edges(distance, features, batch.sender, batch.row_ptr, batch.crystal_ptr, float(dmin), float(step))
     trains = any(layer.bn1.training for layer in layers)
     is_reference = registry.select(h, edge_statistics_grad=trains and _requires_grad(edges)) == "reference"
-    # A table pays where many rows share its rows, and the steps after the first have none.
-    if species is not None and (is_reference or not plain or 4 * h.shape[0] > batch.num_rows):
+    # A table pays where many rows share its rows, and the steps after the first have none. A traced graph keeps no
+    # table, and would otherwise be bound to batches on one side of this comparison.
+    tracing = torch.compiler.is_compiling()
+    if species is not None and (is_reference or not plain or tracing or 4 * h.shape[0] > batch.num_rows):
         h, species = h.index_select(0, species), None
     convolve: Callable[[Tensor, Sequence[ConvParameters]], Tensor]
     if is_reference:
