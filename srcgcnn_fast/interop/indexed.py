@@ -69,7 +69,7 @@ def neighbor_batch(nbr_fea: Tensor, nbr_fea_idx: Tensor, dtype: torch.dtype) -> 
 
     def build() -> GraphBatch | None:
         index = nbr_fea_idx.detach()
-        low, high = index.amin(1), index.amax(1)
+        low, high = index.aminmax(dim=1)
         if int(low.min()) < 0 or int(high.max()) >= n:
             return None
         row_ptr = torch.arange(0, n * m + 1, m, dtype=torch.int32, device=index.device)
