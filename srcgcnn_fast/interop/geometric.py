@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from ..graph.batch import GraphBatch
 from ..ops import fused, reference, registry
 from ..ops.reference import BatchNorm, Edges
 from .indexed import TensorCache, blocks, edge_batch
-from .swap import Swapped, own_formula
+from .swap import Swapped, is_traced, own_formula
 
 _AGGREGATIONS = {"add": "add", "sum": "add", "mean": "mean", "max": "max"}
 _cache = TensorCache()
@@ -92,7 +93,7 @@ class CGConv(nn.Module):
             )
         if edge_attr is not None and edge_attr.shape[0] != edges.shape[1]:
             raise InputError(f"edge_attr has {edge_attr.shape[0]} rows for {edges.shape[1]} edges.")
-        if not torch.compiler.is_compiling() and _graph(edges, len(source), len(target)) is None:
+        if not is_traced() and _graph(edges, len(source), len(target)) is None:
             raise InputError(f"edge_index points outside the {len(source)} sources or {len(target)} targets of x.")
 
     def __repr__(self) -> str:
@@ -165,22 +166,30 @@ class _Graph(NamedTuple):
 
 def _edges(edge_index: Any, edge_attr: Tensor | None, flow: str) -> tuple[Tensor, Tensor | None]:
     """(2, E) integer senders and receivers, and the features of the edges."""
-    if type(edge_index) is Tensor and edge_index.layout == torch.strided and flow == "source_to_target":
-        return edge_index, edge_attr
-    if isinstance(edge_index, Tensor) and edge_index.layout == torch.strided:  # reversed, or EdgeIndex
-        plain = edge_index.as_subclass(Tensor)
-        rows = [0, 1] if flow == "source_to_target" else [1, 0]
-        return _cache.get((edge_index,), ("plain", flow), lambda: plain.detach()[rows]), edge_attr
+    if isinstance(edge_index, Tensor) and edge_index.layout == torch.strided:
+        wrapped = type(edge_index).__name__ == "EdgeIndex"
+        if flow == "source_to_target" and not wrapped:
+            return edge_index, edge_attr
+        plain = edge_index.as_subclass(Tensor) if wrapped else edge_index
+        if flow == "source_to_target":
+            return _kept(edge_index, "plain", lambda: plain.detach()), edge_attr
+        return _kept(edge_index, "reversed", lambda: plain.detach().flip(0)), edge_attr
     if flow != "source_to_target":
         raise InputError("A sparse adjacency has the flow 'source_to_target'; transpose it for the other.")
     if isinstance(edge_index, Tensor):
         coo = edge_index.to_sparse_coo().coalesce()
-        pair = _cache.get((edge_index,), "sparse", lambda: coo.indices().detach().flip(0))
+        pair = _kept(edge_index, "sparse", lambda: coo.indices().detach().flip(0))
         value = coo.values() if coo.values().ndim > 1 else None
     else:  # torch_sparse.SparseTensor
         receiver, sender, value = edge_index.coo()
         pair = torch.stack([sender, receiver])
     return pair, value if edge_attr is None else edge_attr
+
+
+def _kept(edge_index: Tensor, key: str, build: Callable[[], Tensor]) -> Tensor:
+    """One tensor for each given, so that what follows from it is found again."""
+    pair: Tensor = build() if is_traced() else _cache.get((edge_index,), key, build)
+    return pair
 
 
 def _graph(edges: Tensor, n_sources: int, n_targets: int) -> _Graph | None:
@@ -227,19 +236,20 @@ def _cg_conv(module: Any, source: Tensor, target: Tensor, edges: Tensor, feature
         with torch.autocast(device, enabled=False):
             real = None if features is None else features.float()
             return _cg_conv(module, source.float(), target.float(), edges, real)
-    graph = _graph(edges, len(source), len(target))
-    assert graph is not None
     weight = torch.cat([module.lin_f.weight, module.lin_s.weight])
     bias = None if module.lin_f.bias is None else torch.cat([module.lin_f.bias, module.lin_s.bias])
     aggr = _AGGREGATIONS[module.aggr]
-    if source is target and aggr != "max" and edges.shape[1] and registry.select(target) == "cpu":
+    graph = None if is_traced() else _graph(edges, len(source), len(target))
+    fast = graph is not None and source is target and aggr != "max" and edges.shape[1] > 0
+    if graph is not None and fast and registry.select(target) == "cpu":
         total = _summed_messages(target, weight, bias, _batch(edges, graph, features, target.dtype))
     else:
-        given = features if features is None or graph.order is None else features.index_select(0, graph.order)
-        message = _messages(source, target, weight, bias, graph.sender, graph.receiver, given)
-        total = _aggregate(message, graph.receiver, target, aggr)
+        sender, receiver = edges.long()
+        message = _messages(source, target, weight, bias, sender, receiver, features)
+        total = _aggregate(message, receiver, target, aggr)
     if aggr == "mean":
-        total = total / graph.row_ptr.diff().clamp(min=1)[:, None]
+        degree = total.new_zeros(len(total)).index_add(0, edges[1].long(), total.new_ones(edges.shape[1]))
+        total = total / degree.clamp(min=1)[:, None]
     return (total if module.bn is None else module.bn(total)) + target
 
 

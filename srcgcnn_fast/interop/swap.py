@@ -81,13 +81,20 @@ def unhooked(module: nn.Module) -> bool:
     return not any(getattr(module, name) for name in _HOOKS)
 
 
+def is_traced() -> bool:
+    """Is this call compiled, exported, traced or transformed, so that it may hold plain PyTorch only?"""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return bool(torch._C._functorch.peek_interpreter_stack())
+
+
 def own_formula(module: Any, *more: nn.Module | None) -> bool:
     """Must this call go through the module's own formula? A hooked part wants to be called; tracers want its operators.
 
     Args:
         more: modules beside its parts that the call involves.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack():
+    if is_traced():
         return True
     parts = [*module._modules.values(), *more]
     if all(part is None or unhooked(part) for part in parts):

@@ -272,3 +272,16 @@ def test_autocast():
         out = layer(x, index, attr)
     assert out.dtype == torch.float32
     torch.testing.assert_close(out, layer(x, index, attr))
+
+
+@pytest.mark.parametrize("aggr", ["add", "mean"])
+def test_traced_and_transformed(aggr):
+    layer, (x, index, attr) = CGConv(5, 4, aggr=aggr).double(), graph()
+    expected, other = layer(x, index, attr), graph(seed=1)[1]
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    exported = torch.export.export(layer, (x, index, attr)).module()
+    for again in (compiled, exported):
+        torch.testing.assert_close(again(x, index, attr), expected)
+        torch.testing.assert_close(again(x, other, attr), layer(x, other, attr))
+    several = torch.stack([x, 2 * x])
+    torch.testing.assert_close(torch.vmap(lambda x: layer(x, index, attr))(several)[0], expected)
