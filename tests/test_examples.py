@@ -43,6 +43,7 @@ def test_own_network():
     assert last < first / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["cgcnn", "SR-CGCNN/SR-CGCNN"])
 def test_switch_published(program):
     pytest.importorskip("ase", reason="ASE is not installed")
@@ -54,6 +55,7 @@ def test_switch_published(program):
     assert losses_of(theirs)[1] == pytest.approx(losses_of(ours)[1], rel=1e-2, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_switch_pyg():
     if importlib.util.find_spec("torch_geometric") is None:
         pytest.skip("torch-geometric is not installed")

@@ -183,10 +183,9 @@ def test_edges_are_sorted_once(monkeypatch):
     assert len(sorts) == 2 and not torch.equal(before, after)
 
 
-@pytest.mark.parametrize("kind", ["random", "self loops and double edges"])
 @pytest.mark.parametrize("given", ["features", "Gaussians"])
-def test_gradients_against_differences(kind, given):
-    layer, (x, index, attr) = CGConv(3, 4).double(), graph(kind, 3)
+def test_gradients_against_differences(given):
+    layer, (x, index, attr) = CGConv(3, 4).double(), graph("self loops and double edges", 3)
     if given == "Gaussians":
         attr = torch.exp(-((attr[:, :1] - torch.arange(4)) ** 2))
         assert torch.autograd.gradcheck(lambda x: layer(x, index, attr), x.requires_grad_())
