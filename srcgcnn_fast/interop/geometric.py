@@ -78,13 +78,18 @@ class CGConv(nn.Module):
             InputError: an index is not a row of x, or shapes disagree.
         """
         source, target = (x, x) if isinstance(x, Tensor) else x
-        edges, edge_attr = _edges(edge_index, edge_attr, self.flow)
+        edges, edge_attr = _edges(edge_index, edge_attr, self.flow, id(self))
         if edge_attr is not None and edge_attr.ndim == 1:
             edge_attr = edge_attr[:, None]
-        self._check(source, target, edges, edge_attr)
-        return _cg_conv(self, source, target, edges, edge_attr)
+        self._check_shapes(source, target, edges, edge_attr)
+        graph = None
+        if not is_traced():
+            graph = _graph(edges, len(source), len(target), id(self))
+            if graph is None:
+                raise InputError(f"edge_index points outside the {len(source)} sources or {len(target)} targets of x.")
+        return _cg_conv(self, source, target, edges, edge_attr, graph)
 
-    def _check(self, source: Tensor, target: Tensor, edges: Tensor, edge_attr: Tensor | None) -> None:
+    def _check_shapes(self, source: Tensor, target: Tensor, edges: Tensor, edge_attr: Tensor | None) -> None:
         given = 0 if edge_attr is None else edge_attr.shape[1]
         width = source.shape[1] + target.shape[1] + given
         if width != self.lin_f.in_features or target.shape[1] != self.lin_f.out_features:
@@ -93,8 +98,6 @@ class CGConv(nn.Module):
             )
         if edge_attr is not None and edge_attr.shape[0] != edges.shape[1]:
             raise InputError(f"edge_attr has {edge_attr.shape[0]} rows for {edges.shape[1]} edges.")
-        if not is_traced() and _graph(edges, len(source), len(target)) is None:
-            raise InputError(f"edge_index points outside the {len(source)} sources or {len(target)} targets of x.")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.channels}, dim={self.dim})"
@@ -137,13 +140,14 @@ class GeometricConv(Swapped):
         source, target = x if isinstance(x, tuple | list) else (x, x)
         if hooked or own_formula(self) or not isinstance(source, Tensor) or not isinstance(target, Tensor):
             return theirs.forward(x, edge_index, edge_attr)
-        edges, features = _edges(edge_index, edge_attr, self.flow)
+        edges, features = _edges(edge_index, edge_attr, self.flow, id(self))
         fits = features is None or (features.ndim == 2 and len(features) == edges.shape[1])
         given = 0 if features is None or not fits else features.shape[1]
         fits = fits and source.shape[-1] + target.shape[-1] + given == self.lin_f.weight.shape[1]
-        if not fits or _graph(edges, len(source), len(target)) is None:
+        graph = _graph(edges, len(source), len(target), id(self)) if fits else None
+        if graph is None:
             return theirs.forward(x, edge_index, edge_attr)
-        return _cg_conv(self, source, target, edges, features)
+        return _cg_conv(self, source, target, edges, features, graph)
 
 
 def _is_propagation_hook(name: str) -> bool:
@@ -164,7 +168,7 @@ class _Graph(NamedTuple):
     """(N_target + 1,) int32"""
 
 
-def _edges(edge_index: Any, edge_attr: Tensor | None, flow: str) -> tuple[Tensor, Tensor | None]:
+def _edges(edge_index: Any, edge_attr: Tensor | None, flow: str, caller: int) -> tuple[Tensor, Tensor | None]:
     """(2, E) integer senders and receivers, and the features of the edges."""
     if isinstance(edge_index, Tensor) and edge_index.layout == torch.strided:
         wrapped = type(edge_index).__name__ == "EdgeIndex"
@@ -172,13 +176,13 @@ def _edges(edge_index: Any, edge_attr: Tensor | None, flow: str) -> tuple[Tensor
             return edge_index, edge_attr
         plain = edge_index.as_subclass(Tensor) if wrapped else edge_index
         if flow == "source_to_target":
-            return _kept(edge_index, "plain", lambda: plain.detach()), edge_attr
-        return _kept(edge_index, "reversed", lambda: plain.detach().flip(0)), edge_attr
+            return _kept(edge_index, "plain", caller, lambda: plain.detach()), edge_attr
+        return _kept(edge_index, "reversed", caller, lambda: plain.detach().flip(0)), edge_attr
     if flow != "source_to_target":
         raise InputError("A sparse adjacency has the flow 'source_to_target'; transpose it for the other.")
     if isinstance(edge_index, Tensor):
         coo = edge_index.to_sparse_coo().coalesce()
-        pair = _kept(edge_index, "sparse", lambda: coo.indices().detach().flip(0))
+        pair = _kept(edge_index, "sparse", caller, lambda: coo.indices().detach().flip(0))
         value = coo.values() if coo.values().ndim > 1 else None
     else:  # torch_sparse.SparseTensor
         receiver, sender, value = edge_index.coo()
@@ -186,14 +190,14 @@ def _edges(edge_index: Any, edge_attr: Tensor | None, flow: str) -> tuple[Tensor
     return pair, value if edge_attr is None else edge_attr
 
 
-def _kept(edge_index: Tensor, key: str, build: Callable[[], Tensor]) -> Tensor:
+def _kept(edge_index: Tensor, key: str, caller: int, build: Callable[[], Tensor]) -> Tensor:
     """One tensor for each given, so that what follows from it is found again."""
-    pair: Tensor = build() if is_traced() else _cache.get((edge_index,), key, build)
+    pair: Tensor = build() if is_traced() else _cache.get((edge_index,), key, caller, build)
     return pair
 
 
-def _graph(edges: Tensor, n_sources: int, n_targets: int) -> _Graph | None:
-    """The edges in order, kept while the tensor lives; None where an index is not a row."""
+def _graph(edges: Tensor, n_sources: int, n_targets: int, caller: int) -> _Graph | None:
+    """The edges in order, for all layers of a forward pass; None where an index is not a row."""
 
     def build() -> _Graph | None:
         sender, receiver = edges.detach().long()
@@ -210,11 +214,11 @@ def _graph(edges: Tensor, n_sources: int, n_targets: int) -> _Graph | None:
 
     if edges.ndim != 2 or edges.shape[0] != 2 or edges.is_floating_point():
         return None
-    graph: _Graph | None = _cache.get((edges,), ("graph", n_sources, n_targets), build)
+    graph: _Graph | None = _cache.get((edges,), ("graph", n_sources, n_targets), caller, build)
     return graph
 
 
-def _batch(edges: Tensor, graph: _Graph, features: Tensor | None, dtype: torch.dtype) -> GraphBatch:
+def _batch(edges: Tensor, graph: _Graph, features: Tensor | None, dtype: torch.dtype, caller: int) -> GraphBatch:
     """The graph as the operators take it, with one feature of zero where there are none."""
 
     def build() -> GraphBatch:
@@ -226,23 +230,26 @@ def _batch(edges: Tensor, graph: _Graph, features: Tensor | None, dtype: torch.d
 
     if features is not None and features.requires_grad and torch.is_grad_enabled():
         return build()
-    batch: GraphBatch = _cache.get((edges, features), ("batch", dtype), build)
+    batch: GraphBatch = _cache.get((edges, features), ("batch", dtype), caller, build)
     return batch
 
 
-def _cg_conv(module: Any, source: Tensor, target: Tensor, edges: Tensor, features: Tensor | None) -> Tensor:
+def _cg_conv(
+    module: Any, source: Tensor, target: Tensor, edges: Tensor, features: Tensor | None, graph: _Graph | None
+) -> Tensor:
+    """``graph``: the edges in order, or None where the call is traced."""
     device = target.device.type
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             real = None if features is None else features.float()
-            return _cg_conv(module, source.float(), target.float(), edges, real)
+            h = target.float()
+            return _cg_conv(module, h if source is target else source.float(), h, edges, real, graph)
     weight = torch.cat([module.lin_f.weight, module.lin_s.weight])
     bias = None if module.lin_f.bias is None else torch.cat([module.lin_f.bias, module.lin_s.bias])
     aggr = _AGGREGATIONS[module.aggr]
-    graph = None if is_traced() else _graph(edges, len(source), len(target))
     fast = graph is not None and source is target and aggr != "max" and edges.shape[1] > 0
     if graph is not None and fast and registry.select(target) == "cpu":
-        total = _summed_messages(target, weight, bias, _batch(edges, graph, features, target.dtype))
+        total = _summed_messages(target, weight, bias, _batch(edges, graph, features, target.dtype, id(module)))
     else:
         sender, receiver = edges.long()
         message = _messages(source, target, weight, bias, sender, receiver, features)

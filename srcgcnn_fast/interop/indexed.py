@@ -1,10 +1,10 @@
-"""Graph batches from the index tensors of other programs, made once per tensor."""
+"""Graph batches from the index tensors of other programs, made once per forward pass."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,14 +13,24 @@ from ..graph.batch import GraphBatch
 from .gaussians import distances_from_gaussians
 
 
+class _Kept(NamedTuple):
+    tensors: list[tuple[weakref.ref[Tensor], int] | None]
+    value: Any
+    callers: set[Any]
+
+
 class TensorCache:
-    """What follows from some tensors, kept while the first one lives and none is written to."""
+    """What follows from some tensors, for the layers of one forward pass: kept while the first tensor lives.
+
+    A caller that comes again is in another pass, and gets what follows anew: tensors can be written to without a trace
+    (through NumPy, or ``.data``) between two passes.
+    """
 
     def __init__(self) -> None:
-        self._entries: dict[int, tuple[weakref.ref[Tensor], dict[Any, Any]]] = {}
+        self._entries: dict[int, tuple[weakref.ref[Tensor], dict[Any, _Kept]]] = {}
 
-    def get(self, tensors: tuple[Tensor | None, ...], key: Any, build: Callable[[], Any]) -> Any:
-        """``build()``, made once for these very tensors in their present version."""
+    def get(self, tensors: tuple[Tensor | None, ...], key: Any, caller: Any, build: Callable[[], Any]) -> Any:
+        """``build()``, made once for these very tensors in their present version and all callers of a pass."""
         first = tensors[0]
         assert first is not None
         if any(x is not None and x.is_inference() for x in tensors):
@@ -31,10 +41,11 @@ class TensorCache:
             reference = weakref.ref(first, lambda r: self._drop(number, r))
             entry = self._entries[number] = (reference, {})
         kept = entry[1].get(key)
-        if kept is None or not all(_is(given, known) for given, known in zip(tensors, kept[0], strict=True)):
-            kept = ([None if x is None else (weakref.ref(x), x._version) for x in tensors], build())
-            entry[1][key] = kept
-        return kept[1]
+        if kept is None or caller in kept.callers or not all(map(_is, tensors, kept.tensors)):
+            known = [None if x is None else (weakref.ref(x), x._version) for x in tensors]
+            kept = entry[1][key] = _Kept(known, build(), set())
+        kept.callers.add(caller)
+        return kept.value
 
     def _drop(self, number: int, reference: weakref.ref[Tensor]) -> None:
         entry = self._entries.get(number)
@@ -51,7 +62,7 @@ def _is(given: Tensor | None, known: tuple[weakref.ref[Tensor], int] | None) -> 
 _cache = TensorCache()
 
 
-def neighbor_batch(nbr_fea: Tensor, nbr_fea_idx: Tensor, dtype: torch.dtype) -> GraphBatch | None:
+def neighbor_batch(nbr_fea: Tensor, nbr_fea_idx: Tensor, dtype: torch.dtype, caller: Any) -> GraphBatch | None:
     """The batch of a published program's edges, or None where it has no edge or an index is not a row.
 
     Distances, in units of the Gaussians' step and from ``dmin`` on, stand in for features that are Gaussians;
@@ -62,6 +73,7 @@ def neighbor_batch(nbr_fea: Tensor, nbr_fea_idx: Tensor, dtype: torch.dtype) -> 
         nbr_fea: (N, M, K).
         nbr_fea_idx: (N, M) integer, rows of the batch; padding counts, as it does in those programs.
         dtype: of the convolution; Gaussians are recognised at its precision.
+        caller: who asks, hashable; the same one again means another forward pass.
     """
     n, m = nbr_fea_idx.shape
     if n * m == 0 or nbr_fea.shape[:2] != (n, m):
@@ -77,7 +89,7 @@ def neighbor_batch(nbr_fea: Tensor, nbr_fea_idx: Tensor, dtype: torch.dtype) -> 
 
     if nbr_fea.requires_grad and torch.is_grad_enabled():
         return build()
-    batch: GraphBatch | None = _cache.get((nbr_fea_idx, nbr_fea), ("neighbors", dtype), build)
+    batch: GraphBatch | None = _cache.get((nbr_fea_idx, nbr_fea), ("neighbors", dtype), caller, build)
     return batch
 
 

@@ -81,7 +81,7 @@ class PublishedConv(Swapped):
             and 2 * h.shape[1] + nbr_fea.shape[2] == self.fc_full.weight.shape[1]
             and registry.select(h) != "reference"
         ):
-            batch = neighbor_batch(nbr_fea, nbr_fea_idx, h.dtype)
+            batch = neighbor_batch(nbr_fea, nbr_fea_idx, h.dtype, (id(self), id(norms[0])))
         if batch is None or batch.num_edges < 2 or batch.num_rows < 2:
             own: Any = super()
             more = {name: norm for name, norm in given.items() if norm is not None}
