@@ -61,12 +61,12 @@ def test_different_numbers_are_not_reported():
 
 
 def test_floor_counts(make_batch):
-    """12 edges per row, F = 64, 100 GFLOP/s: a product with (64, 256) and 64 gates of 24 multiply-adds per edge."""
+    """12 edges per row, F = 64, 100 GFLOP/s: a product with (64, 256) and 64 gates of 18 multiply-adds per edge."""
     ceilings = Ceilings(flops=1e11, bandwidth=1e10, exponentials=1e9)
     batch = make_batch("plain")
     least = floor(batch, 64, False, ceilings)
     assert least.nodes == pytest.approx(2 * 64 * 256 / 12 / 100)
-    assert least.gates == pytest.approx(64 * 48 / 100)
+    assert least.gates == pytest.approx(64 * 36 / 100)
     assert least.memory == pytest.approx(8 / 10)
     assert least.total == least.nodes + least.gates
     assert floor(batch, 64, True, ceilings).nodes == pytest.approx(3 * least.nodes)

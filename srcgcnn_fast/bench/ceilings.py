@@ -10,9 +10,9 @@ import torch
 
 from ..graph.batch import GraphBatch
 
-_GATE_FMAS = 24
-"""Multiply-adds of one sigmoid(f) softplus(c) in float32: two exponentials of degree 6, a logarithm of degree 9, a
-reciprocal refined once, a product."""
+_GATE_FMAS = 18
+"""Multiplications and multiply-adds of one sigmoid(f) softplus(c) in float32 from powers of two: two products of three,
+a logarithm of degree 9 and its correction, a reciprocal refined once, a product."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def measure_ceilings() -> Ceilings:
     return Ceilings(flops, bandwidth, repeats * len(x) * torch.get_num_threads() / seconds)
 
 
-def floor(batch: GraphBatch, width: int, training: bool, ceilings: Ceilings) -> Floor:
-    """Of one convolution with F = ``width``, from counts.
+def floor(batch: GraphBatch, width: int, training: bool, ceilings: Ceilings, steps: int = 1) -> Floor:
+    """Of one of ``steps`` convolutions with F = ``width``, from counts; the first of several forms products by element.
 
     Per row a product with (F, 4F), and two more backward; per edge F gates, and F again backward. In training every
     pass reads sender and shell of an edge and, per row, features, sums and gradients; in inference a crystal stays in
@@ -80,7 +80,7 @@ def floor(batch: GraphBatch, width: int, training: bool, ceilings: Ceilings) -> 
     edges = max(batch.num_edges, 1)
     passes = 2 if training else 1
     rows = batch.num_rows / edges
-    node_flops = (3 if training else 1) * 2 * width * 4 * width * rows
+    node_flops = (3 if training else 1) * 2 * width * 4 * width * rows * (max(steps - 1, 1) / steps)
     gate_flops = passes * width * 2 * _GATE_FMAS
     row_bytes = 6 * 4 * width if training else 0
     memory = passes * 8 + row_bytes * rows

@@ -169,7 +169,7 @@ def _measure(kind: str, work: str, graphs: dict[str, GraphBatch], ceilings: Ceil
     rows = []
     for (backend, graph), took in seconds.items():
         batch = graphs[graph]
-        least = floor(batch, width, work != "inference", ceilings)
+        least = floor(batch, width, work != "inference", ceilings, steps)
         per_edge = 1e9 * took / (steps * max(batch.num_edges, 1))
         per_second = batch.num_crystals / took
         threads = torch.get_num_threads()
