@@ -1,0 +1,426 @@
+"""The Triton backend: the operators of ``ops/cpu.py`` for CUDA tensors, float32, without a compiler.
+
+Checks shapes, types and devices, never values: nothing here waits for the GPU. An index that leaves its array makes
+its rows NaN. Products of rows go through ``torch.mm``; everything along edges through ``ops/triton_kernels.py``. Sums
+over receivers run in the order of the edges, sums over senders through a transposed index, so that no result depends on
+the order in which programs ran. Under ``torch.backends.cuda.matmul.allow_tf32`` the products use TF32, as PyTorch's do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .cpu import Graph, Layer, Moments
+
+OLDEST = (3, 3)
+WINDOW = 9  # Gaussians in reach of a distance; those left out are below 2e-9
+_PROGRAMS = 528  # that share out rows where partial sums are kept; a constant, so that bits do not depend on the GPU
+_ROWS, _DEG = 4, 4  # rows and edges per row of a tile; 12 neighbours are three tiles without waste
+_FLAT = 16  # rows of a tile of the kernels without edges
+_WARPS = 4
+
+
+def problem() -> str | None:
+    """Why Triton cannot serve here, whatever the GPU; None if it can."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton does not load ({error}); install it with `pip install 'triton>=3.3'`"
+    found = triton.__version__
+    if tuple(int(x) for x in found.split("+")[0].split(".")[:2]) < OLDEST:
+        return f"Triton {found} is too old: 3.3 or newer is needed (torch 2.7 brings it), or use_backend('reference')"
+    return None
+
+
+@cache
+def kernels() -> ModuleType:
+    """The kernels, imported once, at the first use."""
+    reason = problem()
+    if reason is not None:
+        raise InputError(f"The Triton backend cannot run: {reason}.")
+    from . import triton_kernels
+
+    return triton_kernels
+
+
+def _check(name: str, x: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    if x is None or x.dtype != dtype or tuple(x.shape) != shape or x.device != device or not x.is_contiguous():
+        found = "None" if x is None else f"{x.dtype} {tuple(x.shape)} on {x.device}"
+        raise InputError(f"{name} must be a contiguous {dtype} tensor of shape {shape} on {device}, not {found}.")
+
+
+def _guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launches go to the current device of the thread, which need not be the tensors'."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _precision() -> str:
+    """How tl.dot multiplies float32: three TF32 products, which keep float32's digits, or one where PyTorch may."""
+    if torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+def _power_of_two(n: int, least: int, most: int) -> int:
+    return min(most, max(least, 1 << (n - 1).bit_length()))
+
+
+def _blocks(n: int, size: int) -> int:
+    return -(-n // size)
+
+
+class Transposed(NamedTuple):
+    """The edges sorted by sender."""
+
+    col_ptr: Tensor
+    """(N + 1,) int32, edges of each sender."""
+    edge: Tensor
+    """(E,) int32, their numbers; a sender's edges keep their order."""
+    receiver: Tensor
+    """(E,) int32, the row that each of them ends in."""
+
+
+_transposed: dict[int, tuple[Any, Any, Transposed]] = {}
+
+
+def transposed(graph: Graph) -> Transposed:
+    """The transposed index of a graph, kept as long as its ``sender`` lives unchanged.
+
+    While a CUDA graph is captured it is built anew, as part of that graph: a replay may bring other edges.
+    """
+    sender, row_ptr = graph.sender, graph.row_ptr
+    if sender.is_cuda and torch.cuda.is_current_stream_capturing():
+        return _transpose(sender, row_ptr)
+    key, version = id(sender), (sender._version, row_ptr._version, row_ptr.data_ptr())
+    found = _transposed.get(key)
+    if found is None or found[0]() is not sender or found[1] != version:
+        found = (weakref.ref(sender, lambda _: _transposed.pop(key, None)), version, _transpose(sender, row_ptr))
+        _transposed[key] = found
+    return found[2]
+
+
+def _transpose(sender: Tensor, row_ptr: Tensor) -> Transposed:
+    n_edges, n_rows = sender.shape[0], row_ptr.shape[0] - 1
+    by_sender, edge = torch.sort(sender, stable=True)
+    bounds = torch.arange(n_rows + 1, dtype=torch.int32, device=sender.device)
+    col_ptr = torch.searchsorted(by_sender, bounds, out_int32=True)
+    receiver = torch.searchsorted(row_ptr[1:], edge.to(torch.int32), right=True, out_int32=True)
+    return Transposed(col_ptr, edge.to(torch.int32), receiver if n_edges else torch.zeros_like(sender))
+
+
+class _Edges:
+    """A graph, checked, as the kernels take it."""
+
+    def __init__(self, graph: Graph, n_features: int, dtype: torch.dtype, device: torch.device) -> None:
+        if dtype != torch.float32:
+            raise InputError(f"The Triton kernels take float32, not {dtype}.")
+        if graph.step <= 0:
+            raise InputError(f"The Gaussians' step must be positive, not {graph.step}.")
+        self.n_rows, self.n_edges = graph.row_ptr.shape[0] - 1, graph.sender.shape[0]
+        _check("sender", graph.sender, (self.n_edges,), torch.int32, device)
+        _check("row_ptr", graph.row_ptr, (self.n_rows + 1,), torch.int32, device)
+        if graph.features is None:
+            _check("distance", graph.distance, (self.n_edges,), dtype, device)
+        else:
+            _check("edge_features", graph.features, (self.n_edges, n_features), dtype, device)
+        self.graph = graph
+        self.n_features = n_features
+        self.distance = graph.distance if graph.features is None else None
+        self.basis = (float(graph.dmin), 1.0 / float(graph.step))
+        self.bk = _power_of_two(n_features, 16, 64)
+
+    @property
+    def degree(self) -> Tensor:
+        return self.graph.row_ptr.diff().to(torch.float32)
+
+
+def edge_shells(
+    distance: Tensor, sender: Tensor, row_ptr: Tensor, crystal_ptr: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``cpu.edge_shells``; the kernels here do not need it."""
+    n_edges = sender.shape[0]
+    edge_ptr = row_ptr[crystal_ptr.long()].long()
+    crystal = torch.searchsorted(edge_ptr[1:], torch.arange(n_edges, device=sender.device), right=True)
+    order = torch.argsort(distance, stable=True)
+    order = order[torch.argsort(crystal[order], stable=True)]
+    sorted_distance, sorted_crystal = distance[order], crystal[order]
+    new = torch.ones(n_edges, dtype=torch.bool, device=sender.device)
+    new[1:] = (sorted_distance[1:] != sorted_distance[:-1]) | (sorted_crystal[1:] != sorted_crystal[:-1])
+    before = torch.nn.functional.pad(new.cumsum(0), (1, 0))  # shells before each place of the sorted edges
+    shell = before[1:] - 1 - before[edge_ptr][sorted_crystal]
+    shell_of = torch.empty_like(sender)
+    shell_of[order] = shell.to(torch.int32)
+    shell_distance = torch.zeros_like(distance)
+    shell_distance[edge_ptr[sorted_crystal] + shell] = sorted_distance
+    return shell_of, shell_distance, before[edge_ptr].diff().to(torch.int32)
+
+
+def edge_moments(row_weight: Tensor, graph: Graph, n_features: int) -> tuple[Tensor, ...]:
+    edges = _Edges(graph, n_features, row_weight.dtype, row_weight.device)
+    n, k = edges.n_rows, n_features
+    _check("row_weight", row_weight, (n,), row_weight.dtype, row_weight.device)
+    in_degree = torch.empty_like(row_weight)
+    by_receiver, by_sender = (row_weight.new_empty(n, k) for _ in range(2))
+    if n == 0:
+        zero = row_weight.new_zeros(k, k, dtype=torch.float64)
+        return in_degree, by_receiver, by_sender, zero[0], zero
+    back, programs = transposed(graph), min(_PROGRAMS, _blocks(n, _ROWS))
+    gram = row_weight.new_empty(programs, k, k)
+    size: dict[str, Any] = {"K": k, "ROWS": _ROWS, "DEG": _DEG, "BK": edges.bk, "num_warps": _WARPS}
+    given = (graph.features, edges.distance, row_weight)
+    with _guard(row_weight):
+        by_row = kernels().edge_sum[_blocks(n, _ROWS), _blocks(k, edges.bk)]
+        by_row(by_receiver, None, *given, None, None, graph.row_ptr, n, edges.n_edges, *edges.basis, **size)
+        by_row(
+            by_sender, in_degree, *given, back.receiver, back.edge, back.col_ptr, n, edges.n_edges, *edges.basis, **size
+        )
+        kernels().edge_gram[programs, _blocks(k, edges.bk), _blocks(k, edges.bk)](
+            gram, *given, graph.row_ptr, n, edges.n_edges, *edges.basis, PRECISION=_precision(), **size
+        )
+    total = by_receiver.double().T @ row_weight.double()
+    return in_degree, by_receiver, by_sender, total, gram.sum(0, dtype=torch.float64)
+
+
+def _check_layer(layer: Layer, width: int, n_features: int, device: torch.device) -> None:
+    dtype = layer.weight.dtype
+    _check("weight", layer.weight, (2 * width, 2 * width + n_features), dtype, device)
+    for name, x in zip(Layer._fields[1:10], layer[1:10], strict=True):
+        if x is not None or name != "bias":
+            _check(name, x, (width if name.endswith("2") else 2 * width,), dtype, device)
+
+
+def _statistics(h: Tensor, weight: Tensor, edges: _Edges, moments: Moments) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of z = [h_i, h_j, e_ij] W^T over the edges, each (2F,), without a pass over z.
+
+    Both follow from the mean and the centred second moments of [h_i, h_j, e_ij], whose blocks are sums over rows.
+    """
+    assert moments.in_degree is not None and moments.by_receiver is not None
+    assert moments.by_sender is not None and moments.sum is not None and moments.gram is not None
+    n, width = h.shape
+    graph, row_weight, in_degree = edges.graph, moments.row_weight, moments.in_degree
+    neighbors = torch.empty_like(h)
+    bf = _power_of_two(width, 16, 64)
+    with _guard(h):
+        kernels().neighbor_sum[_blocks(n, _ROWS), _blocks(width, bf)](
+            neighbors, h, graph.sender, graph.row_ptr, n, edges.n_edges, F=width, ROWS=_ROWS, DEG=_DEG, BF=bf,
+            num_warps=_WARPS,
+        )  # fmt: skip
+    weighted_degree = row_weight * edges.degree
+    count = weighted_degree.sum()
+    own_mean, other_mean = (torch.mv(h.T, x) / count for x in (weighted_degree, in_degree))
+    edge_mean = moments.sum / count
+    own, other = h - own_mean, h - other_mean
+    degree = edges.degree[:, None]
+    e_mean = edge_mean.to(h.dtype)
+    right = torch.cat([degree * own, neighbors - degree * other_mean, moments.by_receiver - degree * e_mean], dim=1)
+    upper = (own.T @ right.mul_(row_weight[:, None])).double()
+    column = in_degree[:, None]
+    lower = (other.T @ torch.cat([column * other, moments.by_sender - column * e_mean], dim=1)).double()
+    ee = moments.gram - count * torch.outer(edge_mean, edge_mean)
+    hh, hn, he = upper.split([width, width, edges.n_features], dim=1)
+    nn, ne = lower.split([width, edges.n_features], dim=1)
+    second = torch.cat([torch.cat(r, dim=1) for r in ((hh, hn, he), (hn.T, nn, ne), (he.T, ne.T, ee))])
+    w = weight.double()
+    mean = w @ torch.cat([own_mean.double(), other_mean.double(), edge_mean])
+    var = ((w @ second) * w).sum(1) / count
+    return mean.to(h.dtype), var.clamp_min(0).to(h.dtype)
+
+
+class _Linear:
+    """x_ij = (z_ij - mean) / std as p_i + q_j + r_ij: [p, q] by rows, and what gives r."""
+
+    def __init__(self, h: Tensor, layer: Layer, edges: _Edges, out: Tensor | None = None) -> None:
+        width = h.shape[1]
+        self.rstd = torch.rsqrt(layer.var1 + layer.eps1)
+        scaled = layer.weight * self.rstd[:, None]
+        shift = -layer.mean1 if layer.bias is None or layer.train1 else layer.bias - layer.mean1
+        self.of_rows = torch.cat([scaled[:, :width], scaled[:, width : 2 * width]])  # (4F, F)
+        self.shift = torch.nn.functional.pad(shift * self.rstd, (0, 2 * width))
+        self.of_edges = scaled[:, 2 * width :].T.contiguous()  # (K, 2F)
+        self.pq = torch.addmm(self.shift, h, self.of_rows.T, out=out)
+        features = edges.graph.features
+        self.table = None if features is None else features @ self.of_edges
+
+
+def _finish(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale and shift that the second batch norm amounts to, and 1 / std."""
+    rstd = torch.rsqrt(layer.var2 + layer.eps2)
+    scale = layer.gamma2 * rstd
+    return scale, layer.beta2 - layer.mean2 * scale, rstd
+
+
+def _tile(width: int, edges: _Edges) -> dict[str, Any]:
+    return {
+        "F": width, "K": edges.n_features, "WINDOW": min(WINDOW, edges.n_features), "ROWS": _ROWS, "DEG": _DEG,
+        "BF": _power_of_two(width, 16, 64), "num_warps": _WARPS,
+    }  # fmt: skip
+
+
+def _gate_sum(
+    m: Tensor | None, out: Tensor | None, h: Tensor, linear: _Linear, layer: Layer, edges: _Edges
+) -> None:
+    n, width = h.shape
+    tile = _tile(width, edges)
+    scale, shift, _ = _finish(layer) if out is not None else (None, None, None)
+    kernels().gate_sum[_blocks(n, _ROWS), _blocks(width, tile["BF"])](
+        m, out, linear.pq, h, linear.of_edges, linear.table, layer.gamma1, layer.beta1, scale, shift, edges.distance,
+        edges.graph.sender, edges.graph.row_ptr, n, edges.n_edges, *edges.basis, **tile,
+    )  # fmt: skip
+
+
+def conv(
+    h: Tensor, layer: Layer, graph: Graph, moments: Moments
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As ``cpu.conv``."""
+    n, width = h.shape
+    edges = _Edges(graph, layer.weight.shape[1] - 2 * width, h.dtype, h.device)
+    _check("h", h, (edges.n_rows, width), h.dtype, h.device)
+    _check_layer(layer, width, edges.n_features, h.device)
+    out, m = torch.empty_like(h), torch.empty_like(h)
+    used = [x.clone() for x in layer[6:10]]
+    if n == 0:
+        return out, m, used[0], used[1], used[2], used[3]
+    if layer.train1:
+        used[:2] = _statistics(h, layer.weight, edges, moments)
+    layer = layer._replace(mean1=used[0], var1=used[1])
+    linear = _Linear(h, layer, edges)
+    with _guard(h):
+        _gate_sum(m, None if layer.train2 else out, h, linear, layer, edges)
+    if layer.train2:
+        count = moments.row_weight.sum()
+        used[2] = torch.mv(m.T, moments.row_weight) / count
+        used[3] = torch.mv((m - used[2]).square_().T, moments.row_weight) / count
+        scale, shift, _ = _finish(layer._replace(mean2=used[2], var2=used[3]))
+        bf = _power_of_two(width, 16, 64)
+        with _guard(h):
+            kernels().finish[_blocks(n, _FLAT), _blocks(width, bf)](
+                out, h, m, scale, shift, n, F=width, ROWS=_FLAT, BF=bf, num_warps=_WARPS
+            )
+    return out, m, used[0], used[1], used[2], used[3]
+
+
+def _backward_messages(
+    grad: Tensor, h: Tensor, m: Tensor, layer: Layer, row_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients at h + bn2(m) and at m, (N, F), and of gamma2 and beta2."""
+    n, width = h.shape
+    scale, shift, rstd = _finish(layer)
+    bf, programs = _power_of_two(width, 16, 64), min(_PROGRAMS, _blocks(n, _FLAT))
+    du, dm = torch.empty_like(h), torch.empty_like(h)
+    sums = h.new_empty(2, programs, width)
+    flat: dict[str, Any] = {"ROWS": _FLAT, "BF": bf, "num_warps": _WARPS}
+    kernels().backward_finish[programs, _blocks(width, bf)](
+        du, sums[0], sums[1], grad, h, m, scale, shift, layer.mean2, rstd, n, F=width, **flat
+    )
+    d_beta, d_gamma = sums.sum(1)
+    if not layer.train2:
+        return du, torch.mul(du, scale, out=dm), d_gamma, d_beta
+    c1, c2 = torch.stack([d_beta, d_gamma]) / row_weight.sum()
+    kernels().correct_rows[_blocks(n, _FLAT), _blocks(width, bf)](
+        dm, du, m, None, row_weight, scale, c1, c2, layer.mean2, rstd, n, STRIDE=width, C=width, **flat
+    )
+    return du, dm, d_gamma, d_beta
+
+
+def _edge_gradient(dz: Tensor, layer: Layer, graph: Graph, width: int) -> Tensor:
+    """Gradient of the features (E, K), or of the distances (E,), from that at z."""
+    de = dz @ layer.weight[:, 2 * width :]
+    if graph.features is not None:
+        return de
+    k = torch.arange(de.shape[1], device=de.device, dtype=de.dtype)
+    x = (graph.distance[:, None] - graph.dmin) / graph.step - k
+    return (de * torch.exp(-(x**2)) * x).sum(1).mul_(-2 / graph.step)
+
+
+def conv_backward(
+    grad: Tensor, h: Tensor, m: Tensor, layer: Layer, graph: Graph, moments: Moments, edge_grad: bool
+) -> tuple[Tensor, ...]:
+    """As ``cpu.conv_backward``."""
+    n, width = h.shape
+    edges = _Edges(graph, layer.weight.shape[1] - 2 * width, h.dtype, h.device)
+    for name, x in (("grad", grad), ("h", h), ("m", m)):
+        _check(name, x, (edges.n_rows, width), h.dtype, h.device)
+    _check_layer(layer, width, edges.n_features, h.device)
+    if edge_grad and layer.train1:
+        raise InputError("Gradients of the edges exist for fixed statistics only; call model.eval() first.")
+    if n == 0:
+        nothing = [torch.zeros_like(x) for x in (h, layer.weight, *[layer.gamma1] * 3, *[layer.gamma2] * 2)]
+        return (*nothing, torch.zeros_like(graph.distance if graph.features is None else graph.features))
+    linear, tile = _Linear(h, layer, edges), _tile(width, edges)
+    features, k = graph.features, edges.n_features
+    programs = min(_PROGRAMS, _blocks(n, _ROWS))
+    d_pq, d_gamma = h.new_empty(n, 4 * width), h.new_empty(programs, 2 * width)
+    d_filter = h.new_empty(programs, k, 2 * width)
+    x_rows = h.new_empty(n, 2 * width) if layer.train1 else None
+    dy = h.new_empty(edges.n_edges, 2 * width) if edge_grad else None
+    a = layer.gamma1 * linear.rstd
+    along = (linear.of_edges, linear.table)
+    with _guard(h):
+        du, dm, d_gamma2, d_beta2 = _backward_messages(grad, h, m, layer, moments.row_weight)
+        kernels().backward_rows[programs, _blocks(width, tile["BF"]), _blocks(k, edges.bk)](
+            d_pq, x_rows, d_gamma, d_filter, dy, linear.pq, dm, *along, features, layer.gamma1, layer.beta1,
+            edges.distance, graph.sender, graph.row_ptr, n, edges.n_edges, *edges.basis, BK=edges.bk,
+            PRECISION=_precision(), **tile,
+        )  # fmt: skip
+        d_gamma1, d_beta1, d_filter = d_gamma.sum(0), d_pq[:, : 2 * width].sum(0), d_filter.sum(0)
+        c1 = c2 = weights = in_degree = None
+        if layer.train1:
+            weights, in_degree, degree = moments.row_weight, moments.in_degree, edges.degree
+            c1, c2 = torch.stack([d_beta1, d_gamma1]) / (weights @ degree)
+            d_filter = d_filter - _filter_correction(linear, edges, moments, c1, c2)
+            kernels().correct_rows[_blocks(n, _FLAT), _blocks(2 * width, tile["BF"])](
+                d_pq, d_pq, x_rows, degree, weights, a, c1, c2, None, None, n, STRIDE=4 * width, C=2 * width,
+                ROWS=_FLAT, BF=tile["BF"], num_warps=_WARPS,
+            )  # fmt: skip
+            del x_rows
+        else:
+            d_pq[:, : 2 * width] *= a
+        back = transposed(graph)
+        kernels().backward_senders[_blocks(n, _ROWS), _blocks(width, tile["BF"])](
+            d_pq, linear.pq, dm, *along, layer.gamma1, layer.beta1, a, c1, c2, weights, in_degree, edges.distance,
+            back.receiver, back.edge, back.col_ptr, n, edges.n_edges, *edges.basis, **tile,
+        )  # fmt: skip
+    dh = torch.addmm(du, d_pq, torch.cat([layer.weight[:, :width], layer.weight[:, width : 2 * width]]))
+    own, other = (d_pq.T @ h).split(2 * width)
+    d_weight = torch.cat([own, other, (d_filter * a).T], dim=1)
+    d_bias = torch.zeros_like(d_beta1) if layer.train1 else d_beta1 * a
+    d_edge = h.new_empty(0) if dy is None else _edge_gradient(dy.mul_(a), layer, graph, width)
+    return dh, d_weight, d_bias, d_gamma1, d_beta1, d_gamma2, d_beta2, d_edge
+
+
+def _filter_correction(linear: _Linear, edges: _Edges, moments: Moments, c1: Tensor, c2: Tensor) -> Tensor:
+    """sum_ij w_i e_ij (c1 + c2 x_ij), (K, 2F), from sums over rows."""
+    assert moments.by_receiver is not None and moments.by_sender is not None
+    assert moments.sum is not None and moments.gram is not None
+    p, q = linear.pq.chunk(2, dim=1)
+    ex = (moments.by_receiver * moments.row_weight[:, None]).T @ p + moments.by_sender.T @ q
+    ex += (moments.gram @ linear.of_edges.double()).to(ex.dtype)
+    return moments.sum.to(ex.dtype)[:, None] * c1 + ex * c2
+
+
+def stack(h: Tensor, layers: Sequence[Layer], graph: Graph) -> Tensor:
+    """As ``cpu.stack``."""
+    n, width = h.shape
+    edges = _Edges(graph, layers[0].weight.shape[1] - 2 * width, h.dtype, h.device)
+    _check("h", h, (edges.n_rows, width), h.dtype, h.device)
+    for layer in layers:
+        _check_layer(layer, width, edges.n_features, h.device)
+    if n == 0 or not layers:
+        return h.clone()
+    pq = h.new_empty(n, 4 * width)
+    buffers = [torch.empty_like(h) for _ in range(min(2, len(layers)))]
+    with _guard(h):
+        for t, layer in enumerate(layers):
+            linear = _Linear(h, layer, edges, out=pq)
+            h, old = buffers[t % len(buffers)], h
+            _gate_sum(None, h, old, linear, layer, edges)
+    return h

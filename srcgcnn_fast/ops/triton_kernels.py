@@ -1,0 +1,419 @@
+"""The Triton kernels. Importing this needs Triton; ``ops/triton.py`` launches them and says what they compute.
+
+A program takes ROWS rows and walks their edges DEG at a time, over BF of the F channels: tiles of (ROWS, DEG, BF). Sums
+over edges are loops in the order of the row, so nothing is atomic. Everything is added up in float32. A row of a node
+array is addressed in 64 bits. An index that leaves its array makes its row NaN; it is never followed.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def log2_1p(t):
+    """log2(1 + t) for t in [0, 1], relative error 3e-8 before rounding: polynomial, as lg2.approx(1 + t) loses small t."""
+    p = 7.549182125e-03 * t - 4.256706190e-02
+    p = p * t + 1.128561932e-01
+    p = p * t - 1.971189698e-01
+    p = p * t + 2.756414122e-01
+    p = p * t - 3.584084724e-01
+    p = p * t + 4.806929573e-01
+    p = p * t - 7.213402080e-01
+    p = p * t + 1.442694997e00
+    return p * t
+
+
+@triton.jit
+def softplus2(c2):
+    """softplus(c) / ln 2 from c2 = c log2(e)."""
+    return tl.maximum(c2, 0.0) + log2_1p(tl.exp2(-tl.abs(c2)))
+
+
+@triton.jit
+def gate2(f2, c2):
+    """sigmoid(f) softplus(c) / ln 2 from f2 = -f log2(e), c2 = c log2(e)."""
+    return softplus2(c2) / (1.0 + tl.exp2(tl.minimum(f2, 126.0)))
+
+
+@triton.jit
+def gate_gradient2(f2, c2):
+    """d/df and d/dc of sigmoid(f) softplus(c); 1 - sigmoid without cancellation."""
+    u = tl.exp2(tl.minimum(f2, 126.0))
+    s = 1.0 / (1.0 + u)
+    t = tl.exp2(-tl.abs(c2))
+    softplus = (tl.maximum(c2, 0.0) + log2_1p(t)) * LN2
+    r = 1.0 / (1.0 + t)
+    return s * softplus * (u * s), s * tl.where(c2 >= 0, r, t * r)
+
+
+@triton.jit
+def edge_range(row_ptr, rows, n_rows, n_edges):
+    """First and last edge of each row, and whether they leave the array."""
+    ok = rows < n_rows
+    begin = tl.load(row_ptr + rows, mask=ok, other=0)
+    end = tl.load(row_ptr + rows + 1, mask=ok, other=0)
+    bad = (begin < 0) | (end < begin) | (end > n_edges)
+    return tl.where(bad, 0, begin), tl.where(bad, 0, end), bad
+
+
+@triton.jit
+def other_end(index, at, live, n_rows):
+    """The row at the other end of each edge, whether it may be read, and NaN where it should but may not."""
+    row = tl.load(index + at, mask=live, other=0)
+    outside = (row < 0) | (row >= n_rows)
+    poison = tl.where(outside, float("nan"), 0.0)
+    return tl.where(outside, 0, row).to(tl.int64), live & (row >= 0) & (row < n_rows), poison
+
+
+@triton.jit
+def edge_term(w_e, table, distance, e, live, poison, cols, cols_ok, dmin, inverse_step, F: tl.constexpr,
+              K: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
+    """r = e(d) w_e for a tile of edges, both halves: from the WINDOW nearest Gaussians, or a row of ``table`` per edge."""
+    r_f = poison[:, :, None] + tl.zeros_like(cols_ok).to(tl.float32)
+    r_c = r_f
+    if table is None:
+        u = (tl.load(distance + e, mask=live, other=0.0) - dmin) * inverse_step
+        first = tl.floor(u + 0.5).to(tl.int32) - WINDOW // 2
+        first = tl.minimum(tl.maximum(first, 0), K - WINDOW)  # whole numbers: a NaN distance reads inside the array too
+        for t in tl.static_range(WINDOW):
+            x = u - (first + t).to(tl.float32)
+            a = tl.exp2(x * x * -LOG2E)[:, :, None]
+            w = w_e + (first + t)[:, :, None] * (2 * F) + cols
+            r_f += a * tl.load(w, mask=cols_ok, other=0.0)
+            r_c += a * tl.load(w + F, mask=cols_ok, other=0.0)
+    else:
+        at = table + e.to(tl.int64)[:, :, None] * (2 * F) + cols
+        ok = live[:, :, None] & cols_ok
+        r_f += tl.load(at, mask=ok, other=0.0)
+        r_c += tl.load(at + F, mask=ok, other=0.0)
+    return r_f, r_c
+
+
+@triton.jit
+def edge_vector(features, distance, e, live, ks, dmin, inverse_step, K: tl.constexpr):
+    """e(d) for a tile of edges, (ROWS, DEG, BK); zero for edges and numbers that do not exist."""
+    ok = live[:, :, None] & (ks < K)[None, None, :]
+    if features is None:
+        u = (tl.load(distance + e, mask=live, other=0.0) - dmin) * inverse_step
+        x = u[:, :, None] - ks.to(tl.float32)[None, None, :]
+        return tl.where(ok, tl.exp2(x * x * -LOG2E), 0.0)
+    else:
+        return tl.load(features + e.to(tl.int64)[:, :, None] * K + ks[None, None, :], mask=ok, other=0.0)
+
+
+@triton.jit
+def gate_sum(m, out, pq, h, w_e, table, gamma1, beta1, scale2, shift2, distance, sender, row_ptr, n_rows, n_edges,
+             dmin, inverse_step, F: tl.constexpr, K: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr,
+             DEG: tl.constexpr, BF: tl.constexpr):  # fmt: skip
+    """m_i = sum_j sigmoid(y[:F]) softplus(y[F:]), y_ij = gamma1 (p_i + q_j + r_ij) + beta1; then, where ``out`` is given,
+    out_i = softplus(h_i + scale2 m_i + shift2). ``m`` may be None."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(1) * BF + tl.arange(0, BF)
+    rows_ok, cols_ok = rows < n_rows, cols < F
+    ok = rows_ok[:, None] & cols_ok[None, :]
+    gf = tl.load(gamma1 + cols, mask=cols_ok, other=0.0) * -LOG2E
+    gc = tl.load(gamma1 + F + cols, mask=cols_ok, other=0.0) * LOG2E
+    bf = tl.load(beta1 + cols, mask=cols_ok, other=0.0) * -LOG2E
+    bc = tl.load(beta1 + F + cols, mask=cols_ok, other=0.0) * LOG2E
+    at = rows.to(tl.int64)[:, None] * (4 * F) + cols[None, :]
+    p_f = tl.load(pq + at, mask=ok, other=0.0)
+    p_c = tl.load(pq + at + F, mask=ok, other=0.0)
+    begin, end, bad = edge_range(row_ptr, rows, n_rows, n_edges)
+    total = tl.where(bad, float("nan"), 0.0)[:, None] + tl.zeros([ROWS, BF], tl.float32)
+    wide, wide_ok = cols[None, None, :], cols_ok[None, None, :]
+    for k in range(0, tl.max(end - begin, axis=0), DEG):
+        e = begin[:, None] + (k + tl.arange(0, DEG))[None, :]
+        live = e < end[:, None]
+        j, good, poison = other_end(sender, e, live, n_rows)
+        r_f, r_c = edge_term(w_e, table, distance, e, live, poison, wide, wide_ok, dmin, inverse_step, F, K, WINDOW)
+        q = pq + j[:, :, None] * (4 * F) + 2 * F + wide
+        ok3 = good[:, :, None] & wide_ok
+        x_f = p_f[:, None, :] + (tl.load(q, mask=ok3, other=0.0) + r_f)
+        x_c = p_c[:, None, :] + (tl.load(q + F, mask=ok3, other=0.0) + r_c)
+        y = gate2(x_f * gf[None, None, :] + bf[None, None, :], x_c * gc[None, None, :] + bc[None, None, :])
+        total += tl.sum(tl.where(live[:, :, None], y, 0.0), axis=1)
+    total *= LN2
+    at = rows.to(tl.int64)[:, None] * F + cols[None, :]
+    if m is not None:
+        tl.store(m + at, total, mask=ok)
+    if out is not None:
+        scale = tl.load(scale2 + cols, mask=cols_ok, other=0.0)[None, :]
+        shift = tl.load(shift2 + cols, mask=cols_ok, other=0.0)[None, :]
+        u = tl.load(h + at, mask=ok, other=0.0) + (total * scale + shift)
+        tl.store(out + at, softplus2(u * LOG2E) * LN2, mask=ok)
+
+
+@triton.jit
+def finish(out, h, m, scale2, shift2, n_rows, F: tl.constexpr, ROWS: tl.constexpr, BF: tl.constexpr):
+    """out = softplus(h + scale2 m + shift2), (N, F)."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(1) * BF + tl.arange(0, BF)
+    cols_ok = cols < F
+    ok = (rows < n_rows)[:, None] & cols_ok[None, :]
+    at = rows.to(tl.int64)[:, None] * F + cols[None, :]
+    scale = tl.load(scale2 + cols, mask=cols_ok, other=0.0)[None, :]
+    shift = tl.load(shift2 + cols, mask=cols_ok, other=0.0)[None, :]
+    u = tl.load(h + at, mask=ok, other=0.0) + (tl.load(m + at, mask=ok, other=0.0) * scale + shift)
+    tl.store(out + at, softplus2(u * LOG2E) * LN2, mask=ok)
+
+
+@triton.jit
+def backward_rows(d_rows, x_rows, d_gamma, d_filter, d_edge, pq, d_m, w_e, table, features, gamma1, beta1, distance,
+                  sender, row_ptr, n_rows, n_edges, dmin, inverse_step, F: tl.constexpr, K: tl.constexpr,
+                  WINDOW: tl.constexpr, ROWS: tl.constexpr, DEG: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr,
+                  PRECISION: tl.constexpr):  # fmt: skip
+    """With dy the gradient at y and x = p_i + q_j + r_ij: sum_j dy (rows of 4F), sum_j x (2F, or None), and of each
+    program sum dy x (2F) and sum e dy (K, 2F). ``d_edge`` (E, 2F), or None, takes dy itself."""
+    first_cols, first_ks = tl.program_id(1) * BF, tl.program_id(2) * BK
+    cols, ks = first_cols + tl.arange(0, BF), first_ks + tl.arange(0, BK)
+    cols_ok = cols < F
+    wide, wide_ok = cols[None, None, :], cols_ok[None, None, :]
+    gamma_f = tl.load(gamma1 + cols, mask=cols_ok, other=0.0)[None, None, :] * -LOG2E
+    gamma_c = tl.load(gamma1 + F + cols, mask=cols_ok, other=0.0)[None, None, :] * LOG2E
+    beta_f = tl.load(beta1 + cols, mask=cols_ok, other=0.0)[None, None, :] * -LOG2E
+    beta_c = tl.load(beta1 + F + cols, mask=cols_ok, other=0.0)[None, None, :] * LOG2E
+    dg_f = tl.zeros([ROWS, BF], tl.float32)
+    dg_c = tl.zeros([ROWS, BF], tl.float32)
+    dw_f = tl.zeros([BK, BF], tl.float32)
+    dw_c = tl.zeros([BK, BF], tl.float32)
+    once = tl.program_id(2) == 0
+    for block in range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
+        rows = block * ROWS + tl.arange(0, ROWS)
+        ok = (rows < n_rows)[:, None] & cols_ok[None, :]
+        row = rows.to(tl.int64)[:, None]
+        p_f = tl.load(pq + row * (4 * F) + cols[None, :], mask=ok, other=0.0)
+        p_c = tl.load(pq + row * (4 * F) + F + cols[None, :], mask=ok, other=0.0)
+        g = tl.load(d_m + row * F + cols[None, :], mask=ok, other=0.0)[:, None, :]
+        begin, end, bad = edge_range(row_ptr, rows, n_rows, n_edges)
+        dp_f = tl.where(bad, float("nan"), 0.0)[:, None] + tl.zeros([ROWS, BF], tl.float32)
+        dp_c = dp_f
+        sx_f = tl.zeros([ROWS, BF], tl.float32)
+        sx_c = tl.zeros([ROWS, BF], tl.float32)
+        for k in range(0, tl.max(end - begin, axis=0), DEG):
+            e = begin[:, None] + (k + tl.arange(0, DEG))[None, :]
+            live = e < end[:, None]
+            live3 = live[:, :, None]
+            j, good, poison = other_end(sender, e, live, n_rows)
+            r_f, r_c = edge_term(w_e, table, distance, e, live, poison, wide, wide_ok, dmin, inverse_step, F, K, WINDOW)
+            q = pq + j[:, :, None] * (4 * F) + 2 * F + wide
+            ok3 = good[:, :, None] & wide_ok
+            x_f = p_f[:, None, :] + (tl.load(q, mask=ok3, other=0.0) + r_f)
+            x_c = p_c[:, None, :] + (tl.load(q + F, mask=ok3, other=0.0) + r_c)
+            dy_f, dy_c = gate_gradient2(x_f * gamma_f + beta_f, x_c * gamma_c + beta_c)
+            dy_f = tl.where(live3, g * dy_f, 0.0)
+            dy_c = tl.where(live3, g * dy_c, 0.0)
+            dp_f += tl.sum(dy_f, axis=1)
+            dp_c += tl.sum(dy_c, axis=1)
+            dg_f += tl.sum(dy_f * x_f, axis=1)
+            dg_c += tl.sum(dy_c * x_c, axis=1)
+            if x_rows is not None:
+                sx_f += tl.sum(tl.where(live3, x_f, 0.0), axis=1)
+                sx_c += tl.sum(tl.where(live3, x_c, 0.0), axis=1)
+            if d_edge is not None:
+                if once:
+                    at = d_edge + e.to(tl.int64)[:, :, None] * (2 * F) + wide
+                    tl.store(at, dy_f, mask=live3 & wide_ok)
+                    tl.store(at + F, dy_c, mask=live3 & wide_ok)
+            v = tl.trans(tl.reshape(edge_vector(features, distance, e, live, ks, dmin, inverse_step, K),
+                                    [ROWS * DEG, BK]))  # fmt: skip
+            dw_f = tl.dot(v, tl.reshape(dy_f, [ROWS * DEG, BF]), dw_f, input_precision=PRECISION)
+            dw_c = tl.dot(v, tl.reshape(dy_c, [ROWS * DEG, BF]), dw_c, input_precision=PRECISION)
+        if once:
+            tl.store(d_rows + row * (4 * F) + cols[None, :], dp_f, mask=ok)
+            tl.store(d_rows + row * (4 * F) + F + cols[None, :], dp_c, mask=ok)
+            if x_rows is not None:
+                tl.store(x_rows + row * (2 * F) + cols[None, :], sx_f, mask=ok)
+                tl.store(x_rows + row * (2 * F) + F + cols[None, :], sx_c, mask=ok)
+    if once:
+        part = d_gamma + tl.program_id(0) * (2 * F) + cols
+        tl.store(part, tl.sum(dg_f, axis=0), mask=cols_ok)
+        tl.store(part + F, tl.sum(dg_c, axis=0), mask=cols_ok)
+    at = (tl.program_id(0) * K + ks)[:, None] * (2 * F) + cols[None, :]
+    ok = (ks < K)[:, None] & cols_ok[None, :]
+    tl.store(d_filter + at, dw_f, mask=ok)
+    tl.store(d_filter + at + F, dw_c, mask=ok)
+
+
+@triton.jit
+def backward_senders(dq, pq, d_m, w_e, table, gamma1, beta1, a1, c1, c2, row_weight, in_degree, distance, receiver,
+                     edge, col_ptr, n_rows, n_edges, dmin, inverse_step, F: tl.constexpr, K: tl.constexpr,
+                     WINDOW: tl.constexpr, ROWS: tl.constexpr, DEG: tl.constexpr, BF: tl.constexpr):  # fmt: skip
+    """a1 (sum_i dy_ij - in_degree_j c1 - c2 sum_i w_i x_ij) into the third and fourth quarter of the rows of 4F.
+
+    Edges by sender: number ``t`` of the sorted list is ``edge[t]`` and comes from ``receiver[t]``. ``row_weight`` None:
+    the statistics are fixed, and c1 and c2 are zero.
+    """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(1) * BF + tl.arange(0, BF)
+    rows_ok, cols_ok = rows < n_rows, cols < F
+    ok = rows_ok[:, None] & cols_ok[None, :]
+    wide, wide_ok = cols[None, None, :], cols_ok[None, None, :]
+    gamma_f = tl.load(gamma1 + cols, mask=cols_ok, other=0.0)[None, None, :] * -LOG2E
+    gamma_c = tl.load(gamma1 + F + cols, mask=cols_ok, other=0.0)[None, None, :] * LOG2E
+    beta_f = tl.load(beta1 + cols, mask=cols_ok, other=0.0)[None, None, :] * -LOG2E
+    beta_c = tl.load(beta1 + F + cols, mask=cols_ok, other=0.0)[None, None, :] * LOG2E
+    at = rows.to(tl.int64)[:, None] * (4 * F) + 2 * F + cols[None, :]
+    q_f = tl.load(pq + at, mask=ok, other=0.0)
+    q_c = tl.load(pq + at + F, mask=ok, other=0.0)
+    begin, end, bad = edge_range(col_ptr, rows, n_rows, n_edges)
+    dq_f = tl.where(bad, float("nan"), 0.0)[:, None] + tl.zeros([ROWS, BF], tl.float32)
+    dq_c = dq_f
+    sx_f = tl.zeros([ROWS, BF], tl.float32)
+    sx_c = tl.zeros([ROWS, BF], tl.float32)
+    for k in range(0, tl.max(end - begin, axis=0), DEG):
+        t = begin[:, None] + (k + tl.arange(0, DEG))[None, :]
+        live = t < end[:, None]
+        live3 = live[:, :, None]
+        i, good, poison = other_end(receiver, t, live, n_rows)
+        e = tl.load(edge + t, mask=live, other=0)
+        r_f, r_c = edge_term(w_e, table, distance, e, live, poison, wide, wide_ok, dmin, inverse_step, F, K, WINDOW)
+        ok3 = good[:, :, None] & wide_ok
+        p = pq + i[:, :, None] * (4 * F) + wide
+        x_f = q_f[:, None, :] + (tl.load(p, mask=ok3, other=0.0) + r_f)
+        x_c = q_c[:, None, :] + (tl.load(p + F, mask=ok3, other=0.0) + r_c)
+        g = tl.load(d_m + i[:, :, None] * F + wide, mask=ok3, other=0.0)
+        dy_f, dy_c = gate_gradient2(x_f * gamma_f + beta_f, x_c * gamma_c + beta_c)
+        dq_f += tl.sum(tl.where(live3, g * dy_f, 0.0), axis=1)
+        dq_c += tl.sum(tl.where(live3, g * dy_c, 0.0), axis=1)
+        if row_weight is not None:
+            w = tl.load(row_weight + i, mask=good, other=0.0)[:, :, None]
+            sx_f += tl.sum(tl.where(live3, w * x_f, 0.0), axis=1)
+            sx_c += tl.sum(tl.where(live3, w * x_c, 0.0), axis=1)
+    if row_weight is not None:
+        degree = tl.load(in_degree + rows, mask=rows_ok, other=0.0)[:, None]
+        dq_f -= degree * tl.load(c1 + cols, mask=cols_ok, other=0.0)[None, :]
+        dq_c -= degree * tl.load(c1 + F + cols, mask=cols_ok, other=0.0)[None, :]
+        dq_f -= sx_f * tl.load(c2 + cols, mask=cols_ok, other=0.0)[None, :]
+        dq_c -= sx_c * tl.load(c2 + F + cols, mask=cols_ok, other=0.0)[None, :]
+    tl.store(dq + at, dq_f * tl.load(a1 + cols, mask=cols_ok, other=0.0)[None, :], mask=ok)
+    tl.store(dq + at + F, dq_c * tl.load(a1 + F + cols, mask=cols_ok, other=0.0)[None, :], mask=ok)
+
+
+@triton.jit
+def backward_finish(du, d_shift, d_scale, grad, h, m, scale2, shift2, mean2, rstd2, n_rows, F: tl.constexpr,
+                    ROWS: tl.constexpr, BF: tl.constexpr):  # fmt: skip
+    """du = grad softplus'(u), u = h + scale2 m + shift2, and of each program sum du and sum du (m - mean2) rstd2."""
+    cols = tl.program_id(1) * BF + tl.arange(0, BF)
+    cols_ok = cols < F
+    scale = tl.load(scale2 + cols, mask=cols_ok, other=0.0)[None, :]
+    shift = tl.load(shift2 + cols, mask=cols_ok, other=0.0)[None, :]
+    mean = tl.load(mean2 + cols, mask=cols_ok, other=0.0)[None, :]
+    rstd = tl.load(rstd2 + cols, mask=cols_ok, other=0.0)[None, :]
+    by_shift = tl.zeros([ROWS, BF], tl.float32)
+    by_scale = tl.zeros([ROWS, BF], tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
+        rows = block * ROWS + tl.arange(0, ROWS)
+        ok = (rows < n_rows)[:, None] & cols_ok[None, :]
+        at = rows.to(tl.int64)[:, None] * F + cols[None, :]
+        x = tl.load(m + at, mask=ok, other=0.0)
+        u = tl.load(h + at, mask=ok, other=0.0) + (x * scale + shift)
+        t = tl.exp2(tl.abs(u) * -LOG2E)
+        r = 1.0 / (1.0 + t)
+        d = tl.load(grad + at, mask=ok, other=0.0) * tl.where(u >= 0, r, t * r)
+        tl.store(du + at, d, mask=ok)
+        by_shift += d
+        by_scale += tl.where(ok, d * ((x - mean) * rstd), 0.0)
+    part = tl.program_id(0) * F + cols
+    tl.store(d_shift + part, tl.sum(by_shift, axis=0), mask=cols_ok)
+    tl.store(d_scale + part, tl.sum(by_scale, axis=0), mask=cols_ok)
+
+
+@triton.jit
+def correct_rows(out, d, x, degree, row_weight, a, c1, c2, mean, rstd, n_rows, STRIDE: tl.constexpr,
+                 C: tl.constexpr, ROWS: tl.constexpr, BF: tl.constexpr):  # fmt: skip
+    """out = a (d - w (degree c1 + c2 (x - mean) rstd)) row by row: what batch statistics take off a gradient.
+
+    ``degree`` None: 1. ``mean`` None: x is normalised already. ``out`` and ``d`` have rows of STRIDE, x of C.
+    """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(1) * BF + tl.arange(0, BF)
+    rows_ok, cols_ok = rows < n_rows, cols < C
+    ok = rows_ok[:, None] & cols_ok[None, :]
+    row = rows.to(tl.int64)[:, None]
+    v = tl.load(x + row * C + cols[None, :], mask=ok, other=0.0)
+    if mean is not None:
+        v = (v - tl.load(mean + cols, mask=cols_ok, other=0.0)) * tl.load(rstd + cols, mask=cols_ok, other=0.0)
+    w = tl.load(row_weight + rows, mask=rows_ok, other=0.0)[:, None]
+    v = v * tl.load(c2 + cols, mask=cols_ok, other=0.0)[None, :]
+    first = tl.load(c1 + cols, mask=cols_ok, other=0.0)[None, :]
+    if degree is not None:
+        first = first * tl.load(degree + rows, mask=rows_ok, other=0.0)[:, None]
+    at = row * STRIDE + cols[None, :]
+    got = tl.load(d + at, mask=ok, other=0.0) - w * (first + v)
+    tl.store(out + at, tl.load(a + cols, mask=cols_ok, other=0.0)[None, :] * got, mask=ok)
+
+
+@triton.jit
+def neighbor_sum(out, h, sender, row_ptr, n_rows, n_edges, F: tl.constexpr, ROWS: tl.constexpr, DEG: tl.constexpr,
+                 BF: tl.constexpr):  # fmt: skip
+    """out_i = sum_j h_j, (N, F)."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(1) * BF + tl.arange(0, BF)
+    cols_ok = cols < F
+    begin, end, bad = edge_range(row_ptr, rows, n_rows, n_edges)
+    total = tl.where(bad, float("nan"), 0.0)[:, None] + tl.zeros([ROWS, BF], tl.float32)
+    for k in range(0, tl.max(end - begin, axis=0), DEG):
+        e = begin[:, None] + (k + tl.arange(0, DEG))[None, :]
+        j, good, poison = other_end(sender, e, e < end[:, None], n_rows)
+        at = j[:, :, None] * F + cols[None, None, :]
+        x = tl.load(h + at, mask=good[:, :, None] & cols_ok[None, None, :], other=0.0)
+        total += tl.sum(x + poison[:, :, None], axis=1)
+    at = rows.to(tl.int64)[:, None] * F + cols[None, :]
+    tl.store(out + at, total, mask=(rows < n_rows)[:, None] & cols_ok[None, :])
+
+
+@triton.jit
+def edge_sum(out, degree, features, distance, row_weight, receiver, edge, row_ptr, n_rows, n_edges, dmin, inverse_step,
+             K: tl.constexpr, ROWS: tl.constexpr, DEG: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """out = sum of the edge vectors of a row, (N, K); with ``edge`` and ``receiver`` by sender, each times the weight of
+    its receiver, and those weights' sum into ``degree``."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    ks = tl.program_id(1) * BK + tl.arange(0, BK)
+    rows_ok = rows < n_rows
+    begin, end, bad = edge_range(row_ptr, rows, n_rows, n_edges)
+    poison = tl.where(bad, float("nan"), 0.0)
+    total = poison[:, None] + tl.zeros([ROWS, BK], tl.float32)
+    weights = poison
+    for k in range(0, tl.max(end - begin, axis=0), DEG):
+        t = begin[:, None] + (k + tl.arange(0, DEG))[None, :]
+        live = t < end[:, None]
+        if edge is None:
+            total += tl.sum(edge_vector(features, distance, t, live, ks, dmin, inverse_step, K), axis=1)
+        else:
+            i, good, _ = other_end(receiver, t, live, n_rows)
+            w = tl.load(row_weight + i, mask=good, other=0.0)
+            e = tl.load(edge + t, mask=live, other=0)
+            v = edge_vector(features, distance, e, live, ks, dmin, inverse_step, K)
+            total += tl.sum(w[:, :, None] * v, axis=1)
+            weights += tl.sum(w, axis=1)
+    ok = rows_ok[:, None] & (ks < K)[None, :]
+    tl.store(out + rows.to(tl.int64)[:, None] * K + ks[None, :], total, mask=ok)
+    if degree is not None:
+        if tl.program_id(1) == 0:
+            tl.store(degree + rows, weights, mask=rows_ok)
+
+
+@triton.jit
+def edge_gram(gram, features, distance, row_weight, row_ptr, n_rows, n_edges, dmin, inverse_step, K: tl.constexpr,
+              ROWS: tl.constexpr, DEG: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Of each program sum w_i e^T e over its edges, (K, K)."""
+    left, right = tl.program_id(1) * BK + tl.arange(0, BK), tl.program_id(2) * BK + tl.arange(0, BK)
+    total = tl.zeros([BK, BK], tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
+        rows = block * ROWS + tl.arange(0, ROWS)
+        w = tl.load(row_weight + rows, mask=rows < n_rows, other=0.0)[:, None, None]
+        begin, end, bad = edge_range(row_ptr, rows, n_rows, n_edges)
+        for k in range(0, tl.max(end - begin, axis=0), DEG):
+            e = begin[:, None] + (k + tl.arange(0, DEG))[None, :]
+            live = e < end[:, None]
+            a = edge_vector(features, distance, e, live, left, dmin, inverse_step, K)
+            b = edge_vector(features, distance, e, live, right, dmin, inverse_step, K) * w
+            a, b = tl.trans(tl.reshape(a, [ROWS * DEG, BK])), tl.reshape(b, [ROWS * DEG, BK])
+            total = tl.dot(a, b, total, input_precision=PRECISION)
+    at = (tl.program_id(0) * K + left)[:, None] * K + right[None, :]
+    tl.store(gram + at, total, mask=(left < K)[:, None] & (right < K)[None, :])
