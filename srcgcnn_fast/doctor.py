@@ -55,6 +55,9 @@ def report() -> str:
         lines.append(f"  {status.name:12s} {state:18s} {status.reason}")
     chosen = registry.forced_backend() or ("cpu" if core is not None else "reference")
     lines.append(f"  CPU tensors take: {chosen}")
+    if torch.cuda.is_available():
+        fits = "triton" if registry.triton_problem() is None else "reference"
+        lines.append(f"  CUDA tensors take: {registry.forced_backend() or fits} (float32; other types: reference)")
     if core is not None:
         lines += ["", "compiled kernels"]
         lines += [f"  compiler     {core.compiler}", f"  CUDA         {core.cuda}"]

@@ -19,8 +19,8 @@ _ops = torch.ops.srcgcnn_fast
 
 
 def with_shells(edges: Edges) -> Graph:
-    """The edges with the distinct distances of every crystal."""
-    if edges.features is not None:
+    """The edges with the distinct distances of every crystal, which the kernels of a GPU do without."""
+    if edges.features is not None or edges.distance.device.type != "cpu":
         return Graph(*edges[:5], None, None, None, edges.dmin, edges.step)
     shells: tuple[Tensor, Tensor, Tensor] = _ops.edge_shells(edges.distance.detach().contiguous(), *edges[2:5])
     return Graph(*edges[:5], *shells, edges.dmin, edges.step)
@@ -79,7 +79,7 @@ def _layer(weight: Tensor, bias: Tensor | None, bn1: BatchNorm, bn2: BatchNorm, 
 
 
 def _missing(h: Tensor) -> int:
-    return -h.shape[1] % cpu.kernel_width(h.dtype)
+    return -h.shape[1] % cpu.kernel_width(h.dtype) if h.device.type == "cpu" else 0
 
 
 class _Kept:

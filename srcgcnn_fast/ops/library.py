@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu, reference
+from . import cpu, reference, triton
 from .cpu import Graph, Layer, Moments
 from .reference import BatchNorm, Edges
 
@@ -55,10 +55,9 @@ def _conv_backward_cpu(grad: Tensor, h: Tensor, m: Tensor, *arguments: Any) -> t
     return cpu.conv_backward(grad, h, m, *_split(arguments), arguments[-1])
 
 
-def _stack_cpu(
-    h: Tensor, weights: list[Tensor], biases: list[Tensor], vectors: list[Tensor], eps: list[float], shared: bool,
-    *graph: Any,
-) -> Tensor:  # fmt: skip
+def _stack_layers(
+    weights: list[Tensor], biases: list[Tensor], vectors: list[Tensor], eps: list[float], shared: bool
+) -> list[Layer]:
     n_steps = len(eps) // 2
     layers = []
     for t in range(n_steps):
@@ -66,14 +65,14 @@ def _stack_cpu(
         bias = biases[k] if biases else None
         fields: list[Any] = [weights[k], bias, *vectors[8 * t : 8 * t + 8], *eps[2 * t : 2 * t + 2], False, False]
         layers.append(Layer(*fields))
-    return cpu.stack(h, layers, Graph(*graph))
+    return layers
 
 
 _library.impl("edge_shells", cpu.edge_shells, "CPU")
 _library.impl("edge_moments", lambda w, *g: cpu.edge_moments(w, Graph(*g[:-1]), g[-1]), "CPU")
 _library.impl("gated_conv", _conv_cpu, "CPU")
 _library.impl("gated_conv_backward", _conv_backward_cpu, "CPU")
-_library.impl("gated_conv_stack", _stack_cpu, "CPU")
+_library.impl("gated_conv_stack", lambda h, *a: cpu.stack(h, _stack_layers(*a[:5]), Graph(*a[5:])), "CPU")
 
 
 @torch.library.register_fake("srcgcnn_fast::edge_shells", lib=_library)
@@ -194,3 +193,10 @@ torch.library.register_autograd("srcgcnn_fast::gated_conv", _backward_conv, setu
 torch.library.register_autograd(
     "srcgcnn_fast::gated_conv_backward", _backward_second, setup_context=_setup_second, lib=_library
 )
+
+# Triton, for CUDA tensors
+_library.impl("edge_shells", triton.edge_shells, "CUDA")
+_library.impl("edge_moments", lambda w, *g: triton.edge_moments(w, Graph(*g[:-1]), g[-1]), "CUDA")
+_library.impl("gated_conv", lambda h, *a: triton.conv(h, *_split(a)), "CUDA")
+_library.impl("gated_conv_backward", lambda d, h, m, *a: triton.conv_backward(d, h, m, *_split(a), a[-1]), "CUDA")
+_library.impl("gated_conv_stack", lambda h, *a: triton.stack(h, _stack_layers(*a[:5]), Graph(*a[5:])), "CUDA")

@@ -60,12 +60,28 @@ def backends() -> dict[str, BackendStatus]:
         built = not core.cuda.startswith("not built")
         why = "its kernels are not connected to the operators yet" if built else core.cuda
         cuda = BackendStatus("cuda", built, False, why)
+    no_triton = triton_problem()
+    with_triton = "float32 on CUDA tensors; it compiles and passes the interpreter, and has not run on a GPU yet"
     return {
         "reference": BackendStatus("reference", True, True, "plain PyTorch, any device and dtype"),
         "cpu": cpu,
-        "triton": BackendStatus("triton", False, False, "not part of this version"),
+        "triton": BackendStatus("triton", True, no_triton is None, no_triton or with_triton),
         "cuda": cuda,
     }
+
+
+@torch.compiler.assume_constant_result  # looked up, not traced
+@cache
+def triton_problem() -> str | None:
+    """Why the Triton backend cannot run on this machine's current GPU; None if it can."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8 and torch.version.hip is None:
+        return f"Triton needs a GPU of compute capability 8.0 or newer, and this one has {major}.{minor}"
+    from . import triton  # which imports this module
+
+    return triton.problem()
 
 
 _forced: str | None = None  # a plain global, which torch.compile can guard
@@ -116,13 +132,17 @@ def select(h: torch.Tensor, edge_statistics_grad: bool = False) -> str:
         return forced
     if forced not in (None, "cpu"):
         _require(forced)  # type: ignore[arg-type]
-    reason = _refusal(h.device.type, h.dtype)
+    device = h.device.type
+    name = {"cpu": "cpu", "cuda": "triton"}.get(device, "reference")
+    reason = _refusal(device, h.dtype)
     if _is_transformed():
         reason = "torch.func transforms and forward-mode derivatives go through the reference"
     elif edge_statistics_grad:
         reason = "gradients of distances through the batch norm of a training batch exist in the reference only"
+    if forced not in (None, name):
+        reason = f"it does not take tensors on {device!r}"
     if reason is None:
-        return "cpu"
+        return name
     if forced is not None:
         raise InputError(f"Backend {forced!r} cannot take this input: {reason}.")
     _say_once(reason)
@@ -137,6 +157,8 @@ def _is_transformed() -> bool:
 
 
 def _refusal(device: str, dtype: torch.dtype) -> str | None:
+    if device == "cuda":
+        return triton_problem() or (None if dtype == torch.float32 else f"the Triton kernels take float32, not {dtype}")
     if device != "cpu":
         return f"tensors on {device!r} have no compiled backend in this version"
     if dtype not in (torch.float32, torch.float64):

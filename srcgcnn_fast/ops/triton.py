@@ -24,9 +24,30 @@ from .cpu import Graph, Layer, Moments
 OLDEST = (3, 3)
 WINDOW = 9  # Gaussians in reach of a distance; those left out are below 2e-9
 _PROGRAMS = 528  # that share out rows where partial sums are kept; a constant, so that bits do not depend on the GPU
-_ROWS, _DEG = 4, 4  # rows and edges per row of a tile; 12 neighbours are three tiles without waste
-_FLAT = 16  # rows of a tile of the kernels without edges
-_WARPS = 4
+
+
+class Tile(NamedTuple):
+    """What one program of a kernel takes at a time."""
+
+    rows: int
+    degree: int
+    """Edges of a row; 4 serves 12 neighbours without waste."""
+    channels: int
+    """At most; never more than the power of two that holds F."""
+    warps: int
+
+
+# Chosen from registers and spills (tests/ops/test_triton_ahead_of_time.py), not from measurements; ``benchmarks/gpu``
+# tries others. backward_rows and edge_gram multiply rows * degree edges at a time, which must be 16 or more.
+TILES = {
+    "gate_sum": Tile(2, 4, 64, 4),
+    "backward_rows": Tile(4, 4, 32, 4),
+    "backward_senders": Tile(2, 4, 64, 4),
+    "neighbor_sum": Tile(4, 4, 64, 4),
+    "edge_sum": Tile(4, 4, 64, 4),
+    "edge_gram": Tile(4, 4, 64, 4),
+    "flat": Tile(16, 0, 64, 4),
+}
 
 
 def problem() -> str | None:
@@ -58,11 +79,6 @@ def _check(name: str, x: Tensor | None, shape: tuple[int, ...], dtype: torch.dty
         raise InputError(f"{name} must be a contiguous {dtype} tensor of shape {shape} on {device}, not {found}.")
 
 
-def _guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Launches go to the current device of the thread, which need not be the tensors'."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
 def _precision() -> str:
     """How tl.dot multiplies float32: three TF32 products, which keep float32's digits, or one where PyTorch may."""
     if torch.version.hip is not None:
@@ -70,23 +86,45 @@ def _precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
-def _power_of_two(n: int, least: int, most: int) -> int:
-    return min(most, max(least, 1 << (n - 1).bit_length()))
-
-
 def _blocks(n: int, size: int) -> int:
     return -(-n // size)
+
+
+class _Launch:
+    """A kernel with its tile and its grid: programs over ``n`` rows, and over the blocks of each of ``columns``.
+
+    ``share``: at most _PROGRAMS programs share out the rows. ``columns`` name the constants with the blocks' sizes.
+    """
+
+    def __init__(self, name: str, n: int, share: bool = False, square: bool = False, **columns: int) -> None:
+        rows, degree, channels, warps = TILES.get(name, TILES["flat"])
+        self.programs = min(_PROGRAMS, _blocks(n, rows)) if share else _blocks(n, rows)
+        self.options: dict[str, Any] = {"ROWS": rows, "num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+        if degree:
+            self.options["DEG"] = degree
+        grid = [self.programs]
+        for block, width in columns.items():
+            size = min(channels if block == "BF" else 64, max(16, 1 << (width - 1).bit_length()))
+            self.options[block] = size
+            grid += [_blocks(width, size)] * (1 + square)
+        self.kernel = getattr(kernels(), name)[tuple(grid)]
+
+    def __call__(self, *arguments: Any, **more: Any) -> None:
+        device = next(x.device for x in arguments if isinstance(x, Tensor))
+        # a launch goes to the current device of the thread, which need not be the tensors'
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self.kernel(*arguments, **self.options, **more)
 
 
 class Transposed(NamedTuple):
     """The edges sorted by sender."""
 
-    col_ptr: Tensor
-    """(N + 1,) int32, edges of each sender."""
-    edge: Tensor
-    """(E,) int32, their numbers; a sender's edges keep their order."""
     receiver: Tensor
     """(E,) int32, the row that each of them ends in."""
+    edge: Tensor
+    """(E,) int32, their numbers; a sender's edges keep their order."""
+    col_ptr: Tensor
+    """(N + 1,) int32, edges of each sender."""
 
 
 _transposed: dict[int, tuple[Any, Any, Transposed]] = {}
@@ -109,12 +147,12 @@ def transposed(graph: Graph) -> Transposed:
 
 
 def _transpose(sender: Tensor, row_ptr: Tensor) -> Transposed:
-    n_edges, n_rows = sender.shape[0], row_ptr.shape[0] - 1
+    n_rows = row_ptr.shape[0] - 1
     by_sender, edge = torch.sort(sender, stable=True)
     bounds = torch.arange(n_rows + 1, dtype=torch.int32, device=sender.device)
     col_ptr = torch.searchsorted(by_sender, bounds, out_int32=True)
-    receiver = torch.searchsorted(row_ptr[1:], edge.to(torch.int32), right=True, out_int32=True)
-    return Transposed(col_ptr, edge.to(torch.int32), receiver if n_edges else torch.zeros_like(sender))
+    receiver = torch.searchsorted(row_ptr[1:].contiguous(), edge.to(torch.int32), right=True, out_int32=True)
+    return Transposed(receiver, edge.to(torch.int32), col_ptr)
 
 
 class _Edges:
@@ -136,7 +174,6 @@ class _Edges:
         self.n_features = n_features
         self.distance = graph.distance if graph.features is None else None
         self.basis = (float(graph.dmin), 1.0 / float(graph.step))
-        self.bk = _power_of_two(n_features, 16, 64)
 
     @property
     def degree(self) -> Tensor:
@@ -173,19 +210,13 @@ def edge_moments(row_weight: Tensor, graph: Graph, n_features: int) -> tuple[Ten
     if n == 0:
         zero = row_weight.new_zeros(k, k, dtype=torch.float64)
         return in_degree, by_receiver, by_sender, zero[0], zero
-    back, programs = transposed(graph), min(_PROGRAMS, _blocks(n, _ROWS))
-    gram = row_weight.new_empty(programs, k, k)
-    size: dict[str, Any] = {"K": k, "ROWS": _ROWS, "DEG": _DEG, "BK": edges.bk, "num_warps": _WARPS}
-    given = (graph.features, edges.distance, row_weight)
-    with _guard(row_weight):
-        by_row = kernels().edge_sum[_blocks(n, _ROWS), _blocks(k, edges.bk)]
-        by_row(by_receiver, None, *given, None, None, graph.row_ptr, n, edges.n_edges, *edges.basis, **size)
-        by_row(
-            by_sender, in_degree, *given, back.receiver, back.edge, back.col_ptr, n, edges.n_edges, *edges.basis, **size
-        )
-        kernels().edge_gram[programs, _blocks(k, edges.bk), _blocks(k, edges.bk)](
-            gram, *given, graph.row_ptr, n, edges.n_edges, *edges.basis, PRECISION=_precision(), **size
-        )
+    by_row, square = _Launch("edge_sum", n, BK=k), _Launch("edge_gram", n, share=True, square=True, BK=k)
+    gram = row_weight.new_empty(square.programs, k, k)
+    back, given = transposed(graph), (graph.features, edges.distance, row_weight)
+    sizes = (n, edges.n_edges, *edges.basis)
+    by_row(by_receiver, None, *given, None, None, graph.row_ptr, *sizes, K=k)
+    by_row(by_sender, in_degree, *given, *back, *sizes, K=k)
+    square(gram, *given, graph.row_ptr, *sizes, K=k, PRECISION=_precision())
     total = by_receiver.double().T @ row_weight.double()
     return in_degree, by_receiver, by_sender, total, gram.sum(0, dtype=torch.float64)
 
@@ -208,12 +239,7 @@ def _statistics(h: Tensor, weight: Tensor, edges: _Edges, moments: Moments) -> t
     n, width = h.shape
     graph, row_weight, in_degree = edges.graph, moments.row_weight, moments.in_degree
     neighbors = torch.empty_like(h)
-    bf = _power_of_two(width, 16, 64)
-    with _guard(h):
-        kernels().neighbor_sum[_blocks(n, _ROWS), _blocks(width, bf)](
-            neighbors, h, graph.sender, graph.row_ptr, n, edges.n_edges, F=width, ROWS=_ROWS, DEG=_DEG, BF=bf,
-            num_warps=_WARPS,
-        )  # fmt: skip
+    _Launch("neighbor_sum", n, BF=width)(neighbors, h, graph.sender, graph.row_ptr, n, edges.n_edges, F=width)
     weighted_degree = row_weight * edges.degree
     count = weighted_degree.sum()
     own_mean, other_mean = (torch.mv(h.T, x) / count for x in (weighted_degree, in_degree))
@@ -258,22 +284,16 @@ def _finish(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
     return scale, layer.beta2 - layer.mean2 * scale, rstd
 
 
-def _tile(width: int, edges: _Edges) -> dict[str, Any]:
-    return {
-        "F": width, "K": edges.n_features, "WINDOW": min(WINDOW, edges.n_features), "ROWS": _ROWS, "DEG": _DEG,
-        "BF": _power_of_two(width, 16, 64), "num_warps": _WARPS,
-    }  # fmt: skip
+def _sizes(width: int, edges: _Edges) -> dict[str, int]:
+    return {"F": width, "K": edges.n_features, "WINDOW": min(WINDOW, edges.n_features)}
 
 
-def _gate_sum(
-    m: Tensor | None, out: Tensor | None, h: Tensor, linear: _Linear, layer: Layer, edges: _Edges
-) -> None:
+def _gate_sum(m: Tensor | None, out: Tensor | None, h: Tensor, linear: _Linear, layer: Layer, edges: _Edges) -> None:
     n, width = h.shape
-    tile = _tile(width, edges)
     scale, shift, _ = _finish(layer) if out is not None else (None, None, None)
-    kernels().gate_sum[_blocks(n, _ROWS), _blocks(width, tile["BF"])](
+    _Launch("gate_sum", n, BF=width)(
         m, out, linear.pq, h, linear.of_edges, linear.table, layer.gamma1, layer.beta1, scale, shift, edges.distance,
-        edges.graph.sender, edges.graph.row_ptr, n, edges.n_edges, *edges.basis, **tile,
+        edges.graph.sender, edges.graph.row_ptr, n, edges.n_edges, *edges.basis, **_sizes(width, edges),
     )  # fmt: skip
 
 
@@ -293,18 +313,13 @@ def conv(
         used[:2] = _statistics(h, layer.weight, edges, moments)
     layer = layer._replace(mean1=used[0], var1=used[1])
     linear = _Linear(h, layer, edges)
-    with _guard(h):
-        _gate_sum(m, None if layer.train2 else out, h, linear, layer, edges)
+    _gate_sum(m, None if layer.train2 else out, h, linear, layer, edges)
     if layer.train2:
         count = moments.row_weight.sum()
         used[2] = torch.mv(m.T, moments.row_weight) / count
         used[3] = torch.mv((m - used[2]).square_().T, moments.row_weight) / count
         scale, shift, _ = _finish(layer._replace(mean2=used[2], var2=used[3]))
-        bf = _power_of_two(width, 16, 64)
-        with _guard(h):
-            kernels().finish[_blocks(n, _FLAT), _blocks(width, bf)](
-                out, h, m, scale, shift, n, F=width, ROWS=_FLAT, BF=bf, num_warps=_WARPS
-            )
+        _Launch("finish", n, BF=width)(out, h, m, scale, shift, n, F=width)
     return out, m, used[0], used[1], used[2], used[3]
 
 
@@ -314,19 +329,15 @@ def _backward_messages(
     """Gradients at h + bn2(m) and at m, (N, F), and of gamma2 and beta2."""
     n, width = h.shape
     scale, shift, rstd = _finish(layer)
-    bf, programs = _power_of_two(width, 16, 64), min(_PROGRAMS, _blocks(n, _FLAT))
-    du, dm = torch.empty_like(h), torch.empty_like(h)
-    sums = h.new_empty(2, programs, width)
-    flat: dict[str, Any] = {"ROWS": _FLAT, "BF": bf, "num_warps": _WARPS}
-    kernels().backward_finish[programs, _blocks(width, bf)](
-        du, sums[0], sums[1], grad, h, m, scale, shift, layer.mean2, rstd, n, F=width, **flat
-    )
+    launch = _Launch("backward_finish", n, share=True, BF=width)
+    du, dm, sums = torch.empty_like(h), torch.empty_like(h), h.new_empty(2, launch.programs, width)
+    launch(du, sums[0], sums[1], grad, h, m, scale, shift, layer.mean2, rstd, n, F=width)
     d_beta, d_gamma = sums.sum(1)
     if not layer.train2:
         return du, torch.mul(du, scale, out=dm), d_gamma, d_beta
     c1, c2 = torch.stack([d_beta, d_gamma]) / row_weight.sum()
-    kernels().correct_rows[_blocks(n, _FLAT), _blocks(width, bf)](
-        dm, du, m, None, row_weight, scale, c1, c2, layer.mean2, rstd, n, STRIDE=width, C=width, **flat
+    _Launch("correct_rows", n, BF=width)(
+        dm, du, m, None, row_weight, scale, c1, c2, layer.mean2, rstd, n, STRIDE=width, C=width
     )
     return du, dm, d_gamma, d_beta
 
@@ -355,40 +366,35 @@ def conv_backward(
     if n == 0:
         nothing = [torch.zeros_like(x) for x in (h, layer.weight, *[layer.gamma1] * 3, *[layer.gamma2] * 2)]
         return (*nothing, torch.zeros_like(graph.distance if graph.features is None else graph.features))
-    linear, tile = _Linear(h, layer, edges), _tile(width, edges)
-    features, k = graph.features, edges.n_features
-    programs = min(_PROGRAMS, _blocks(n, _ROWS))
-    d_pq, d_gamma = h.new_empty(n, 4 * width), h.new_empty(programs, 2 * width)
-    d_filter = h.new_empty(programs, k, 2 * width)
+    linear, k, sizes = _Linear(h, layer, edges), edges.n_features, _sizes(width, edges)
+    launch = _Launch("backward_rows", n, share=True, BF=width, BK=k)
+    d_pq, d_gamma = h.new_empty(n, 4 * width), h.new_empty(launch.programs, 2 * width)
+    d_filter = h.new_empty(launch.programs, k, 2 * width)
     x_rows = h.new_empty(n, 2 * width) if layer.train1 else None
     dy = h.new_empty(edges.n_edges, 2 * width) if edge_grad else None
     a = layer.gamma1 * linear.rstd
-    along = (linear.of_edges, linear.table)
-    with _guard(h):
-        du, dm, d_gamma2, d_beta2 = _backward_messages(grad, h, m, layer, moments.row_weight)
-        kernels().backward_rows[programs, _blocks(width, tile["BF"]), _blocks(k, edges.bk)](
-            d_pq, x_rows, d_gamma, d_filter, dy, linear.pq, dm, *along, features, layer.gamma1, layer.beta1,
-            edges.distance, graph.sender, graph.row_ptr, n, edges.n_edges, *edges.basis, BK=edges.bk,
-            PRECISION=_precision(), **tile,
-        )  # fmt: skip
-        d_gamma1, d_beta1, d_filter = d_gamma.sum(0), d_pq[:, : 2 * width].sum(0), d_filter.sum(0)
-        c1 = c2 = weights = in_degree = None
-        if layer.train1:
-            weights, in_degree, degree = moments.row_weight, moments.in_degree, edges.degree
-            c1, c2 = torch.stack([d_beta1, d_gamma1]) / (weights @ degree)
-            d_filter = d_filter - _filter_correction(linear, edges, moments, c1, c2)
-            kernels().correct_rows[_blocks(n, _FLAT), _blocks(2 * width, tile["BF"])](
-                d_pq, d_pq, x_rows, degree, weights, a, c1, c2, None, None, n, STRIDE=4 * width, C=2 * width,
-                ROWS=_FLAT, BF=tile["BF"], num_warps=_WARPS,
-            )  # fmt: skip
-            del x_rows
-        else:
-            d_pq[:, : 2 * width] *= a
-        back = transposed(graph)
-        kernels().backward_senders[_blocks(n, _ROWS), _blocks(width, tile["BF"])](
-            d_pq, linear.pq, dm, *along, layer.gamma1, layer.beta1, a, c1, c2, weights, in_degree, edges.distance,
-            back.receiver, back.edge, back.col_ptr, n, edges.n_edges, *edges.basis, **tile,
-        )  # fmt: skip
+    du, dm, d_gamma2, d_beta2 = _backward_messages(grad, h, m, layer, moments.row_weight)
+    launch(
+        d_pq, x_rows, d_gamma, d_filter, dy, linear.pq, dm, linear.of_edges, linear.table, graph.features, layer.gamma1,
+        layer.beta1, edges.distance, graph.sender, graph.row_ptr, n, edges.n_edges, *edges.basis,
+        PRECISION=_precision(), **sizes,
+    )  # fmt: skip
+    d_gamma1, d_beta1, d_filter = d_gamma.sum(0), d_pq[:, : 2 * width].sum(0), d_filter.sum(0)
+    c1 = c2 = weights = in_degree = None
+    if layer.train1:
+        weights, in_degree, degree = moments.row_weight, moments.in_degree, edges.degree
+        c1, c2 = torch.stack([d_beta1, d_gamma1]) / (weights @ degree)
+        d_filter = d_filter - _filter_correction(linear, edges, moments, c1, c2)
+        _Launch("correct_rows", n, BF=2 * width)(
+            d_pq, d_pq, x_rows, degree, weights, a, c1, c2, None, None, n, STRIDE=4 * width, C=2 * width
+        )
+    else:
+        d_pq[:, : 2 * width] *= a
+    del x_rows
+    _Launch("backward_senders", n, BF=width)(
+        d_pq, linear.pq, dm, linear.of_edges, linear.table, layer.gamma1, layer.beta1, a, c1, c2, weights, in_degree,
+        edges.distance, *transposed(graph), n, edges.n_edges, *edges.basis, **sizes,
+    )  # fmt: skip
     dh = torch.addmm(du, d_pq, torch.cat([layer.weight[:, :width], layer.weight[:, width : 2 * width]]))
     own, other = (d_pq.T @ h).split(2 * width)
     d_weight = torch.cat([own, other, (d_filter * a).T], dim=1)
@@ -418,9 +424,8 @@ def stack(h: Tensor, layers: Sequence[Layer], graph: Graph) -> Tensor:
         return h.clone()
     pq = h.new_empty(n, 4 * width)
     buffers = [torch.empty_like(h) for _ in range(min(2, len(layers)))]
-    with _guard(h):
-        for t, layer in enumerate(layers):
-            linear = _Linear(h, layer, edges, out=pq)
-            h, old = buffers[t % len(buffers)], h
-            _gate_sum(None, h, old, linear, layer, edges)
+    for t, layer in enumerate(layers):
+        linear = _Linear(h, layer, edges, out=pq)
+        h, old = buffers[t % len(buffers)], h
+        _gate_sum(None, h, old, linear, layer, edges)
     return h

@@ -16,7 +16,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def log2_1p(t):
-    """log2(1 + t) for t in [0, 1], relative error 3e-8 before rounding: polynomial, as lg2.approx(1 + t) loses small t."""
+    """log2(1 + t) for t in [0, 1], relative error 3e-8 before rounding; lg2.approx(1 + t) would lose small t."""
     p = 7.549182125e-03 * t - 4.256706190e-02
     p = p * t + 1.128561932e-01
     p = p * t - 1.971189698e-01
@@ -73,8 +73,8 @@ def other_end(index, at, live, n_rows):
 @triton.jit
 def edge_term(w_e, table, distance, e, live, poison, cols, cols_ok, dmin, inverse_step, F: tl.constexpr,
               K: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
-    """r = e(d) w_e for a tile of edges, both halves: from the WINDOW nearest Gaussians, or a row of ``table`` per edge."""
-    r_f = poison[:, :, None] + tl.zeros_like(cols_ok).to(tl.float32)
+    """r = e(d) w_e for a tile of edges, both halves: from the WINDOW nearest Gaussians, or ``table``'s row of each."""
+    r_f = poison[:, :, None] + (cols * 0).to(tl.float32)
     r_c = r_f
     if table is None:
         u = (tl.load(distance + e, mask=live, other=0.0) - dmin) * inverse_step
@@ -110,8 +110,8 @@ def edge_vector(features, distance, e, live, ks, dmin, inverse_step, K: tl.const
 def gate_sum(m, out, pq, h, w_e, table, gamma1, beta1, scale2, shift2, distance, sender, row_ptr, n_rows, n_edges,
              dmin, inverse_step, F: tl.constexpr, K: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr,
              DEG: tl.constexpr, BF: tl.constexpr):  # fmt: skip
-    """m_i = sum_j sigmoid(y[:F]) softplus(y[F:]), y_ij = gamma1 (p_i + q_j + r_ij) + beta1; then, where ``out`` is given,
-    out_i = softplus(h_i + scale2 m_i + shift2). ``m`` may be None."""
+    """m_i = sum_j sigmoid(y[:F]) softplus(y[F:]), y_ij = gamma1 (p_i + q_j + r_ij) + beta1, and
+    out_i = softplus(h_i + scale2 m_i + shift2). ``m`` or ``out`` may be None."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(1) * BF + tl.arange(0, BF)
     rows_ok, cols_ok = rows < n_rows, cols < F
@@ -181,7 +181,6 @@ def backward_rows(d_rows, x_rows, d_gamma, d_filter, d_edge, pq, d_m, w_e, table
     dg_c = tl.zeros([ROWS, BF], tl.float32)
     dw_f = tl.zeros([BK, BF], tl.float32)
     dw_c = tl.zeros([BK, BF], tl.float32)
-    once = tl.program_id(2) == 0
     for block in range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
         rows = block * ROWS + tl.arange(0, ROWS)
         ok = (rows < n_rows)[:, None] & cols_ok[None, :]
@@ -215,24 +214,21 @@ def backward_rows(d_rows, x_rows, d_gamma, d_filter, d_edge, pq, d_m, w_e, table
                 sx_f += tl.sum(tl.where(live3, x_f, 0.0), axis=1)
                 sx_c += tl.sum(tl.where(live3, x_c, 0.0), axis=1)
             if d_edge is not None:
-                if once:
-                    at = d_edge + e.to(tl.int64)[:, :, None] * (2 * F) + wide
-                    tl.store(at, dy_f, mask=live3 & wide_ok)
-                    tl.store(at + F, dy_c, mask=live3 & wide_ok)
+                at = d_edge + e.to(tl.int64)[:, :, None] * (2 * F) + wide
+                tl.store(at, dy_f, mask=live3 & wide_ok)
+                tl.store(at + F, dy_c, mask=live3 & wide_ok)
             v = tl.trans(tl.reshape(edge_vector(features, distance, e, live, ks, dmin, inverse_step, K),
                                     [ROWS * DEG, BK]))  # fmt: skip
             dw_f = tl.dot(v, tl.reshape(dy_f, [ROWS * DEG, BF]), dw_f, input_precision=PRECISION)
             dw_c = tl.dot(v, tl.reshape(dy_c, [ROWS * DEG, BF]), dw_c, input_precision=PRECISION)
-        if once:
-            tl.store(d_rows + row * (4 * F) + cols[None, :], dp_f, mask=ok)
-            tl.store(d_rows + row * (4 * F) + F + cols[None, :], dp_c, mask=ok)
-            if x_rows is not None:
-                tl.store(x_rows + row * (2 * F) + cols[None, :], sx_f, mask=ok)
-                tl.store(x_rows + row * (2 * F) + F + cols[None, :], sx_c, mask=ok)
-    if once:
-        part = d_gamma + tl.program_id(0) * (2 * F) + cols
-        tl.store(part, tl.sum(dg_f, axis=0), mask=cols_ok)
-        tl.store(part + F, tl.sum(dg_c, axis=0), mask=cols_ok)
+        tl.store(d_rows + row * (4 * F) + cols[None, :], dp_f, mask=ok)  # every block of K writes the same
+        tl.store(d_rows + row * (4 * F) + F + cols[None, :], dp_c, mask=ok)
+        if x_rows is not None:
+            tl.store(x_rows + row * (2 * F) + cols[None, :], sx_f, mask=ok)
+            tl.store(x_rows + row * (2 * F) + F + cols[None, :], sx_c, mask=ok)
+    part = d_gamma + tl.program_id(0) * (2 * F) + cols
+    tl.store(part, tl.sum(dg_f, axis=0), mask=cols_ok)
+    tl.store(part + F, tl.sum(dg_c, axis=0), mask=cols_ok)
     at = (tl.program_id(0) * K + ks)[:, None] * (2 * F) + cols[None, :]
     ok = (ks < K)[:, None] & cols_ok[None, :]
     tl.store(d_filter + at, dw_f, mask=ok)
@@ -370,8 +366,8 @@ def neighbor_sum(out, h, sender, row_ptr, n_rows, n_edges, F: tl.constexpr, ROWS
 @triton.jit
 def edge_sum(out, degree, features, distance, row_weight, receiver, edge, row_ptr, n_rows, n_edges, dmin, inverse_step,
              K: tl.constexpr, ROWS: tl.constexpr, DEG: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """out = sum of the edge vectors of a row, (N, K); with ``edge`` and ``receiver`` by sender, each times the weight of
-    its receiver, and those weights' sum into ``degree``."""
+    """out = sum of the edge vectors of a row, (N, K); with ``edge`` and ``receiver``, by sender, each times its
+    receiver's weight, and those weights' sum into ``degree``."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     ks = tl.program_id(1) * BK + tl.arange(0, BK)
     rows_ok = rows < n_rows
@@ -394,8 +390,7 @@ def edge_sum(out, degree, features, distance, row_weight, receiver, edge, row_pt
     ok = rows_ok[:, None] & (ks < K)[None, :]
     tl.store(out + rows.to(tl.int64)[:, None] * K + ks[None, :], total, mask=ok)
     if degree is not None:
-        if tl.program_id(1) == 0:
-            tl.store(degree + rows, weights, mask=rows_ok)
+        tl.store(degree + rows, weights, mask=rows_ok)  # every block of K writes the same
 
 
 @triton.jit
@@ -407,7 +402,7 @@ def edge_gram(gram, features, distance, row_weight, row_ptr, n_rows, n_edges, dm
     for block in range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
         rows = block * ROWS + tl.arange(0, ROWS)
         w = tl.load(row_weight + rows, mask=rows < n_rows, other=0.0)[:, None, None]
-        begin, end, bad = edge_range(row_ptr, rows, n_rows, n_edges)
+        begin, end, _ = edge_range(row_ptr, rows, n_rows, n_edges)
         for k in range(0, tl.max(end - begin, axis=0), DEG):
             e = begin[:, None] + (k + tl.arange(0, DEG))[None, :]
             live = e < end[:, None]
