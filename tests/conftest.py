@@ -15,6 +15,10 @@ import torch
 import srcgcnn_fast as sf
 from srcgcnn_fast.graph import CrystalGraph, GraphBatch, collate
 
+# Read once, when something imports Triton (lightning does): without a GPU its kernels run in the interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:

@@ -70,10 +70,17 @@ def backends() -> dict[str, BackendStatus]:
     }
 
 
-@torch.compiler.assume_constant_result  # looked up, not traced
-@cache
 def triton_problem() -> str | None:
     """Why the Triton backend cannot run on this machine's current GPU; None if it can."""
+    return _triton_problem()
+
+
+# What torch.compiler.assume_constant_result sets, which imports all of torch._dynamo.
+triton_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _triton_problem() -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     major, minor = torch.cuda.get_device_capability()

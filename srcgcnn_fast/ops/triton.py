@@ -83,7 +83,12 @@ def _precision() -> str:
     """How tl.dot multiplies float32: three TF32 products, which keep float32's digits, or one where PyTorch may."""
     if torch.version.hip is not None:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    matmul = torch.backends.cuda.matmul
+    try:
+        relaxed = matmul.allow_tf32
+    except RuntimeError:  # set through the newer name, which the older one then refuses to read
+        relaxed = matmul.fp32_precision == "tf32"
+    return "tf32" if relaxed else "tf32x3"
 
 
 def _blocks(n: int, size: int) -> int:
@@ -138,7 +143,7 @@ def transposed(graph: Graph) -> Transposed:
     sender, row_ptr = graph.sender, graph.row_ptr
     if sender.is_cuda and torch.cuda.is_current_stream_capturing():
         return _transpose(sender, row_ptr)
-    key, version = id(sender), (sender._version, row_ptr._version, row_ptr.data_ptr())
+    key, version = id(sender), (sender._version, row_ptr._version, id(row_ptr))
     found = _transposed.get(key)
     if found is None or found[0]() is not sender or found[1] != version:
         found = (weakref.ref(sender, lambda _: _transposed.pop(key, None)), version, _transpose(sender, row_ptr))
@@ -229,6 +234,13 @@ def _check_layer(layer: Layer, width: int, n_features: int, device: torch.device
             _check(name, x, (width if name.endswith("2") else 2 * width,), dtype, device)
 
 
+def _centre(x: Tensor, weight: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted mean over the rows, and x less it; in two steps, as gradients through batch norm feel its rounding."""
+    mean = torch.mv(x.T, weight) / count
+    mean = mean + torch.mv((x - mean).T, weight) / count
+    return mean, x - mean
+
+
 def _statistics(h: Tensor, weight: Tensor, edges: _Edges, moments: Moments) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of z = [h_i, h_j, e_ij] W^T over the edges, each (2F,), without a pass over z.
 
@@ -242,9 +254,8 @@ def _statistics(h: Tensor, weight: Tensor, edges: _Edges, moments: Moments) -> t
     _Launch("neighbor_sum", n, BF=width)(neighbors, h, graph.sender, graph.row_ptr, n, edges.n_edges, F=width)
     weighted_degree = row_weight * edges.degree
     count = weighted_degree.sum()
-    own_mean, other_mean = (torch.mv(h.T, x) / count for x in (weighted_degree, in_degree))
+    (own_mean, own), (other_mean, other) = (_centre(h, x, count) for x in (weighted_degree, in_degree))
     edge_mean = moments.sum / count
-    own, other = h - own_mean, h - other_mean
     degree = edges.degree[:, None]
     e_mean = edge_mean.to(h.dtype)
     right = torch.cat([degree * own, neighbors - degree * other_mean, moments.by_receiver - degree * e_mean], dim=1)
@@ -297,10 +308,19 @@ def _gate_sum(m: Tensor | None, out: Tensor | None, h: Tensor, linear: _Linear, 
     )  # fmt: skip
 
 
+def _of_rows(h: Tensor, species: Tensor | None) -> Tensor:
+    """(N, F): ``h``, or of a table (U, F) the row that each row of the graph names; an index outside gives NaN."""
+    if species is None:
+        return h
+    known = (species >= 0) & (species < h.shape[0])
+    return torch.where(known[:, None], h[species.long() * known], float("nan"))
+
+
 def conv(
-    h: Tensor, layer: Layer, graph: Graph, moments: Moments
+    h: Tensor, layer: Layer, graph: Graph, moments: Moments, species: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As ``cpu.conv``."""
+    h = _of_rows(h, species)
     n, width = h.shape
     edges = _Edges(graph, layer.weight.shape[1] - 2 * width, h.dtype, h.device)
     _check("h", h, (edges.n_rows, width), h.dtype, h.device)
@@ -316,8 +336,8 @@ def conv(
     _gate_sum(m, None if layer.train2 else out, h, linear, layer, edges)
     if layer.train2:
         count = moments.row_weight.sum()
-        used[2] = torch.mv(m.T, moments.row_weight) / count
-        used[3] = torch.mv((m - used[2]).square_().T, moments.row_weight) / count
+        mean, centred = _centre(m, moments.row_weight, count)
+        used[2:] = mean, torch.mv(centred.square_().T, moments.row_weight) / count
         scale, shift, _ = _finish(layer._replace(mean2=used[2], var2=used[3]))
         _Launch("finish", n, BF=width)(out, h, m, scale, shift, n, F=width)
     return out, m, used[0], used[1], used[2], used[3]
@@ -330,11 +350,12 @@ def _backward_messages(
     n, width = h.shape
     scale, shift, rstd = _finish(layer)
     launch = _Launch("backward_finish", n, share=True, BF=width)
-    du, dm, sums = torch.empty_like(h), torch.empty_like(h), h.new_empty(2, launch.programs, width)
+    du, sums = torch.empty_like(h), h.new_empty(2, launch.programs, width)
     launch(du, sums[0], sums[1], grad, h, m, scale, shift, layer.mean2, rstd, n, F=width)
     d_beta, d_gamma = sums.sum(1)
     if not layer.train2:
-        return du, torch.mul(du, scale, out=dm), d_gamma, d_beta
+        return du, du * scale, d_gamma, d_beta
+    dm = torch.empty_like(h)
     c1, c2 = torch.stack([d_beta, d_gamma]) / row_weight.sum()
     _Launch("correct_rows", n, BF=width)(
         dm, du, m, None, row_weight, scale, c1, c2, layer.mean2, rstd, n, STRIDE=width, C=width
@@ -353,9 +374,17 @@ def _edge_gradient(dz: Tensor, layer: Layer, graph: Graph, width: int) -> Tensor
 
 
 def conv_backward(
-    grad: Tensor, h: Tensor, m: Tensor, layer: Layer, graph: Graph, moments: Moments, edge_grad: bool
+    grad: Tensor,
+    h: Tensor,
+    m: Tensor,
+    layer: Layer,
+    graph: Graph,
+    moments: Moments,
+    edge_grad: bool,
+    species: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """As ``cpu.conv_backward``."""
+    table, h = h, _of_rows(h, species)
     n, width = h.shape
     edges = _Edges(graph, layer.weight.shape[1] - 2 * width, h.dtype, h.device)
     for name, x in (("grad", grad), ("h", h), ("m", m)):
@@ -364,7 +393,7 @@ def conv_backward(
     if edge_grad and layer.train1:
         raise InputError("Gradients of the edges exist for fixed statistics only; call model.eval() first.")
     if n == 0:
-        nothing = [torch.zeros_like(x) for x in (h, layer.weight, *[layer.gamma1] * 3, *[layer.gamma2] * 2)]
+        nothing = [torch.zeros_like(x) for x in (table, layer.weight, *[layer.gamma1] * 3, *[layer.gamma2] * 2)]
         return (*nothing, torch.zeros_like(graph.distance if graph.features is None else graph.features))
     linear, k, sizes = _Linear(h, layer, edges), edges.n_features, _sizes(width, edges)
     launch = _Launch("backward_rows", n, share=True, BF=width, BK=k)
@@ -396,6 +425,8 @@ def conv_backward(
         edges.distance, *transposed(graph), n, edges.n_edges, *edges.basis, **sizes,
     )  # fmt: skip
     dh = torch.addmm(du, d_pq, torch.cat([layer.weight[:, :width], layer.weight[:, width : 2 * width]]))
+    if species is not None:  # sorted first, so that the sums have an order
+        dh = torch.zeros_like(table).index_put_((species.long(),), dh, accumulate=True)
     own, other = (d_pq.T @ h).split(2 * width)
     d_weight = torch.cat([own, other, (d_filter * a).T], dim=1)
     d_bias = torch.zeros_like(d_beta1) if layer.train1 else d_beta1 * a
@@ -413,8 +444,9 @@ def _filter_correction(linear: _Linear, edges: _Edges, moments: Moments, c1: Ten
     return moments.sum.to(ex.dtype)[:, None] * c1 + ex * c2
 
 
-def stack(h: Tensor, layers: Sequence[Layer], graph: Graph) -> Tensor:
+def stack(h: Tensor, layers: Sequence[Layer], graph: Graph, species: Tensor | None = None) -> Tensor:
     """As ``cpu.stack``."""
+    h = _of_rows(h, species)
     n, width = h.shape
     edges = _Edges(graph, layers[0].weight.shape[1] - 2 * width, h.dtype, h.device)
     _check("h", h, (edges.n_rows, width), h.dtype, h.device)

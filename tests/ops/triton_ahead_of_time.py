@@ -1,7 +1,8 @@
 """Compiles every launch of the Triton backend for GPUs that need not be there, and prints the compiler's report.
 
 A script for a process of its own, because Triton's interpreter and compiler exclude each other. Usage: python
-triton_ahead_of_time.py ARCHITECTURE...; one JSON line for each launch and architecture.
+triton_ahead_of_time.py [--training-and-inference] ARCHITECTURE...; one JSON line for each launch and architecture. The
+flag leaves out edge features, gradients of edges, and evaluation with gradients.
 """
 
 from __future__ import annotations
@@ -59,8 +60,9 @@ class Recorder:
         self.launches[key] = (kernel, signature, constants, attributes, launch)
 
 
-def launches(width: int, n_features: int) -> dict[Any, Any]:
-    """Everything that training, evaluation, gradients of edges and inference launch, with and without edge features."""
+def launches(width: int, n_features: int, few: bool = False) -> dict[Any, Any]:
+    """Everything that training, evaluation, gradients of edges and inference launch, with and without edge features;
+    ``few``: training and inference from distances."""
     recorder = Recorder(backend.kernels())
     backend.kernels = lambda: recorder  # type: ignore[assignment]
     n, e, c = 1001, 12003, 2 * width
@@ -68,9 +70,12 @@ def launches(width: int, n_features: int) -> dict[Any, Any]:
     zeros = torch.zeros
     vectors = [zeros(c), zeros(c), zeros(c), zeros(width), zeros(width), zeros(c), zeros(c), zeros(width), zeros(width)]
     h = zeros(n, width)
-    for features, training in itertools.product((None, zeros(e, n_features)), (True, False)):
+    for features, training in itertools.product((None,) if few else (None, zeros(e, n_features)), (True, False)):
         graph = Graph(zeros(e), features, i(e), i(n + 1), i(2), None, None, None, 0.0, 0.2)
         layer = Layer(zeros(c, c + n_features), *vectors, 1e-5, 1e-5, training, training)
+        if few and not training:
+            backend.stack(h, [layer], graph)
+            break
         moments = Moments(zeros(n), *backend.edge_moments(zeros(n), graph, n_features))
         backend.conv(h, layer, graph, moments)
         backend.conv_backward(h, h, h, layer, graph, moments, False)
@@ -100,8 +105,9 @@ def report(cubin: bytes) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    for (name, _), (kernel, signature, constants, attributes, options) in launches(64, 41).items():
-        for arch in map(int, sys.argv[1:]):
+    few = "--training-and-inference" in sys.argv
+    for (name, _), (kernel, signature, constants, attributes, options) in launches(64, 41, few).items():
+        for arch in map(int, sys.argv[1 + few :]):
             source = ASTSource(kernel, signature, constants, attributes)
             compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
             without = [k for k, v in constants.items() if v is None]

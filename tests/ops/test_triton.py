@@ -1,0 +1,473 @@
+"""The Triton kernels against the reference in float64: in Triton's interpreter, or on the GPU where there is one.
+
+The interpreter, which tests/conftest.py chooses, takes milliseconds for each step of each program, so graphs have at
+most 1 000 edges and most tests large tiles. What it cannot show (registers, speed, races) is in
+test_triton_ahead_of_time.py and tests/gpu.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+import os
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+import srcgcnn_fast as sf
+from srcgcnn_fast.ops import reference, registry
+from srcgcnn_fast.ops import triton as backend
+from srcgcnn_fast.ops.cpu import Graph, Layer, Moments
+from srcgcnn_fast.ops.reference import BatchNorm, Edges
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def obstacle() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if DEVICE == "cpu" and os.environ["TRITON_INTERPRET"] != "1":
+        return "there is no GPU, and TRITON_INTERPRET turns Triton's interpreter off"
+    return None
+
+
+def numpy_is_too_new() -> bool:
+    """Triton before 3.7 turns arrays of one number into indices, which NumPy 2.4 refuses."""
+    from importlib.metadata import version
+
+    numbers = lambda package: tuple(int(x) for x in version(package).split(".")[:2])  # noqa: E731
+    return DEVICE == "cpu" and numbers("triton") < (3, 7) and numbers("numpy") >= (2, 4)
+
+
+needs_triton = pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+runs = pytest.mark.skipif(
+    obstacle() is not None or numpy_is_too_new(),
+    reason=str(obstacle() or "the interpreter of this Triton does not work with NumPy 2.4"),
+)
+TRAINING = [(True, True), (False, False), (False, True)]
+NAMES = ("h", "weight", "bias", "gamma1", "beta1", "gamma2", "beta2")
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape
+    assert torch.isfinite(a).all()
+    return float((a.double().cpu() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch: pytest.MonkeyPatch):
+    """Whatever a kernel forgets to write is NaN, not an old right answer."""
+
+    def poison(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+
+
+@pytest.fixture(autouse=True)
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """In the interpreter, large tiles and few programs that share out the rows; "twelve" keeps those in use."""
+    if DEVICE == "cpu" and "twelve" not in request.node.name:
+        large = {k: t._replace(rows=16, degree=t.degree and 8) for k, t in backend.TILES.items()}
+        monkeypatch.setattr(backend, "TILES", large)
+        monkeypatch.setattr(backend, "_PROGRAMS", 2)
+
+
+class Problem:
+    """A layer on a graph, in float64; ``kind`` says what is odd about the graph."""
+
+    def __init__(self, kind: str, width: int, n_features: int, features: bool = False, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        degrees = {
+            "twelve": np.full(20, 12),
+            "weighted": rng.integers(0, 16, 60),
+            "ragged": rng.integers(0, 45, 35),
+            "one atom": np.full(1, 12),
+            "isolated": np.array([0, 3, 0, 0, 5, 0]),
+            "no edges": np.zeros(3, int),
+            "nothing": np.zeros(0, int),
+        }[kind]
+        n, e, c = len(degrees), int(degrees.sum()), 2 * width
+        rand = lambda *s: torch.from_numpy(rng.random(s))  # noqa: E731
+        index = lambda x: torch.from_numpy(np.asarray(x, dtype=np.int32))  # noqa: E731
+        self.width, self.n_features = width, n_features
+        self.row_weight = (
+            index(rng.integers(1, 7, n)).double() if kind in ("weighted", "ragged") else torch.ones(n).double()
+        )
+        given = rand(e, n_features) if features else None
+        distance = (0.5 + 8.5 * rand(e)).float().double()
+        row_ptr = index(np.concatenate([[0], np.cumsum(degrees)]))
+        self.edges = Edges(distance, given, index(rng.integers(0, max(n, 1), e)), row_ptr, index([0, n]))
+        self.parameters = [
+            rand(n, width) * 2 + 0.3, (rand(c, c + n_features) - 0.5) / 3, rand(c) - 0.5, rand(c) + 0.5, rand(c) - 0.5,
+            rand(width) + 0.5, rand(width) - 0.5,
+        ]  # fmt: skip
+        self.state = [rand(c) - 0.5, rand(c) + 0.5, rand(width) - 0.5, rand(width) + 0.5]
+        self.upstream = (rand(n, width) - 0.5) * self.row_weight[:, None]
+
+    def expected(self, dtype: torch.dtype, training: tuple[bool, bool]) -> dict[str, torch.Tensor]:
+        leaves = [x.to(dtype).clone().requires_grad_() for x in self.parameters]
+        features = self.edges.features
+        edge = (self.edges.distance if features is None else features).to(dtype).clone()
+        edges = self.edges._replace(**{"distance" if features is None else "features": edge})
+        wanted = list(leaves)
+        if not training[0]:
+            wanted.append(edge.requires_grad_())
+        state = [x.to(dtype).clone() for x in self.state]
+        norms = [
+            BatchNorm(leaves[3], leaves[4], *state[:2], training[0], 1.0),
+            BatchNorm(leaves[5], leaves[6], *state[2:], training[1], 1.0),
+        ]
+        out = reference.gated_conv(leaves[0], edges, self.row_weight.to(dtype), leaves[1], leaves[2], *norms)
+        gradients = torch.autograd.grad((out * self.upstream.to(dtype)).sum(), wanted)
+        names = [f"grad {name}" for name in (*NAMES, "edge")]
+        return {"out": out.detach(), **dict(zip(names, gradients, strict=False)), **self.statistics(state, training)}
+
+    def statistics(self, state: list[torch.Tensor], training: tuple[bool, bool]) -> dict[str, torch.Tensor]:
+        """Mean and biased variance of the batch from the running ones, which moved all the way to them."""
+        degree = self.edges.row_ptr.diff().double()
+        counts = (float(self.row_weight @ degree), float(self.row_weight.sum()))
+        found = {}
+        for k in (k for k in (0, 1) if training[k]):
+            found[f"mean{k + 1}"] = state[2 * k].detach()
+            found[f"var{k + 1}"] = state[2 * k + 1].detach() * ((counts[k] - 1) / counts[k])
+        return found
+
+    def graph(self) -> Graph:
+        features = self.edges.features
+        moved = [x.to(DEVICE) for x in self.edges[2:5]]
+        distance = self.edges.distance.float().to(DEVICE)
+        return Graph(
+            distance, None if features is None else features.float().to(DEVICE), *moved, None, None, None, 0.0, 0.2
+        )
+
+    def layer(self, training: tuple[bool, bool]) -> Layer:
+        tensors = [x.float().to(DEVICE) for x in (*self.parameters[1:], *self.state)]
+        return Layer(*tensors, 1e-5, 1e-5, *training)
+
+    def moments(self, graph: Graph, needed: bool) -> Moments:
+        weight = self.row_weight.float().to(DEVICE)
+        return Moments(weight, *(backend.edge_moments(weight, graph, self.n_features) if needed else [None] * 5))
+
+    def found(self, training: tuple[bool, bool]) -> dict[str, torch.Tensor]:
+        graph, layer, h = self.graph(), self.layer(training), self.parameters[0].float().to(DEVICE)
+        moments = self.moments(graph, training[0])
+        out, m, *used = backend.conv(h, layer, graph, moments)
+        layer = layer._replace(mean1=used[0], var1=used[1], mean2=used[2], var2=used[3])
+        upstream = self.upstream.float().to(DEVICE)
+        gradients = backend.conv_backward(upstream, h, m, layer, graph, moments, not training[0])
+        results = {"out": out, **{f"grad {k}": g for k, g in zip((*NAMES, "edge"), gradients, strict=True)}}
+        if training[0]:
+            results |= {"mean1": used[0] + layer.bias, "var1": used[1]}
+        return results | ({"mean2": used[2], "var2": used[3]} if training[1] else {})
+
+
+def compare(problems: list[Problem], training: tuple[bool, bool]) -> None:
+    """At most twice as far from float64 as the published formula in float32.
+
+    Relative L2 errors of each tensor, all problems together: a gradient that is one number may vanish.
+    """
+    squares: dict[str, np.ndarray] = {}
+    for problem in problems:
+        truth, plain = (problem.expected(dtype, training) for dtype in (torch.float64, torch.float32))
+        found = {name: x.double().cpu() for name, x in problem.found(training).items()}
+        assert set(found) - set(truth) <= {"grad edge"}
+        for name, expected in truth.items():
+            assert found[name].shape == expected.shape
+            assert torch.isfinite(found[name]).all()
+            if name == "grad bias" and training[0]:  # zero in exact arithmetic
+                assert found[name].abs().max() <= 1e-6 * max(1.0, float(truth["grad weight"].norm()))
+                continue
+            parts = (found[name] - expected, plain[name] - expected, expected)
+            squares[name] = squares.get(name, 0) + np.array([float(x.detach().square().sum()) for x in parts])
+    for name, (of_ours, of_plain, size) in squares.items():
+        ours, theirs = (math.sqrt(x / max(size, 1e-60)) for x in (of_ours, of_plain))
+        assert ours <= 2 * theirs + 3e-7, f"{name}: relative L2 error {ours:.1e}, {theirs:.1e} of the formula"
+
+
+@runs
+@pytest.mark.parametrize("training", TRAINING, ids=["train", "eval", "frozen bn1"])
+@pytest.mark.parametrize("kind", ["twelve", "weighted", "ragged", "isolated", "one atom", "no edges"])
+def test_convolution(kind, training):
+    if kind in ("one atom", "no edges") and any(training):
+        pytest.skip("batch norm cannot train on it; test_functional says so")
+    seeds = range(5) if kind in ("isolated", "one atom") else range(1)  # few numbers say little about roundings
+    compare([Problem(kind, 16, 41, seed=seed) for seed in seeds], training)
+
+
+@runs
+@pytest.mark.parametrize(("width", "n_features"), [(64, 41), (7, 41), (1, 3), (33, 5), (20, 70)])
+def test_any_width_and_number_of_gaussians(width, n_features):
+    kind, seeds = ("weighted", range(6 if width == 1 else 2)) if width < 8 else ("isolated", range(4))
+    compare([Problem(kind, width, n_features, seed=seed) for seed in seeds], (True, True))
+
+
+@runs
+@pytest.mark.parametrize("training", TRAINING[:2], ids=["train", "eval"])
+def test_generic_edge_features(training):
+    compare([Problem("weighted", 16, 23, features=True, seed=6)], training)
+
+
+@runs
+@pytest.mark.parametrize("shared", [True, False])
+def test_whole_stack(shared):
+    problem = Problem("weighted", 20, 41, seed=7)
+    others = [problem, *(Problem("weighted", 20, 41, seed=s) for s in (8, 9))]
+    layers = [p.layer((False, False)) for p in others]
+    if shared:
+        layers = [layer._replace(weight=layers[0].weight) for layer in layers]
+    results = {}
+    for dtype in (torch.float64, torch.float32):
+        h, edges = problem.parameters[0].to(dtype), problem.edges._replace(distance=problem.edges.distance.to(dtype))
+        for layer in layers:
+            x = [None if t is None else t.cpu().to(dtype) for t in layer[:10]]
+            norms = BatchNorm(x[2], x[3], x[6], x[7]), BatchNorm(x[4], x[5], x[8], x[9])
+            h = reference.gated_conv(h, edges, problem.row_weight.to(dtype), x[0], x[1], *norms)
+        results[dtype] = h
+    h = problem.parameters[0].float().to(DEVICE)
+    kept = h.clone()
+    ours = relative(backend.stack(h, layers, problem.graph()), results[torch.float64])
+    assert ours <= 2 * relative(results[torch.float32], results[torch.float64]) + 3e-7
+    assert torch.equal(h, kept)
+
+
+@runs
+@pytest.mark.parametrize("features", [False, True])
+def test_moments_of_the_edges(features):
+    problem = Problem("ragged", 8, 41, features=features)
+    in_degree, by_receiver, by_sender, total, gram = problem.moments(problem.graph(), True)[1:]
+    expected = reference.edge_moments(problem.row_weight, problem.edges, 41, torch.float64)
+    for ours, truth in zip((by_receiver, by_sender, gram), expected, strict=True):
+        assert relative(ours, truth) < 2e-6
+    assert relative(total, problem.row_weight @ expected[0]) < 2e-6
+    weight = problem.row_weight[reference.receivers(problem.edges)]
+    assert relative(in_degree, torch.zeros(35).double().index_add(0, problem.edges.sender.long(), weight)) < 1e-7
+
+
+def test_shells_are_the_distinct_distances():
+    rng = np.random.default_rng(1)
+    degrees, row_ends = [12, 0, 7, 12, 3, 0, 9, 0], [2, 2, 5, 8]
+    row_ptr = torch.tensor([0, *np.cumsum(degrees)], dtype=torch.int32)
+    crystal_ptr = torch.tensor([0, *row_ends], dtype=torch.int32)
+    distance = torch.from_numpy(np.round(rng.uniform(1, 4, int(row_ptr[-1])) * 3) / 3).float()
+    shells = backend.edge_shells(distance, torch.zeros(len(distance), dtype=torch.int32), row_ptr, crystal_ptr)
+    shell_of, table, count = shells
+    assert {x.dtype for x in (shell_of, count)} == {torch.int32}
+    for c, (begin, end) in enumerate(itertools.pairwise(row_ptr[crystal_ptr.long()].tolist())):
+        assert int(count[c]) == len(distance[begin:end].unique())
+        assert torch.equal(table[begin : begin + int(count[c])][shell_of[begin:end].long()], distance[begin:end])
+
+
+@runs
+def test_the_gate_is_right_at_both_ends():
+    """c for large c, exp(c) for very negative c, no overflow, no NaN; the gradient too."""
+    ends = torch.tensor([-700.0, -80, -30, -10, -1, -1e-6, 0, 1e-6, 1, 10, 19.9, 30, 90, 700], dtype=torch.float64)
+    f, c = (x.reshape(-1) for x in torch.meshgrid(ends, ends, indexing="ij"))
+    problem = Problem("one atom", len(f), 1)
+    layer = problem.layer((False, False))
+    layer = layer._replace(gamma1=torch.zeros_like(layer.gamma1), beta1=torch.cat([f, c]).float().to(DEVICE))
+    index = lambda *x: torch.tensor(x, dtype=torch.int32, device=DEVICE)  # noqa: E731
+    one = torch.ones(1, device=DEVICE)
+    graph = Graph(one, None, index(0), index(0, 1), index(0, 1), None, None, None, 0.0, 0.2)
+    layer = layer._replace(gamma2=torch.ones_like(layer.gamma2), beta2=torch.zeros_like(layer.beta2))
+    layer = layer._replace(mean2=torch.zeros_like(layer.mean2), var2=torch.ones_like(layer.var2), eps2=0.0)
+    h = torch.zeros(1, len(f), device=DEVICE)
+    moments = Moments(one, *[None] * 5)
+    _out, m, *_ = backend.conv(h, layer, graph, moments)
+    f, c = f.float().double(), c.float().double()
+    softplus = torch.where(c > 40, c, torch.log1p(torch.exp(c.clamp_max(40))))
+    expected = torch.sigmoid(f) * softplus
+    limit = torch.finfo(torch.float32).eps * (8 + f.abs() + c.abs())
+    normal = expected > 1e-32
+    assert torch.isfinite(m).all()
+    assert (((m[0].cpu() - expected).abs() / expected) < limit)[normal].all()
+    assert (m[0].cpu() - expected).abs()[~normal].max() < 1e-32
+    gradients = backend.conv_backward(torch.ones_like(h), h, m, layer, graph, moments, False)
+    du = torch.sigmoid(expected)
+    slopes = (du * expected * torch.sigmoid(-f), du * torch.sigmoid(f) * torch.sigmoid(c))
+    for ours, truth in zip(gradients[4].cpu().chunk(2), slopes, strict=True):
+        assert torch.isfinite(ours).all()
+        normal = truth > 1e-32
+        assert (((ours - truth).abs() / truth) < 2 * limit)[normal].all()
+        assert (ours - truth).abs()[~normal].max() < 1e-32
+
+
+@runs
+def test_rows_by_species():
+    """Features as a table, and the row of it that each row of the graph takes."""
+    problem, species = Problem("weighted", 12, 41, seed=3), torch.arange(60, dtype=torch.int32) % 7
+    table = problem.parameters[0][:7]
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        problem.parameters[0] = table[species.long()]
+        results.append(problem.expected(dtype, (True, True)))
+    sums = [torch.zeros_like(table).index_add(0, species.long(), x["grad h"].double()) for x in results]
+    graph, layer = problem.graph(), problem.layer((True, True))
+    moments, h, species = problem.moments(graph, True), table.float().to(DEVICE), species.to(DEVICE)
+    out, m, *used = backend.conv(h, layer, graph, moments, species)
+    layer = layer._replace(mean1=used[0], var1=used[1], mean2=used[2], var2=used[3])
+    upstream = problem.upstream.float().to(DEVICE)
+    dh = backend.conv_backward(upstream, h, m, layer, graph, moments, False, species)[0]
+    assert relative(out, results[0]["out"]) <= 2 * relative(results[1]["out"], results[0]["out"]) + 3e-7
+    assert relative(dh, sums[0]) <= 2 * relative(sums[1], sums[0]) + 3e-7
+
+
+@runs
+def test_a_batch_without_rows():
+    results = Problem("nothing", 16, 41).found((False, False))
+    assert results["out"].shape == (0, 16)
+    assert all(not results[f"grad {name}"].any() for name in NAMES)
+
+
+@runs
+@pytest.mark.parametrize("value", [-1, 60, 10**6])
+def test_a_sender_outside_the_graph_gives_nan_in_its_row_alone(value):
+    problem = Problem("weighted", 16, 41)
+    row = int((problem.edges.row_ptr.diff() > 2).nonzero()[3])
+    sound = backend.conv(*arguments(problem))[0]
+    problem.edges.sender[problem.edges.row_ptr[row]] = value
+    h, layer, graph, moments = arguments(problem)
+    out, m, *_ = backend.conv(h, layer, graph, moments)
+    others = torch.arange(60, device=DEVICE) != row
+    assert out[row].isnan().all() and torch.equal(out[others], sound[others])
+    gradients = backend.conv_backward(torch.ones_like(h), h, m, layer, graph, moments, False)
+    assert gradients[1].isnan().any()
+
+
+@runs
+def test_a_bad_row_ptr_gives_nan():
+    problem = Problem("weighted", 16, 41)
+    sound = backend.conv(*arguments(problem))[0]
+    problem.edges.row_ptr[30] = 10**6
+    out = backend.conv(*arguments(problem))[0]
+    assert out[29:31].isnan().all()
+    assert torch.equal(out[:29], sound[:29]) and torch.equal(out[31:], sound[31:])
+
+
+def arguments(problem: Problem) -> tuple[torch.Tensor, Layer, Graph, Moments]:
+    graph = problem.graph()
+    h = problem.parameters[0].float().to(DEVICE)
+    return h, problem.layer((False, False)), graph, problem.moments(graph, False)
+
+
+@runs
+def test_bits_repeat_and_do_not_depend_on_what_else_is_in_the_batch():
+    problem = Problem("weighted", 16, 41)
+    first, again = (problem.found((True, True)) for _ in range(2))
+    assert all(torch.equal(first[name], x) for name, x in again.items())
+    h, layer, graph, _ = arguments(problem)
+    both = Graph(
+        *[torch.cat([x, x]) if x is not None else None for x in graph[:2]],
+        torch.cat([graph.sender, graph.sender + len(h)]),
+        torch.cat([graph.row_ptr, graph.row_ptr[1:] + graph.row_ptr[-1]]),
+        graph.crystal_ptr, None, None, None, 0.0, 0.2,
+    )  # fmt: skip
+    alone, together = backend.stack(h, [layer], graph), backend.stack(torch.cat([h, h]), [layer], both)
+    assert torch.equal(together[: len(h)], together[len(h) :])
+    torch.testing.assert_close(together[: len(h)], alone, rtol=1e-6, atol=0)  # torch.mm may round as its size suggests
+
+
+@needs_triton
+def test_nothing_waits_for_the_gpu(monkeypatch):
+    """On tensors without values, so that whatever read one back would raise; the kernels are not launched."""
+
+    class Kernels:
+        def __getattr__(self, _name):
+            return self
+
+        def __getitem__(self, _grid):
+            return lambda *_a, **_k: None
+
+    monkeypatch.undo()
+    monkeypatch.setattr(backend, "kernels", Kernels)
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        for features, training in itertools.product((False, True), (True, False)):
+            problem = Problem("weighted", 16, 41, features=features)
+            fake = lambda x: None if x is None else mode.from_tensor(x) if isinstance(x, torch.Tensor) else x  # noqa: E731
+            graph, layer = Graph(*map(fake, problem.graph())), Layer(*map(fake, problem.layer((training, training))))
+            h, weight = fake(problem.parameters[0].float()), fake(problem.row_weight.float())
+            moments = Moments(weight, *backend.edge_moments(weight, graph, 41))
+            out, m, *_ = backend.conv(h, layer, graph, moments)
+            backend.conv_backward(out, h, m, layer, graph, moments, not training)
+            backend.stack(h, [layer, layer], graph)
+            if not features:
+                backend.edge_shells(graph.distance, *graph[2:5])
+        with pytest.raises(DataDependentOutputException):
+            bool(h[0, 0])  # what the test relies on
+
+
+@runs
+def test_the_transposed_index_follows_its_graph():
+    graph = Problem("ragged", 8, 41).graph()
+    first = backend.transposed(graph)
+    assert backend.transposed(graph) is first
+    expected = torch.argsort(graph.sender, stable=True)
+    assert torch.equal(first.edge.long(), expected)
+    assert torch.equal(first.receiver.long(), reference.receivers(Edges(*graph[:5]))[expected])
+    assert torch.equal(first.col_ptr.diff().long(), torch.bincount(graph.sender, minlength=35))
+    graph.sender[0] = (graph.sender[0] + 1) % 35
+    assert not torch.equal(backend.transposed(graph).edge, first.edge)
+    kept = len(backend._transposed)
+    del graph
+    assert len(backend._transposed) == kept - 1
+
+
+@needs_triton
+def test_bad_shapes_and_types_are_refused():
+    h, layer, graph, moments = arguments(Problem("weighted", 16, 41))
+    with pytest.raises(sf.InputError, match=r"float32, not torch\.float64"):
+        backend.conv(h.double(), layer, graph, moments)
+    with pytest.raises(sf.InputError, match="sender must be a contiguous"):
+        backend.conv(h, layer, graph._replace(sender=graph.sender.long()), moments)
+    with pytest.raises(sf.InputError, match="gamma2 must be"):
+        backend.conv(h, layer._replace(gamma2=layer.gamma1), graph, moments)
+    with pytest.raises(sf.InputError, match="fixed statistics only"):
+        backend.conv_backward(h, h, h, layer._replace(train1=True), graph, moments, True)
+
+
+@pytest.mark.parametrize("found", ["3.2.0", "3.0.0+git1", "2.3.1"])
+def test_an_old_triton_is_refused_with_a_sentence(monkeypatch, found):
+    old = types.ModuleType("triton")
+    old.__version__ = found
+    monkeypatch.setitem(sys.modules, "triton", old)
+    assert backend.problem() is not None and f"Triton {found} is too old: 3.3 or newer" in backend.problem()
+
+
+def test_a_missing_triton_is_refused_with_the_mend(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "pip install" in str(backend.problem())
+
+
+def test_the_choice_of_a_backend(monkeypatch):
+    """What a call on a CUDA tensor takes, on a machine that need not have a GPU."""
+    like = lambda dtype: types.SimpleNamespace(device=torch.device("cuda"), dtype=dtype)  # noqa: E731
+    monkeypatch.setattr(registry, "triton_problem", lambda: None)
+    monkeypatch.setattr(registry, "_say_once", lambda reason: said.append(reason))
+    said: list[str] = []
+    assert registry.select(like(torch.float32)) == "triton"
+    assert said == []
+    assert registry.select(like(torch.float64)) == "reference"
+    assert registry.select(like(torch.float32), edge_statistics_grad=True) == "reference"
+    assert len(said) == 2 and "float32" in said[0]
+    monkeypatch.setattr(registry, "triton_problem", lambda: "Triton 3.2 is too old")
+    assert registry.select(like(torch.float32)) == "reference"
+    assert said[2] == "Triton 3.2 is too old"
+    monkeypatch.setenv("SRCGCNN_FAST_BACKEND", "cpu")
+    with pytest.raises(sf.InputError, match="does not take tensors on 'cuda'"):
+        registry.select(like(torch.float32))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_the_backend_says_so():
+    status = sf.backends()["triton"]
+    assert status.built and not status.available and status.reason == "torch sees no CUDA device"
+    with pytest.raises(sf.InputError, match="cannot run here: torch sees no CUDA device"), sf.use_backend("triton"):
+        pass
