@@ -106,6 +106,8 @@ class GraphBatch:
         """What ``build`` makes of this graph alone, made once and kept in ``cache``."""
         if torch.compiler.is_compiling():  # a traced graph must not fill a cache with its own symbols
             return build()
+        if self.sender.is_cuda and torch.cuda.is_current_stream_capturing():
+            return build()  # part of the CUDA graph, since a replay may bring other edges
         if key not in self.cache:
             self.cache[key] = build()
         return self.cache[key]

@@ -1,0 +1,86 @@
+"""Batches with the sizes, symmetries and distances of the Materials Project, from a small table: no data, no pymatgen.
+
+``crystals.json`` holds, of a random part of it, how many crystals have so many atoms and symmetry classes, and
+quantiles of the distance to the k-th neighbour. ``python crystals.py`` makes it again from SRCGCNN_TEST_DATA.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from srcgcnn_fast.graph import GraphBatch
+from srcgcnn_fast.interop.upstream import expand_quotient
+
+TABLE = Path(__file__).with_name("crystals.json")
+QUANTILES = 11
+
+
+def batches(n_crystals: int, device: str, seed: int = 0) -> tuple[GraphBatch, GraphBatch]:
+    """(native, same): made-up crystals as symmetry quotients, and the same edges with one row per atom.
+
+    A row receives from random rows of its crystal; distances are independent of each other but for their order.
+    """
+    table = json.loads(TABLE.read_text())
+    generator = torch.Generator().manual_seed(seed)
+    kinds = torch.tensor(table["crystals"])  # atoms, classes, how many
+    drawn = kinds[torch.multinomial(kinds[:, 2].double(), n_crystals, replacement=True, generator=generator)]
+    atoms, classes = drawn[:, 0], drawn[:, 1]
+    crystal = torch.repeat_interleave(torch.arange(n_crystals), classes)
+    crystal_ptr = torch.nn.functional.pad(classes.cumsum(0), (1, 0))
+    n_rows = len(crystal)
+    place = torch.arange(n_rows) - crystal_ptr[crystal]
+    weight = atoms[crystal] // classes[crystal] + (place < atoms[crystal] % classes[crystal])
+    quantiles = torch.tensor(table["distances"])  # (neighbours, QUANTILES)
+    degree = len(quantiles)
+    at = torch.rand(n_rows, degree, generator=generator) * (QUANTILES - 1)
+    low = at.long().clamp_max(QUANTILES - 2)
+    k = torch.arange(degree)
+    distance = torch.lerp(quantiles[k, low], quantiles[k, low + 1], at - low).sort(1).values
+    chosen = (torch.rand(n_rows, degree, generator=generator) * classes[crystal][:, None]).long()
+    sender = crystal_ptr[crystal][:, None] + chosen.minimum(classes[crystal][:, None] - 1)
+    native = GraphBatch(
+        numbers=torch.randint(1, 93, (n_rows,), generator=generator, dtype=torch.int32),
+        weight=weight.float(),
+        sender=sender.flatten().int(),
+        distance=distance.flatten(),
+        row_ptr=(torch.arange(n_rows + 1) * degree).int(),
+        crystal_ptr=crystal_ptr.int(),
+        atom_class=torch.repeat_interleave(torch.arange(n_rows), weight).int(),
+    ).to(device)
+    return native, expand_quotient(native)
+
+
+def make_table(n_crystals: int = 2000, neighbours: int = 12) -> dict[str, list]:
+    """The table of a random part of the Materials Project."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    import numpy as np
+    from workload import crystals, draw
+
+    import srcgcnn_fast as sf
+
+    if crystals()[0] != "Materials Project":
+        raise SystemExit("SRCGCNN_TEST_DATA does not name the directory of test data.")
+    graphs = sf.build_graphs(draw(n_crystals, seed=7), isolated="keep")
+    sizes = Counter((g.n_atoms, g.n_rows) for g in graphs)
+    rows = [
+        g.distance[a : a + neighbours]
+        for g in graphs
+        for a, b in zip(g.row_ptr, g.row_ptr[1:], strict=False)
+        if b - a == neighbours
+    ]
+    quantiles = np.quantile(np.sort(np.stack(rows), axis=1), np.linspace(0.01, 0.99, QUANTILES), axis=0).T
+    return {
+        "source": f"{n_crystals} random crystals of the Materials Project (CC-BY 4.0), counted, no crystal among them",
+        "crystals": sorted([int(a), int(c), n] for (a, c), n in sizes.items()),
+        "distances": [[round(float(x), 3) for x in row] for row in quantiles],
+    }
+
+
+if __name__ == "__main__":
+    text = json.dumps(make_table())
+    TABLE.write_text(text.replace("]], ", "]],\n ").replace('"crystals"', '\n "crystals"') + "\n")

@@ -1,0 +1,241 @@
+"""Every public way to a convolution on a GPU, against the reference in float64 on the CPU.
+
+``SRCGCNN_GPU_DRY_RUN=1`` runs what can run on the CPU instead, to test these tests.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+import srcgcnn_fast as sf
+from srcgcnn_fast import functional
+from srcgcnn_fast.functional import BatchNorm
+
+DRY = os.environ.get("SRCGCNN_GPU_DRY_RUN") == "1"
+DEVICE = "cpu" if DRY else "cuda"
+BACKENDS = ["cpu"] if DRY else ["triton", "cuda"]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not (DRY or torch.cuda.is_available()), reason="there is no CUDA device"),
+]
+cuda_only = pytest.mark.skipif(DRY, reason="needs a CUDA device")
+KINDS = ["plain", "weighted", "ragged", "one atom", "isolated", "no edges", "one crystal", "many crystals", "large"]
+each_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape
+    assert torch.isfinite(a).all()
+    return float(
+        (a.detach().double().cpu() - b.detach().double().cpu()).norm()
+        / b.detach().double().norm().cpu().clamp_min(1e-30)
+    )
+
+
+def problem(batch, width: int, n_features: int, features: bool = False):
+    g = torch.Generator().manual_seed(0)
+    rand = lambda *s: torch.rand(*s, generator=g, dtype=torch.float64)  # noqa: E731
+    if features:
+        batch.edge_features = rand(batch.num_edges, n_features)
+    c = 2 * width
+    leaves = [
+        rand(batch.num_rows, width) * 2 + 0.3, (rand(c, c + n_features) - 0.5) / 3, rand(c) - 0.5, rand(c) + 0.5,
+        rand(c) - 0.5, rand(width) + 0.5, rand(width) - 0.5,
+    ]  # fmt: skip
+    state = [rand(c) - 0.5, rand(c) + 0.5, rand(width) - 0.5, rand(width) + 0.5]
+    upstream = (rand(batch.num_rows, width) - 0.5) * batch.weight[:, None].double()
+    return batch, leaves, state, upstream
+
+
+def results(name: str, given, training: tuple[bool, bool], dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+    """Output, gradients (of the edges too where statistics are fixed), and running statistics."""
+    batch, leaves, state, upstream = given
+    batch = batch.to(device, dtype)
+    leaves = [x.to(device, dtype).clone().requires_grad_() for x in leaves]
+    state = [x.to(device, dtype).clone() for x in state]
+    wanted = list(leaves)
+    if not training[0]:
+        edge = "distance" if batch.edge_features is None else "edge_features"
+        setattr(batch, edge, getattr(batch, edge).clone().requires_grad_())
+        wanted.append(getattr(batch, edge))
+    h, weight, bias, g1, b1, g2, b2 = leaves
+    with sf.use_backend(name):
+        out = functional.gated_conv(
+            h,
+            batch,
+            weight,
+            bias,
+            BatchNorm(g1, b1, *state[:2], training[0]),
+            BatchNorm(g2, b2, *state[2:], training[1]),
+        )
+        gradients = torch.autograd.grad((out * upstream.to(device, dtype)).sum(), wanted, allow_unused=True)
+    return [x for x in (out, *gradients, *state) if x is not None]
+
+
+def conforms(name: str, given, training: tuple[bool, bool]) -> None:
+    """At most twice as far from float64 as the published formula in float32 on the CPU."""
+    truth = results("reference", given, training, torch.float64, "cpu")
+    plain = results("reference", given, training, torch.float32, "cpu")
+    ours = results(name, given, training, torch.float32, DEVICE)
+    bias = 3  # output, h, weight, bias
+    for k, (x, y, exact) in enumerate(zip(ours, plain, truth, strict=True)):
+        if k == bias and training[0]:  # zero in exact arithmetic
+            assert x.abs().max() <= 1e-6 * max(1.0, float(truth[2].norm()))
+        else:
+            assert difference(x, exact) <= 3 * difference(y, exact) + 5e-7, f"number {k} of the results"
+
+
+@each_backend
+@pytest.mark.parametrize("training", [(True, True), (False, False), (False, True)], ids=["train", "eval", "frozen bn1"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_convolution(backend, make_batch, kind, training):
+    if kind in ("one atom", "no edges") and any(training):
+        pytest.skip("batch norm cannot train on it; test_functional says so")
+    conforms(backend, problem(make_batch(kind, seed=3), 16, 41), training)
+
+
+@each_backend
+@pytest.mark.parametrize(("width", "n_features"), [(64, 41), (8, 41), (7, 41), (33, 5), (48, 9), (128, 60), (200, 130)])
+def test_any_width_and_number_of_gaussians(backend, make_batch, width, n_features):
+    conforms(backend, problem(make_batch("weighted", seed=5), width, n_features), (True, True))
+
+
+@each_backend
+@pytest.mark.parametrize("training", [(True, True), (False, False)], ids=["train", "eval"])
+def test_generic_edge_features(backend, make_batch, training):
+    conforms(backend, problem(make_batch("weighted", seed=6), 16, 23, features=True), training)
+
+
+def model_and_batch(model_type, make_batch, kind: str = "large"):
+    torch.manual_seed(0)
+    model = model_type().to(DEVICE)
+    with torch.no_grad():
+        for _ in range(3):
+            model.train()(make_batch(kind, seed=1).to(DEVICE))
+    return model, make_batch(kind, seed=2).to(DEVICE)
+
+
+@each_backend
+@pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
+def test_inference_of_whole_models(backend, make_batch, model_type):
+    model, batch = model_and_batch(model_type, make_batch)
+    with torch.no_grad():
+        ours = model.eval().features(batch)
+        batch.cache.clear()
+        with sf.use_backend("reference"):
+            plain = model.features(batch)
+            batch.cache.clear()
+            exact = model.double().features(batch)
+    assert difference(ours, exact) <= 2 * difference(plain, exact) + 3e-7
+
+
+@each_backend
+@pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
+def test_bits_repeat(backend, make_batch, model_type):
+    model, batch = model_and_batch(model_type, make_batch)
+    start, found = {k: v.clone() for k, v in model.state_dict().items()}, []
+    for _ in range(3):
+        model.load_state_dict(start)
+        model.zero_grad()
+        batch.cache.clear()
+        out = model.train()(batch)
+        out.sum().backward()
+        found.append([out.detach().clone(), *(p.grad.clone() for p in model.parameters())])
+    for again in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
+
+
+@each_backend
+@pytest.mark.parametrize("training", [False, True])
+def test_compile_full_graph(backend, make_batch, training):
+    torch._dynamo.reset()
+    model, _ = model_and_batch(sf.SRCGCNN, make_batch, "weighted")
+    model.train(training)
+    start, found = {k: v.clone() for k, v in model.state_dict().items()}, []
+    how = "aot_eager" if DRY else "inductor"
+    for call in (model, torch.compile(model, fullgraph=True, backend=how, dynamic=True)):
+        model.load_state_dict(start)
+        for seed in (1, 2):
+            model.zero_grad()
+            out = call(make_batch("weighted", seed=seed).to(DEVICE))
+            out.sum().backward()
+        found.append([out.detach(), *(p.grad.clone() for p in model.parameters())])
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+
+
+@each_backend
+def test_autocast_runs_convolutions_in_float32(backend, make_batch):
+    model, batch = model_and_batch(sf.SRCGCNN, make_batch, "plain")
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+        h = model.eval().embed(batch)
+        out, _ = model._convolve(h, batch, False)
+    assert out.dtype == torch.float32
+
+
+@cuda_only
+@each_backend
+@pytest.mark.parametrize("training", [False, True])
+def test_a_captured_step_replays_on_other_edges(backend, make_batch, training):
+    """A CUDA graph of one step, then other edges in the same tensors: it must not use what followed from the first."""
+    model, _ = model_and_batch(sf.SRCGCNN, make_batch, "plain")
+    model.train(training)
+    first, second = (make_batch("plain", seed=s).to(DEVICE) for s in (1, 2))  # same sizes, other senders and distances
+    parameters = list(model.parameters())
+
+    def step(batch):
+        batch.cache.clear()
+        out = model(batch)
+        return out, *torch.autograd.grad(out.square().sum(), parameters)
+
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(first)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(first)
+    model.load_state_dict(start)
+    expected = [x.detach().clone() for x in step(second)]
+    model.load_state_dict(start)
+    for name in ("sender", "distance", "numbers", "weight"):
+        getattr(first, name).copy_(getattr(second, name))
+    graph.replay()
+    torch.cuda.synchronize()
+    for ours, truth in zip(captured, expected, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-6)
+
+
+@cuda_only
+@each_backend
+def test_another_stream_and_another_device(backend, make_batch):
+    model, batch = model_and_batch(sf.SRCGCNN, make_batch, "plain")
+    with torch.no_grad():
+        expected = model.eval()(batch)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            batch.cache.clear()
+            again = model(batch)
+        torch.cuda.current_stream().wait_stream(stream)
+        assert torch.equal(again, expected)
+        if torch.cuda.device_count() > 1:
+            other = model.to("cuda:1")(batch.to("cuda:1"))
+            torch.testing.assert_close(other.cpu(), expected.cpu(), rtol=1e-5, atol=1e-6)
+
+
+@cuda_only
+@each_backend
+def test_nothing_waits_for_the_gpu(backend, make_batch):
+    model, batch = model_and_batch(sf.SRCGCNN, make_batch, "plain")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch.cache.clear()
+        model.train()(batch).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
