@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import embedding, pad
 
 from . import cpu
 from . import library as library  # registers the operators
@@ -47,7 +47,7 @@ def _widen_weight(weight: Tensor, width: int, more: int) -> Tensor:
 
 def _constants(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Ones and zeros, which nobody writes to."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return torch.ones(size, dtype=dtype, device=device), torch.zeros(size, dtype=dtype, device=device)
     return _kept_constants(size, dtype, device)
 
@@ -185,9 +185,10 @@ def _differentiable(
 
 
 def _eager(h: Tensor) -> bool:
-    """Does nobody trace this call?"""
+    """Is this a call of the CPU kernels that nobody traces?"""
     return (
-        not torch.compiler.is_compiling()
+        h.device.type == "cpu"
+        and not torch.compiler.is_compiling()
         and type(h) in (Tensor, torch.nn.Parameter)
         and not torch._C._len_torch_dispatch_stack()
     )
@@ -216,7 +217,7 @@ def gated_convs(
         )
         out, _block, *statistics = results
     else:
-        out = wide if species is None else wide.index_select(0, species)
+        out = wide if species is None else embedding(species, wide)  # whose gradient adds in a fixed order
         statistics = []
         for layer in given:
             out, _m, *used = _ops.gated_conv(out, *layer, *graph, *moments)
@@ -266,7 +267,7 @@ def stack(
     else:
         own = folded[:1] if shared else folded
         out = _ops.gated_conv_stack(
-            wide if species is None else wide.index_select(0, species),
+            wide if species is None else embedding(species, wide),
             [layer.weight for layer in own],
             [layer.bias for layer in own if layer.bias is not None],
             [x for layer in folded for x in layer[2:10]],

@@ -400,8 +400,19 @@ def test_nothing_waits_for_the_gpu(monkeypatch):
             backend.stack(h, [layer, layer], graph)
             if not features:
                 backend.edge_shells(graph.distance, *graph[2:5])
-        with pytest.raises(DataDependentOutputException):
-            bool(h[0, 0])  # what the test relies on
+        with pytest.raises(DataDependentOutputException):  # what the test relies on
+            bool(h[0, 0])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
+def test_no_model_waits_for_the_gpu(make_batch, monkeypatch, model_type, training):
+    """What surrounds the operators, forward and backward, likewise."""
+    monkeypatch.undo()
+    model = model_type(atom_fea_len=16).train(training)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        batch = make_batch("weighted")._map(mode.from_tensor)
+        model(batch).sum().backward()
 
 
 @runs
