@@ -9,6 +9,7 @@ the order in which programs ran. Under ``torch.backends.cuda.matmul.allow_tf32``
 from __future__ import annotations
 
 import contextlib
+import logging
 import weakref
 from collections.abc import Sequence
 from functools import cache
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from .cpu import Graph, Layer, Moments
+
+logger = logging.getLogger(__name__)
 
 OLDEST = (3, 3)
 WINDOW = 9  # Gaussians in reach of a distance; those left out are below 2e-9
@@ -70,6 +73,11 @@ def kernels() -> ModuleType:
         raise InputError(f"The Triton backend cannot run: {reason}.")
     from . import triton_kernels
 
+    if torch.cuda.is_available():
+        logger.warning(
+            "The Triton kernels compile and pass their tests in an interpreter but have not been tried on a GPU yet; "
+            "SRCGCNN_FAST_BACKEND=reference avoids them."
+        )
     return triton_kernels
 
 
