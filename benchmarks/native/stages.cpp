@@ -223,9 +223,9 @@ void stages(int distances) {
   std::vector<int> species(N);
   for (int& x : species) x = int(lrand48() % 101);
   const Features<float> elements{h.data(), species.data(), 101};
-  show("first layer, elements, training", best([&] { conv(out.data(), m.data(), nullptr, elements, layer, g, moments, F, 1); }));
+  show("first layer, elements, training", best([&] { conv<float>(out.data(), m.data(), nullptr, elements, layer, g, moments, F, 1); }));
   show("first layer, elements, backward",
-       best([&] { conv_backward(gradients, grad.data(), elements, m.data(), nullptr, layer, g, moments, F, 1); }));
+       best([&] { conv_backward<float>(gradients, grad.data(), elements, m.data(), nullptr, layer, g, moments, F, 1); }));
   show("three steps from elements, shared W", best([&] { stack(out.data(), elements, fixed, 3, true, g, F, 1); }));
   show("three layers from elements", best([&] { stack(out.data(), elements, fixed, 3, false, g, F, 1); }));
 }
