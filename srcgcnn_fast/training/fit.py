@@ -79,6 +79,7 @@ def fit(
     monitor = _monitor(module, data)
     _claim(directory, _record(module, data), resume)
     files = RunFiles(directory, monitor, larger_is_better=module.classification)
+    averages = [_moving_average(recipe.ema)] if recipe.ema is not None else []
     bars = [RunBar(type(model).__name__.replace("SR", "SR-"), monitor, model.metadata.units[0])] if progress else []
     started = time.perf_counter()
     with _quiet(), _deterministic():
@@ -90,7 +91,7 @@ def fit(
             deterministic="warn",
             gradient_clip_val=recipe.gradient_clip,
             logger=_logger(logger, directory),
-            callbacks=[files, *bars, *callbacks],
+            callbacks=[files, *averages, *bars, *callbacks],
             enable_progress_bar=progress,
             enable_model_summary=False,
             num_sanity_val_steps=0,
@@ -146,6 +147,13 @@ def _claim(directory: Path, record: dict[str, Any], resume: bool) -> None:
     changed = [f"{k} ({before.get(k)} before, {record[k]} now)" for k in record if before.get(k) != record[k]]
     if changed:
         raise InputError(f"The run in {directory} was started with other settings: {'; '.join(changed)}; use those.")
+
+
+def _moving_average(decay: float) -> pl.Callback:
+    kinds = importlib.import_module("lightning.pytorch.callbacks")
+    if not hasattr(kinds, "EMAWeightAveraging"):
+        raise InputError("A moving average of the weights needs Lightning 2.6; run `pip install -U lightning`.")
+    return kinds.EMAWeightAveraging(decay=decay)
 
 
 def _logger(choice: Logger | str | None, directory: Path) -> Logger | bool:

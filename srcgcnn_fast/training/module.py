@@ -18,7 +18,8 @@ from .data import GraphDataModule, Item
 from .metrics import classification_metrics, regression_metrics
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
-SCHEDULES = ("constant", "multistep", "cosine")
+SCHEDULES = ("constant", "multistep", "cosine", "one_cycle")
+LOSSES = ("mse", "mae")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,10 @@ class Recipe:
     """How a model is trained; two models trained by one recipe can be compared.
 
     ``schedule`` acts once an epoch: "cosine" falls to zero after the last one, "multistep" multiplies the rate by
-    ``gamma`` at every milestone. ``gradient_clip`` bounds the norm of the gradient.
+    ``gamma`` at every milestone; "one_cycle" acts after every batch: up to ``lr`` in the share ``warmup`` of the run,
+    then down to nothing along a cosine. ``loss`` is the mean squared or absolute error of the normalised target; a
+    classifier has its own. ``weight_decay`` spares biases and batch norms under "adamw". ``ema``, such as 0.999,
+    validates and keeps an exponential moving average of the weights. ``gradient_clip`` bounds the norm of the gradient.
     """
 
     epochs: int = 30
@@ -38,18 +42,26 @@ class Recipe:
     milestones: tuple[int, ...] = (100,)
     gamma: float = 0.1
     gradient_clip: float | None = None
+    loss: str = "mse"
+    warmup: float = 0.05
+    ema: float | None = None
 
     def __post_init__(self) -> None:
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
         _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("loss", self.loss, LOSSES)
         if self.epochs < 1:
             raise InputError(f"Training for {self.epochs} epochs does nothing; ask for at least 1.")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise InputError(f"The learning rate {self.lr} is not a positive number.")
+        if not 0 < self.warmup < 1:
+            raise InputError(f"A warm-up of {self.warmup} is not a share of the run; give a number between 0 and 1.")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise InputError(f"The moving average's decay {self.ema} is not between 0 and 1; 0.999 is usual.")
 
 
 class TrainingModule(pl.LightningModule):
-    """Trains ``model`` by ``recipe``: squared error of the normalised target, or NLL for a classifier.
+    """Trains ``model`` by ``recipe``: squared or absolute error of the normalised target, or NLL for a classifier.
 
     Each epoch logs ``train_loss``, ``lr``, ``seconds`` (training part), ``crystals_per_second`` and the metrics of
     ``metrics.py`` with the prefix ``val_``, in the target's units. The metadata of ``model`` receives the targets,
@@ -101,7 +113,8 @@ class TrainingModule(pl.LightningModule):
         """Of network ``output`` (B, T) or (B, 2) against ``target`` (B, T) in its own units."""
         if self.classification:
             return nn.functional.nll_loss(output, target[:, 0].long())
-        return nn.functional.mse_loss(output, (target - self.target_mean) / self.target_std)
+        error = nn.functional.mse_loss if self.recipe.loss == "mse" else nn.functional.l1_loss
+        return error(output, (target - self.target_mean) / self.target_std)
 
     def values(self, output: Tensor) -> Tensor:
         """(B, T) in the target's units, or (B, 1) P(class 1)."""
@@ -172,23 +185,30 @@ class TrainingModule(pl.LightningModule):
         )
 
     def configure_optimizers(self) -> Any:
-        recipe, parameters = self.recipe, self.model.parameters()
+        recipe, parameters = self.recipe, list(self.model.parameters())
         optimizer: torch.optim.Optimizer
         if recipe.optimizer == "sgd":
             optimizer = torch.optim.SGD(
                 parameters, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True
             )
+        elif recipe.optimizer == "adam":
+            optimizer = torch.optim.Adam(parameters, recipe.lr, weight_decay=recipe.weight_decay, fused=True)
         else:
-            kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
-            optimizer = kind(parameters, recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-        scheduler: torch.optim.lr_scheduler.LRScheduler
+            groups: list[dict[str, Any]] = [
+                {"params": [p for p in parameters if p.ndim > 1]},
+                {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+            ]
+            optimizer = torch.optim.AdamW(groups, recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+        schedules = torch.optim.lr_scheduler
         if recipe.schedule == "cosine":
-            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs)
-        elif recipe.schedule == "multistep":
-            scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(recipe.milestones), recipe.gamma)
-        else:
-            return {"optimizer": optimizer}
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
+            return [optimizer], [schedules.CosineAnnealingLR(optimizer, recipe.epochs)]
+        if recipe.schedule == "multistep":
+            return [optimizer], [schedules.MultiStepLR(optimizer, list(recipe.milestones), recipe.gamma)]
+        if recipe.schedule == "one_cycle":
+            steps = int(self.trainer.estimated_stepping_batches)
+            cycle = schedules.OneCycleLR(optimizer, recipe.lr, steps, pct_start=recipe.warmup, cycle_momentum=False)
+            return [optimizer], [{"scheduler": cycle, "interval": "step"}]
+        return optimizer
 
     def _scores(self) -> dict[str, float]:
         predicted, given = torch.cat(self._predicted), torch.cat(self._given)

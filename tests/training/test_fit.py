@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import logging
 import sys
@@ -85,6 +86,67 @@ def test_resume_ends_with_the_same_bits(alloys, tmp_path, target, options):
     timing = ("seconds", "crystals_per_second")
     for a, b in zip(whole.history, resumed.history, strict=True):
         assert {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
+
+
+MODERN = Recipe(epochs=4, lr=5e-3, optimizer="adamw", weight_decay=0.1, schedule="one_cycle", loss="mae", ema=0.9)
+
+
+def test_averaged_weights_resume_with_the_same_bits(alloys, tmp_path):
+    run(alloys, tmp_path / "whole", recipe=MODERN)
+    with pytest.raises(RuntimeError, match="stopped"):
+        run(alloys, tmp_path / "cut", recipe=MODERN, callbacks=[StopIn(2)])
+    run(alloys, tmp_path / "cut", recipe=MODERN, resume=True)
+    for key in ("state_dict", "current_model_state"):
+        expected, found = (
+            torch.load(tmp_path / name / "last.ckpt", weights_only=True)[key] for name in ("whole", "cut")
+        )
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_the_average_of_the_weights_is_validated_and_kept(alloys, tmp_path):
+    result = run(alloys, tmp_path, recipe=MODERN)
+    last = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    average, current = last["state_dict"], last["current_model_state"]
+    assert not torch.equal(average["model.fc_out.weight"], current["model.fc_out.weight"])
+    data = GraphDataModule(alloys, "energy", batch_size=32)
+    for state, same in ((average, True), (current, False)):
+        result.model.load_state_dict({name.removeprefix("model."): x for name, x in state.items() if "model." in name})
+        mae = evaluate(result.model, data, "val").metrics["mae"]
+        assert (mae == pytest.approx(result.history[-1]["val_mae"], rel=1e-5)) is same
+
+
+def test_one_cycle_warms_up_and_ends_near_zero(alloys, tmp_path):
+    rates = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+    run(alloys, tmp_path, recipe=Recipe(epochs=4, lr=5e-3, optimizer="adamw", schedule="one_cycle", warmup=0.25),
+        callbacks=[Watch()])  # fmt: skip
+    rates = np.array(rates)
+    assert rates[0] == pytest.approx(5e-3 / 25)
+    assert rates.max() == pytest.approx(5e-3) and rates[:, 0].argmax() == 3  # a quarter of 16 steps, counted from 0
+    assert (rates[-1] < 1e-5).all()
+
+
+def test_weight_decay_spares_biases_and_norms(alloys):
+    module = TrainingModule(SRCGCNN(), GraphDataModule(alloys, "energy"), MODERN)
+    module.trainer = pl.Trainer(logger=False, enable_checkpointing=False)
+    module.recipe = dataclasses.replace(MODERN, schedule="constant")
+    decayed, spared = module.configure_optimizers().param_groups
+    assert decayed["weight_decay"] == 0.1 and all(p.ndim == 2 for p in decayed["params"])
+    assert spared["weight_decay"] == 0.0 and all(p.ndim == 1 for p in spared["params"])
+    assert len(decayed["params"]) + len(spared["params"]) == len(list(module.parameters()))
+
+
+def test_the_loss_is_the_recipes(alloys):
+    data = GraphDataModule(alloys, "energy")
+    output, target = torch.tensor([[1.0], [-2.0]]), torch.tensor([[0.5], [3.0]])
+    mae, mse = (TrainingModule(SRCGCNN(), data, Recipe(loss=name)) for name in ("mae", "mse"))
+    error = output - (target - mae.target_mean) / mae.target_std
+    assert mae.loss(output, target) == error.abs().mean()
+    assert mse.loss(output, target) == (error**2).mean()
 
 
 def test_a_finished_run_resumes_to_itself(alloys, tmp_path):
