@@ -2,8 +2,8 @@
 // f2 = -f log2(e) and c2 = c log2(e), scalings that callers fold into their linear maps.
 // M supplies the arithmetic of V: exp2 (right from -inf to max_exponent), log2_1p (argument in [0, 1]), reciprocal,
 // abs, max0, at_most (a bound), tail(c2, t) = t, or 0 where c > 20 (PyTorch's threshold), select_nonnegative(c, a, b) =
-// c >= 0 ? a : b, and the constants of its scalar type; for the gate of exponentials also log2_1p_wide(t, 1 / (1 + t)),
-// right for any finite t >= 0 (its second argument may be approximate), and reciprocal_estimate.
+// c >= 0 ? a : b, and the constants ln2 and log2e of its scalar type; for the gate of exponentials also log2_1p_wide(t),
+// right for any finite t >= 0.
 #pragma once
 
 #ifdef __CUDACC__
@@ -21,6 +21,13 @@ constexpr double kLn2 = 0.6931471805599453;
 template <class M, class V>
 SRCGCNN_INLINE V softplus2(V c2) {
   return M::max0(c2) + M::log2_1p(M::tail(c2, M::exp2(-M::abs(c2))));
+}
+
+// softplus(c), of c itself: what is linear in c keeps its digits.
+template <class M, class V>
+SRCGCNN_INLINE V softplus(V c) {
+  const V c2 = c * M::log2e;
+  return M::max0(c) + M::log2_1p(M::tail(c2, M::exp2(-M::abs(c2)))) * M::ln2;
 }
 
 template <class M, class V>
@@ -63,13 +70,13 @@ SRCGCNN_INLINE GateGradient<V> gate_gradient2(V f2, V c2) {
 // exponentials of their terms are formed once per term instead of once per sum.
 template <class M, class V>
 SRCGCNN_INLINE V gate_of_powers(V u, V t) {
-  return M::reciprocal(u + 1) * M::log2_1p_wide(t, M::reciprocal_estimate(t + 1));
+  return M::reciprocal(u + 1) * M::log2_1p_wide(t);
 }
 
 template <class M, class V>
 SRCGCNN_INLINE GateGradient<V> gate_gradient_of_powers(V u, V t) {
   const V s = M::reciprocal(u + 1), r = M::reciprocal(t + 1);
-  return {s * (M::log2_1p_wide(t, r) * M::ln2) * (u * s), s * (t * r)};
+  return {s * (M::log2_1p_wide(t) * M::ln2) * (u * s), s * (t * r)};
 }
 
 }  // namespace srcgcnn

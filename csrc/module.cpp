@@ -102,11 +102,23 @@ Layer<T> layer(const Addresses& a, const Norms& n) {
           std::get<2>(n),      std::get<3>(n)};
 }
 
+// A linear map: addresses of its weight and bias (0: none), features in and out.
+using DenseArguments = std::tuple<uintptr_t, uintptr_t, int, int>;
+
+template <class T>
+std::vector<Dense<T>> dense(const std::vector<DenseArguments>& a) {
+  if (a.size() > size_t(kMostLayers)) throw nb::value_error("too many layers in the readout");
+  std::vector<Dense<T>> layers;
+  for (const auto& [weight, bias, in, out] : a) layers.push_back({address<T>(weight), address<T>(bias), in, out});
+  return layers;
+}
+
 template <class T>
 void bind(nb::module_& m, const char* suffix) {
   const auto name = [&](const char* stem) { return std::string(stem) + suffix; };
   const auto nogil = nb::call_guard<nb::gil_scoped_release>();
   m.attr(name("width").c_str()) = kernels<T>().width;
+  m.attr(name("lanes").c_str()) = kernels<T>().lanes;
   m.def(name("edge_shells").c_str(), [](uintptr_t shell_of, uintptr_t shell_distance, uintptr_t shell_count,
                                         const Addresses& e, Sizes s, Basis b, int threads) {
     kernels<T>().edge_shells(address<int32_t>(shell_of), address<T>(shell_distance), address<int32_t>(shell_count),
@@ -140,6 +152,33 @@ void bind(nb::module_& m, const char* suffix) {
     kernels<T>().stack(address<T>(out), features<T>(h), layers.data(), int(layers.size()), shared, edges<T>(e, s, b),
                        width, threads);
   }, nogil);
+  m.def(name("readout").c_str(), [](uintptr_t out, uintptr_t values, uintptr_t h, uintptr_t row_weight, uintptr_t crystal_ptr,
+                                    int64_t n_crystals, const std::vector<DenseArguments>& r, int threads) {
+    const auto layers = dense<T>(r);
+    kernels<T>().readout(address<T>(out), address<T>(values), address<T>(h), address<T>(row_weight),
+                         address<int32_t>(crystal_ptr), n_crystals, layers.data(), int(layers.size()), threads);
+  }, nogil);
+  m.def(name("readout_backward").c_str(), [](const std::vector<std::tuple<uintptr_t, uintptr_t>>& d, uintptr_t d_h,
+                                             uintptr_t grad, uintptr_t values, uintptr_t row_weight, uintptr_t crystal_ptr,
+                                             int64_t n_crystals, const std::vector<DenseArguments>& r, int threads) {
+    const auto layers = dense<T>(r);
+    std::vector<DenseGradient<T>> gradients;
+    for (const auto& [weight, bias] : d) gradients.push_back({address<T>(weight), address<T>(bias)});
+    kernels<T>().readout_backward(gradients.data(), address<T>(d_h), address<T>(grad), address<T>(values),
+                                  address<T>(row_weight), address<int32_t>(crystal_ptr), n_crystals, layers.data(),
+                                  int(layers.size()), threads);
+  }, nogil);
+  m.def(name("network").c_str(), [](uintptr_t out, FeatureArguments h, const std::vector<DenseArguments>& embedding,
+                                    const std::vector<Addresses>& l, const std::vector<Norms>& n, bool shared,
+                                    const Addresses& e, Sizes s, Basis b, uintptr_t row_weight,
+                                    const std::vector<DenseArguments>& r, int width, int threads) {
+    std::vector<Layer<T>> layers;
+    for (size_t t = 0; t < l.size(); ++t) layers.push_back(layer<T>(l[t], n.at(t)));
+    const auto first = dense<T>(embedding), last = dense<T>(r);
+    kernels<T>().network(address<T>(out), features<T>(h), first.empty() ? nullptr : first.data(), layers.data(),
+                         int(layers.size()), shared, edges<T>(e, s, b), address<T>(row_weight), last.data(),
+                         int(last.size()), width, threads);
+  }, nogil);
 }
 
 // First fault of a batch of graphs as (kind, position); kind 0: none. What the kernels rely on, so that no index can
@@ -151,18 +190,22 @@ std::tuple<int, int64_t> check_graph(uintptr_t sender_, uintptr_t row_ptr_, uint
   const auto [n_rows, n_edges, n_crystals, n_features] = sizes;
   if (row_ptr[0] != 0 || row_ptr[n_rows] != n_edges) return {1, n_rows};
   if (crystal_ptr[0] != 0 || crystal_ptr[n_crystals] != n_rows) return {3, n_crystals};
-  for (int64_t c = 0; c < n_crystals; ++c) {
-    const int32_t first = crystal_ptr[c], end = crystal_ptr[c + 1];
-    if (end < first || end > n_rows) return {3, c};
-    for (int64_t i = first; i < end; ++i)
-      if (row_ptr[i + 1] < row_ptr[i] || row_ptr[i + 1] > n_edges) return {1, i};
-    int32_t outside = 0;
-    for (int64_t e = row_ptr[first]; e < row_ptr[end]; ++e) outside |= (sender[e] < first) | (sender[e] >= end);
-    if (!outside) continue;
-    for (int64_t e = row_ptr[first]; e < row_ptr[end]; ++e)
-      if (sender[e] < first || sender[e] >= end) return {2, e};
-  }
+  for (int64_t c = 0; c < n_crystals; ++c)
+    if (crystal_ptr[c + 1] < crystal_ptr[c] || crystal_ptr[c + 1] > n_rows) return {3, c};
+  for (int64_t i = 0; i < n_rows; ++i)
+    if (row_ptr[i + 1] < row_ptr[i] || row_ptr[i + 1] > n_edges) return {1, i};
+  const int64_t stray = chosen->f32.stray_edge(sender, row_ptr, crystal_ptr, n_crystals);
+  if (stray >= 0) return {2, stray};
   return {0, 0};
+}
+
+// The first crystal whose rows do not follow those of the one before, or -1.
+int64_t check_crystals(uintptr_t crystal_ptr_, int64_t n_crystals, int64_t n_rows) {
+  const auto* crystal_ptr = address<int32_t>(crystal_ptr_);
+  if (crystal_ptr[0] != 0) return 0;
+  for (int64_t c = 0; c < n_crystals; ++c)
+    if (crystal_ptr[c + 1] < crystal_ptr[c] || crystal_ptr[c + 1] > n_rows) return c;
+  return crystal_ptr[n_crystals] == n_rows ? -1 : n_crystals;
 }
 
 // The first row whose species is not in a table of n_table rows, or -1.
@@ -180,6 +223,7 @@ NB_MODULE(_core, m) {
   bind<float>(m, "_f32");
   bind<double>(m, "_f64");
   m.def("check_graph", &check_graph);
+  m.def("check_crystals", &check_crystals);
   m.def("check_species", &check_species);
   m.def("simd_level", [] { return std::string(chosen->name); });
   m.def("simd_levels", [] {

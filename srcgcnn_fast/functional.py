@@ -15,9 +15,19 @@ from torch import Tensor
 from .errors import InputError
 from .graph.batch import GraphBatch
 from .ops import fused, reference, registry
-from .ops.reference import BatchNorm, Edges
+from .ops.reference import BatchNorm, Dense, Edges
 
-__all__ = ["BatchNorm", "ConvParameters", "crystal_mean", "gated_conv", "recurrent_gated_conv", "stacked_gated_conv"]
+__all__ = [
+    "BatchNorm",
+    "ConvParameters",
+    "Dense",
+    "crystal_mean",
+    "gated_conv",
+    "network",
+    "readout",
+    "recurrent_gated_conv",
+    "stacked_gated_conv",
+]
 
 
 class ConvParameters(NamedTuple):
@@ -137,6 +147,82 @@ def crystal_mean(atom_fea: Tensor, batch: GraphBatch) -> Tensor:
     return mean
 
 
+def readout(atom_fea: Tensor, batch: GraphBatch, layers: Sequence[Dense]) -> Tensor:
+    """From rows to crystals: the mean over a crystal's atoms, then softplus and a linear map for every layer.
+
+    Args:
+        atom_fea: (N, F) features of the rows; each counts as many times as it stands for atoms.
+        layers: (H, F), (H', H), …, (O, H) weights with their biases; at least one.
+
+    Returns:
+        (B, O)
+
+    Raises:
+        InputError: shapes do not fit.
+    """
+    width = atom_fea.shape[-1]
+    if not layers or atom_fea.shape[:-1] != (batch.num_rows,):
+        raise InputError(f"readout takes (N, F) with N = {batch.num_rows} rows of the batch, and at least one layer.")
+    for layer in layers:
+        if layer.weight.shape[1] != width:
+            raise InputError(f"A layer of the readout takes {layer.weight.shape[1]} features, but is given {width}.")
+        width = layer.weight.shape[0]
+    autocast = torch.is_autocast_enabled(atom_fea.device.type)
+    if not autocast and fused.takes_readout(atom_fea, layers) and registry.select(atom_fea) == "cpu":
+        return fused.readout(atom_fea, batch.weight.to(atom_fea.dtype), batch.crystal_ptr, layers)
+    x = crystal_mean(atom_fea, batch)
+    for layer in layers:
+        x = torch.nn.functional.linear(torch.nn.functional.softplus(x), *layer)
+    return x
+
+
+def network(
+    atom_fea: Tensor,
+    batch: GraphBatch,
+    embedding: Dense,
+    layers: Sequence[ConvParameters],
+    readout_layers: Sequence[Dense],
+    *,
+    species: Tensor | None = None,
+    dmin: float = 0.0,
+    step: float = 0.2,
+) -> Tensor:
+    """A whole network: a linear map of the atoms' features, :func:`stacked_gated_conv` and :func:`readout`.
+
+    The same numbers as from the three, up to rounding; in inference on the CPU in one operator, in which no feature
+    leaves the cache.
+
+    Args:
+        atom_fea: (N, A), or, with ``species``, a table (U, A) as for :func:`gated_conv`.
+        layers: SR-CGCNN has the same weight and bias in all of them.
+
+    Returns:
+        (B, O)
+    """
+    runs_at_once = (
+        fused.takes_network(atom_fea, embedding, layers, readout_layers)
+        and not torch.is_autocast_enabled("cpu")
+        and registry.select(atom_fea) == "cpu"
+        and not _needs_autograd(atom_fea, batch, layers, embedding, readout_layers)
+    )
+    if not runs_at_once:
+        h = torch.nn.functional.linear(atom_fea, *embedding)
+        h, _ = stacked_gated_conv(h, batch, layers, species=species, dmin=dmin, step=step)
+        return readout(h, batch, readout_layers)
+    width, n_features = embedding.weight.shape[0], None if batch.edge_features is None else batch.edge_features.shape[1]
+    _check_features(atom_fea, batch, species)
+    for layer in layers:
+        _check_width(width, layer.weight, n_features)
+    first: Dense | None = embedding
+    if species is None:
+        atom_fea, first = torch.nn.functional.linear(atom_fea, *embedding), None
+    dtype = atom_fea.dtype
+    edges = _edges(batch, dtype, dmin, step)
+    of, distance, count = batch.cache.get(("shells", dtype), (None, None, None))
+    graph = fused.Graph(*edges[:5], of, distance, count, edges.dmin, edges.step)
+    return fused.network(atom_fea, species, first, graph, layers, batch.weight.to(dtype), readout_layers)
+
+
 def _shares(batch: GraphBatch, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Number of each row, first row of each crystal (B + 1), and the share of each row in its crystal's mean (N)."""
     crystal, weight = batch.atom_crystal, batch.weight.to(dtype)
@@ -181,11 +267,9 @@ def _stack(
     for layer in layers:
         _check(h.shape[1], batch, layer)
     plain = after is None and not return_steps
-    distance = batch.distance.to(h.dtype)
-    features = None if batch.edge_features is None else batch.edge_features.to(h.dtype)
-    edges = Edges(distance, features, batch.sender, batch.row_ptr, batch.crystal_ptr, float(dmin), float(step))
+    edges = _edges(batch, h.dtype, dmin, step)
     trains = any(layer.bn1.training for layer in layers)
-    is_reference = registry.select(h, edge_statistics_grad=trains and _requires_grad(edges)) == "reference"
+    is_reference = registry.select(h, edge_statistics_grad=trains and _requires_grad(batch)) == "reference"
     # A table pays where many rows share its rows, and the steps after the first have none. A traced graph keeps no
     # table, and would otherwise be bound to batches on one side of this comparison.
     tracing = torch.compiler.is_compiling()
@@ -202,7 +286,7 @@ def _stack(
 
     else:
         graph = _with_shells(batch, edges, h.dtype)
-        if plain and not _needs_autograd(h, edges, layers):
+        if plain and not _needs_autograd(h, batch, layers):
             shared = all(layer.weight is layers[0].weight for layer in layers)
             return fused.stack(h, graph, layers, shared, species), []
         moments = _moments(batch, graph, layers, h.dtype, trains)
@@ -239,17 +323,31 @@ def _moments(
     return batch.cached(key, lambda: fused.moments(row_weight, graph, n_features))
 
 
-def _needs_autograd(h: Tensor, edges: Edges, layers: Sequence[ConvParameters]) -> bool:
+def _edges(batch: GraphBatch, dtype: torch.dtype, dmin: float, step: float) -> Edges:
+    features = None if batch.edge_features is None else batch.edge_features.to(dtype)
+    distance = batch.distance.to(dtype)
+    return Edges(distance, features, batch.sender, batch.row_ptr, batch.crystal_ptr, float(dmin), float(step))
+
+
+def _needs_autograd(
+    h: Tensor,
+    batch: GraphBatch,
+    layers: Sequence[ConvParameters],
+    embedding: Dense | None = None,
+    readout_layers: Sequence[Dense] = (),
+) -> bool:
     if any(layer.bn1.training or layer.bn2.training for layer in layers):
         return True
     if not torch.is_grad_enabled():
         return False
     vectors = [x for layer in layers for x in (*layer[:2], *layer.bn1[:2], *layer.bn2[:2])]
-    return h.requires_grad or _requires_grad(edges) or any(x is not None and x.requires_grad for x in vectors)
+    vectors += [h, *(embedding or ()), *(x for layer in readout_layers for x in layer)]
+    return _requires_grad(batch) or any(x is not None and x.requires_grad for x in vectors)
 
 
-def _requires_grad(edges: Edges) -> bool:
-    return edges.distance.requires_grad or (edges.features is not None and edges.features.requires_grad)
+def _requires_grad(batch: GraphBatch) -> bool:
+    features = batch.edge_features
+    return batch.distance.requires_grad or (features is not None and features.requires_grad)
 
 
 def _check_features(h: Tensor, batch: GraphBatch, species: Tensor | None) -> None:
@@ -264,15 +362,16 @@ def _check_features(h: Tensor, batch: GraphBatch, species: Tensor | None) -> Non
         )
 
 
+def _check_width(width: int, weight: Tensor, n_given: int | None) -> None:
+    n_features = weight.shape[1] - 2 * width
+    if weight.shape[0] != 2 * width or n_features < 1:
+        raise InputError(f"weight must be (2F, 2F + K) with F = {width} as in atom_fea, not {tuple(weight.shape)}.")
+    if n_given is not None and n_given != n_features:
+        raise InputError(f"The batch has {n_given} edge features, but the weight expects K = {n_features}.")
+
+
 def _check(width: int, batch: GraphBatch, layer: ConvParameters) -> None:
-    n_features = layer.weight.shape[1] - 2 * width
-    if layer.weight.shape[0] != 2 * width or n_features < 1:
-        raise InputError(
-            f"weight must be (2F, 2F + K) with F = {width} as in atom_fea, not {tuple(layer.weight.shape)}."
-        )
-    given = batch.edge_features
-    if given is not None and given.shape[1] != n_features:
-        raise InputError(f"The batch has {given.shape[1]} edge features, but the weight expects K = {n_features}.")
+    _check_width(width, layer.weight, None if batch.edge_features is None else batch.edge_features.shape[1])
     single_edge = layer.bn1.training and batch.num_edges <= 1 and _at_most_one(batch, batch.num_edges)
     single_row = layer.bn2.training and batch.num_rows <= 1 and _at_most_one(batch, batch.num_rows)
     if single_edge or single_row:

@@ -164,7 +164,7 @@ void stages(int distances) {
          shell_terms<float, true>(r.data(), windows, w_e.data() + x * K * kTwo, nullptr);
        }));
   show("gate and sum", panels([&](int c, int64_t, int x) {
-         gate_panel<float, true>(m.data() + x * kChannels<float>, rows.data(), r.data(), g, c, F);
+         gate_panel<float, true>(m.data() + g.crystal_ptr[c] * F + x * kChannels<float>, rows.data(), r.data(), g, c, F);
        }));
   show("residual, softplus", best([&] {
          residual_softplus<float>(out.data(), h.data(), m.data(), N, F, one.data(), zero.data());

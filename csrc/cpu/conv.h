@@ -140,7 +140,7 @@ SRCGCNN_INLINE void on_terms(bool want_powers, Fill fill, Run run) {
   run(Flag<false>{});
 }
 
-// m (n_rows, F) of one crystal and panel; rows (n, kQuad) and r (shells, kPair) in gate2's units, or powers of two.
+// m (n, F) of one crystal and panel; rows (n, kQuad) and r (shells, kPair) in gate2's units, or powers of two.
 template <class T, bool kPowers>
 void gate_panel(T* m, const T* rows, const T* r, const Edges<T>& g, int64_t crystal, int F) {
   using V = typename Simd<T>::V;
@@ -166,7 +166,7 @@ void gate_panel(T* m, const T* rows, const T* r, const Edges<T>& g, int64_t crys
           sum[v] += gate2<M>(pf[v] + (qf + rf), pc[v] + (qc + rc));
       }
     }
-    for (int v = 0; v < NV; ++v) store(m + i * F + v * W, sum[v] * M::ln2);
+    for (int v = 0; v < NV; ++v) store(m + (i - first) * F + v * W, sum[v] * M::ln2);
   }
 }
 
@@ -178,7 +178,7 @@ void residual_softplus(T* out, const T* h, const T* m, int64_t n, int F, const T
   for (int64_t i = 0; i < n; ++i)
     for (int c = 0; c < F; c += W) {
       const auto x = load(h + i * F + c) + (load(m + i * F + c) * load(scale + c) + load(shift + c));
-      store(out + i * F + c, softplus2<M>(x * T(kLog2e)) * M::ln2);
+      store(out + i * F + c, softplus<M>(x));
     }
 }
 
@@ -390,7 +390,7 @@ void conv(T* out, T* m, T* products, const Features<T>& h, const Layer<T>& layer
                        shell_terms<T, P>(r, windows, w_e_scaled + int64_t(x) * K * kPair<T>, nullptr);
               },
               [&](auto powers) {
-                gate_panel<T, decltype(powers)::value>(m + x * kChannels<T>, rows, r, g, c, F);
+                gate_panel<T, decltype(powers)::value>(m + g.crystal_ptr[c] * F + x * kChannels<T>, rows, r, g, c, F);
               });
         }
       }

@@ -339,6 +339,19 @@ void shell_gradient(T* dw_e, const Windows<T>& windows, const T* t) {
     }
 }
 
+static int64_t stray_edge(const int32_t* sender, const int32_t* row_ptr, const int32_t* crystal_ptr, int64_t n_crystals) {
+  for (int64_t c = 0; c < n_crystals; ++c) {
+    const uint32_t first = uint32_t(crystal_ptr[c]), n = uint32_t(crystal_ptr[c + 1]) - first;
+    const int64_t begin = row_ptr[crystal_ptr[c]], end = row_ptr[crystal_ptr[c + 1]];
+    int outside = 0;
+    for (int64_t e = begin; e < end; ++e) outside |= uint32_t(sender[e]) - first >= n;
+    if (outside)
+      for (int64_t e = begin; e < end; ++e)
+        if (uint32_t(sender[e]) - first >= n) return e;
+  }
+  return -1;
+}
+
 // The edges of one crystal by sender and by shell, in order: sums over them are gathered, because scattered ones would
 // wait for each other in memory. Edges and rows count within the crystal.
 class Incoming {
@@ -402,37 +415,49 @@ void order_shells(T* distance, int32_t count, T* copy, int32_t* number) {
   for (int32_t s = 0; s < count; ++s) distance[number[s] = start[bin(copy[s])]++] = copy[s];
 }
 
-// Distinct distances of every crystal by a hash table that is emptied per crystal.
+// Distinct distances of a crystal by a hash table that is emptied per crystal.
+template <class T>
+class ShellFinder {
+ public:
+  void of_crystal(int32_t* shell_of, T* shell_distance, int32_t* shell_count, const Edges<T>& g, int64_t c) {
+    const int64_t begin = g.row_ptr[g.crystal_ptr[c]], end = g.row_ptr[g.crystal_ptr[c + 1]];
+    int64_t slots = 64;
+    while (slots < 2 * (end - begin)) slots *= 2;
+    table_.reserve(slots);
+    int32_t* table = table_;
+    memset(table, 0xff, slots * sizeof(int32_t));
+    int32_t count = 0;
+    for (int64_t e = begin; e < end; ++e) {
+      const uint64_t key = bits_of(g.distance[e]);
+      uint64_t slot = (key * 0x9e3779b97f4a7c15ull >> 20) & (slots - 1);
+      while (table[slot] >= 0 && bits_of(shell_distance[begin + table[slot]]) != key) slot = (slot + 1) & (slots - 1);
+      if (table[slot] < 0) {
+        shell_distance[begin + count] = g.distance[e];
+        table[slot] = count++;
+      }
+      shell_of[e] = table[slot];
+    }
+    shell_count[c] = count;
+    copy_.reserve(count);
+    number_.reserve(count);
+    int32_t* number = number_;
+    order_shells<T>(shell_distance + begin, count, copy_, number);
+    for (int64_t e = begin; e < end; ++e) shell_of[e] = number[shell_of[e]];
+  }
+
+ private:
+  Buffer<int32_t> table_, number_;
+  Buffer<T> copy_;
+};
+
 template <class T>
 void edge_shells(int32_t* shell_of, T* shell_distance, int32_t* shell_count, const Edges<T>& g, int threads) {
   const int n_chunks = chunks_of(g);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int chunk = 0; chunk < n_chunks; ++chunk) {
-    Buffer<int32_t> table, number;
-    Buffer<T> copy;
-    for (int64_t c = chunk_begin(g, chunk); c < chunk_begin(g, chunk + 1); ++c) {
-      const int64_t begin = g.row_ptr[g.crystal_ptr[c]], end = g.row_ptr[g.crystal_ptr[c + 1]];
-      int64_t slots = 64;
-      while (slots < 2 * (end - begin)) slots *= 2;
-      table.reserve(slots);
-      memset(table, 0xff, slots * sizeof(int32_t));
-      int32_t count = 0;
-      for (int64_t e = begin; e < end; ++e) {
-        const uint64_t key = bits_of(g.distance[e]);
-        uint64_t slot = (key * 0x9e3779b97f4a7c15ull >> 20) & (slots - 1);
-        while (table[slot] >= 0 && bits_of(shell_distance[begin + table[slot]]) != key) slot = (slot + 1) & (slots - 1);
-        if (table[slot] < 0) {
-          shell_distance[begin + count] = g.distance[e];
-          table[slot] = count++;
-        }
-        shell_of[e] = table[slot];
-      }
-      shell_count[c] = count;
-      copy.reserve(count);
-      number.reserve(count);
-      order_shells<T>(shell_distance + begin, count, copy, number);
-      for (int64_t e = begin; e < end; ++e) shell_of[e] = number[shell_of[e]];
-    }
+    ShellFinder<T> finder;
+    for (int64_t c = chunk_begin(g, chunk); c < chunk_begin(g, chunk + 1); ++c)
+      finder.of_crystal(shell_of, shell_distance, shell_count, g, c);
   }
 }
 

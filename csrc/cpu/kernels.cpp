@@ -4,6 +4,7 @@
 
 #include "conv.h"
 #include "edges.h"
+#include "network.h"
 #include "stack.h"
 
 #define SRCGCNN_STRING_(x) #x
@@ -16,7 +17,8 @@ namespace srcgcnn {
 namespace SRCGCNN_LEVEL {
 template <class T>
 constexpr Kernels<T> table() {
-  return {kChannels<T>, edge_shells<T>, edge_moments<T>, conv<T>, conv_backward<T>, stack<T>};
+  return {kChannels<T>,     Simd<T>::width, edge_shells<T>,      edge_moments<T>, conv<T>,
+          conv_backward<T>, stack<T>,       readout<T>, readout_backward<T>, network<T>, stray_edge};
 }
 }  // namespace SRCGCNN_LEVEL
 

@@ -71,10 +71,26 @@ struct Gradients {
   T* edge;  // (E), (E, K) for given features, or null
 };
 
+// A linear map of the readout or the embedding: y = x weight^T + bias.
+template <class T>
+struct Dense {
+  const T* weight;  // (out, in)
+  const T* bias;    // (out) or null
+  int in, out;
+};
+template <class T>
+struct DenseGradient {
+  T* weight;
+  T* bias;
+};
+constexpr int kMostLayers = 16;  // of a readout
+
 template <class T>
 struct Kernels {
   // F must be a multiple of this many numbers.
   int width;
+  // Numbers of a vector: what a readout keeps of a crystal is as wide as its layers' inputs, each rounded up to this.
+  int lanes;
   // Distinct distances per crystal.
   void (*edge_shells)(int32_t* shell_of, T* shell_distance, int32_t* shell_count, const Edges<T>& edges, int threads);
   // Fills the arrays of Moments (all but row_weight), which it takes as outputs.
@@ -90,6 +106,20 @@ struct Kernels {
   // weight (and bias).
   void (*stack)(T* out, const Features<T>& h, const Layer<T>* layers, int n_steps, bool shared, const Edges<T>& edges, int width,
                 int threads);
+  // out (B, O): the mean of h (N, F) over each crystal's atoms, then softplus and a linear map, n_layers times. values
+  // as wide as the layers' inputs (see lanes): what the backward
+  // needs.
+  void (*readout)(T* out, T* values, const T* h, const T* row_weight, const int32_t* crystal_ptr, int64_t n_crystals,
+                  const Dense<T>* layers, int n_layers, int threads);
+  void (*readout_backward)(const DenseGradient<T>* gradients, T* d_h, const T* grad_out, const T* values,
+                           const T* row_weight, const int32_t* crystal_ptr, int64_t n_crystals, const Dense<T>* layers,
+                           int n_layers, int threads);
+  // out (B, O): stack and readout in one. With `embedding`, h is a table (n_table, A) that is embedded first. Edges may
+  // come without shells.
+  void (*network)(T* out, const Features<T>& h, const Dense<T>* embedding, const Layer<T>* layers, int n_steps, bool shared,
+                  const Edges<T>& edges, const T* row_weight, const Dense<T>* readout, int n_readout, int width, int threads);
+  // First edge whose sender is no row of its receiver's crystal, or -1; pointers must be in order.
+  int64_t (*stray_edge)(const int32_t* sender, const int32_t* row_ptr, const int32_t* crystal_ptr, int64_t n_crystals);
 };
 
 struct Level {

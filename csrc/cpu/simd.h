@@ -55,7 +55,7 @@ SRCGCNN_INLINE typename Simd<T>::V splat(T x) {
 // The arithmetic that gate.h asks for.
 struct MathF32 {
   typedef Simd<float>::I I;
-  static constexpr float ln2 = float(kLn2);
+  static constexpr float ln2 = float(kLn2), log2e = float(kLog2e);
   static constexpr float max_exponent = 126.0f;
 
   static SRCGCNN_INLINE F32 abs(F32 x) { return (F32)((I)x & 0x7fffffff); }
@@ -130,26 +130,43 @@ struct MathF32 {
   }
 
   // log2(1 + t) for t in [0, 2^125]; what the sum 1 + t loses to rounding is added back, so small t keep their digits.
-  static SRCGCNN_INLINE F32 log2_1p_wide(F32 t, F32 inverse) {
-    const F32 x = t + 1.0f;
-    const F32 lost = (t - (x - 1.0f)) * inverse;
 #if SRCGCNN_VECTOR_BYTES == 64
-    const F32 exponent = (F32)_mm512_getexp_ps((__m512)x);
-    const F32 mantissa = (F32)_mm512_getmant_ps((__m512)x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero);
+  // 1 + t = 2^e m; m is brought near 1 by a factor from a table of 32, kept in registers, whose logarithm is known. The
+  // first factor is 1, so that nothing cancels near t = 0. Relative error 8e-9 before rounding.
+  static SRCGCNN_INLINE F32 log2_1p_wide(F32 t) {
+    alignas(64) static constexpr float factor[32] = {
+        1.0f, 0.95539242f, 0.927651346f, 0.901281774f, 0.87694639f, 0.853185833f, 0.831251144f, 0.810273588f,
+        0.79007715f, 0.770989299f, 0.7531358f, 0.73562789f, 0.719132662f, 0.703082919f, 0.688240647f, 0.673566699f,
+        0.659904778f, 0.646638274f, 0.633625805f, 0.62148422f, 0.609453261f, 0.598243952f, 0.587117136f, 0.576604724f,
+        0.566221654f, 0.556342959f, 0.546850145f, 0.537727296f, 0.528929532f, 0.520186424f, 0.511869788f, 0.504023492f};
+    alignas(64) static constexpr float logarithm[32] = {  // -log2 of the factor, which was chosen so that it is a float
+        0.0f, 0.0658346638f, 0.108345419f, 0.149949878f, 0.189439446f, 0.229068086f, 0.266643673f, 0.303518981f,
+        0.339934558f, 0.375217259f, 0.40901807f, 0.442951918f, 0.475670159f, 0.508233249f, 0.539014995f, 0.570107281f,
+        0.599670231f, 0.628969193f, 0.658297002f, 0.686210334f, 0.71441251f, 0.741194189f, 0.768279731f, 0.794345438f,
+        0.820561171f, 0.845953584f, 0.870782554f, 0.895053387f, 0.918852568f, 0.942899346f, 0.966151237f, 0.988437116f};
+    const __m512 x = (__m512)(t + 1.0f);
+    const __m512i place = _mm512_srli_epi32((__m512i)x, 18);  // the five leading bits of the mantissa count
+    const __m512 c = _mm512_permutex2var_ps(_mm512_load_ps(factor), place, _mm512_load_ps(factor + 16));
+    const __m512 l = _mm512_permutex2var_ps(_mm512_load_ps(logarithm), place, _mm512_load_ps(logarithm + 16));
+    const __m512 m = _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero);
+    const __m512 lost = (__m512)(t - ((F32)x - 1.0f));  // counts for t < 1, where e = 0
+    const __mmask16 small = _mm512_cmp_ps_mask((__m512)t, _mm512_set1_ps(1.0f), _CMP_LT_OQ);
+    const F32 r = (F32)_mm512_mask3_fmadd_ps(lost, c, _mm512_fmsub_ps(m, c, _mm512_set1_ps(1.0f)), small);
+    F32 p = F32{} - 3.520099046e-01f;
+    p = p * r + 4.809535217e-01f;
+    p = p * r - 7.213493833e-01f;
+    p = p * r + 1.442695038e+00f;
+    return p * r + ((F32)_mm512_getexp_ps(x) + (F32)l);
+  }
 #else
+  static SRCGCNN_INLINE F32 log2_1p_wide(F32 t) {
+    const F32 x = t + 1.0f;
+    const F32 lost = (t - (x - 1.0f)) / x;
     const F32 exponent = __builtin_convertvector(((I)x >> 23) - 127, F32);
     const F32 mantissa = (F32)(((I)x & 0x7fffff) | 0x3f800000);
-#endif
     return lost * float(kLog2e) + (exponent + log2_1p(mantissa - 1.0f));
   }
-
-  static SRCGCNN_INLINE F32 reciprocal_estimate(F32 x) {
-#if SRCGCNN_VECTOR_BYTES == 64
-    return (F32)_mm512_rcp14_ps((__m512)x);
-#else
-    return 1.0f / x;
 #endif
-  }
 
   static SRCGCNN_INLINE F32 reciprocal(F32 x) {
 #if SRCGCNN_VECTOR_BYTES == 64
@@ -163,7 +180,7 @@ struct MathF32 {
 
 struct MathF64 {
   typedef Simd<double>::I I;
-  static constexpr double ln2 = kLn2;
+  static constexpr double ln2 = kLn2, log2e = kLog2e;
   static constexpr double max_exponent = 1022.0;
 
   static SRCGCNN_INLINE F64 abs(F64 x) { return (F64)((I)x & INT64_MAX); }

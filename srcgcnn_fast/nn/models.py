@@ -22,6 +22,13 @@ def _positive(**values: int) -> None:
             raise InputError(f"{name} must be at least 1, not {value}.")
 
 
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Is it computed by its weight and bias alone, without anybody watching?"""
+    return type(module) is nn.Linear and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 class CrystalModel(nn.Module):
     """Embedding, convolutions, mean over atoms, head; the convolutions are the subclass's.
 
@@ -84,10 +91,21 @@ class CrystalModel(nn.Module):
     def _build_convolutions(self) -> None:
         raise NotImplementedError
 
-    def _convolve(
-        self, h: Tensor, species: Tensor | None, batch: GraphBatch, return_steps: bool
-    ) -> tuple[Tensor, list[Tensor]]:
+    def _layers(self) -> list[functional.ConvParameters]:
+        """The convolutions of one call, which counts a batch in training mode."""
         raise NotImplementedError
+
+    def _is_stack(self) -> bool:
+        """Is there nothing between the convolutions?"""
+        return True
+
+    def _convolve(
+        self, h: Tensor, species: Tensor | None, batch: GraphBatch, return_steps: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        p = self._hyperparameters
+        return functional.stacked_gated_conv(
+            h, batch, self._layers(), species=species, dmin=p["dmin"], step=p["step"], return_steps=return_steps
+        )
 
     def _convolution_modules(self) -> list[nn.Module]:
         raise NotImplementedError
@@ -109,31 +127,46 @@ class CrystalModel(nn.Module):
 
     def _embed(self, batch: GraphBatch) -> tuple[Tensor, Tensor | None]:
         """The features of the rows, or a table (U, F) and each row's place in it."""
+        atoms, species = self._atoms(batch)
+        return self.embedding(atoms), species
+
+    def _atoms(self, batch: GraphBatch) -> tuple[Tensor, Tensor | None]:
+        """What is embedded: the rows' own features, or the element table and each row's place in it."""
         if batch.atom_features is not None:
-            return self.embedding(batch.atom_features.to(self.embedding.weight.dtype)), None
+            return batch.atom_features.to(self.embedding.weight.dtype), None
         if not bool(self._hyperparameters["orig_atom_fea_len"] == self.element_table.shape[1]):
             raise InputError("The element table's width is not orig_atom_fea_len; set a table that fits.")
-        return self.embedding(self.element_table), batch.numbers
-
-    def _pool(self, h: Tensor, batch: GraphBatch) -> Tensor:
-        return functional.crystal_mean(h, batch)
+        return self.element_table, batch.numbers
 
     def features(self, batch: GraphBatch) -> Tensor:
         """The pooled crystal vector, (B, F): a descriptor of the crystal."""
-        return self._pool(self._convolve(*self._embed(batch), batch, False)[0], batch)
+        return functional.crystal_mean(self._convolve(*self._embed(batch), batch)[0], batch)
 
     def forward(self, batch: GraphBatch, return_steps: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
         """(B, n_targets) network outputs, normalised as ``metadata`` says; a classifier's (B, 2) log-probabilities.
 
         With ``return_steps`` also the list of (N, F) features after each convolution.
         """
-        h, steps = self._convolve(*self._embed(batch), batch, return_steps)
-        crystal = softplus(self.conv_to_fc(softplus(self._pool(h, batch))))
-        if self.classification:
-            crystal = self.dropout(crystal)
-        for layer in getattr(self, "fcs", ()):
-            crystal = softplus(layer(crystal))
-        out = self.fc_out(crystal)
+        steps: list[Tensor] = []
+        hidden = [self.conv_to_fc, *getattr(self, "fcs", ()), self.fc_out]
+        drops = self.classification and self.dropout.training
+        plain = not drops and all(map(_is_plain_linear, hidden))
+        if plain and not return_steps and self._is_stack() and _is_plain_linear(self.embedding):
+            atoms, species = self._atoms(batch)
+            embedding, *readout = (functional.Dense(x.weight, x.bias) for x in (self.embedding, *hidden))
+            p = self._hyperparameters
+            out = functional.network(
+                atoms, batch, embedding, self._layers(), readout, species=species, dmin=p["dmin"], step=p["step"]
+            )
+        else:
+            h, steps = self._convolve(*self._embed(batch), batch, return_steps)
+            if plain:
+                out = functional.readout(h, batch, [functional.Dense(x.weight, x.bias) for x in hidden])
+            else:
+                out = functional.crystal_mean(h, batch)
+                for k, layer in enumerate(hidden):
+                    out = softplus(out)
+                    out = layer(self.dropout(out) if k == 1 and self.classification else out)
         if self.classification:
             out = log_softmax(out, dim=1)
         return (out, steps) if return_steps else out
@@ -193,14 +226,8 @@ class CGCNN(CrystalModel):
     def _convolution_modules(self) -> list[nn.Module]:
         return [self.convs]
 
-    def _convolve(
-        self, h: Tensor, species: Tensor | None, batch: GraphBatch, return_steps: bool
-    ) -> tuple[Tensor, list[Tensor]]:
-        layers = [conv.parameters_of_call() for conv in self.convs]  # type: ignore[operator]
-        p = self._hyperparameters
-        return functional.stacked_gated_conv(
-            h, batch, layers, species=species, dmin=p["dmin"], step=p["step"], return_steps=return_steps
-        )
+    def _layers(self) -> list[functional.ConvParameters]:
+        return [conv.parameters_of_call() for conv in self.convs]  # type: ignore[operator]
 
 
 class SRCGCNN(CrystalModel):
@@ -256,17 +283,26 @@ class SRCGCNN(CrystalModel):
     def _convolution_modules(self) -> list[nn.Module]:
         return [self.shared_conv, self.recurrent_bn1s, self.recurrent_bn2s]
 
+    def _layers(self) -> list[functional.ConvParameters]:
+        shared, norms = self.shared_conv.fc_full, zip(self.recurrent_bn1s, self.recurrent_bn2s, strict=True)
+        return [
+            functional.ConvParameters(shared.weight, shared.bias, batch_norm_state(bn1), batch_norm_state(bn2))  # type: ignore[arg-type]
+            for bn1, bn2 in norms
+        ]
+
+    def _is_stack(self) -> bool:
+        return self.recurrent_norm is None and self.recurrent_alpha is None
+
     def _convolve(
-        self, h: Tensor, species: Tensor | None, batch: GraphBatch, return_steps: bool
+        self, h: Tensor, species: Tensor | None, batch: GraphBatch, return_steps: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
-        p = self._hyperparameters
+        p, layers = self._hyperparameters, self._layers()
         return functional.recurrent_gated_conv(
             h,
             batch,
-            self.shared_conv.fc_full.weight,
-            self.shared_conv.fc_full.bias,
-            [batch_norm_state(norm) for norm in self.recurrent_bn1s],  # type: ignore[arg-type]
-            [batch_norm_state(norm) for norm in self.recurrent_bn2s],  # type: ignore[arg-type]
+            *layers[0][:2],
+            [layer.bn1 for layer in layers],
+            [layer.bn2 for layer in layers],
             layer_norm=self.recurrent_norm,
             alpha=self.recurrent_alpha,
             species=species,

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .reference import Dense
 from .registry import core, core_problem
 
 _SUFFIX = {torch.float32: "_f32", torch.float64: "_f64"}
+DTYPES = tuple(_SUFFIX)
 _FAULTS = {
     1: "row_ptr must start at 0, never decrease and end at the number of edges",
     2: "an edge's sender must be a row of the receiver's own crystal",
@@ -96,7 +98,7 @@ def _kernel(name: str, dtype: torch.dtype) -> Any:
 
 
 def _check(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if x.dtype != dtype or tuple(x.shape) != shape or x.device.type != "cpu" or not x.is_contiguous():
+    if x.dtype is not dtype or x.shape != shape or not x.is_cpu or not x.is_contiguous():
         raise InputError(
             f"{name} must be a contiguous {dtype} CPU tensor of shape {shape}, "
             f"not {x.dtype} {tuple(x.shape)} on {x.device.type}."
@@ -291,6 +293,102 @@ def conv_backward(
         _moment_addresses(moments, edges, h.dtype, layer.train1), width, torch.get_num_threads(),
     )  # fmt: skip
     return (*outputs, edge)
+
+
+MOST_LAYERS = 16
+"""Linear maps that :func:`readout` takes."""
+
+
+def _dense_arguments(name: str, layers: Sequence[Dense], width: int, dtype: torch.dtype) -> list[tuple[int, ...]]:
+    arguments: list[tuple[int, ...]] = []
+    for weight, bias in layers:
+        _check(f"{name}'s weight", weight, (weight.shape[0], width), dtype)
+        if bias is not None:
+            _check(f"{name}'s bias", bias, (weight.shape[0],), dtype)
+        arguments.append((weight.data_ptr(), _address(bias), width, weight.shape[0]))
+        width = weight.shape[0]
+    return arguments
+
+
+def _crystals(row_weight: Tensor, crystal_ptr: Tensor, dtype: torch.dtype) -> tuple[int, int, int]:
+    n_rows, n_crystals = row_weight.shape[0], crystal_ptr.shape[0] - 1
+    _check("row_weight", row_weight, (n_rows,), dtype)
+    _check("crystal_ptr", crystal_ptr, (n_crystals + 1,), torch.int32)
+    fault = core.check_crystals(crystal_ptr.data_ptr(), n_crystals, n_rows)
+    if fault >= 0:
+        raise InputError(f"Bad graph at position {fault}: {_FAULTS[3]}.")
+    return row_weight.data_ptr(), crystal_ptr.data_ptr(), n_crystals
+
+
+def readout(h: Tensor, row_weight: Tensor, crystal_ptr: Tensor, layers: Sequence[Dense]) -> tuple[Tensor, Tensor]:
+    """Mean of h (N, F) over each crystal's atoms, then softplus and a linear map for every layer: (B, O).
+
+    Also what :func:`readout_backward` needs.
+    """
+    dtype, lanes = h.dtype, getattr(_core(h.dtype), "lanes" + _SUFFIX[h.dtype])
+    _check("h", h, (row_weight.shape[0], h.shape[1]), dtype)
+    crystals = _crystals(row_weight, crystal_ptr, dtype)
+    arguments = _dense_arguments("readout", layers, h.shape[1], dtype)
+    out = torch.empty(crystals[2], arguments[-1][3], dtype=dtype)
+    values = torch.empty(crystals[2], sum(-(-x[2] // lanes) * lanes for x in arguments), dtype=dtype)
+    _kernel("readout", dtype)(
+        out.data_ptr(), values.data_ptr(), h.data_ptr(), *crystals, arguments, torch.get_num_threads()
+    )
+    return out, values
+
+
+def readout_backward(
+    grad: Tensor, values: Tensor, row_weight: Tensor, crystal_ptr: Tensor, layers: Sequence[Dense]
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradient of h, (N, F), and of every weight and bias in turn (of a bias also where there is none)."""
+    dtype, width = values.dtype, layers[0].weight.shape[1]
+    crystals = _crystals(row_weight, crystal_ptr, dtype)
+    arguments = _dense_arguments("readout", layers, width, dtype)
+    _check("grad", grad, (crystals[2], arguments[-1][3]), dtype)
+    _check("values", values, (crystals[2], values.shape[1]), dtype)
+    d_h = torch.empty(row_weight.shape[0], width, dtype=dtype)
+    gradients = [
+        x for layer in layers for x in (torch.empty_like(layer.weight), layer.weight.new_empty(len(layer.weight)))
+    ]
+    addresses = [x.data_ptr() for x in gradients]
+    _kernel("readout_backward", dtype)(
+        list(zip(addresses[::2], addresses[1::2], strict=True)), d_h.data_ptr(), grad.data_ptr(), values.data_ptr(),
+        *crystals, arguments, torch.get_num_threads(),
+    )  # fmt: skip
+    return d_h, gradients
+
+
+def network(
+    h: Tensor,
+    species: Tensor | None,
+    embedding: Dense | None,
+    layers: Sequence[Layer],
+    graph: Graph,
+    row_weight: Tensor,
+    readout_layers: Sequence[Dense],
+) -> Tensor:
+    """:func:`stack` and :func:`readout` in one, crystal by crystal: (B, O).
+
+    With ``embedding``, h is a table (U, A) that goes through it first. The graph may come without shells.
+    """
+    assert embedding is None or species is not None
+    dtype, width = h.dtype, layers[0].gamma2.shape[0]
+    n_features = layers[0].weight.shape[1] - 2 * width
+    edges = _Edges(graph, n_features, dtype, with_shells=graph.shell_of is not None)
+    features = _features(h, species, edges.sizes[0], dtype)
+    first = [] if embedding is None else _dense_arguments("embedding", [embedding], h.shape[1], dtype)
+    if (first[0][3] if first else h.shape[1]) != width:
+        raise InputError(f"The convolutions take {width} features of a row, but the embedding gives another number.")
+    _check("row_weight", row_weight, (edges.sizes[0],), dtype)
+    arguments = [_layer_arguments(layer, width, n_features) for layer in layers]
+    last = _dense_arguments("readout", readout_layers, width, dtype)
+    shared = all(a[0] == arguments[0][0][0] for a, _ in arguments)
+    out = torch.empty(edges.sizes[2], last[-1][3], dtype=dtype)
+    _kernel("network", dtype)(
+        out.data_ptr(), features, first, [a for a, _ in arguments], [n for _, n in arguments], shared, *edges.arguments,
+        row_weight.data_ptr(), last, width, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 def stack(h: Tensor, layers: Sequence[Layer], graph: Graph, species: Tensor | None = None) -> Tensor:

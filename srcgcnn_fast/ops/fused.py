@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, pad
 
-from . import cpu
+from . import cpu, reference
 from . import library as library  # registers the operators
 from .cpu import Graph, Layer, Moments
-from .reference import BatchNorm, Edges
+from .reference import BatchNorm, Dense, Edges
 
 _ops = torch.ops.srcgcnn_fast
 
@@ -248,6 +248,79 @@ def _update(
             bn1.update(mean1 if bias is None else mean1 + bias.detach(), var1, edges)
         if bn2.training:
             bn2.update(mean2, var2, atoms)
+
+
+class _Readout(torch.autograd.Function):
+    """Mean over each crystal's atoms and the layers after it as one node of the autograd graph."""
+
+    @staticmethod
+    def forward(ctx: Any, row_weight: Tensor, crystal_ptr: Tensor, h: Tensor, *parameters: Tensor | None) -> Tensor:
+        layers = _pairs(parameters)
+        out, values = cpu.readout(h, row_weight, crystal_ptr, layers)
+        ctx.crystals = row_weight, crystal_ptr
+        ctx.save_for_backward(h, values, *parameters)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        h, values, *parameters = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[2:]
+        row_weight, crystal_ptr = ctx.crystals
+        if torch.is_grad_enabled():
+            inputs = [h, *parameters]
+            with torch.enable_grad():
+                out = reference.readout(h, row_weight, crystal_ptr, _pairs(parameters))
+                given = [x for x, want in zip(inputs, wanted, strict=True) if x is not None and want]
+                found = iter(torch.autograd.grad(out, given, grad, create_graph=True))
+            pairs = zip(inputs, wanted, strict=True)
+            return None, None, *(next(found) if x is not None and want else None for x, want in pairs)
+        d_h, gradients = cpu.readout_backward(grad.contiguous(), values, row_weight, crystal_ptr, _pairs(parameters))
+        return None, None, *(g if want else None for g, want in zip([d_h, *gradients], wanted, strict=True))
+
+
+def _pairs(parameters: Sequence[Tensor | None]) -> list[Dense]:
+    return [Dense(w, b) for w, b in zip(parameters[::2], parameters[1::2], strict=True)]  # type: ignore[arg-type]
+
+
+def takes_readout(h: Tensor, layers: Sequence[Dense]) -> bool:
+    """Is this a call of the kernels, and can they take these layers?"""
+    return (
+        _eager(h)
+        and len(layers) <= cpu.MOST_LAYERS
+        and all(x is None or (x.dtype is h.dtype and x.is_contiguous()) for layer in layers for x in layer)
+    )
+
+
+def readout(h: Tensor, row_weight: Tensor, crystal_ptr: Tensor, layers: Sequence[Dense]) -> Tensor:
+    """:func:`.reference.readout` by the kernels."""
+    out: Tensor = _Readout.apply(row_weight, crystal_ptr, h.contiguous(), *(x for layer in layers for x in layer))
+    return out
+
+
+def takes_network(
+    h: Tensor,
+    embedding: Dense,
+    layers: Sequence[tuple[Tensor, Tensor | None, BatchNorm, BatchNorm]],
+    readout_layers: Sequence[Dense],
+) -> bool:
+    """Is this a call of the kernels, and can they take all of it at once?"""
+    fits = cpu.core is not None and h.dtype in cpu.DTYPES and embedding.weight.shape[0] % cpu.kernel_width(h.dtype) == 0
+    return fits and bool(layers) and takes_readout(h, [embedding, *readout_layers])
+
+
+def network(
+    h: Tensor,
+    species: Tensor | None,
+    embedding: Dense | None,
+    graph: Graph,
+    layers: Sequence[tuple[Tensor, Tensor | None, BatchNorm, BatchNorm]],
+    row_weight: Tensor,
+    readout_layers: Sequence[Dense],
+) -> Tensor:
+    """Embedding, convolutions with fixed statistics and readout at once, without gradients."""
+    width = layers[0][0].shape[0] // 2
+    folded = [_layer(*layer, width, 0) for layer in layers]
+    return cpu.network(h, species, embedding, folded, graph, row_weight, readout_layers)
 
 
 def stack(

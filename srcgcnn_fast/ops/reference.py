@@ -5,11 +5,12 @@ Every other backend is compared with this one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import linear, softplus
 
 
 class BatchNorm(NamedTuple):
@@ -65,6 +66,15 @@ class Edges(NamedTuple):
     step: float = 0.2
 
 
+class Dense(NamedTuple):
+    """A linear map, x -> x weight^T + bias."""
+
+    weight: Tensor
+    """(out, in)"""
+    bias: Tensor | None
+    """(out,)"""
+
+
 def receivers(edges: Edges) -> Tensor:
     """(E,) int64, the row that each edge ends in."""
     rows = torch.arange(edges.row_ptr.shape[0] - 1, device=edges.row_ptr.device)
@@ -99,7 +109,7 @@ def gated_conv(
     n, width = h.shape
     receiver, sender = receivers(edges), edges.sender.long()
     e = edge_vectors(edges, weight.shape[1] - 2 * width, h.dtype)
-    z = torch.nn.functional.linear(torch.cat([h[receiver], h[sender], e], dim=1), weight, bias)
+    z = linear(torch.cat([h[receiver], h[sender], e], dim=1), weight, bias)
     count = row_weight.to(h.dtype)[:, None]
     y = batch_norm(z, bn1, count[receiver])
     message = torch.sigmoid(y[:, :width]) * softplus(y[:, width:])
@@ -122,3 +132,20 @@ def edge_moments(
     zeros = e.new_zeros(n, n_features)
     gram = we.double().T @ e.double()
     return zeros.index_add(0, receiver, e), zeros.index_add(0, edges.sender.long(), we), gram
+
+
+def crystal_mean(h: Tensor, row_weight: Tensor, crystal_ptr: Tensor) -> Tensor:
+    """(N, F) -> (B, F): the mean over the atoms of each crystal (Xie & Grossman 2018, eq. 6)."""
+    rows = torch.arange(crystal_ptr.shape[0] - 1, device=h.device)
+    crystal = torch.repeat_interleave(rows, crystal_ptr.diff().long(), output_size=h.shape[0])
+    weight = row_weight.to(h.dtype)[:, None]
+    atoms = weight.new_zeros(rows.shape[0], 1).index_add(0, crystal, weight)
+    return h.new_zeros(rows.shape[0], h.shape[1]).index_add(0, crystal, weight * h) / atoms
+
+
+def readout(h: Tensor, row_weight: Tensor, crystal_ptr: Tensor, layers: Sequence[Dense]) -> Tensor:
+    """(N, F) -> (B, O): the mean, then softplus and a linear map, one layer after the other."""
+    x = crystal_mean(h, row_weight, crystal_ptr)
+    for layer in layers:
+        x = linear(softplus(x), *layer)
+    return x

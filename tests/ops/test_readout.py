@@ -1,0 +1,193 @@
+"""From rows to crystals, and a whole network at once, against the reference in float64."""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+
+import srcgcnn_fast as sf
+from srcgcnn_fast import functional
+from srcgcnn_fast.errors import InputError
+from srcgcnn_fast.functional import Dense
+from srcgcnn_fast.ops import cpu, reference
+
+pytestmark = pytest.mark.skipif(not sf.backends()["cpu"].available, reason="the CPU kernels are not built")
+KINDS = ["plain", "weighted", "ragged", "one atom", "isolated", "no edges", "many crystals"]
+LIMIT = {torch.float32: 1e-6, torch.float64: 1e-14}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch: pytest.MonkeyPatch):
+    """Whatever a kernel forgets to write is NaN, not an old right answer."""
+
+    def poison(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape and torch.isfinite(a).all()
+    return float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm().clamp_min(1e-30))
+
+
+def layers_of(sizes: tuple[int, ...], bias: bool = True, seed: int = 0) -> list[Dense]:
+    g = torch.Generator().manual_seed(seed)
+    rand = lambda *s: torch.rand(*s, generator=g, dtype=torch.float64) - 0.5  # noqa: E731
+    pairs = pairwise(sizes)
+    return [Dense(rand(o, i), rand(o) if bias else None) for i, o in pairs]
+
+
+def leaf(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    return None if x is None else x.detach().to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", [(64, 128, 1), (7, 5, 3), (16, 33, 20, 2), (48, 1)], ids=str)
+def test_readout_equals_the_reference(make_batch, kind, sizes, dtype):
+    batch = make_batch(kind)
+    h = torch.randn(batch.num_rows, sizes[0], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    upstream = torch.randn(batch.num_crystals, sizes[-1], generator=torch.Generator().manual_seed(2)).double()
+    layers = layers_of(sizes, bias=sizes[0] != 48)
+    results = []
+    for form, precision in ((reference.readout, torch.float64), (None, dtype)):
+        x, own = leaf(h, precision), [Dense(leaf(w, precision), leaf(b, precision)) for w, b in layers]
+        out = functional.readout(x, batch, own) if form is None else form(x, batch.weight, batch.crystal_ptr, own)
+        out.backward(upstream.to(precision))
+        results.append([out, x.grad, *(p.grad for layer in own for p in layer if p is not None)])
+    for truth, found in zip(*results, strict=True):
+        assert relative(found, truth) < LIMIT[dtype] * 3
+
+
+def test_the_readout_is_differentiable_twice(make_batch):
+    batch = make_batch("weighted").to(dtype=torch.float64)
+    h = torch.randn(batch.num_rows, 5, dtype=torch.float64, requires_grad=True)
+    parameters = [leaf(p, torch.float64) for layer in layers_of((5, 6, 2)) for p in layer]
+
+    def run(h, *p):
+        return functional.readout(h, batch, [Dense(*p[:2]), Dense(*p[2:])])
+
+    assert torch.autograd.gradcheck(run, (h, *parameters))
+    assert torch.autograd.gradgradcheck(run, (h, *parameters))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
+@pytest.mark.parametrize("brings", ["nothing", "atoms", "edges"])
+def test_a_network_at_once_equals_its_parts(make_batch, monkeypatch, kind, model_type, brings):
+    batch = make_batch(kind)
+    if brings == "atoms":
+        batch.atom_features = torch.rand(batch.num_rows, 92)
+    if brings == "edges":
+        batch.edge_features = torch.rand(batch.num_edges, 41)
+    torch.manual_seed(0)
+    model = model_type(2, 32, 20, 2, n_targets=3)
+    model.train()(make_batch("plain"))  # running statistics that are not those of a new model
+    model.eval()
+    calls = []
+    at_once = cpu.network
+    monkeypatch.setattr(cpu, "network", lambda *a: calls.append(1) or at_once(*a))
+    with torch.no_grad():
+        found = model(batch)
+        with sf.use_backend("reference"):
+            truth = copy.deepcopy(model).double()(batch.to(dtype=torch.float64))
+        assert calls == [1]
+        assert relative(found, truth) < LIMIT[torch.float32]
+        double = copy.deepcopy(model).double()(batch.to(dtype=torch.float64))
+    assert relative(double, truth) < 1e-13 and calls == [1, 1]
+
+
+def test_a_network_has_the_same_bits_whatever_the_threads_and_neighbours(make_batch):
+    batch = make_batch("many crystals")
+    model = sf.SRCGCNN().eval()
+    with torch.no_grad():
+        whole = model(batch)
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            assert torch.equal(whole, model(batch))
+        finally:
+            torch.set_num_threads(before)
+        fourth = int(batch.crystal_ptr[3]), int(batch.crystal_ptr[4])
+        rows, edges = slice(*fourth), slice(int(batch.row_ptr[fourth[0]]), int(batch.row_ptr[fourth[1]]))
+        alone = sf.graph.GraphBatch(
+            batch.numbers[rows], batch.weight[rows], batch.sender[edges] - fourth[0], batch.distance[edges],
+            batch.row_ptr[fourth[0] : fourth[1] + 1] - batch.row_ptr[fourth[0]],
+            torch.tensor([0, fourth[1] - fourth[0]], dtype=torch.int32), torch.arange(fourth[1] - fourth[0]).int(),
+        )  # fmt: skip
+        assert torch.equal(whole[3:4], model(alone))
+
+
+def test_gradients_of_training_have_the_same_bits_whatever_the_threads(make_batch):
+    batch, gradients = make_batch("many crystals"), []
+    model = sf.CGCNN()
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        model.zero_grad()
+        model(batch).square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.set_num_threads(before)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("name", ["embedding", "conv_to_fc", "fc_out"])
+def test_hooks_and_replaced_layers_are_called(make_batch, name):
+    batch, model = make_batch("plain"), sf.CGCNN().eval()
+    seen = []
+    with torch.no_grad():
+        plain = model(batch)
+        handle = getattr(model, name).register_forward_hook(lambda *_: seen.append(1))
+        torch.testing.assert_close(model(batch), plain)
+        assert seen == [1]
+        handle.remove()
+        setattr(
+            model, name, torch.nn.Sequential(getattr(model, name), torch.nn.Linear(*[plain_width(model, name)] * 2))
+        )
+        assert not torch.allclose(model(batch), plain)
+
+
+def plain_width(model, name: str) -> int:
+    return getattr(model, name).out_features
+
+
+def test_a_classifier_drops_between_its_layers_in_training_only(make_batch):
+    batch = make_batch("plain")
+    torch.manual_seed(0)
+    model = sf.CGCNN(1, 16, 24, classification=True)
+    first, second = model(batch), model(batch)
+    assert not torch.equal(first, second)
+    model.eval()
+    assert torch.equal(model(batch), model(batch))
+    model.dropout.p = 0.0
+    torch.testing.assert_close(model.train()(batch), model(batch))
+
+
+def test_autocast_is_not_bypassed(make_batch):
+    batch, model = make_batch("plain"), sf.CGCNN().eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model(batch).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("width", "sizes", "sentence"),
+    [(5, (6, 3, 1), "takes 6 features, but is given 5"), (6, (), "at least one layer")],
+)
+def test_what_does_not_fit_is_named(make_batch, width, sizes, sentence):
+    batch = make_batch("plain")
+    with pytest.raises(InputError, match=sentence):
+        functional.readout(torch.zeros(batch.num_rows, width).double(), batch, layers_of(sizes))
+
+
+def test_an_index_that_leaves_the_crystals_is_named(make_batch):
+    batch = make_batch("plain")
+    batch.crystal_ptr[2] = 10**6
+    with pytest.raises(InputError, match="Bad graph at position"):
+        functional.readout(torch.zeros(batch.num_rows, 8), batch, [Dense(torch.zeros(1, 8), None)])
+    with torch.no_grad(), pytest.raises(InputError, match="Bad graph at position"):
+        sf.CGCNN().eval()(batch)
