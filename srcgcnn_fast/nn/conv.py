@@ -10,22 +10,15 @@ from ..graph.batch import GraphBatch
 
 def batch_norm_state(norm: nn.BatchNorm1d) -> functional.BatchNorm:
     """Parameters and state of ``norm`` for one call; counts the batch, as its own forward would."""
-    training = norm.training or norm.running_mean is None
-    momentum = norm.momentum
-    if norm.training and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
+    trains, momentum = norm.training, norm.momentum
+    buffers = norm._buffers  # nn.Module looks every name up in three places
+    mean, var, count = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+    if trains and count is not None:
+        count.add_(1)
         if momentum is None:
-            momentum = 1.0 / float(norm.num_batches_tracked)
-    keep = norm.training or not training
-    return functional.BatchNorm(
-        norm.weight,
-        norm.bias,
-        norm.running_mean if keep else None,
-        norm.running_var if keep else None,
-        training,
-        0.0 if momentum is None else momentum,
-        norm.eps,
-    )
+            momentum = 1.0 / float(count)
+    momentum = 0.0 if momentum is None else momentum
+    return functional.BatchNorm(norm.weight, norm.bias, mean, var, trains or mean is None, momentum, norm.eps)
 
 
 class GatedConv(nn.Module):
