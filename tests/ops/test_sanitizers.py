@@ -110,7 +110,13 @@ def test_an_overrun_is_seen(sanitized, level):
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_kernel_tests_are_clean(sanitized, level):
-    names = ("ops/test_conformance.py", "ops/test_elements.py", "ops/test_library.py", "nn/test_golden.py")
+    names = (
+        "ops/test_conformance.py",
+        "ops/test_elements.py",
+        "ops/test_library.py",
+        "ops/test_readout.py",
+        "nn/test_golden.py",
+    )
     tests = [ROOT / "tests" / name for name in names]
     # -s: what a sanitizer says before it ends the process must not be in a file of pytest's.
     options = ["-q", "-x", "-s", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
