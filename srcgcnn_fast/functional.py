@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .graph.batch import GraphBatch
-from .ops import fused, reference, registry
+from .ops import fused, reference, registry, synchronized
 from .ops.reference import BatchNorm, Dense, Edges
 
 __all__ = [
@@ -269,11 +269,14 @@ def _stack(
     plain = after is None and not return_steps
     edges = _edges(batch, h.dtype, dmin, step)
     trains = any(layer.bn1.training for layer in layers)
+    is_synchronized = any(norm.training and norm.group is not None for layer in layers for norm in layer[2:])
     is_reference = registry.select(h, edge_statistics_grad=trains and _requires_grad(batch)) == "reference"
     # A table pays where many rows share its rows, and the steps after the first have none. A traced graph keeps no
     # table, and would otherwise be bound to batches on one side of this comparison.
     tracing = torch.compiler.is_compiling()
-    if species is not None and (is_reference or not plain or tracing or 4 * h.shape[0] > batch.num_rows):
+    if species is not None and (
+        is_reference or is_synchronized or not plain or tracing or 4 * h.shape[0] > batch.num_rows
+    ):
         h, species = h.index_select(0, species), None
     convolve: Callable[[Tensor, Sequence[ConvParameters]], Tensor]
     if is_reference:
@@ -290,8 +293,11 @@ def _stack(
             shared = all(layer.weight is layers[0].weight for layer in layers)
             return fused.stack(h, graph, layers, shared, species), []
         moments = _moments(batch, graph, layers, h.dtype, trains)
+        around = _neighbors(batch, graph, moments) if is_synchronized and trains else None
 
         def convolve(h: Tensor, layers: Sequence[ConvParameters]) -> Tensor:
+            if is_synchronized:
+                return synchronized.gated_convs(h, graph, moments, around, layers)
             return fused.gated_convs(h, graph, moments, layers, species)
 
     if plain:
@@ -321,6 +327,13 @@ def _moments(
     n_features = layers[0].weight.shape[1] - layers[0].weight.shape[0]
     key = ("moments", n_features, graph.dmin, graph.step, dtype)
     return batch.cached(key, lambda: fused.moments(row_weight, graph, n_features))
+
+
+def _neighbors(batch: GraphBatch, graph: fused.Graph, moments: fused.Moments) -> synchronized.Neighbors:
+    """What statistics over several processes need of the graph beside its moments, which the batch keeps."""
+    assert moments.gram is not None
+    key = ("neighbors", len(moments.gram), graph.dmin, graph.step, moments.row_weight.dtype)
+    return batch.cached(key, lambda: synchronized.neighbors(moments, graph))
 
 
 def _edges(batch: GraphBatch, dtype: torch.dtype, dmin: float, step: float) -> Edges:
@@ -372,8 +385,12 @@ def _check_width(width: int, weight: Tensor, n_given: int | None) -> None:
 
 def _check(width: int, batch: GraphBatch, layer: ConvParameters) -> None:
     _check_width(width, layer.weight, None if batch.edge_features is None else batch.edge_features.shape[1])
-    single_edge = layer.bn1.training and batch.num_edges <= 1 and _at_most_one(batch, batch.num_edges)
-    single_row = layer.bn2.training and batch.num_rows <= 1 and _at_most_one(batch, batch.num_rows)
+    single_edge = (
+        layer.bn1.training and layer.bn1.group is None and batch.num_edges <= 1 and _at_most_one(batch, batch.num_edges)
+    )
+    single_row = (
+        layer.bn2.training and layer.bn2.group is None and batch.num_rows <= 1 and _at_most_one(batch, batch.num_rows)
+    )
     if single_edge or single_row:
         raise InputError("Batch norm cannot train on a single atom or edge; use larger batches, or model.eval().")
 

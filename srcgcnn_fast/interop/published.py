@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..nn.conv import batch_norm_state
+from ..nn.norm import SynchronizedBatchNorm1d, batch_norm_state
 from ..ops import registry
 from .indexed import neighbor_batch
 from .swap import Swapped, own_formula
 
 _LAYERS = {"fc_full": nn.Linear, "sigmoid": nn.Sigmoid, "softplus1": nn.Softplus, "softplus2": nn.Softplus}
+_NORMS = (nn.BatchNorm1d, SynchronizedBatchNorm1d)
 
 
 class PublishedConv(Swapped):
@@ -41,7 +42,7 @@ class PublishedConv(Swapped):
                 return "its softplus has a beta or threshold of its own"
         for name in ("bn1", "bn2"):
             norm = getattr(module, name, None)
-            if norm is not None and type(norm) is not nn.BatchNorm1d:
+            if norm is not None and type(norm) not in _NORMS:
                 return f"its {name} is {_name(norm)}, not BatchNorm1d"
         c, k = module.fc_full.weight.shape
         if c % 2 or k <= c:
@@ -76,7 +77,7 @@ class PublishedConv(Swapped):
             h = h.float()
         if (
             not own_formula(self, *norms)
-            and all(type(norm) is nn.BatchNorm1d for norm in norms)
+            and all(type(norm) in _NORMS for norm in norms)
             and _is_graph(h, nbr_fea, nbr_fea_idx)
             and 2 * h.shape[1] + nbr_fea.shape[2] == self.fc_full.weight.shape[1]
             and registry.select(h) != "reference"

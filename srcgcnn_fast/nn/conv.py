@@ -6,19 +6,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..graph.batch import GraphBatch
-
-
-def batch_norm_state(norm: nn.BatchNorm1d) -> functional.BatchNorm:
-    """Parameters and state of ``norm`` for one call; counts the batch, as its own forward would."""
-    trains, momentum = norm.training, norm.momentum
-    buffers = norm._buffers  # nn.Module looks every name up in three places
-    mean, var, count = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
-    if trains and count is not None:
-        count.add_(1)
-        if momentum is None:
-            momentum = 1.0 / float(count)
-    momentum = 0.0 if momentum is None else momentum
-    return functional.BatchNorm(norm.weight, norm.bias, mean, var, trains or mean is None, momentum, norm.eps)
+from .norm import batch_norm_state
 
 
 class GatedConv(nn.Module):

@@ -6,11 +6,13 @@ Every other backend is compared with this one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, softplus
+
+from .ranks import join_statistics
 
 
 class BatchNorm(NamedTuple):
@@ -27,6 +29,8 @@ class BatchNorm(NamedTuple):
     training: bool = False
     momentum: float = 0.1
     eps: float = 1e-5
+    group: Any = None
+    """Process group whose ranks share the statistics of the batch; None for those of this process alone."""
 
     def normalize(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         """(x - mean) / sqrt(var + eps) * weight + bias"""
@@ -96,10 +100,13 @@ def batch_norm(x: Tensor, norm: BatchNorm, weight: Tensor) -> Tensor:
             x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
         )
     count = weight.sum()
-    mean = (weight * x).sum(0) / count
-    var = (weight * (x - mean) ** 2).sum(0) / count
+    mean = (weight * x).sum(0) / (count if norm.group is None else count.clamp_min(1))
+    squares = (weight * (x - mean) ** 2).sum(0)
+    var = squares / count
+    if norm.group is not None:
+        count, mean, var = join_statistics(count, mean, squares, norm.group)
     norm.update(mean, var, count)
-    return norm.normalize(x, mean, var)
+    return norm.normalize(x, mean.to(x.dtype), var.to(x.dtype))
 
 
 def gated_conv(

@@ -1,0 +1,67 @@
+"""Batch norm over the crystals of several processes."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .. import functional
+from ..ops import reference
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+class SynchronizedBatchNorm1d(nn.BatchNorm1d):
+    """``BatchNorm1d`` whose batch in training mode is that of all processes together, on any device.
+
+    Statistics and gradients are those of one process that holds all their values, however many each one has. Where
+    no process group is initialised, or it has one process, it is ``BatchNorm1d``.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if process_group(self) is None:
+            return super().forward(input)
+        self._check_input_dim(input)
+        x = input if input.dim() == 2 else input.transpose(1, 2).flatten(0, 1)
+        x = reference.batch_norm(x, batch_norm_state(self), x.new_ones(x.shape[0], 1))
+        return x if input.dim() == 2 else x.unflatten(0, (input.shape[0], input.shape[2])).transpose(1, 2)
+
+
+def synchronize_batch_norm(model: _Model) -> _Model:
+    """Turn every ``BatchNorm1d`` of ``model`` into a :class:`SynchronizedBatchNorm1d`, in place; returns ``model``.
+
+    Parameters, buffers, names and hooks stay, so call it before or after making the optimiser, and before wrapping the
+    model in ``DistributedDataParallel(model, broadcast_buffers=False)``. (``torch.nn.SyncBatchNorm``, which computes
+    the same, is taken too, but ``DistributedDataParallel`` refuses it on a CPU.)
+    """
+    for module in model.modules():
+        if type(module) is nn.BatchNorm1d:
+            module.__class__ = SynchronizedBatchNorm1d
+    return model
+
+
+def process_group(norm: nn.Module) -> Any:
+    """The processes that share the batch statistics of ``norm`` now; None if this one is alone."""
+    if not isinstance(norm, SynchronizedBatchNorm1d | nn.SyncBatchNorm):
+        return None
+    uses_batch = norm.training or norm.running_mean is None
+    if not (uses_batch and dist.is_available() and dist.is_initialized()):
+        return None
+    group = getattr(norm, "process_group", None) or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def batch_norm_state(norm: nn.BatchNorm1d | nn.SyncBatchNorm) -> functional.BatchNorm:
+    """Parameters and state of ``norm`` for one call; counts the batch, as its own forward would."""
+    trains, momentum = norm.training, norm.momentum
+    buffers = norm._buffers  # nn.Module looks every name up in three places
+    mean, var, count = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+    if trains and count is not None:
+        count.add_(1)
+        if momentum is None:
+            momentum = 1.0 / float(count)
+    momentum = 0.0 if momentum is None else momentum
+    uses_batch, group = trains or mean is None, process_group(norm)
+    return functional.BatchNorm(norm.weight, norm.bias, mean, var, uses_batch, momentum, norm.eps, group)
