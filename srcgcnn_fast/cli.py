@@ -24,20 +24,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     # Read when torch loads OpenMP: idle threads spin for 50 µs, not for milliseconds, which stall a shared machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.basicConfig(level=logging.ERROR if _rank() else logging.WARNING, format="%(levelname)s: %(message)s")
     if not arguments.debug:
         warnings.filterwarnings("ignore")  # those of third-party packages; ours go through logging
     try:
+        if arguments.command is not train and _launched() and int(os.environ["WORLD_SIZE"]) > 1:
+            raise InputError(f"{arguments.command.__name__} runs in one process; start it without torchrun.")
         return arguments.command(arguments) or 0
     except InputError as error:
         if arguments.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        if _rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         hint = "; --resume continues after the last whole epoch" if arguments.command is train else ""
         print(f"interrupted{hint}", file=sys.stderr)
         return 130
+
+
+def _launched() -> bool:
+    """Is this one of the processes that torchrun starts? Asked before torch is imported."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _rank() -> int:
+    return int(os.environ["RANK"]) if _launched() else 0
 
 
 def demo(arguments: argparse.Namespace) -> None:
@@ -75,13 +87,17 @@ def train(arguments: argparse.Namespace) -> None:
     import torch
 
     from .nn import CGCNN, SRCGCNN
-    from .training import GraphDataModule, Recipe, evaluate, fit, prepared
+    from .training import GraphDataModule, Recipe, distributed, evaluate, fit, prepared
 
+    distributed.join()
     out, parameters = Path(arguments.out), _graph_parameters(arguments)
     sources = {"graphs": arguments.source, "graphs-val": arguments.val, "graphs-test": arguments.test}
-    store, val_store, test_store = (
-        s and prepared(s, out / name, parameters, True, targets=[arguments.target]) for name, s in sources.items()
-    )
+
+    def stores() -> list[Any]:
+        return [s and prepared(s, out / k, parameters, True, targets=[arguments.target]) for k, s in sources.items()]
+
+    distributed.on_rank_zero(lambda: len(stores()))  # the others find what rank 0 has prepared
+    store, val_store, test_store = stores()
     data = GraphDataModule(
         store,
         arguments.target,
@@ -127,6 +143,8 @@ def train(arguments: argparse.Namespace) -> None:
         logger="tensorboard" if arguments.tensorboard else None,
         progress=True,
     )
+    if _rank() > 0:
+        return
     part = "test" if len(data.parts["test"].indices) else "val"
     evaluation = evaluate(result.model, data, part)
     table = evaluation.write(out / f"{part}_predictions.csv")

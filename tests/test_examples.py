@@ -37,6 +37,42 @@ def test_every_example_has_a_test():
     }
 
 
+@pytest.mark.slow
+def test_slurm(tmp_path):
+    """The batch script on one node of two processes, with stand-ins for what a cluster brings; submitted twice."""
+    pytest.importorskip("ase", reason="ASE is not installed")
+    from srcgcnn_fast.training.alloys import write_alloys
+
+    shims = {
+        "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
+        "scontrol": "echo localhost",
+        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+        "srcgcnn-fast": f'exec {sys.executable} -m srcgcnn_fast.cli "$@"',
+    }
+    for name, body in shims.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    write_alloys(tmp_path / "alloys.parquet", 60, 0, False)
+    job = {"JOB_NUM_NODES": "1", "JOB_ID": "7", "JOB_NODELIST": "localhost", "CPUS_PER_TASK": "2"}
+    environment = os.environ | {f"SLURM_{name}": value for name, value in job.items()}
+    environment["PATH"] = os.pathsep.join([str(tmp_path), environment["PATH"]])
+    environment["PYTHONPATH"] = os.pathsep.join([ROOT, environment.get("PYTHONPATH", "")])
+    options = ["--target", "formation_energy_per_atom", "--epochs", "2", "--batch-size", "10", "--atom-fea-len", "16"]
+
+    def submit() -> subprocess.CompletedProcess:
+        command = ["bash", str(EXAMPLES / "slurm.sh"), "alloys.parquet", "run", *options]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+
+    first = submit()
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.count("best epoch") == 1
+    epochs = (tmp_path / "run" / "metrics.csv").read_text()
+    assert len(epochs.splitlines()) == 3
+    again = submit()  # whose run is at its end
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "run" / "metrics.csv").read_text() == epochs
+
+
 def test_own_network():
     pytest.importorskip("ase", reason="ASE is not installed")
     first, last = map(float, re.search(r"loss ([\d.]+) -> ([\d.]+)", run("own_network.py")).groups())

@@ -40,7 +40,8 @@ class RunFiles(Checkpoint):
         if self.best is self.history[-1]:
             self._checkpoint(trainer, "best.ckpt")
         self._checkpoint(trainer, "last.ckpt")
-        write_table(self.directory / "metrics.csv", self.history)
+        if trainer.is_global_zero:
+            write_table(self.directory / "metrics.csv", self.history)
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history}
@@ -49,6 +50,9 @@ class RunFiles(Checkpoint):
         self.history = state_dict["history"]
 
     def _checkpoint(self, trainer: pl.Trainer, name: str) -> None:
+        if not trainer.is_global_zero:  # all processes take part, and the first one writes
+            trainer.save_checkpoint(self.directory / name)
+            return
         with atomic_path(self.directory / name) as temporary:
             trainer.save_checkpoint(temporary)
 

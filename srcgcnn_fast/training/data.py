@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..errors import InputError
 from ..graph.batch import GraphBatch
 from ..graph.store import GraphStore
+from .distributed import place
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,10 @@ class EpochSampler(Sampler[np.ndarray]):
     ``batch_size`` counts crystals; a last training batch of one crystal joins the batch before (batch norm has no
     variance over a single row). With ``batch_rows`` instead, batches hold about that many graph rows and at least
     two crystals; their number is the same in every epoch.
+
+    Of several processes each gets its share of every batch, as equal as can be, so that all of them together take the
+    batches of one; only a last batch of fewer crystals than processes joins the one before. Without ``shuffle`` each
+    takes its share of the crystals.
     """
 
     def __init__(
@@ -64,12 +69,21 @@ class EpochSampler(Sampler[np.ndarray]):
         batch_rows: int | None = None,
         shuffle: bool = False,
         seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         wanted = batch_size if batch_rows is None else batch_rows
         if wanted < 1:
             raise InputError(f"A batch cannot hold {wanted} crystals or rows; ask for at least 1.")
-        self.indices = indices
-        self.rows = row_counts[indices]
+        if min(len(indices), batch_size) < world_size > 1:
+            raise InputError(
+                f"{world_size} processes cannot share {len(indices)} crystals in batches of {batch_size}; "
+                "start fewer, or give more to each."
+            )
+        self.rank, self.world_size = rank, world_size
+        self.least = max(2, world_size)
+        self.indices = indices if shuffle else indices[rank::world_size]
+        self.rows = row_counts[self.indices]
         self.batch_size = batch_size
         self.batch_rows = batch_rows
         self.shuffle = shuffle
@@ -83,15 +97,16 @@ class EpochSampler(Sampler[np.ndarray]):
     def __len__(self) -> int:
         count = len(self.indices)
         if self.batch_rows is not None:
-            return max(1, min(-(-int(self.rows.sum()) // self.batch_rows), count // 2))
+            return max(1, min(-(-int(self.rows.sum()) // self.batch_rows), count // self.least))
         whole, rest = divmod(count, self.batch_size)
-        return max(1, whole) if self.shuffle and rest == 1 else whole + (rest > 0)
+        return max(1, whole) if self.shuffle and rest < self.least else whole + (rest > 0)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         order = np.arange(len(self.indices))
         if self.shuffle:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(order)
-        yield from np.split(self.indices[order], self._cuts(order))
+        for batch in np.split(self.indices[order], self._cuts(order)):
+            yield np.array_split(batch, self.world_size)[self.rank] if self.shuffle else batch
 
     def _cuts(self, order: np.ndarray) -> np.ndarray:
         n_cuts = len(self) - 1
@@ -99,8 +114,9 @@ class EpochSampler(Sampler[np.ndarray]):
             return np.arange(1, n_cuts + 1) * self.batch_size
         ends = np.cumsum(self.rows[order])
         cuts = np.searchsorted(ends, np.arange(1, n_cuts + 1) * (ends[-1] / len(self))) + 1
-        twice = 2 * np.arange(n_cuts)  # at least two crystals between one cut and the next
-        return np.minimum(np.maximum.accumulate(np.maximum(cuts, 2) - twice) + twice, len(order) - twice[::-1] - 2)
+        least = self.least * np.arange(n_cuts)  # at least so many crystals between one cut and the next
+        cuts = np.maximum.accumulate(np.maximum(cuts, self.least) - least) + least
+        return np.minimum(cuts, len(order) - least[::-1] - self.least)
 
 
 class GraphDataset(Dataset[Item]):
@@ -194,7 +210,10 @@ class GraphDataModule(pl.LightningDataModule):
         return [dataset.store.ids[i] for i in indices]
 
     def loader(self, part: str, shuffle: bool = False) -> DataLoader[Item]:
-        """Batches of ``part`` ("train", "val" or "test")."""
+        """Batches of ``part`` ("train", "val" or "test"), all of them in this process."""
+        return self._loader(part, shuffle, 0, 1)
+
+    def _loader(self, part: str, shuffle: bool, rank: int, world_size: int) -> DataLoader[Item]:
         dataset, indices = self.parts[part]
         sampler = EpochSampler(
             indices,
@@ -203,6 +222,8 @@ class GraphDataModule(pl.LightningDataModule):
             batch_rows=self.batch_rows,
             shuffle=shuffle,
             seed=self.seed,
+            rank=rank,
+            world_size=world_size,
         )
         if shuffle and self.trainer is not None:  # workers take their first batches before Lightning sets the epoch
             sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
@@ -216,13 +237,13 @@ class GraphDataModule(pl.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader[Item]:
-        return self.loader("train", shuffle=True)
+        return self._loader("train", True, *place(self.trainer))
 
     def val_dataloader(self) -> DataLoader[Item]:
-        return self.loader("val")
+        return self._loader("val", False, *place(self.trainer))
 
     def test_dataloader(self) -> DataLoader[Item]:
-        return self.loader("test")
+        return self._loader("test", False, *place(self.trainer))
 
 
 def _dataset(store: GraphStore, targets: Sequence[str]) -> GraphDataset:

@@ -22,8 +22,9 @@ from lightning.pytorch.loggers import Logger
 
 from ..errors import InputError, require
 from ..files import atomic_path
-from ..nn import CGCNN, SRCGCNN
+from ..nn import CGCNN, SRCGCNN, synchronize_batch_norm
 from ..serialization import save_model
+from . import distributed
 from .callbacks import RunBar, RunFiles
 from .data import GraphDataModule
 from .module import Recipe, TrainingModule
@@ -64,6 +65,11 @@ def fit(
     the CPU it ends with the same bits as an uninterrupted one. The initial weights are the caller's: seed before
     building the model.
 
+    Processes that ``torchrun`` started and that all make this call train as one: they share every batch, batch norm is
+    synchronised, rank 0 writes, all return the same. Losses, gradients and batches are those of one process with the
+    same ``data`` (but for rounding, and for a classifier's dropout, which differs), so a run may be resumed with
+    another number of processes. All must see ``run_dir``.
+
     Args:
         recipe: optimiser, schedule and epochs; ``Recipe()`` if not given.
         seed: of dropout and workers (the data module has its own for split and order).
@@ -73,21 +79,24 @@ def fit(
     Raises:
         InputError: ``run_dir`` holds another run, there is nothing to resume, or the loss is no longer finite.
     """
+    distributed.join()
     recipe = recipe or Recipe()
     directory = Path(run_dir)
     module = TrainingModule(model, data, recipe, seed)
     monitor = _monitor(module, data)
-    _claim(directory, _record(module, data), resume)
+    distributed.on_rank_zero(_claim, directory, _record(module, data), resume)
     files = RunFiles(directory, monitor, larger_is_better=module.classification)
     averages = [_moving_average(recipe.ema)] if recipe.ema is not None else []
     bars = [RunBar(type(model).__name__.replace("SR", "SR-"), monitor, model.metadata.units[0])] if progress else []
     started = time.perf_counter()
+    if distributed.is_shared():
+        synchronize_batch_norm(model)
     with _quiet(), _deterministic():
         pl.seed_everything(seed, workers=True, verbose=False)
         trainer = pl.Trainer(
             max_epochs=recipe.epochs,
             accelerator=accelerator,
-            devices=1,
+            **distributed.trainer_options(),
             deterministic="warn",
             gradient_clip_val=recipe.gradient_clip,
             logger=_logger(logger, directory),
@@ -99,12 +108,12 @@ def fit(
         )
         with _ctrl_c():
             trainer.fit(module, data, ckpt_path=directory / "last.ckpt" if resume else None, weights_only=True)
-    best = torch.load(directory / "best.ckpt", map_location="cpu", weights_only=True)
+    best = distributed.on_rank_zero(torch.load, directory / "best.ckpt", map_location="cpu", weights_only=True)
     module.load_state_dict(best["state_dict"])
     model.cpu().eval()
     scores = {name: value for name, value in files.best.items() if math.isfinite(value)}
     model.metadata.extra |= {"training": _record(module, data), "best_epoch": scores}
-    save_model(model, directory / "model")
+    distributed.on_rank_zero(save_model, model, directory / "model")
     return FitResult(model, files.history, files.best, time.perf_counter() - started, directory)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..nn import CGCNN, SRCGCNN, ModelMetadata
 from .data import GraphDataModule, Item
+from .distributed import of_all, place, total
 from .metrics import classification_metrics, regression_metrics
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
@@ -136,12 +137,21 @@ class TrainingModule(pl.LightningModule):
 
     def training_step(self, batch: Item, batch_idx: int) -> Tensor:
         if batch_idx == 0:  # after the loader drew its own numbers, so that a resumed run has the same dropout
-            torch.manual_seed(self.seed * 1_000_003 + self.current_epoch)
+            rank, world_size = place(self.trainer)
+            torch.manual_seed((self.seed * 1_000_003 + self.current_epoch) * world_size + rank)
         graphs, target, _ = batch
         loss = self.loss(self.model(graphs), target)
         self._loss_sum += loss.detach() * len(target)
         self._crystals += len(target)
-        return loss
+        return self._share(loss, target)
+
+    def _share(self, loss: Tensor, target: Tensor) -> Tensor:
+        """This process's part of the loss of the whole batch, so that the mean over processes is that loss."""
+        _, world_size = place(self.trainer)
+        if world_size == 1:
+            return loss
+        values = torch.isfinite(target).sum().to(loss)
+        return loss * (world_size * values / total(values))
 
     def on_validation_epoch_start(self) -> None:
         self._trained = time.perf_counter()  # validation runs inside the training epoch
@@ -168,7 +178,8 @@ class TrainingModule(pl.LightningModule):
         return self.values(self.model(batch[0]))
 
     def on_train_epoch_end(self) -> None:
-        loss = float(self._loss_sum) / self._crystals
+        loss_sum, crystals = total(torch.stack([self._loss_sum, self._loss_sum.new_tensor(self._crystals)])).tolist()
+        loss = loss_sum / crystals
         if not math.isfinite(loss):
             raise InputError(
                 f"The training loss is {loss} in epoch {self.current_epoch + 1}; "
@@ -180,7 +191,7 @@ class TrainingModule(pl.LightningModule):
                 "train_loss": loss,
                 "lr": self._lr,
                 "seconds": seconds,
-                "crystals_per_second": self._crystals / seconds,
+                "crystals_per_second": crystals / seconds,
             }
         )
 
@@ -211,7 +222,7 @@ class TrainingModule(pl.LightningModule):
         return optimizer
 
     def _scores(self) -> dict[str, float]:
-        predicted, given = torch.cat(self._predicted), torch.cat(self._given)
+        predicted, given = of_all(self._predicted), of_all(self._given)
         score = classification_metrics if self.classification else regression_metrics
         return score(predicted, given)
 
