@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.debug:
         warnings.filterwarnings("ignore")  # those of third-party packages; ours go through logging
     try:
-        if arguments.command is not train and _launched() and int(os.environ["WORLD_SIZE"]) > 1:
+        if arguments.command is not train and _is_shared():
             raise InputError(f"{arguments.command.__name__} runs in one process; start it without torchrun.")
         return arguments.command(arguments) or 0
     except InputError as error:
@@ -43,13 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _launched() -> bool:
-    """Is this one of the processes that torchrun starts? Asked before torch is imported."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+def _is_shared() -> bool:
+    """Is this one of several processes that torchrun started? Asked before torch is imported."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def _rank() -> int:
-    return int(os.environ["RANK"]) if _launched() else 0
+    return int(os.environ["RANK"]) if _is_shared() else 0
 
 
 def demo(arguments: argparse.Namespace) -> None:

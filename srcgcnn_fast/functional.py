@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .graph.batch import GraphBatch
-from .ops import fused, reference, registry, synchronized
+from .ops import fused, reference, registry
 from .ops.reference import BatchNorm, Dense, Edges
 
 __all__ = [
@@ -297,6 +297,8 @@ def _stack(
 
         def convolve(h: Tensor, layers: Sequence[ConvParameters]) -> Tensor:
             if is_synchronized:
+                from .ops import synchronized  # which imports the compiler
+
                 return synchronized.gated_convs(h, graph, moments, around, layers)
             return fused.gated_convs(h, graph, moments, layers, species)
 
@@ -329,8 +331,10 @@ def _moments(
     return batch.cached(key, lambda: fused.moments(row_weight, graph, n_features))
 
 
-def _neighbors(batch: GraphBatch, graph: fused.Graph, moments: fused.Moments) -> synchronized.Neighbors:
+def _neighbors(batch: GraphBatch, graph: fused.Graph, moments: fused.Moments) -> Any:
     """What statistics over several processes need of the graph beside its moments, which the batch keeps."""
+    from .ops import synchronized
+
     assert moments.gram is not None
     key = ("neighbors", len(moments.gram), graph.dmin, graph.step, moments.row_weight.dtype)
     return batch.cached(key, lambda: synchronized.neighbors(moments, graph))

@@ -47,6 +47,7 @@ class _Joined(torch.autograd.Function):
         return None, share * (d_mean + 2 * deviation * d_var), d_var / total, None
 
 
+@torch.compiler.disable
 def join_statistics(
     count: Tensor, mean: Tensor, squares: Tensor, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, softplus
 
-from .ranks import join_statistics
-
 
 class BatchNorm(NamedTuple):
     """Parameters and state of one batch norm over C channels, as ``torch.nn.BatchNorm1d`` holds them.
@@ -104,6 +102,8 @@ def batch_norm(x: Tensor, norm: BatchNorm, weight: Tensor) -> Tensor:
     squares = (weight * (x - mean) ** 2).sum(0)
     var = squares / count
     if norm.group is not None:
+        from .ranks import join_statistics  # which imports the compiler
+
         count, mean, var = join_statistics(count, mean, squares, norm.group)
     norm.update(mean, var, count)
     return norm.normalize(x, mean.to(x.dtype), var.to(x.dtype))

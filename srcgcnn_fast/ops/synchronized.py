@@ -1,7 +1,8 @@
 """Gated convolutions whose batch statistics are those of several processes, on the fused operators.
 
 The operators take the statistics as fixed. Those of z follow from the Gram matrix of [h_i, h_j, e_ij], which is
-formed from node-level products; through them the gradient passes in plain PyTorch.
+formed from node-level products; through them the gradient passes in plain PyTorch. Compiled code calls all of this
+as it is: a trace would not keep the ranks in step.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Neighbors(NamedTuple):
     """(E,) and (N + 1,) int32: the receiver of each edge, by sender."""
 
 
+@torch.compiler.disable
 def neighbors(moments: Moments, graph: Graph) -> Neighbors:
     """From the graph alone, for every layer and step."""
     weight, in_degree = moments.row_weight, moments.in_degree
@@ -185,6 +187,7 @@ def _messages(
     return m[:, :width] if more else m
 
 
+@torch.compiler.disable
 def gated_convs(
     h: Tensor,
     graph: Graph,

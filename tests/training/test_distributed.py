@@ -51,9 +51,8 @@ def models(place):
     return torch.load(place / "models.pt")
 
 
-@pytest.mark.parametrize("name", two_processes.CASES)
-def test_equal_to_one_process_with_the_joined_batch(models, name):
-    (first, second), alone = models[name]
+def check_equal(name: str, together: list[dict], alone: dict) -> None:
+    first, second = together
     tolerance = {"rtol": 2e-4, "atol": 2e-5} if name == "float32" else {"rtol": 1e-8, "atol": 1e-11}
     torch.testing.assert_close((first["losses"] + second["losses"]) / 2, alone["losses"], **tolerance)
     if name == "reference beside kernels":  # which differ in the gradient of a bias that the norm takes away again
@@ -64,6 +63,19 @@ def test_equal_to_one_process_with_the_joined_batch(models, name):
         for found, expected in zip(rank["buffers"], alone["buffers"], strict=True):
             torch.testing.assert_close(found, expected, **tolerance)
     assert all(torch.equal(a, b) for a, b in zip(first["buffers"], second["buffers"], strict=True))
+
+
+@pytest.mark.parametrize("name", two_processes.CASES)
+def test_equal_to_one_process_with_the_joined_batch(models, name):
+    check_equal(name, *models[name])
+
+
+@pytest.mark.slow
+def test_compiled_models_are_equal_too(place):
+    done = torchrun(SCRIPT, place, "slow")
+    assert done.returncode == 0, done.stderr
+    for name, found in torch.load(place / "slow.pt").items():
+        check_equal(name, *found)
 
 
 def test_a_run_of_two_is_the_run_of_one(place, alloys, tmp_path):

@@ -1,7 +1,7 @@
 """What two processes do together, for test_distributed.py, which starts this with torchrun and an empty directory.
 
-The directory receives ``models.pt``: for each of CASES what both processes found, and what one finds with the joined
-batch; and ``run``, a run of ``fit`` on the store in ``store.pickle``.
+The directory receives ``models.pt`` (``slow.pt``): for each of CASES (SLOW_CASES) what both processes found, and what
+one finds with the joined batch; and ``run``, a run of ``fit`` on the store in ``store.pickle``.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ CASES = {
     "published": ("published", {}, RAGGED, {}),
     "batch norm of its own": ("own", {}, [[1, 1, 1], [1, 1]], {}),
 }
+SLOW_CASES = {"compiled": (sf.CGCNN, SMALL, RAGGED, {"compile": True})}
 
 
 def graph(rng: np.random.Generator, n: int, most: int, n_features: int = 0) -> CrystalGraph:
@@ -100,7 +101,7 @@ class WithOwnNorms(nn.Sequential):
 
 def case(name: str) -> tuple[nn.Module, list[list], dict]:
     """Model, crystals of each process, and how to train."""
-    kind, hyperparameters, sizes, how = CASES[name]
+    kind, hyperparameters, sizes, how = (CASES | SLOW_CASES)[name]
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     if kind == "published":
@@ -134,6 +135,8 @@ def wrapped(model: nn.Module, how: dict) -> nn.Module:
         model = how["norm"].convert_sync_batchnorm(model)
     else:
         synchronize_batch_norm(model)
+    if how.get("compile"):
+        model = torch.compile(model, backend="aot_eager")
     if how.get("wrap") == "fully_shard":
         return fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     if how.get("wrap") == "FullyShardedDataParallel":
@@ -195,16 +198,18 @@ def run(directory: Path, store, callbacks=(), resume=False):
 if __name__ == "__main__":
     place, what = Path(sys.argv[1]), sys.argv[2:]
     store = pickle.loads((place / "store.pickle").read_bytes())
-    if "models" in what:
+    for word, cases in (("models", CASES), ("slow", SLOW_CASES)):
+        if word not in what:
+            continue
         distributed.join()
         results = {}
-        for name in CASES:
+        for name in cases:
             own, alone = in_step(name)
             every = [None, None]
             dist.all_gather_object(every, own)
             results[name] = (every, alone)
         if dist.get_rank() == 0:
-            torch.save(results, place / "models.pt")
+            torch.save(results, place / f"{word}.pt")
     if "run" in what:
         result = run(place / "run", store)
         torch.save((result.history, result.model.state_dict()), place / f"result{os.environ['RANK']}.pt")
