@@ -105,7 +105,7 @@ def test_an_overrun_is_seen(sanitized, level):
     wrong = sanitized(level, "-c", OVERRUN.format(size=19))
     assert wrong.returncode != 0
     assert "AddressSanitizer: heap-buffer-overflow" in wrong.stderr
-    assert f"srcgcnn::{level}::edge_shells<float>" in wrong.stderr
+    assert f"srcgcnn::{level}::ShellFinder<float>" in wrong.stderr
 
 
 @pytest.mark.parametrize("level", LEVELS)
