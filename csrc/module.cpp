@@ -14,6 +14,9 @@
 #endif
 
 #include "cpu/kernels.h"
+#ifdef SRCGCNN_WITH_CUDA
+#include "cuda/binding.h"
+#endif
 
 namespace nb = nanobind;
 using namespace srcgcnn;
@@ -233,6 +236,9 @@ NB_MODULE(_core, m) {
   });
   m.attr("compiler") = SRCGCNN_COMPILER;
   m.attr("cuda") = SRCGCNN_CUDA_BUILD;
+#ifdef SRCGCNN_WITH_CUDA
+  bind_cuda(m);
+#endif
 #ifdef _OPENMP
   m.attr("openmp") = _OPENMP;
 #else

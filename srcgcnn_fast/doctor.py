@@ -56,8 +56,10 @@ def report() -> str:
     chosen = registry.forced_backend() or ("cpu" if core is not None else "reference")
     lines.append(f"  CPU tensors take: {chosen}")
     if torch.cuda.is_available():
-        fits = "triton" if registry.triton_problem() is None else "reference"
-        lines.append(f"  CUDA tensors take: {registry.forced_backend() or fits} (float32; other types: reference)")
+        trains = "triton" if registry.triton_problem() is None else "reference"
+        infers = "cuda" if registry.cuda_problem() is None else trains
+        fits = registry.forced_backend() or f"{infers} for inference, {trains} for training"
+        lines.append(f"  CUDA tensors take: {fits} (float32; other types: reference)")
     if core is not None:
         lines += ["", "compiled kernels"]
         lines += [f"  compiler     {core.compiler}", f"  CUDA         {core.cuda}"]

@@ -270,7 +270,9 @@ def _stack(
     edges = _edges(batch, h.dtype, dmin, step)
     trains = any(layer.bn1.training for layer in layers)
     is_synchronized = any(norm.training and norm.group is not None for layer in layers for norm in layer[2:])
-    is_reference = registry.select(h, edge_statistics_grad=trains and _requires_grad(batch)) == "reference"
+    infers = plain and not _needs_autograd(h, batch, layers)
+    through_statistics = trains and _requires_grad(batch)
+    is_reference = registry.select(h, through_statistics, infers) == "reference"
     # A table pays where many rows share its rows, and the steps after the first have none. A traced graph keeps no
     # table, and would otherwise be bound to batches on one side of this comparison.
     tracing = torch.compiler.is_compiling()
@@ -289,7 +291,7 @@ def _stack(
 
     else:
         graph = _with_shells(batch, edges, h.dtype)
-        if plain and not _needs_autograd(h, batch, layers):
+        if infers:
             shared = all(layer.weight is layers[0].weight for layer in layers)
             return fused.stack(h, graph, layers, shared, species), []
         moments = _moments(batch, graph, layers, h.dtype, trains)

@@ -38,7 +38,7 @@ import srcgcnn_fast as sf  # noqa: E402
 from srcgcnn_fast.ops import triton as backend  # noqa: E402
 
 PEERS = (
-    "reference", "published", "published, TF32", "published, as shipped", "published, compiled",
+    "Triton", "reference", "published", "published, TF32", "published, as shipped", "published, compiled",
     "published, compiled with CUDA graphs", "split, compiled", "PyG CGConv",
 )  # fmt: skip
 SIZES = {"inference": (65536, 4096, 256, 262144), "training step": (4096, 32768, 256)}
@@ -148,6 +148,10 @@ def base_model(kind: str) -> torch.nn.Module:
 def candidate(bench: Bench, kind: str, name: str, native: Any, same: Any) -> candidates.Candidate | str:
     """The program on the device, or why it is absent."""
     model = copy.deepcopy(base_model(kind)).to(bench.device)
+    if name == "Triton":  # ours takes the compiled kernels of csrc/cuda for inference, where they are built
+        if bench.dry_run:
+            return "absent: needs a GPU"
+        return candidates.Candidate(model, (same,), lambda: sf.use_backend("triton"), target=_target(bench, same))
     form, _, how = name.partition(", ")
     if form in ("published", "split", "PyG CGConv") and bench.dry_run and how.startswith("compiled"):
         how = "clean"  # the compiler is not what a dry run tests
@@ -162,12 +166,15 @@ def candidate(bench: Bench, kind: str, name: str, native: Any, same: Any) -> can
     if isinstance(made, str):
         return made
     made.model.to(bench.device)
-    generator = torch.Generator().manual_seed(1)
-    made.target = torch.randn(same.num_crystals, 1, generator=generator).to(bench.device)
+    made.target = _target(bench, same)
     if how.startswith("compiled"):
         mode = "reduce-overhead" if how.endswith("graphs") else None
         made.call = torch.compile(made.model, dynamic=False, fullgraph=True, mode=mode)
     return made
+
+
+def _target(bench: Bench, same: Any) -> torch.Tensor:
+    return torch.randn(same.num_crystals, 1, generator=torch.Generator().manual_seed(1)).to(bench.device)
 
 
 def one(bench: Bench, made: candidates.Candidate, work: str, relaxed: bool, rounds: int = ROUNDS) -> dict[str, Any]:
@@ -250,7 +257,7 @@ def sweep(bench: Bench) -> list[dict[str, Any]]:
             backend.TILES[name] = backend.Tile(rows, degree, channels, warps)
             work = "inference" if name == "gate_sum" else "training step"
             try:
-                made = candidate(bench, "SR-CGCNN", "same graph", same, same)
+                made = candidate(bench, "SR-CGCNN", "same graph" if bench.dry_run else "Triton", same, same)
                 assert not isinstance(made, str)
                 ms = 1e3 * statistics.median(one(bench, made, work, False, rounds=5)["seconds"])
                 found.append({"kernel": name, "tile": [rows, degree, channels, warps], "work": work, "ms": ms})
@@ -299,7 +306,8 @@ def table(result: dict[str, Any]) -> str:
 
 
 def about(bench: Bench) -> dict[str, str]:
-    found = measure.machine() | {"triton": measure._version("triton"), "backend": sf.backends()["triton"].reason}
+    found = measure.machine() | {"triton": measure._version("triton")}
+    found |= {f"backend {name}": sf.backends()[name].reason for name in ("cuda", "triton")}
     if not bench.dry_run:
         card = command("nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.max.sm", "--format=csv,noheader")
         found |= {"GPU": card["tail"], "CUDA of torch": str(torch.version.cuda)}

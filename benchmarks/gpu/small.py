@@ -1,5 +1,5 @@
-"""One training step, one evaluation with gradients of the edges and one inference of both models on a small batch: what
-compute-sanitizer watches. Usage: python small.py DEVICE"""
+"""What compute-sanitizer watches: of both models, on a small batch, one training step, one evaluation with gradients of
+the edges and one inference, and inferences of crystals of 100 and 300 atoms. Usage: python small.py DEVICE"""
 
 from __future__ import annotations
 
@@ -9,18 +9,37 @@ import torch
 from crystals import batches
 
 import srcgcnn_fast as sf
+from srcgcnn_fast.graph import GraphBatch
 
 device = sys.argv[1]
 native, _ = batches(6, device)
+
+
+def one_crystal(n: int) -> GraphBatch:
+    """n atoms with 12 neighbours each: more than the blocks of csrc/cuda take."""
+    generator = torch.Generator().manual_seed(n)
+    return GraphBatch(
+        numbers=torch.randint(1, 93, (n,), generator=generator, dtype=torch.int32),
+        weight=torch.ones(n),
+        sender=torch.randint(0, n, (12 * n,), generator=generator, dtype=torch.int32),
+        distance=2 + 6 * torch.rand(12 * n, generator=generator),
+        row_ptr=12 * torch.arange(n + 1, dtype=torch.int32),
+        crystal_ptr=torch.tensor([0, n], dtype=torch.int32),
+        atom_class=torch.arange(n, dtype=torch.int32),
+    ).to(device)
+
+
 for model_type in (sf.SRCGCNN, sf.CGCNN):
     torch.manual_seed(0)
     model = model_type().to(device)
     model.train()(native).sum().backward()
     with torch.no_grad():
         out = model.eval()(native)
+        large = [model(one_crystal(n)) for n in (100, 300)]
     edges = native.distance.clone().requires_grad_()
     native.distance = edges
     slopes = torch.autograd.grad(model(native).sum(), edges)[0]
     native.distance = edges.detach()
-    assert bool(out.isfinite().all()) and bool(slopes.isfinite().all())
+    assert all(bool(x.isfinite().all()) for x in (out, *large))
+    assert bool(slopes.isfinite().all())
 print("done")

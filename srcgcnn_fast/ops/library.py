@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu, reference, triton
+from . import cpu, cuda, reference, registry, triton
 from .cpu import Graph, Layer, Moments
 from .reference import BatchNorm, Edges
 
@@ -194,9 +194,16 @@ torch.library.register_autograd(
     "srcgcnn_fast::gated_conv_backward", _backward_second, setup_context=_setup_second, lib=_library
 )
 
-# Triton, for CUDA tensors
+# For CUDA tensors
 _library.impl("edge_shells", triton.edge_shells, "CUDA")
 _library.impl("edge_moments", lambda w, *g: triton.edge_moments(w, Graph(*g[:-1]), g[-1]), "CUDA")
 _library.impl("gated_conv", lambda h, *a: triton.conv(h, *_split(a)), "CUDA")
 _library.impl("gated_conv_backward", lambda d, h, m, *a: triton.conv_backward(d, h, m, *_split(a), a[-1]), "CUDA")
-_library.impl("gated_conv_stack", lambda h, *a: triton.stack(h, _stack_layers(*a[:5]), Graph(*a[5:])), "CUDA")
+
+
+def _stack_cuda(h: Tensor, *arguments: Any) -> Tensor:
+    backend = cuda if registry.select(h, inference=True) == "cuda" else triton
+    return backend.stack(h, _stack_layers(*arguments[:5]), Graph(*arguments[5:]))
+
+
+_library.impl("gated_conv_stack", _stack_cuda, "CUDA")

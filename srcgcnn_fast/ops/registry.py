@@ -19,6 +19,8 @@ from ..errors import InputError
 logger = logging.getLogger(__name__)
 
 NAMES = ("reference", "cpu", "triton", "cuda")
+MOST_FEATURES = 128
+"""Of the CUDA kernels."""
 
 
 @dataclass(frozen=True)
@@ -53,21 +55,37 @@ def backends() -> dict[str, BackendStatus]:
     """Every backend by name: whether it is built, whether it can run on this machine, and why not."""
     if core is None:
         cpu = BackendStatus("cpu", "do not load" in core_problem, False, core_problem)
-        cuda = BackendStatus("cuda", False, False, core_problem)
     else:
         threads = torch.get_num_threads()
         cpu = BackendStatus("cpu", True, True, f"C++, SIMD level {core.simd_level()}, {threads} threads")
-        built = not core.cuda.startswith("not built")
-        why = "its kernels are not connected to the operators yet" if built else core.cuda
-        cuda = BackendStatus("cuda", built, False, why)
+    built = core is not None and not core.cuda.startswith("not built")
+    no_cuda = cuda_problem()
+    with_cuda = "inference in float32; its logic is tested on a CPU, and it has not run on a GPU yet"
     no_triton = triton_problem()
     with_triton = "float32 on CUDA tensors; it compiles and passes the interpreter, and has not run on a GPU yet"
     return {
         "reference": BackendStatus("reference", True, True, "plain PyTorch, any device and dtype"),
         "cpu": cpu,
         "triton": BackendStatus("triton", True, no_triton is None, no_triton or with_triton),
-        "cuda": cuda,
+        "cuda": BackendStatus("cuda", built, no_cuda is None, no_cuda or with_cuda),
     }
+
+
+def cuda_problem() -> str | None:
+    """Why the CUDA backend cannot run on this machine's current GPU; None if it can."""
+    if core is None:
+        return core_problem
+    if core.cuda.startswith("not built"):
+        return f"the CUDA kernels were {core.cuda}"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return _device_problem(torch.cuda.current_device())
+
+
+@cache
+def _device_problem(device: int) -> str | None:
+    with torch.cuda.device(device):
+        return core.cuda_problem() or None
 
 
 def triton_problem() -> str | None:
@@ -77,6 +95,7 @@ def triton_problem() -> str | None:
 
 # What torch.compiler.assume_constant_result sets, which imports all of torch._dynamo.
 triton_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
+cuda_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
@@ -124,10 +143,11 @@ def forced_backend() -> str | None:
     return _forced or os.environ.get("SRCGCNN_FAST_BACKEND") or None
 
 
-def select(h: torch.Tensor, edge_statistics_grad: bool = False) -> str:
+def select(h: torch.Tensor, edge_statistics_grad: bool = False, inference: bool = False) -> str:
     """The backend for a call on ``h``: the forced one, or the fastest that can take its device and dtype.
 
     ``edge_statistics_grad``: gradients with respect to distances are wanted through statistics of the batch.
+    ``inference``: no gradients are wanted, and no statistics of the batch.
 
     Raises:
         InputError: a backend is forced that cannot take this input.
@@ -141,7 +161,11 @@ def select(h: torch.Tensor, edge_statistics_grad: bool = False) -> str:
         _require(forced)  # type: ignore[arg-type]
     device = h.device.type
     name = {"cpu": "cpu", "cuda": "triton"}.get(device, "reference")
-    reason = _refusal(device, h.dtype)
+    no_cuda = None
+    if device == "cuda" and forced in (None, "cuda"):
+        no_cuda = _cuda_refusal(h, inference)
+        name = "cuda" if no_cuda is None or forced else name
+    reason = no_cuda if name == "cuda" else _refusal(device, h.dtype)
     if _is_transformed():
         reason = "torch.func transforms and forward-mode derivatives go through the reference"
     elif edge_statistics_grad:
@@ -149,6 +173,8 @@ def select(h: torch.Tensor, edge_statistics_grad: bool = False) -> str:
     if forced not in (None, name):
         reason = f"it does not take tensors on {device!r}"
     if reason is None:
+        if device == "cuda" and name == "triton" and inference and forced is None:
+            _say_once(str(no_cuda), "Triton")
         return name
     if forced is not None:
         raise InputError(f"Backend {forced!r} cannot take this input: {reason}.")
@@ -173,6 +199,21 @@ def _refusal(device: str, dtype: torch.dtype) -> str | None:
     return core_problem or None
 
 
+def _cuda_refusal(h: torch.Tensor, inference: bool) -> str | None:
+    if h.dtype != torch.float32:
+        return f"the CUDA kernels take float32, not {h.dtype}"
+    if not inference:
+        return "the CUDA kernels are for inference, and gradients or statistics of the batch are wanted"
+    if h.shape[1] > MOST_FEATURES:
+        return f"the CUDA kernels take up to {MOST_FEATURES} features, not {h.shape[1]}"
+    return cuda_problem()
+
+
+def _say_once(reason: str, instead: str = "reference") -> None:
+    if not torch.compiler.is_compiling():
+        _log(reason, instead)
+
+
 @cache
-def _say_once(reason: str) -> None:
-    logger.warning("Falling back to the reference backend: %s.", reason)
+def _log(reason: str, instead: str) -> None:
+    logger.warning("Falling back to the %s backend: %s.", instead, reason)

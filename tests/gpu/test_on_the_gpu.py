@@ -16,7 +16,9 @@ from srcgcnn_fast.functional import BatchNorm
 
 DRY = os.environ.get("SRCGCNN_GPU_DRY_RUN") == "1"
 DEVICE = "cpu" if DRY else "cuda"
-BACKENDS = ["cpu"] if DRY else ["triton", "cuda"]
+BACKENDS = ["cpu"] if DRY else ["triton"]
+INFERENCE = ["cpu"] if DRY else ["triton", "cuda"]
+"""The compiled kernels of csrc/cuda do not train."""
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not (DRY or torch.cuda.is_available()), reason="there is no CUDA device"),
@@ -24,6 +26,7 @@ pytestmark = [
 cuda_only = pytest.mark.skipif(DRY, reason="needs a CUDA device")
 KINDS = ["plain", "weighted", "ragged", "one atom", "isolated", "no edges", "one crystal", "many crystals", "large"]
 each_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+each_for_inference = pytest.mark.parametrize("backend", INFERENCE, indirect=True)
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -118,10 +121,13 @@ def model_and_batch(model_type, make_batch, kind: str = "large"):
     return model, make_batch(kind, seed=2).to(DEVICE)
 
 
-@each_backend
+@each_for_inference
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
-def test_inference_of_whole_models(backend, make_batch, model_type):
-    model, batch = model_and_batch(model_type, make_batch)
+def test_inference_of_whole_models(backend, make_batch, model_type, kind):
+    """One crystal has 150 rows, more than a block of csrc/cuda takes; the others fit."""
+    model, _ = model_and_batch(model_type, make_batch)
+    batch = make_batch(kind, seed=2).to(DEVICE)
     with torch.no_grad():
         ours = model.eval().features(batch)
         batch.cache.clear()
@@ -130,6 +136,69 @@ def test_inference_of_whole_models(backend, make_batch, model_type):
             batch.cache.clear()
             exact = model.double().features(batch)
     assert difference(ours, exact) <= 2 * difference(plain, exact) + 3e-7
+
+
+@each_for_inference
+@pytest.mark.parametrize("features", [False, True], ids=["distance", "edge features"])
+@pytest.mark.parametrize(("width", "n_features"), [(64, 41), (7, 41), (33, 5), (128, 60)])
+def test_inference_of_any_width(backend, make_batch, width, n_features, features):
+    batch, leaves, state, _ = problem(make_batch("weighted", seed=5), width, n_features, features)
+
+    def run(name: str, dtype: torch.dtype, device: str) -> torch.Tensor:
+        h, weight, bias, g1, b1, g2, b2, *rest = (x.to(device, dtype) for x in (*leaves, *state))
+        norms = BatchNorm(g1, b1, *rest[:2]), BatchNorm(g2, b2, *rest[2:])
+        with torch.no_grad(), sf.use_backend(name):
+            return functional.gated_conv(h, batch.to(device, dtype), weight, bias, *norms)
+
+    exact, plain = (run("reference", dtype, "cpu") for dtype in (torch.float64, torch.float32))
+    assert difference(run(backend, torch.float32, DEVICE), exact) <= 2 * difference(plain, exact) + 5e-7
+
+
+@each_for_inference
+@pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
+def test_bits_of_inference_repeat(backend, make_batch, model_type):
+    model, batch = model_and_batch(model_type, make_batch)
+    found = []
+    with torch.no_grad():
+        for _ in range(3):
+            batch.cache.clear()
+            found.append(model.eval().features(batch))
+    assert all(torch.equal(found[0], again) for again in found[1:])
+
+
+@each_for_inference
+def test_compiled_inference(backend, make_batch):
+    torch._dynamo.reset()
+    model, batch = model_and_batch(sf.SRCGCNN, make_batch, "weighted")
+    how = "aot_eager" if DRY else "inductor"
+    with torch.no_grad():
+        compiled = torch.compile(model.eval(), fullgraph=True, backend=how, dynamic=True)
+        torch.testing.assert_close(compiled(batch), model(batch), rtol=1e-4, atol=1e-5)
+
+
+@cuda_only
+@each_for_inference
+@pytest.mark.parametrize("kind", ["plain", "one crystal"])
+def test_a_captured_inference_replays_on_other_edges(backend, make_batch, kind):
+    model, _ = model_and_batch(sf.SRCGCNN, make_batch, "plain")
+    model.eval()
+    first, second = (make_batch(kind, seed=s).to(DEVICE) for s in (1, 2))
+    with torch.no_grad():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            model(first)
+        torch.cuda.current_stream().wait_stream(stream)
+        first.cache.clear()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = model(first)
+        expected = model(second).clone()
+        for name in ("sender", "distance", "numbers", "weight"):
+            getattr(first, name).copy_(getattr(second, name))
+        graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(captured, expected, rtol=1e-5, atol=1e-6)
 
 
 @each_backend
@@ -169,7 +238,7 @@ def test_compile_full_graph(backend, make_batch, training):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
 
 
-@each_backend
+@each_for_inference
 def test_autocast_runs_convolutions_in_float32(backend, make_batch):
     model, batch = model_and_batch(sf.SRCGCNN, make_batch, "plain")
     with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
@@ -213,7 +282,7 @@ def test_a_captured_step_replays_on_other_edges(backend, make_batch, training):
 
 
 @cuda_only
-@each_backend
+@each_for_inference
 def test_another_stream_and_another_device(backend, make_batch):
     model, batch = model_and_batch(sf.SRCGCNN, make_batch, "plain")
     with torch.no_grad():
@@ -228,6 +297,20 @@ def test_another_stream_and_another_device(backend, make_batch):
         if torch.cuda.device_count() > 1:
             other = model.to("cuda:1")(batch.to("cuda:1"))
             torch.testing.assert_close(other.cpu(), expected.cpu(), rtol=1e-5, atol=1e-6)
+
+
+@cuda_only
+@each_for_inference
+def test_inference_does_not_wait_for_the_gpu(backend, make_batch):
+    model, batch = model_and_batch(sf.SRCGCNN, make_batch, "plain")
+    model.eval()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch.cache.clear()
+        with torch.no_grad():
+            model(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @cuda_only

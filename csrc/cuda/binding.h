@@ -1,0 +1,99 @@
+// The CUDA kernels as Python calls them; included by module.cpp where they are built. An error of CUDA's is raised.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include <stdexcept>
+
+#include "stack.h"
+
+namespace srcgcnn {
+
+inline void raise_if(const char* error) {
+  if (error) throw std::runtime_error(std::string("CUDA: ") + error);
+}
+
+// Why kernels built with this runtime cannot run on the current device; empty if they can.
+inline std::string cuda_problem() {
+  int driver = 0, runtime = 0;
+  cudaDriverGetVersion(&driver);
+  cudaRuntimeGetVersion(&runtime);
+  const auto version = [](int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); };
+  if (driver / 1000 < runtime / 1000)
+    return "the driver supports CUDA up to " + version(driver) + ", but the kernels were built with " + version(runtime) +
+           "; update the driver, or reinstall with an older CUDA toolkit";
+  const char* error = srcgcnn_cuda_image_64();
+  return error ? std::string("the kernels were not built for this GPU (") + error +
+                     "); set CMAKE_CUDA_ARCHITECTURES and reinstall"
+               : std::string();
+}
+
+struct StackFunctions {
+  int width;
+  decltype(&srcgcnn_cuda_prepared_size_64) prepared_size;
+  decltype(&srcgcnn_cuda_filter_at_64) filter_at;
+  decltype(&srcgcnn_cuda_scratch_size_64) scratch_size;
+  decltype(&srcgcnn_cuda_prepare_64) prepare;
+  decltype(&srcgcnn_cuda_stack_64) stack;
+};
+#define SRCGCNN_STACK_FUNCTIONS(W)                                                                                  \
+  {W, srcgcnn_cuda_prepared_size_##W, srcgcnn_cuda_filter_at_##W, srcgcnn_cuda_scratch_size_##W, \
+   srcgcnn_cuda_prepare_##W, srcgcnn_cuda_stack_##W}
+inline const StackFunctions& stack_functions(int width) {
+  static const StackFunctions all[] = {SRCGCNN_STACK_FUNCTIONS(32), SRCGCNN_STACK_FUNCTIONS(64),
+                                       SRCGCNN_STACK_FUNCTIONS(128)};
+  for (const auto& one : all)
+    if (one.width == width) return one;
+  throw std::runtime_error("no CUDA kernels of this width");
+}
+
+// graph: distance, term of the edges, sender, row_ptr, crystal_ptr.
+inline DeviceGraph device_graph(const std::vector<uintptr_t>& a, const std::tuple<int64_t, int64_t, int64_t, int>& s,
+                                const std::tuple<double, double>& basis) {
+  return {reinterpret_cast<const float*>(a.at(0)),   reinterpret_cast<const float*>(a.at(1)),
+          reinterpret_cast<const int32_t*>(a.at(2)), reinterpret_cast<const int32_t*>(a.at(3)),
+          reinterpret_cast<const int32_t*>(a.at(4)), std::get<0>(s),
+          std::get<1>(s),                            std::get<2>(s),
+          std::get<3>(s),                            float(std::get<0>(basis)),
+          float(std::get<1>(basis))};
+}
+
+inline void bind_cuda(nanobind::module_& m) {
+  using Addresses = std::vector<uintptr_t>;
+  using Sizes = std::tuple<int64_t, int64_t, int64_t, int>;
+  using Basis = std::tuple<double, double>;
+  m.def("cuda_problem", &cuda_problem);
+  m.def("cuda_prepared_size", [](int width, int n_features, int n_steps, bool shared) {
+    return stack_functions(width).prepared_size(n_features, n_steps, shared);
+  });
+  m.def("cuda_filter_at", [](int width) { return stack_functions(width).filter_at(); });
+  m.def("cuda_scratch_size", [](int width, int64_t n_rows) {
+    int64_t size = 0;
+    raise_if(stack_functions(width).scratch_size(&size, n_rows));
+    return size;
+  });
+  m.def("cuda_prepare", [](int width, uintptr_t prepared, const std::vector<Addresses>& layers,
+                           const std::vector<Basis>& eps, bool shared, int F, const Addresses& g, Sizes s, Basis b,
+                           uintptr_t stream) {
+    std::vector<DeviceLayer> given;
+    for (size_t t = 0; t < layers.size(); ++t) {
+      const auto p = [&](int k) { return reinterpret_cast<const float*>(layers[t].at(k)); };
+      given.push_back({p(0), p(1), p(2), p(3), p(4), p(5), p(6), p(7), p(8), p(9), std::get<0>(eps.at(t)),
+                       std::get<1>(eps.at(t))});
+    }
+    const auto graph = device_graph(g, s, b);
+    raise_if(stack_functions(width).prepare(reinterpret_cast<float*>(prepared), given.data(), int(given.size()), shared,
+                                            F, &graph, reinterpret_cast<void*>(stream)));
+  });
+  m.def("cuda_stack", [](int width, uintptr_t out, uintptr_t scratch, std::tuple<uintptr_t, uintptr_t, int64_t> h,
+                         uintptr_t prepared, int n_steps, bool shared, int F, bool relaxed, const Addresses& g, Sizes s,
+                         Basis b, uintptr_t stream) {
+    const DeviceFeatures features{reinterpret_cast<const float*>(std::get<0>(h)),
+                                  reinterpret_cast<const int32_t*>(std::get<1>(h)), std::get<2>(h)};
+    const auto graph = device_graph(g, s, b);
+    raise_if(stack_functions(width).stack(reinterpret_cast<float*>(out), reinterpret_cast<float*>(scratch), &features,
+                                          reinterpret_cast<const float*>(prepared), n_steps, shared, F, relaxed, &graph,
+                                          reinterpret_cast<void*>(stream)));
+  });
+}
+
+}  // namespace srcgcnn

@@ -1,0 +1,111 @@
+// What the kernels need of the device: gate arithmetic, products on tensor cores, vectors of channels, a search.
+// tests/ops/cuda/emulation.h supplies the same names for an ordinary compiler.
+#pragma once
+#include <stdint.h>
+
+#include "../gate.h"
+
+#ifdef __CUDACC__
+#define SRCGCNN_DEVICE __device__ __forceinline__
+#define SRCGCNN_HOST_DEVICE __host__ __device__ __forceinline__
+#define SRCGCNN_LAUNCH(kernel, grid, threads, shared, stream, ...) \
+  kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#define SRCGCNN_SHARED(name) extern __shared__ __align__(16) float name[]
+#endif
+
+namespace srcgcnn {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+#ifdef __CUDACC__
+namespace device {
+SRCGCNN_DEVICE float exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+SRCGCNN_DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// The nearest number with TF32's 11 digits, halves away from zero.
+SRCGCNN_DEVICE float to_tf32(float x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return __uint_as_float(y);
+}
+// d += a b for one (16, 8) tile a, row by row, and one (8, 8) tile b; PTX ISA, "mma.m16n8k8", says who holds what.
+SRCGCNN_DEVICE void mma(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
+        "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+}
+}  // namespace device
+#endif
+
+// The arithmetic that gate.h asks for: exponentials and reciprocals on the transcendental units (2 ulp, 1 ulp), the
+// logarithm on the FMA pipes, so that neither waits for the other.
+struct DeviceMath {
+  static constexpr float ln2 = float(kLn2);
+  static SRCGCNN_DEVICE float exp2(float x) { return device::exp2(x); }
+  static SRCGCNN_DEVICE float reciprocal(float x) { return device::reciprocal(x); }
+  static SRCGCNN_DEVICE float abs(float x) { return fabsf(x); }
+  static SRCGCNN_DEVICE float max0(float x) { return x < 0.0f ? 0.0f : x; }  // keeps NaN
+  static SRCGCNN_DEVICE float at_most(float x) { return x > 126.0f ? 126.0f : x; }
+  static SRCGCNN_DEVICE float tail(float, float t) { return t; }  // the difference is below float's resolution
+  static SRCGCNN_DEVICE float select_nonnegative(float c, float a, float b) { return c >= 0.0f ? a : b; }
+  // As MathF32::log2_1p in cpu/simd.h: relative error 3e-8 before rounding.
+  static SRCGCNN_DEVICE float log2_1p(float t) {
+    float p = 7.549182125e-03f;
+    p = fmaf(p, t, -4.256706190e-02f);
+    p = fmaf(p, t, 1.128561932e-01f);
+    p = fmaf(p, t, -1.971189698e-01f);
+    p = fmaf(p, t, 2.756414122e-01f);
+    p = fmaf(p, t, -3.584084724e-01f);
+    p = fmaf(p, t, 4.806929573e-01f);
+    p = fmaf(p, t, -7.213402080e-01f);
+    p = fmaf(p, t, 1.442694997e+00f);
+    return p * t;
+  }
+};
+
+SRCGCNN_DEVICE int lane_of() { return int(threadIdx.x) & 31; }
+SRCGCNN_DEVICE int warp_of() { return int(threadIdx.x) >> 5; }
+
+// V neighbouring channels, read and written at once.
+template <int V>
+struct alignas(4 * V) Channels {
+  float x[V];
+};
+template <int V>
+SRCGCNN_DEVICE Channels<V> load(const float* p) {
+  return *reinterpret_cast<const Channels<V>*>(p);
+}
+template <int V>
+SRCGCNN_DEVICE void store(float* p, const Channels<V>& v) {
+  *reinterpret_cast<Channels<V>*>(p) = v;
+}
+
+// The first place of the ascending x (n) whose number is not below `value`; n if none. All lanes ask the same.
+SRCGCNN_DEVICE int first_not_below(const int* x, int n, int64_t value) {
+  int low = 0, high = n;
+  while (low < high) {
+    const int step = (high - low + 31) / 32;
+    const int64_t at = low + int64_t(lane_of()) * step;
+    const int below = __popc(__ballot_sync(kAllLanes, at < high && x[at] < value));
+    const int64_t next = low + int64_t(below) * step;
+    if (below) low = int(next) - step + 1;
+    high = !below ? low : next < high ? int(next) : high;
+  }
+  return low;
+}
+
+// x as a sum of two numbers with TF32's digits: three products of them keep those of float32.
+SRCGCNN_DEVICE void split(float x, float& high, float& low) {
+  high = device::to_tf32(x);
+  low = device::to_tf32(x - high);
+}
+
+}  // namespace srcgcnn

@@ -1,0 +1,100 @@
+"""The CUDA kernels compiled for the CPU (emulation.h), under the names of the compiled module's functions."""
+
+from __future__ import annotations
+
+import ctypes as c
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+POINTER = c.c_void_p
+
+
+class Graph(c.Structure):
+    _fields_ = [
+        *[(name, POINTER) for name in ("distance", "edge_term", "sender", "row_ptr", "crystal_ptr")],
+        *[(name, c.c_int64) for name in ("n_rows", "n_edges", "n_crystals")],
+        ("n_features", c.c_int32),
+        ("dmin", c.c_float),
+        ("inverse_step", c.c_float),
+    ]  # fmt: skip
+
+
+class Layer(c.Structure):
+    _fields_ = [*[(f"vector{k}", POINTER) for k in range(10)], ("eps1", c.c_double), ("eps2", c.c_double)]
+
+
+class Features(c.Structure):
+    _fields_ = [("data", POINTER), ("species", POINTER), ("n_table", c.c_int64)]
+
+
+def compiler() -> str | None:
+    return shutil.which("g++")
+
+
+def build(folder: Path) -> Path:
+    """One library with the kernels of all widths."""
+    library, objects, running = folder / "emulated.so", [], []
+    for width in (32, 64, 128):
+        objects.append(folder / f"stack{width}.o")
+        command = [
+            compiler(), "-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror",
+            f"-DSRCGCNN_WIDTH={width}", "-include", HERE / "emulation.h", "-x", "c++", "-c",
+            ROOT / "csrc" / "cuda" / "stack.cu", "-o", objects[-1],
+        ]  # fmt: skip
+        running.append(subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True))
+    for process in running:
+        errors = process.communicate()[1]
+        assert process.returncode == 0, errors
+    subprocess.run([str(compiler()), "-shared", *map(str, objects), "-o", str(library)], check=True)
+    return library
+
+
+class Emulated:
+    """What ``srcgcnn_fast._core`` offers with a CUDA build, on addresses of this machine's memory."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = c.CDLL(str(library))
+
+    def gpu(self, processors: int, shared_per_processor: int, descending: bool = False) -> None:
+        self._library.emulated_gpu(processors, shared_per_processor)
+        self._library.emulated_order(int(descending))
+
+    def fail_once(self) -> None:
+        self._library.emulated_error()
+
+    def _call(self, name: str, width: int, result: Any, *arguments: Any) -> Any:
+        function = getattr(self._library, f"srcgcnn_cuda_{name}_{width}")
+        function.restype = result
+        found = function(*arguments)
+        if result is c.c_char_p and found is not None:
+            raise RuntimeError(f"CUDA: {found.decode()}")
+        return found
+
+    def cuda_prepared_size(self, width: int, n_features: int, n_steps: int, shared: bool) -> int:
+        return self._call("prepared_size", width, c.c_int64, n_features, n_steps, c.c_bool(shared))
+
+    def cuda_filter_at(self, width: int) -> int:
+        return self._call("filter_at", width, c.c_int64)
+
+    def cuda_scratch_size(self, width: int, n_rows: int) -> int:
+        size = c.c_int64()
+        self._call("scratch_size", width, c.c_char_p, c.byref(size), c.c_int64(n_rows))
+        return size.value
+
+    def cuda_prepare(self, width, prepared, layers, eps, shared, features, index, sizes, basis, stream) -> None:
+        given = (Layer * len(layers))(*(Layer(*x, *e) for x, e in zip(layers, eps, strict=True)))
+        graph = Graph(*index, *sizes, *basis)
+        self._call("prepare", width, c.c_char_p, POINTER(prepared), given, len(layers), c.c_bool(shared), features,
+                   c.byref(graph), POINTER(stream))  # fmt: skip
+
+    def cuda_stack(
+        self, width, out, scratch, rows, prepared, n_steps, shared, features, relaxed, index, sizes, basis, stream
+    ) -> None:
+        graph = Graph(*index, *sizes, *basis)
+        self._call("stack", width, c.c_char_p, POINTER(out), POINTER(scratch), c.byref(Features(*rows)),
+                   POINTER(prepared), n_steps, c.c_bool(shared), features, c.c_bool(relaxed), c.byref(graph),
+                   POINTER(stream))  # fmt: skip

@@ -1,0 +1,274 @@
+// CUDA's execution model for an ordinary compiler, so that the kernels of csrc/cuda run, slowly, on a CPU: a block's
+// threads are fibers, which meet at __syncthreads and at every operation of a warp. Included before the kernels.
+//
+// What it finds: wrong indices, layouts and orders (results), numbers that nobody wrote (shared memory begins as NaN),
+// overruns of shared memory (the page after it cannot be touched), lanes that do not meet where they must (abort), and
+// missing barriers (results that depend on the order of warps, see emulation_order). What it does not: speed, the
+// rounding of the GPU's approximate exponentials and of its tensor cores' sums, the memory model between blocks.
+#pragma once
+#include <math.h>
+#include <setjmp.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <functional>
+
+#define __global__
+#define __launch_bounds__(...)
+#define SRCGCNN_DEVICE inline
+#define SRCGCNN_HOST_DEVICE inline
+#define SRCGCNN_LAUNCH(kernel, grid, threads, shared, stream, ...) \
+  (void(stream), emulation::launch(grid, threads, shared, [=] { (kernel)(__VA_ARGS__); }))
+#define SRCGCNN_SHARED(name) float* name = emulation::shared_memory
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrReservedSharedMemoryPerBlock
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+
+struct Index {
+  unsigned x = 0;
+};
+inline Index threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulation {
+
+constexpr int kMostThreads = 1024, kStack = 256 << 10;
+inline int processors = 4, shared_per_processor = 228 << 10;
+inline bool descending = false;
+inline cudaError_t last_error = cudaSuccess;
+inline float* shared_memory;
+
+enum State { kReady, kAtWarp, kAtBlock, kDone };
+struct Warp {
+  float a[2][32][4], b[2][32][2];
+  uint32_t words[2][32];
+};
+struct Thread {
+  State state = kDone;
+  int meeting = 0, turn = 0;  // what it waits for; which half of the warp's mailboxes is next
+  bool begun = false;
+  jmp_buf at;
+  ucontext_t context;
+};
+inline Thread threads[kMostThreads];
+inline Warp warps[kMostThreads / 32];
+inline jmp_buf scheduler;
+inline ucontext_t scheduler_context;
+inline int current;
+inline std::function<void()> body;
+
+[[noreturn]] inline void fail(const char* what) {
+  fprintf(stderr, "emulation of CUDA: %s (block %u, thread %d)\n", what, blockIdx.x, current);
+  abort();
+}
+
+inline void leave(State state) {
+  threads[current].state = state;
+  if (!_setjmp(threads[current].at)) _longjmp(scheduler, 1);
+}
+inline void run_for_ever() {
+  for (;;) {
+    body();
+    leave(kDone);
+  }
+}
+inline void resume(int thread) {
+  current = thread;
+  threadIdx.x = unsigned(thread);
+  if (_setjmp(scheduler)) return;
+  Thread& t = threads[thread];
+  if (t.begun) _longjmp(t.at, 1);
+  t.begun = true;
+  getcontext(&t.context);
+  t.context.uc_stack.ss_sp = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  t.context.uc_stack.ss_size = kStack;
+  makecontext(&t.context, run_for_ever, 0);
+  setcontext(&t.context);
+}
+
+// All lanes of the warp meet; they must do so for the same operation.
+inline void meet(int operation) {
+  threads[current].meeting = operation;
+  leave(kAtWarp);
+}
+inline bool open_warp(int warp) {
+  Thread* t = threads + 32 * warp;
+  for (int lane = 0; lane < 32; ++lane)
+    if (t[lane].state != kAtWarp) return false;
+  for (int lane = 0; lane < 32; ++lane) {
+    if (t[lane].meeting != t[0].meeting) fail("the lanes of a warp meet for different operations");
+    t[lane].state = kReady;
+  }
+  return true;
+}
+
+inline void run_block(int n_threads) {
+  const int n_warps = n_threads / 32;
+  for (int t = 0; t < n_threads; ++t) threads[t].state = kReady;
+  for (;;) {
+    bool moved = false;
+    for (int w = 0; w < n_warps; ++w) {
+      const int warp = descending ? n_warps - 1 - w : w;
+      do {  // as far as it can: the greatest distance between warps
+        for (int l = 0; l < 32; ++l) {
+          const int thread = 32 * warp + (descending ? 31 - l : l);
+          if (threads[thread].state != kReady) continue;
+          resume(thread);
+          moved = true;
+        }
+      } while (open_warp(warp));
+    }
+    int at_block = 0, done = 0;
+    for (int t = 0; t < n_threads; ++t) {
+      at_block += threads[t].state == kAtBlock;
+      done += threads[t].state == kDone;
+    }
+    if (done == n_threads) return;
+    if (at_block == n_threads)
+      for (int t = 0; t < n_threads; ++t) threads[t].state = kReady;
+    else if (!moved)
+      fail("threads wait for others that do not come");
+  }
+}
+
+inline void launch(unsigned grid, int n_threads, int shared, std::function<void()> kernel) {
+  const size_t page = 4096, size = (size_t(shared) + page - 1) / page * page;
+  char* memory = static_cast<char*>(mmap(nullptr, size + page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  if (size) mprotect(memory, size, PROT_READ | PROT_WRITE);
+  shared_memory = reinterpret_cast<float*>(memory + size - size_t(shared) / 16 * 16);
+  body = kernel;
+  gridDim.x = grid;
+  blockDim.x = unsigned(n_threads);
+  for (unsigned block = 0; block < grid; ++block) {
+    blockIdx.x = descending ? grid - 1 - block : block;
+    if (size) memset(memory, 0xff, size);
+    run_block(n_threads);
+  }
+  munmap(memory, size + page);
+}
+
+inline Warp& my_warp() { return warps[current / 32]; }
+inline int next_turn() { return threads[current].turn ^= 1; }
+inline int lane() { return current % 32; }
+
+}  // namespace emulation
+
+inline void __syncthreads() { emulation::leave(emulation::kAtBlock); }
+
+inline unsigned __float_as_uint(float x) {
+  unsigned y;
+  memcpy(&y, &x, 4);
+  return y;
+}
+inline float __uint_as_float(unsigned x) {
+  float y;
+  memcpy(&y, &x, 4);
+  return y;
+}
+template <class T>
+T __shfl_sync(unsigned, T x, int from) {
+  static_assert(sizeof(T) == 4, "words alone");
+  const int turn = emulation::next_turn();
+  memcpy(&emulation::my_warp().words[turn][emulation::lane()], &x, 4);
+  emulation::meet(1);
+  memcpy(&x, &emulation::my_warp().words[turn][from & 31], 4);
+  return x;
+}
+template <class T>
+T __shfl_xor_sync(unsigned all, T x, int mask) {
+  return __shfl_sync(all, x, emulation::lane() ^ mask);
+}
+inline unsigned __ballot_sync(unsigned, bool x) {
+  const int turn = emulation::next_turn();
+  emulation::my_warp().words[turn][emulation::lane()] = x;
+  emulation::meet(2);
+  unsigned found = 0;
+  for (int lane = 0; lane < 32; ++lane) found |= emulation::my_warp().words[turn][lane] << lane;
+  return found;
+}
+inline void __syncwarp() { emulation::meet(4); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
+inline unsigned atomicCAS(unsigned* at, unsigned expected, unsigned value) {
+  const unsigned found = *at;
+  if (found == expected) *at = value;
+  return found;
+}
+inline int atomicAdd(int* at, int value) {
+  const int found = *at;
+  *at += value;
+  return found;
+}
+
+namespace srcgcnn::device {
+inline float flushed(float x) { return fabsf(x) < 1.17549435e-38f ? copysignf(0.0f, x) : x; }
+inline float exp2(float x) { return flushed(::exp2f(flushed(x))); }
+inline float reciprocal(float x) { return flushed(1.0f / flushed(x)); }
+inline float to_tf32(float x) {
+  const unsigned bits = __float_as_uint(x);
+  return (bits & 0x7f800000) == 0x7f800000 ? x : __uint_as_float((bits + 0x1000) & 0xffffe000);
+}
+// The tensor core does not look at the last 13 bits of its operands.
+inline float seen(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000); }
+inline void mma(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+  const int turn = emulation::next_turn(), lane = emulation::lane();
+  auto& warp = emulation::my_warp();
+  for (int k = 0; k < 4; ++k) warp.a[turn][lane][k] = seen(a[k]);
+  for (int k = 0; k < 2; ++k) warp.b[turn][lane][k] = seen(b[k]);
+  emulation::meet(3);
+  for (int x = 0; x < 4; ++x) {
+    const int row = lane / 4 + x / 2 * 8, column = lane % 4 * 2 + x % 2;
+    for (int k = 0; k < 8; ++k)
+      d[x] += warp.a[turn][row % 8 * 4 + k % 4][row / 8 + k / 4 * 2] * warp.b[turn][column * 4 + k % 4][k / 4];
+  }
+}
+}  // namespace srcgcnn::device
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount                ? emulation::processors
+           : attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor ? emulation::shared_per_processor
+                                                                      : 1024;
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int size) {
+  return size <= emulation::shared_per_processor - 1024 ? cudaSuccess : cudaErrorInvalidValue;
+}
+struct cudaFuncAttributes {};
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* at, int value, size_t size, cudaStream_t) {
+  memset(at, value, size);
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() {
+  const cudaError_t error = emulation::last_error;
+  emulation::last_error = cudaSuccess;
+  return error;
+}
+inline const char* cudaGetErrorString(cudaError_t) { return "invalid value"; }
+
+// Of the tests: the emulated GPU, the order of its warps and blocks, and whether the next launch fails.
+extern "C" {
+__attribute__((weak)) void emulated_gpu(int processors, int shared_per_processor) {
+  emulation::processors = processors;
+  emulation::shared_per_processor = shared_per_processor;
+}
+__attribute__((weak)) void emulated_order(int descending) { emulation::descending = descending; }
+__attribute__((weak)) void emulated_error() { emulation::last_error = cudaErrorInvalidValue; }
+}
