@@ -1,0 +1,49 @@
+"""What nvcc makes of the CUDA kernels, without a GPU: a JSON line each. Usage: ahead_of_time.py [ARCHITECTURE...]"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parents[3]
+ENTRY = re.compile(
+    r"Compiling entry function '_ZN7srcgcnn\d+(?P<name>[a-z_]+)"
+    r"ILi(?P<width>\d+)E(?:Li(?P<warps>\d+)E)?(?:Lb(?P<gate>\d)E)?"
+    r".*?' for 'sm_(?P<sm>\w+)'.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores"
+    r".*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+
+def compiled(width: int, architecture: str) -> list[dict[str, str | int]]:
+    """Registers and spilled bytes of each kernel of one width."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            "nvcc", "-std=c++17", "-O3", "-Xptxas=-v", f"-arch=sm_{architecture}", f"-DSRCGCNN_WIDTH={width}", "-c",
+            str(ROOT / "csrc" / "cuda" / "stack.cu"), "-o", f"{folder}/stack.o",
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    found: list[dict[str, str | int]] = []
+    for m in ENTRY.finditer(done.stdout + done.stderr):
+        kind = f"{m['warps']} warps" if m["warps"] else {"1": "gate", "0": "q", None: ""}[m["gate"]]
+        numbers = {"registers": int(m["registers"]), "spilled": int(m["stores"]), "stack": int(m["stack"])}
+        found.append({"kernel": m["name"], "kind": kind, "width": width, "sm": m["sm"]} | numbers)
+    return found
+
+
+def report(architectures: list[str]) -> list[dict[str, str | int]]:
+    jobs = [(width, a) for a in architectures for width in (32, 64, 128)]
+    with ThreadPoolExecutor(2) as pool:
+        return [line for lines in pool.map(lambda job: compiled(*job), jobs) for line in lines]
+
+
+if __name__ == "__main__":
+    for line in report(sys.argv[1:] or ["80", "90"]):
+        print(json.dumps(line))

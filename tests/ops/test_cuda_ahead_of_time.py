@@ -1,0 +1,28 @@
+"""What nvcc makes of the CUDA kernels for GPUs that need not be there: registers and spills."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed"),
+]
+
+
+@pytest.mark.parametrize("architecture", ["80", "90"])
+def test_the_kernels_fit_the_registers_of_two_blocks(architecture):
+    script = Path(__file__).parent / "cuda" / "ahead_of_time.py"
+    done = subprocess.run([sys.executable, str(script), architecture], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(lines) == 15  # prepare, two sizes of blocks and two parts of a layer, for three widths
+    for line in lines:
+        assert line["registers"] <= 128, line
+        assert line["spilled"] <= (0 if architecture == "90" else 16), line
