@@ -149,6 +149,15 @@ def test_crystals_too_large_for_a_block(library, make_batch, kind, gpu, shared):
     problem.check()
 
 
+@pytest.mark.parametrize(("width", "largest"), [(64, 119), (128, 53)])
+def test_large_blocks_with_all_their_tiles(library, make_batch, width, largest):
+    """119 rows of 128 on an H100 at width 64, 53 of 64 at 128, where a small block takes 64 and 32."""
+    library.gpu(*H100)
+    batch = make_batch("plain", seed=9)  # 5, 1, 17, 30, 2, 64 and 3 rows
+    batch.crystal_ptr = torch.tensor([0, largest, 119, 122] if largest < 119 else [0, 119, 122], dtype=torch.int32)
+    Problem(batch, width, 41, 2, True).check()
+
+
 def test_bits_do_not_depend_on_what_else_is_in_the_batch(make_batch):
     batch = make_batch("plain", seed=8)
     problem = Problem(batch, 16, 41, 2, True)
