@@ -48,7 +48,7 @@ SRCGCNN_DEVICE void mma(float (&d)[4], const float (&a)[4], const float (&b)[2])
 // The arithmetic that gate.h asks for: exponentials and reciprocals on the transcendental units (2 ulp, 1 ulp), the
 // logarithm on the FMA pipes, so that neither waits for the other.
 struct DeviceMath {
-  static constexpr float ln2 = float(kLn2);
+  static constexpr float ln2 = float(kLn2), log2e = float(kLog2e);
   static SRCGCNN_DEVICE float exp2(float x) { return device::exp2(x); }
   static SRCGCNN_DEVICE float reciprocal(float x) { return device::reciprocal(x); }
   static SRCGCNN_DEVICE float abs(float x) { return fabsf(x); }

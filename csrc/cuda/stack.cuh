@@ -379,7 +379,7 @@ SRCGCNN_DEVICE void gate_rows(const Block<W, kWarps>& b, int t) {
     for (int v = 0; v < V; ++v) {
       const float m = good ? sum.x[v] * DeviceMath::ln2 : NAN;
       const float u = x.x[v] + fmaf(scale2.x[v], m, shift2.x[v]);
-      x.x[v] = softplus2<DeviceMath>(u * float(kLog2e)) * DeviceMath::ln2;
+      x.x[v] = softplus<DeviceMath>(u);
       const int c = lane_of() * V + v;
       if ((kLayer || t + 1 == s.n_steps) && c < s.F) s.out[i * s.F + c] = x.x[v];
     }

@@ -248,7 +248,7 @@ def _cg_conv(
     bias = None if module.lin_f.bias is None else torch.cat([module.lin_f.bias, module.lin_s.bias])
     aggr = _AGGREGATIONS[module.aggr]
     fast = graph is not None and source is target and aggr != "max" and edges.shape[1] > 0
-    if graph is not None and fast and registry.select(target) == "cpu":
+    if graph is not None and fast and registry.select(target, inference=True) == "cpu":
         total = _summed_messages(target, weight, bias, _batch(edges, graph, features, target.dtype, id(module)))
     else:
         sender, receiver = edges.long()

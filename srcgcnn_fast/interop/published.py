@@ -75,12 +75,13 @@ class PublishedConv(Swapped):
         h, batch = atom_in_fea, None
         if torch.is_autocast_enabled(h.device.type):
             h = h.float()
+        infers = not torch.is_grad_enabled() and not any(norm.training for norm in norms)
         if (
             not own_formula(self, *norms)
             and all(type(norm) in _NORMS for norm in norms)
             and _is_graph(h, nbr_fea, nbr_fea_idx)
             and 2 * h.shape[1] + nbr_fea.shape[2] == self.fc_full.weight.shape[1]
-            and registry.select(h) != "reference"
+            and registry.select(h, inference=infers) != "reference"
         ):
             batch = neighbor_batch(nbr_fea, nbr_fea_idx, h.dtype, (id(self), id(norms[0])))
         if batch is None or batch.num_edges < 2 or batch.num_rows < 2:
