@@ -29,6 +29,7 @@ _HOME = {
     "predict": "prediction",
     "backends": "ops.registry",
     "use_backend": "ops.registry",
+    "use_precision": "ops.precision",
     "InputError": "errors",
 }
 _MODULES = ("functional", "nn", "graph", "interop", "training", "errors")
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from .nn import SRCGCNN as SRCGCNN
     from .nn import GatedConv as GatedConv
     from .nn import ModelMetadata as ModelMetadata
+    from .ops.precision import use_precision as use_precision
     from .ops.registry import backends as backends
     from .ops.registry import use_backend as use_backend
     from .prediction import predict as predict

@@ -3,7 +3,7 @@
 Checks shapes, types and devices, never values: nothing here waits for the GPU. An index that leaves its array makes
 its rows NaN. Products of rows go through ``torch.mm``; everything along edges through ``ops/triton_kernels.py``. Sums
 over receivers run in the order of the edges, sums over senders through a transposed index, so that no result depends on
-the order in which programs ran. Under ``torch.backends.cuda.matmul.allow_tf32`` the products use TF32, as PyTorch's do.
+the order in which programs ran. ``ops/precision.py`` says when products use TF32 and storage bfloat16.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from . import precision
 from .cpu import Graph, Layer, Moments
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ class Tile(NamedTuple):
     channels: int
     """At most; never more than the power of two that holds F."""
     warps: int
+    by_dot: bool = False
+    """Form r from all Gaussians by ``tl.dot``, not from the WINDOW in reach; rows * degree must be 16 or more."""
 
 
 # Chosen from registers and spills (tests/ops/test_triton_ahead_of_time.py), not from measurements; ``benchmarks/gpu``
@@ -91,12 +94,12 @@ def _precision() -> str:
     """How tl.dot multiplies float32: three TF32 products, which keep float32's digits, or one where PyTorch may."""
     if torch.version.hip is not None:
         return "ieee"
-    matmul = torch.backends.cuda.matmul
-    try:
-        relaxed = matmul.allow_tf32
-    except RuntimeError:  # set through the newer name, which the older one then refuses to read
-        relaxed = matmul.fp32_precision == "tf32"
-    return "tf32" if relaxed else "tf32x3"
+    return "tf32" if precision.tf32_is_allowed() else "tf32x3"
+
+
+def _storage() -> torch.dtype:
+    """Of rows and edge terms."""
+    return torch.bfloat16 if precision.bfloat16_is_allowed() else torch.float32
 
 
 def _blocks(n: int, size: int) -> int:
@@ -110,7 +113,7 @@ class _Launch:
     """
 
     def __init__(self, name: str, n: int, share: bool = False, square: bool = False, **columns: int) -> None:
-        rows, degree, channels, warps = TILES.get(name, TILES["flat"])
+        rows, degree, channels, warps, _ = TILES.get(name, TILES["flat"])
         self.programs = min(_PROGRAMS, _blocks(n, rows)) if share else _blocks(n, rows)
         self.options: dict[str, Any] = {"ROWS": rows, "num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
         if degree:
@@ -286,14 +289,14 @@ class _Linear:
     def __init__(self, h: Tensor, layer: Layer, edges: _Edges, out: Tensor | None = None) -> None:
         width = h.shape[1]
         self.rstd = torch.rsqrt(layer.var1 + layer.eps1)
-        scaled = layer.weight * self.rstd[:, None]
+        scaled, storage = layer.weight * self.rstd[:, None], _storage()
         shift = -layer.mean1 if layer.bias is None or layer.train1 else layer.bias - layer.mean1
         self.of_rows = torch.cat([scaled[:, :width], scaled[:, width : 2 * width]])  # (4F, F)
         self.shift = torch.nn.functional.pad(shift * self.rstd, (0, 2 * width))
-        self.of_edges = scaled[:, 2 * width :].T.contiguous()  # (K, 2F)
-        self.pq = torch.addmm(self.shift, h, self.of_rows.T, out=out)
+        self.of_edges = scaled[:, 2 * width :].T.to(storage).contiguous()  # (K, 2F)
+        self.pq = torch.addmm(self.shift.to(storage), h.to(storage), self.of_rows.T.to(storage), out=out)
         features = edges.graph.features
-        self.table = None if features is None else features @ self.of_edges
+        self.table = None if features is None else features.to(storage) @ self.of_edges
 
 
 def _finish(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
@@ -303,8 +306,10 @@ def _finish(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
     return scale, layer.beta2 - layer.mean2 * scale, rstd
 
 
-def _sizes(width: int, edges: _Edges) -> dict[str, int]:
-    return {"F": width, "K": edges.n_features, "WINDOW": min(WINDOW, edges.n_features)}
+def _filter(name: str, width: int, edges: _Edges) -> dict[str, Any]:
+    """How a kernel forms r."""
+    window = 0 if TILES[name].by_dot else min(WINDOW, edges.n_features)
+    return {"F": width, "K": edges.n_features, "WINDOW": window, "PRECISION": _precision()}
 
 
 def _gate_sum(m: Tensor | None, out: Tensor | None, h: Tensor, linear: _Linear, layer: Layer, edges: _Edges) -> None:
@@ -312,7 +317,7 @@ def _gate_sum(m: Tensor | None, out: Tensor | None, h: Tensor, linear: _Linear, 
     scale, shift, _ = _finish(layer) if out is not None else (None, None, None)
     _Launch("gate_sum", n, BF=width)(
         m, out, linear.pq, h, linear.of_edges, linear.table, layer.gamma1, layer.beta1, scale, shift, edges.distance,
-        edges.graph.sender, edges.graph.row_ptr, n, edges.n_edges, *edges.basis, **_sizes(width, edges),
+        edges.graph.sender, edges.graph.row_ptr, n, edges.n_edges, *edges.basis, **_filter("gate_sum", width, edges),
     )  # fmt: skip
 
 
@@ -403,7 +408,7 @@ def conv_backward(
     if n == 0:
         nothing = [torch.zeros_like(x) for x in (table, layer.weight, *[layer.gamma1] * 3, *[layer.gamma2] * 2)]
         return (*nothing, torch.zeros_like(graph.distance if graph.features is None else graph.features))
-    linear, k, sizes = _Linear(h, layer, edges), edges.n_features, _sizes(width, edges)
+    linear, k = _Linear(h, layer, edges), edges.n_features
     launch = _Launch("backward_rows", n, share=True, BF=width, BK=k)
     d_pq, d_gamma = h.new_empty(n, 4 * width), h.new_empty(launch.programs, 2 * width)
     d_filter = h.new_empty(launch.programs, k, 2 * width)
@@ -414,7 +419,7 @@ def conv_backward(
     launch(
         d_pq, x_rows, d_gamma, d_filter, dy, linear.pq, dm, linear.of_edges, linear.table, graph.features, layer.gamma1,
         layer.beta1, edges.distance, graph.sender, graph.row_ptr, n, edges.n_edges, *edges.basis,
-        PRECISION=_precision(), **sizes,
+        **_filter("backward_rows", width, edges),
     )  # fmt: skip
     d_gamma1, d_beta1, d_filter = d_gamma.sum(0), d_pq[:, : 2 * width].sum(0), d_filter.sum(0)
     c1 = c2 = weights = in_degree = None
@@ -430,7 +435,8 @@ def conv_backward(
     del x_rows
     _Launch("backward_senders", n, BF=width)(
         d_pq, linear.pq, dm, linear.of_edges, linear.table, layer.gamma1, layer.beta1, a, c1, c2, weights, in_degree,
-        edges.distance, *transposed(graph), n, edges.n_edges, *edges.basis, **sizes,
+        edges.distance, *transposed(graph), n, edges.n_edges, *edges.basis,
+        **_filter("backward_senders", width, edges),
     )  # fmt: skip
     dh = torch.addmm(du, d_pq, torch.cat([layer.weight[:, :width], layer.weight[:, width : 2 * width]]))
     if species is not None:  # sorted first, so that the sums have an order
@@ -446,7 +452,7 @@ def _filter_correction(linear: _Linear, edges: _Edges, moments: Moments, c1: Ten
     """sum_ij w_i e_ij (c1 + c2 x_ij), (K, 2F), from sums over rows."""
     assert moments.by_receiver is not None and moments.by_sender is not None
     assert moments.sum is not None and moments.gram is not None
-    p, q = linear.pq.chunk(2, dim=1)
+    p, q = linear.pq.float().chunk(2, dim=1)
     ex = (moments.by_receiver * moments.row_weight[:, None]).T @ p + moments.by_sender.T @ q
     ex += (moments.gram @ linear.of_edges.double()).to(ex.dtype)
     return moments.sum.to(ex.dtype)[:, None] * c1 + ex * c2
@@ -462,7 +468,7 @@ def stack(h: Tensor, layers: Sequence[Layer], graph: Graph, species: Tensor | No
         _check_layer(layer, width, edges.n_features, h.device)
     if n == 0 or not layers:
         return h.clone()
-    pq = h.new_empty(n, 4 * width)
+    pq = h.new_empty(n, 4 * width, dtype=_storage())
     buffers = [torch.empty_like(h) for _ in range(min(2, len(layers)))]
     for t, layer in enumerate(layers):
         linear = _Linear(h, layer, edges, out=pq)

@@ -1,8 +1,9 @@
 """The Triton kernels. Importing this needs Triton; ``ops/triton.py`` launches them and says what they compute.
 
 A program takes ROWS rows and walks their edges DEG at a time, over BF of the F channels: tiles of (ROWS, DEG, BF). Sums
-over edges are loops in the order of the row, so nothing is atomic. Everything is added up in float32. A row of a node
-array is addressed in 64 bits. An index that leaves its array makes its row NaN; it is never followed.
+over edges are loops in the order of the row, so nothing is atomic. ``pq``, ``w_e`` and ``table`` may be stored in
+bfloat16; everything is computed and added up in float32. A row of a node array is addressed in 64 bits. An index that
+leaves its array makes its row NaN; it is never followed.
 """
 
 from __future__ import annotations
@@ -72,11 +73,17 @@ def other_end(index, at, live, n_rows):
 
 @triton.jit
 def edge_term(w_e, table, distance, e, live, poison, cols, cols_ok, dmin, inverse_step, F: tl.constexpr,
-              K: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
-    """r = e(d) w_e for a tile of edges, both halves: from the WINDOW nearest Gaussians, or ``table``'s row of each."""
+              K: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """r = e(d) w_e for a tile of edges, both halves: from the WINDOW nearest Gaussians (0: from all of them, by
+    ``tl.dot``), or ``table``'s row of each."""
     r_f = poison[:, :, None] + (cols * 0).to(tl.float32)
     r_c = r_f
-    if table is None:
+    if table is not None:
+        at = table + e.to(tl.int64)[:, :, None] * (2 * F) + cols
+        ok = live[:, :, None] & cols_ok
+        r_f += tl.load(at, mask=ok, other=0.0).to(tl.float32)
+        r_c += tl.load(at + F, mask=ok, other=0.0).to(tl.float32)
+    elif WINDOW > 0:
         u = (tl.load(distance + e, mask=live, other=0.0) - dmin) * inverse_step
         first = tl.floor(u + 0.5).to(tl.int32) - WINDOW // 2
         first = tl.minimum(tl.maximum(first, 0), K - WINDOW)  # whole numbers: a NaN distance reads inside the array too
@@ -84,13 +91,27 @@ def edge_term(w_e, table, distance, e, live, poison, cols, cols_ok, dmin, invers
             x = u - (first + t).to(tl.float32)
             a = tl.exp2(x * x * -LOG2E)[:, :, None]
             w = w_e + (first + t)[:, :, None] * (2 * F) + cols
-            r_f += a * tl.load(w, mask=cols_ok, other=0.0)
-            r_c += a * tl.load(w + F, mask=cols_ok, other=0.0)
+            r_f += a * tl.load(w, mask=cols_ok, other=0.0).to(tl.float32)
+            r_c += a * tl.load(w + F, mask=cols_ok, other=0.0).to(tl.float32)
     else:
-        at = table + e.to(tl.int64)[:, :, None] * (2 * F) + cols
-        ok = live[:, :, None] & cols_ok
-        r_f += tl.load(at, mask=ok, other=0.0)
-        r_c += tl.load(at + F, mask=ok, other=0.0)
+        EDGES: tl.constexpr = e.shape[0] * e.shape[1]
+        BF: tl.constexpr = cols.shape[2]
+        u = (tl.load(distance + e, mask=live, other=0.0) - dmin) * inverse_step
+        u = tl.reshape(u, [EDGES])[:, None]
+        flat, flat_ok = tl.reshape(cols, [1, BF]), tl.reshape(cols_ok, [1, BF])
+        dot_f = tl.zeros([EDGES, BF], tl.float32)
+        dot_c = tl.zeros([EDGES, BF], tl.float32)
+        for k in tl.static_range(0, K, 16):
+            ks = k + tl.arange(0, 16)
+            x = u - ks.to(tl.float32)[None, :]
+            a = tl.exp2(x * x * -LOG2E)
+            w, ok = w_e + ks[:, None] * (2 * F) + flat, (ks < K)[:, None] & flat_ok
+            w_f = tl.load(w, mask=ok, other=0.0).to(tl.float32)
+            w_c = tl.load(w + F, mask=ok, other=0.0).to(tl.float32)
+            dot_f = tl.dot(a, w_f, dot_f, input_precision=PRECISION)
+            dot_c = tl.dot(a, w_c, dot_c, input_precision=PRECISION)
+        r_f += tl.reshape(dot_f, [e.shape[0], e.shape[1], BF])
+        r_c += tl.reshape(dot_c, [e.shape[0], e.shape[1], BF])
     return r_f, r_c
 
 
@@ -109,7 +130,7 @@ def edge_vector(features, distance, e, live, ks, dmin, inverse_step, K: tl.const
 @triton.jit
 def gate_sum(m, out, pq, h, w_e, table, gamma1, beta1, scale2, shift2, distance, sender, row_ptr, n_rows, n_edges,
              dmin, inverse_step, F: tl.constexpr, K: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr,
-             DEG: tl.constexpr, BF: tl.constexpr):  # fmt: skip
+             DEG: tl.constexpr, BF: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """m_i = sum_j sigmoid(y[:F]) softplus(y[F:]), y_ij = gamma1 (p_i + q_j + r_ij) + beta1, and
     out_i = softplus(h_i + scale2 m_i + shift2). ``m`` or ``out`` may be None."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -121,8 +142,8 @@ def gate_sum(m, out, pq, h, w_e, table, gamma1, beta1, scale2, shift2, distance,
     bf = tl.load(beta1 + cols, mask=cols_ok, other=0.0) * -LOG2E
     bc = tl.load(beta1 + F + cols, mask=cols_ok, other=0.0) * LOG2E
     at = rows.to(tl.int64)[:, None] * (4 * F) + cols[None, :]
-    p_f = tl.load(pq + at, mask=ok, other=0.0)
-    p_c = tl.load(pq + at + F, mask=ok, other=0.0)
+    p_f = tl.load(pq + at, mask=ok, other=0.0).to(tl.float32)
+    p_c = tl.load(pq + at + F, mask=ok, other=0.0).to(tl.float32)
     begin, end, bad = edge_range(row_ptr, rows, n_rows, n_edges)
     total = tl.where(bad, float("nan"), 0.0)[:, None] + tl.zeros([ROWS, BF], tl.float32)
     wide, wide_ok = cols[None, None, :], cols_ok[None, None, :]
@@ -130,11 +151,12 @@ def gate_sum(m, out, pq, h, w_e, table, gamma1, beta1, scale2, shift2, distance,
         e = begin[:, None] + (k + tl.arange(0, DEG))[None, :]
         live = e < end[:, None]
         j, good, poison = other_end(sender, e, live, n_rows)
-        r_f, r_c = edge_term(w_e, table, distance, e, live, poison, wide, wide_ok, dmin, inverse_step, F, K, WINDOW)
+        r_f, r_c = edge_term(w_e, table, distance, e, live, poison, wide, wide_ok, dmin, inverse_step, F, K, WINDOW,
+                             PRECISION)  # fmt: skip
         q = pq + j[:, :, None] * (4 * F) + 2 * F + wide
         ok3 = good[:, :, None] & wide_ok
-        x_f = p_f[:, None, :] + (tl.load(q, mask=ok3, other=0.0) + r_f)
-        x_c = p_c[:, None, :] + (tl.load(q + F, mask=ok3, other=0.0) + r_c)
+        x_f = p_f[:, None, :] + (tl.load(q, mask=ok3, other=0.0).to(tl.float32) + r_f)
+        x_c = p_c[:, None, :] + (tl.load(q + F, mask=ok3, other=0.0).to(tl.float32) + r_c)
         y = gate2(x_f * gf[None, None, :] + bf[None, None, :], x_c * gc[None, None, :] + bc[None, None, :])
         total += tl.sum(tl.where(live[:, :, None], y, 0.0), axis=1)
     total *= LN2
@@ -185,8 +207,8 @@ def backward_rows(d_rows, x_rows, d_gamma, d_filter, d_edge, pq, d_m, w_e, table
         rows = block * ROWS + tl.arange(0, ROWS)
         ok = (rows < n_rows)[:, None] & cols_ok[None, :]
         row = rows.to(tl.int64)[:, None]
-        p_f = tl.load(pq + row * (4 * F) + cols[None, :], mask=ok, other=0.0)
-        p_c = tl.load(pq + row * (4 * F) + F + cols[None, :], mask=ok, other=0.0)
+        p_f = tl.load(pq + row * (4 * F) + cols[None, :], mask=ok, other=0.0).to(tl.float32)
+        p_c = tl.load(pq + row * (4 * F) + F + cols[None, :], mask=ok, other=0.0).to(tl.float32)
         g = tl.load(d_m + row * F + cols[None, :], mask=ok, other=0.0)[:, None, :]
         begin, end, bad = edge_range(row_ptr, rows, n_rows, n_edges)
         dp_f = tl.where(bad, float("nan"), 0.0)[:, None] + tl.zeros([ROWS, BF], tl.float32)
@@ -198,11 +220,12 @@ def backward_rows(d_rows, x_rows, d_gamma, d_filter, d_edge, pq, d_m, w_e, table
             live = e < end[:, None]
             live3 = live[:, :, None]
             j, good, poison = other_end(sender, e, live, n_rows)
-            r_f, r_c = edge_term(w_e, table, distance, e, live, poison, wide, wide_ok, dmin, inverse_step, F, K, WINDOW)
+            r_f, r_c = edge_term(w_e, table, distance, e, live, poison, wide, wide_ok, dmin, inverse_step, F, K, WINDOW,
+                                 PRECISION)  # fmt: skip
             q = pq + j[:, :, None] * (4 * F) + 2 * F + wide
             ok3 = good[:, :, None] & wide_ok
-            x_f = p_f[:, None, :] + (tl.load(q, mask=ok3, other=0.0) + r_f)
-            x_c = p_c[:, None, :] + (tl.load(q + F, mask=ok3, other=0.0) + r_c)
+            x_f = p_f[:, None, :] + (tl.load(q, mask=ok3, other=0.0).to(tl.float32) + r_f)
+            x_c = p_c[:, None, :] + (tl.load(q + F, mask=ok3, other=0.0).to(tl.float32) + r_c)
             dy_f, dy_c = gate_gradient2(x_f * gamma_f + beta_f, x_c * gamma_c + beta_c)
             dy_f = tl.where(live3, g * dy_f, 0.0)
             dy_c = tl.where(live3, g * dy_c, 0.0)
@@ -238,7 +261,8 @@ def backward_rows(d_rows, x_rows, d_gamma, d_filter, d_edge, pq, d_m, w_e, table
 @triton.jit
 def backward_senders(dq, pq, d_m, w_e, table, gamma1, beta1, a1, c1, c2, row_weight, in_degree, distance, receiver,
                      edge, col_ptr, n_rows, n_edges, dmin, inverse_step, F: tl.constexpr, K: tl.constexpr,
-                     WINDOW: tl.constexpr, ROWS: tl.constexpr, DEG: tl.constexpr, BF: tl.constexpr):  # fmt: skip
+                     WINDOW: tl.constexpr, ROWS: tl.constexpr, DEG: tl.constexpr, BF: tl.constexpr,
+                     PRECISION: tl.constexpr):  # fmt: skip
     """a1 (sum_i dy_ij - in_degree_j c1 - c2 sum_i w_i x_ij) into the third and fourth quarter of the rows of 4F.
 
     Edges by sender: number ``t`` of the sorted list is ``edge[t]`` and comes from ``receiver[t]``. ``row_weight`` None:
@@ -254,8 +278,8 @@ def backward_senders(dq, pq, d_m, w_e, table, gamma1, beta1, a1, c1, c2, row_wei
     beta_f = tl.load(beta1 + cols, mask=cols_ok, other=0.0)[None, None, :] * -LOG2E
     beta_c = tl.load(beta1 + F + cols, mask=cols_ok, other=0.0)[None, None, :] * LOG2E
     at = rows.to(tl.int64)[:, None] * (4 * F) + 2 * F + cols[None, :]
-    q_f = tl.load(pq + at, mask=ok, other=0.0)
-    q_c = tl.load(pq + at + F, mask=ok, other=0.0)
+    q_f = tl.load(pq + at, mask=ok, other=0.0).to(tl.float32)
+    q_c = tl.load(pq + at + F, mask=ok, other=0.0).to(tl.float32)
     begin, end, bad = edge_range(col_ptr, rows, n_rows, n_edges)
     dq_f = tl.where(bad, float("nan"), 0.0)[:, None] + tl.zeros([ROWS, BF], tl.float32)
     dq_c = dq_f
@@ -267,11 +291,12 @@ def backward_senders(dq, pq, d_m, w_e, table, gamma1, beta1, a1, c1, c2, row_wei
         live3 = live[:, :, None]
         i, good, poison = other_end(receiver, t, live, n_rows)
         e = tl.load(edge + t, mask=live, other=0)
-        r_f, r_c = edge_term(w_e, table, distance, e, live, poison, wide, wide_ok, dmin, inverse_step, F, K, WINDOW)
+        r_f, r_c = edge_term(w_e, table, distance, e, live, poison, wide, wide_ok, dmin, inverse_step, F, K, WINDOW,
+                             PRECISION)  # fmt: skip
         ok3 = good[:, :, None] & wide_ok
         p = pq + i[:, :, None] * (4 * F) + wide
-        x_f = q_f[:, None, :] + (tl.load(p, mask=ok3, other=0.0) + r_f)
-        x_c = q_c[:, None, :] + (tl.load(p + F, mask=ok3, other=0.0) + r_c)
+        x_f = q_f[:, None, :] + (tl.load(p, mask=ok3, other=0.0).to(tl.float32) + r_f)
+        x_c = q_c[:, None, :] + (tl.load(p + F, mask=ok3, other=0.0).to(tl.float32) + r_c)
         g = tl.load(d_m + i[:, :, None] * F + wide, mask=ok3, other=0.0)
         dy_f, dy_c = gate_gradient2(x_f * gamma_f + beta_f, x_c * gamma_c + beta_c)
         dq_f += tl.sum(tl.where(live3, g * dy_f, 0.0), axis=1)

@@ -20,7 +20,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import srcgcnn_fast as sf
-from srcgcnn_fast.ops import reference, registry
+from srcgcnn_fast.ops import precision, reference, registry
 from srcgcnn_fast.ops import triton as backend
 from srcgcnn_fast.ops.cpu import Graph, Layer, Moments
 from srcgcnn_fast.ops.reference import BatchNorm, Edges
@@ -214,6 +214,77 @@ def test_any_width_and_number_of_gaussians(width, n_features):
 @pytest.mark.parametrize("training", TRAINING[:2], ids=["train", "eval"])
 def test_generic_edge_features(training):
     compare([Problem("weighted", 16, 23, features=True, seed=6)], training)
+
+
+def by_dot(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Let these kernels form r from all Gaussians at once."""
+    for name in names:
+        monkeypatch.setitem(backend.TILES, name, backend.TILES[name]._replace(by_dot=True))
+
+
+@runs
+@pytest.mark.parametrize(("width", "n_features"), [(16, 41), (7, 5), (33, 70)])
+def test_the_filter_from_all_gaussians(monkeypatch, width, n_features):
+    """As exact as the window, which leaves out what is below 2e-9."""
+    by_dot(monkeypatch, "gate_sum", "backward_rows", "backward_senders")
+    problems = [Problem("weighted" if width == 16 else "isolated", width, n_features, seed=seed) for seed in range(2)]
+    compare(problems, (False, False))
+    if width == 16:
+        compare(problems, (True, True))
+
+
+@runs
+@pytest.mark.parametrize("dot", [False, True])
+@pytest.mark.parametrize("features", [False, True])
+def test_bfloat16_storage(monkeypatch, features, dot):
+    """Rounds what it stores, and nothing else: far from float32, no farther than the roundings of a sum of three."""
+    if dot:
+        by_dot(monkeypatch, "gate_sum", "backward_rows", "backward_senders")
+    problem = Problem("weighted", 16, 23 if features else 41, features=features, seed=6)
+    for training in TRAINING[:2]:
+        truth = problem.expected(torch.float64, training)
+        with sf.use_precision("bfloat16"):
+            found = problem.found(training)
+        errors = {name: relative(found[name], x) for name, x in truth.items() if name != "grad bias" or not training[0]}
+        assert all(found[name].dtype == torch.float32 for name in truth)
+        assert 1e-4 < errors["out"] < 3e-3
+        assert 5e-4 < errors["grad weight"] < 2e-2
+
+
+@runs
+def test_bfloat16_rows_and_filter_are_what_is_rounded():
+    """Against the formula in float64 with p, q and the filter's weights rounded to bfloat16."""
+    problem = Problem("weighted", 16, 41, seed=6)
+    h, layer, graph, _ = arguments(problem)
+    with sf.use_precision("bfloat16"):
+        linear = backend._Linear(h, layer, backend._Edges(graph, 41, torch.float32, h.device))
+        out = backend.stack(h, [layer], graph)
+    assert linear.pq.dtype == linear.of_edges.dtype == torch.bfloat16
+    p, q = (x.double() for x in linear.pq.chunk(2, dim=1))
+    k = torch.arange(41, dtype=torch.float64, device=h.device)
+    e = torch.exp(-((graph.distance.double()[:, None] / 0.2 - k) ** 2))
+    receiver = reference.receivers(problem.edges).to(h.device)
+    x = p[receiver] + q[graph.sender.long()] + e @ linear.of_edges.double()
+    f, c = (x * layer.gamma1.double() + layer.beta1.double()).chunk(2, dim=1)
+    m = torch.zeros_like(h, dtype=torch.float64).index_add(0, receiver, f.sigmoid() * torch.nn.functional.softplus(c))
+    m = (m - layer.mean2.double()) / (layer.var2.double() + 1e-5).sqrt() * layer.gamma2.double() + layer.beta2.double()
+    assert relative(out, torch.nn.functional.softplus(h.double() + m).cpu()) < 1e-6
+
+
+def test_use_precision_sets_and_restores_what_pytorch_reads():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    with sf.use_precision("bfloat16"):
+        assert matmul.allow_tf32 and precision.bfloat16_is_allowed() and backend._precision() == "tf32"
+        with sf.use_precision("float32"):
+            assert not matmul.allow_tf32 and backend._precision() == "tf32x3" and backend._storage() == torch.float32
+        assert matmul.allow_tf32 and backend._storage() == torch.bfloat16
+    assert matmul.allow_tf32 == before and backend._storage() == torch.float32
+    with (
+        pytest.raises(sf.InputError, match="no precision 'half'; choose one of float32, tf32, bfloat16"),
+        sf.use_precision("half"),
+    ):
+        pass
 
 
 @runs

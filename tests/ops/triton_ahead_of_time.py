@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from srcgcnn_fast.ops import triton as backend
 from srcgcnn_fast.ops.cpu import Graph, Layer, Moments
 
-_TYPES = {torch.float32: "*fp32", torch.int32: "*i32", torch.float64: "*fp64"}
+_TYPES = {torch.float32: "*fp32", torch.int32: "*i32", torch.float64: "*fp64", torch.bfloat16: "*bf16"}
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
