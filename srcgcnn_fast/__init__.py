@@ -27,6 +27,7 @@ _HOME = {
     "load_model": "serialization",
     "save_model": "serialization",
     "predict": "prediction",
+    "CapturedModel": "capture",
     "backends": "ops.registry",
     "use_backend": "ops.registry",
     "use_precision": "ops.precision",
@@ -38,6 +39,7 @@ __all__ = [*sorted(_HOME), "__version__", "functional"]
 
 if TYPE_CHECKING:
     from . import functional as functional
+    from .capture import CapturedModel as CapturedModel
     from .errors import InputError as InputError
     from .graph import CrystalGraph as CrystalGraph
     from .graph import GraphBatch as GraphBatch

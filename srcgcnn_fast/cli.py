@@ -140,6 +140,8 @@ def train(arguments: argparse.Namespace) -> None:
         recipe,
         seed=arguments.seed,
         resume=arguments.resume,
+        accelerator=arguments.accelerator,
+        precision=arguments.precision,
         logger="tensorboard" if arguments.tensorboard else None,
         progress=True,
     )
@@ -185,13 +187,19 @@ def compare(arguments: argparse.Namespace) -> None:
 def predict(arguments: argparse.Namespace) -> int:
     from contextlib import nullcontext
 
-    from . import use_backend
+    from . import use_backend, use_precision
     from .prediction import predict, write_table
+    from .serialization import load_model
 
     _check_writable(Path(arguments.out))
-    with use_backend(arguments.backend) if arguments.backend else nullcontext():
+    model = load_model(arguments.model).to(_device(arguments.device))
+    with use_backend(arguments.backend) if arguments.backend else nullcontext(), use_precision(arguments.precision):
         table = predict(
-            arguments.model, arguments.input, batch_atoms=arguments.batch_atoms, isolated=arguments.isolated
+            model,
+            arguments.input,
+            batch_atoms=arguments.batch_atoms,
+            isolated=arguments.isolated,
+            captured=arguments.captured,
         )
     write_table(table, arguments.out)
     failed = table["error"].notna()
@@ -278,6 +286,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--gradient-clip", metavar="X", type=float, help="largest norm of the gradient; default none")
     sub.add_argument("--workers", metavar="N", type=int, default=0, help="processes that assemble batches")
     sub.add_argument("--tensorboard", action="store_true", help="log for TensorBoard, too")
+    sub.add_argument(
+        "--accelerator", choices=("auto", "cpu", "gpu"), default="auto", help="where to train; auto: on a GPU, if any"
+    )
+    _add_precision(sub)
 
     sub = command(compare, "Train a CGCNN and an SR-CGCNN under identical settings and tabulate error, size and time.")
     _add_training_options(sub, batch_size="64 for up to 10 000 crystals, else 256", lr=3e-3)
@@ -287,7 +299,7 @@ def _parser() -> argparse.ArgumentParser:
         predict, "Predict crystals into a table: one row per input; what cannot be read is a row with its error."
     )
     sub.add_argument("model", metavar="MODEL", help="a model directory, or a published .pth.tar")
-    sub.add_argument("input", metavar="INPUT", help=_SOURCE)
+    sub.add_argument("input", metavar="INPUT", help=f"{_SOURCE}, or a store that prepare wrote")
     sub.add_argument(
         "--out", metavar="TABLE", default="predictions.csv", help="table to write, .csv, .parquet or .json"
     )
@@ -302,6 +314,11 @@ def _parser() -> argparse.ArgumentParser:
         "--isolated", choices=("error", "warn", "keep"), help=f"{_ISOLATED}; default: as the model was trained"
     )
     sub.add_argument("--backend", metavar="NAME", help="force a backend that doctor lists, such as reference")
+    sub.add_argument("--device", metavar="NAME", default="cpu", help="where to compute: cpu, cuda, cuda:1 …")
+    sub.add_argument(
+        "--captured", action="store_true", help="on a GPU: one CUDA graph for each size of batch, for small batches"
+    )
+    _add_precision(sub)
 
     sub = command(convert, "Convert a published .pth.tar to a model directory, or a model directory to a .pth.tar.")
     sub.add_argument("model", metavar="MODEL", help="a model directory, or a published .pth.tar")
@@ -330,6 +347,28 @@ _SOURCE = (
     "a CIF, POSCAR, extxyz, pymatgen JSON, ASE db or Parquet file, or a folder of these, with or without id_prop.csv"
 )
 _ISOLATED = "atoms without any neighbour: refuse the crystal, or keep it (warn: and count such crystals)"
+
+
+def _add_precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "tf32", "bfloat16"),
+        default="float32",
+        help="of a GPU's arithmetic; the CPU computes in float32",
+    )
+
+
+def _device(name: str) -> Any:
+    """The device of that name, which must be there."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's ways to say that there is none
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise InputError(f"There is no device {name!r} here ({reason}); srcgcnn-fast doctor lists them.") from error
+    return device
 
 
 def _add_graph_options(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from .capture import CapturedModel
 from .errors import InputError, require
 from .files import atomic_path
-from .graph import Record, build_graphs, collate, read_inputs
+from .graph import GraphBatch, GraphStore, Record, build_graphs, collate, open_store, read_inputs
 from .graph.elements import ELEMENT_SYMBOLS
+from .graph.store import METADATA as STORE_METADATA
 from .serialization import load_model
 
 if TYPE_CHECKING:
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
 
     from .graph import CrystalGraph, GraphParameters
     from .nn import CGCNN, SRCGCNN
+
+Predictor = Callable[[GraphBatch], torch.Tensor]
+Chunk = tuple[Sequence[str], np.ndarray, list[str | None]]
+"""Ids of n inputs, their values (n, n_targets) float64, and the sentence of each whose values are NaN."""
 
 _CHUNK = 1024
 """Crystals read and turned into graphs at a time: what bounds the memory of a long input."""
@@ -35,6 +41,7 @@ def predict(
     batch_atoms: int = 20_000,
     timeout: float = 60.0,
     isolated: Literal["error", "warn", "keep"] | None = None,
+    captured: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> pd.DataFrame:
     """What ``model`` predicts for every crystal of ``inputs``, built into graphs as the model was trained on them.
@@ -44,12 +51,15 @@ def predict(
 
     Args:
         model: a model, or what :func:`load_model` takes. Runs on its own device; its train or eval mode is kept.
-        inputs: a path (CIF, POSCAR, extxyz, pymatgen JSON, Parquet, a folder of such) or an iterable of structures
-            (pymatgen, ASE, paths, or lattice, fractional coordinates and atomic numbers).
+        inputs: a path (CIF, POSCAR, extxyz, pymatgen JSON, Parquet, a folder of such), an iterable of structures
+            (pymatgen, ASE, paths, or lattice, fractional coordinates and atomic numbers), or a store that
+            :func:`prepare` wrote, whose graphs must be those of the model.
         batch_atoms: most graph rows in one forward pass; one larger crystal goes alone.
         timeout: seconds for reading one CIF file among several.
         isolated: what an atom without any neighbour means for its crystal, in place of the model's own setting:
             "error" an error row, "keep" a prediction.
+        captured: on a GPU, replay a CUDA graph for each size of batch (:class:`srcgcnn_fast.CapturedModel`), which pays
+            for small ``batch_atoms``.
         progress: called after each input is read, with the number read so far.
 
     Returns:
@@ -57,7 +67,8 @@ def predict(
         ``error`` (None where there is none).
 
     Raises:
-        InputError: the model or the inputs as a whole cannot be read.
+        InputError: the model or the inputs as a whole cannot be read, a store has other graphs than the model wants, or
+            ``captured`` without a GPU.
     """
     pandas = require("pandas", "A table of predictions", extra="io")
     model = load_model(model) if isinstance(model, str | os.PathLike) else model
@@ -71,12 +82,17 @@ def predict(
     ids: list[str] = []
     errors: list[str | None] = []
     values: list[np.ndarray] = []
+    call = CapturedModel(model) if captured else _moving(model)
     training = model.training
     model.eval()
     try:
-        for chunk in _chunks(_counted(read_inputs(inputs, targets=(), timeout=timeout), progress)):
-            found, failures = _predict_chunk(model, chunk, parameters, batch_atoms)
-            ids += [record.id for record in chunk]
+        if (store := _as_store(inputs)) is not None:
+            chunks = _of_store(model, call, store, parameters, batch_atoms, progress)
+        else:
+            records = _chunks(_counted(read_inputs(inputs, targets=(), timeout=timeout), progress))
+            chunks = (_predict_chunk(model, chunk, call, parameters, batch_atoms) for chunk in records)
+        for names, found, failures in chunks:
+            ids += names
             values.append(found)
             errors += failures
     finally:
@@ -126,22 +142,89 @@ def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
 
 
 def _predict_chunk(
-    model: Any, records: Sequence[Record], parameters: GraphParameters, batch_atoms: int
-) -> tuple[np.ndarray, list[str | None]]:
-    """(len(records), n_targets) float64, NaN where the sentence beside it is not None."""
-    weight = model.embedding.weight
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32  # of the distances
-    values = np.full((len(records), len(model.metadata.targets)), np.nan)
+    model: Any, records: Sequence[Record], call: Predictor, parameters: GraphParameters, batch_atoms: int
+) -> Chunk:
+    names = [record.id for record in records]
+    dtype = _distance_dtype(model)
     graphs, errors = _graphs(model, records, parameters, np.float64 if dtype == torch.float64 else np.float32)
-    for batch in _batches(graphs, batch_atoms):
-        with torch.inference_mode():
-            outputs = model.predict(collate([graphs[i] for i in batch], dtype).to(weight.device))
-        values[batch] = outputs.double().cpu().numpy()
-        for i in batch:
-            if not np.isfinite(values[i]).all():
-                values[i] = np.nan
-                errors[i] = f"{records[i].id}: the model's output is not finite; check its weights and the structure."
-    return values, errors
+    places = list(_batches({i: graph.n_rows for i, graph in graphs.items()}, batch_atoms))
+    batches = (collate([graphs[i] for i in place], dtype) for place in places)
+    values = np.full((len(records), len(model.metadata.targets)), np.nan)
+    for place, found in zip(places, _run(call, batches), strict=True):
+        values[place] = found
+    _mark(values, [i for place in places for i in place], names, errors)
+    return names, values, errors
+
+
+def _as_store(inputs: Any) -> GraphStore | None:
+    if isinstance(inputs, str | os.PathLike) and (Path(inputs) / STORE_METADATA).is_file():
+        return open_store(inputs)
+    return inputs if isinstance(inputs, GraphStore) else None
+
+
+def _of_store(
+    model: Any,
+    call: Predictor,
+    store: GraphStore,
+    parameters: GraphParameters,
+    batch_atoms: int,
+    progress: Callable[[int], None] | None,
+) -> Iterator[Chunk]:
+    """Chunks of a store's crystals; only what was prepared as the model wants it."""
+    if replace(store.parameters, isolated=parameters.isolated) != parameters:
+        raise InputError(
+            f"The store was prepared with {store.parameters}, and the model wants {parameters}; prepare it alike, or "
+            "predict from the structures."
+        )
+    has_vector = model.element_table.any(dim=1).cpu()
+    dtype = _distance_dtype(model)
+    for first in range(0, len(store), _CHUNK):
+        chosen = range(first, min(first + _CHUNK, len(store)))
+        places = list(_batches({i: int(store.row_counts[i]) for i in chosen}, batch_atoms))
+        names, errors = store.ids[first : first + _CHUNK], _nothing(len(chosen))
+        for place, batch in zip(places, given := [store.batch(np.array(place)) for place in places], strict=True):
+            for row in torch.nonzero(~has_vector[batch.numbers.long()])[:, 0].tolist():
+                crystal = place[int(batch.atom_crystal[row])] - first
+                errors[crystal] = _without_vector(names[crystal], int(batch.numbers[row]))
+        batches = (batch if dtype == torch.float32 else batch.to(dtype=dtype) for batch in given)
+        values = np.concatenate(list(_run(call, batches)))
+        values[[error is not None for error in errors]] = np.nan
+        _mark(values, [i for i, error in enumerate(errors) if error is None], names, errors)
+        if progress is not None:
+            progress(chosen.stop)
+        yield names, values, errors
+
+
+def _nothing(count: int) -> list[str | None]:
+    return [None] * count
+
+
+def _moving(model: Any) -> Predictor:
+    """``model.predict`` of batches on the CPU."""
+    device = model.embedding.weight.device
+    if device.type != "cuda":
+        return lambda batch: model.predict(batch.to(device))
+    return lambda batch: model.predict(batch.pin_memory().to(device, non_blocking=True))
+
+
+def _run(call: Predictor, batches: Iterable[GraphBatch]) -> Iterator[np.ndarray]:
+    """(B, n_targets) float64 of each batch. On a GPU all are on their way before the first is waited for."""
+    with torch.inference_mode():
+        found = [call(batch) for batch in batches]
+    for x in found:
+        yield x.double().cpu().numpy()
+
+
+def _distance_dtype(model: Any) -> torch.dtype:
+    return torch.float64 if model.embedding.weight.dtype == torch.float64 else torch.float32
+
+
+def _mark(values: np.ndarray, places: Iterable[int], names: Sequence[str], errors: list[str | None]) -> None:
+    """Turn the rows of ``places`` that are not finite into errors."""
+    for i in places:
+        if not np.isfinite(values[i]).all():
+            values[i] = np.nan
+            errors[i] = f"{names[i]}: the model's output is not finite; check its weights and the structure."
 
 
 def _graphs(
@@ -166,22 +249,25 @@ def _graphs(
         if isinstance(graph, InputError):
             errors[i] = f"{records[i].id}: {graph}"
         elif not has_vector[graph.numbers].all():
-            symbol = ELEMENT_SYMBOLS[graph.numbers[~has_vector[graph.numbers]][0]]
-            errors[i] = f"{records[i].id} has {symbol}, which the model's element table lacks; leave it out."
+            errors[i] = _without_vector(records[i].id, graph.numbers[~has_vector[graph.numbers]][0])
         else:
             graphs[i] = graph
     return graphs, errors
 
 
-def _batches(graphs: dict[int, CrystalGraph], batch_atoms: int) -> Iterator[list[int]]:
+def _without_vector(name: str, number: int) -> str:
+    return f"{name} has {ELEMENT_SYMBOLS[number]}, which the model's element table lacks; leave it out."
+
+
+def _batches(row_counts: Mapping[int, int], batch_atoms: int) -> Iterator[list[int]]:
     """Positions in order, cut where a batch would exceed ``batch_atoms`` rows."""
     batch: list[int] = []
     rows = 0
-    for i, graph in graphs.items():
-        if batch and rows + graph.n_rows > batch_atoms:
+    for i, n_rows in row_counts.items():
+        if batch and rows + n_rows > batch_atoms:
             yield batch
             batch, rows = [], 0
         batch.append(i)
-        rows += graph.n_rows
+        rows += n_rows
     if batch:
         yield batch

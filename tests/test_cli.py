@@ -289,9 +289,6 @@ def test_what_is_no_store_is_one_sentence(trained, tmp_path, capsys):
     assert "folder" in refused(capsys, "train", folder, "--target", "x", "--out", out)
     (folder / "row_count.npy").write_bytes(b"")
     assert "not a store" in refused(capsys, "train", folder, "--target", "x", "--out", out)
-    assert "is a store" in refused(
-        capsys, "predict", trained / "model", trained / "graphs", "--out", tmp_path / "p.csv"
-    )
 
 
 def test_an_unwritable_place_is_one_sentence(trained, source, tmp_path, capsys):
@@ -312,3 +309,29 @@ def test_debug_shows_the_traceback(tmp_path):
 
     with pytest.raises(InputError):
         main(["predict", str(tmp_path / "missing"), str(tmp_path), "--debug"])
+
+
+def test_predict_takes_a_store_and_a_device(trained, source, tmp_path):
+    assert main(["prepare", str(source), str(tmp_path / "store")]) == 0
+    for name, given in (("store", tmp_path / "store"), ("source", source)):
+        table = str(tmp_path / f"{name}.csv")
+        argv = ["predict", str(trained / "model"), str(given), "--out", table, "--device", "cpu", "--precision", "tf32"]
+        assert main(argv) == 0
+    a, b = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("store", "source"))
+    assert list(a["id"]) == list(b["id"]) and len(a) == 40
+    np.testing.assert_allclose(a[TARGET], b[TARGET], atol=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_named(trained, source, tmp_path, capsys):
+    argv = ["predict", trained / "model", source, "--out", tmp_path / "t.csv"]
+    for device in ("cuda", "cuda:1", "nonsense"):
+        assert f"There is no device '{device}' here" in refused(capsys, *argv, "--device", device)
+    assert "needs a model on a CUDA device, not on cpu" in refused(capsys, *argv, "--captured")
+    assert not (tmp_path / "t.csv").exists()
+
+
+def test_precision_is_part_of_the_run(trained, source, capsys):
+    assert json.loads((trained / "run.json").read_text())["precision"] == "float32"
+    argv = ["train", source, "--target", TARGET, "--epochs", "1", "--out", trained, "--atom-fea-len", "16", "--resume"]
+    assert "precision (float32 before, bfloat16 now)" in refused(capsys, *argv, "--precision", "bfloat16")

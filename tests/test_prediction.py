@@ -265,3 +265,32 @@ def test_tables_of_other_kinds(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(sf.InputError, match="Cannot write"):
         write_table(pandas.DataFrame({"id": []}), tmp_path / "file" / "x.csv")
+
+
+def test_a_store_is_predicted_as_its_structures(tmp_path, monkeypatch):
+    """From the directory or the opened store, whatever the chunks and batches; a crystal without a vector is a row."""
+    inputs = crystals(23)
+    model = make_model()
+    model.element_table[inputs[4][2][0]] = 0.0
+    expected = sf.predict(model, inputs)
+    store = sf.prepare(inputs, tmp_path / "store")
+    monkeypatch.setattr(prediction, "_CHUNK", 5)
+    counts: list[int] = []
+    for given, atoms in ((store, 20_000), (tmp_path / "store", 20), (str(tmp_path / "store"), 1)):
+        counts.clear()
+        found = sf.predict(model, given, batch_atoms=atoms, progress=counts.append)
+        assert counts == [5, 10, 15, 20, 23]
+        assert list(found["id"]) == list(expected["id"]) and list(found["error"]) == list(expected["error"])
+        np.testing.assert_allclose(found["target"], expected["target"], atol=2e-5)
+    assert expected["error"].notna().sum() >= 1 and "element table lacks" in found["error"][4]
+
+
+def test_a_store_of_other_graphs_is_refused(tmp_path):
+    store = sf.prepare(crystals(2), tmp_path / "store", sf.GraphParameters(radius=6.0))
+    with pytest.raises(sf.InputError, match=r"prepared with .*radius=6\.0.* the model wants .*radius=8\.0"):
+        sf.predict(make_model(), store)
+
+
+def test_captured_prediction_needs_a_gpu():
+    with pytest.raises(sf.InputError, match="CUDA graph needs a model on a CUDA device, not on cpu"):
+        sf.predict(make_model(), crystals(2), captured=True)

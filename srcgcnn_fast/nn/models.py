@@ -173,7 +173,10 @@ class CrystalModel(nn.Module):
 
     def predict(self, batch: GraphBatch) -> Tensor:
         """(B, n_targets) in the targets' units; a classifier's P(class 1), (B, 1). Call ``eval()`` first."""
-        out = self(batch)
+        return self.in_units(self(batch))
+
+    def in_units(self, out: Tensor) -> Tensor:
+        """What ``predict`` makes of the network's outputs."""
         if self.classification:
             return out[:, 1:].exp()
         std, mean = out.new_tensor(self.metadata.std), out.new_tensor(self.metadata.mean)

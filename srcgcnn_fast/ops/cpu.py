@@ -132,7 +132,7 @@ class _Edges:
         self.sizes = (n_rows, n_edges, n_crystals, n_features)
         self.basis = (float(graph.dmin), float(graph.step))
         self.addresses = [_address(x) for x in graph[:8]]
-        if graph.features is not None and n_edges == 0:  # of none PyTorch says null, which says that there are no features
+        if graph.features is not None and n_edges == 0:  # whose address is null: as if there were none
             self.addresses[1] = self.addresses[3]
         fault, where = core.check_graph(*self.addresses[2:5], self.sizes)
         if fault:

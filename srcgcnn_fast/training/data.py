@@ -12,17 +12,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import InputError
-from ..graph.batch import GraphBatch
 from ..graph.store import GraphStore
 from .distributed import place
+from .prefetch import Batches, Item
 
 logger = logging.getLogger(__name__)
 
 KNOWN_UNITS = {"formation_energy_per_atom": "eV/atom", "energy_per_atom": "eV/atom", "band_gap": "eV"}
 """Units of targets whose usual name leaves no doubt."""
-
-Item = tuple[GraphBatch, torch.Tensor, torch.Tensor]
-"""A batch of B crystals, its targets (B, T) float32 and its indices in the store (B,) int64."""
 
 
 class Split(NamedTuple):
@@ -227,13 +224,12 @@ class GraphDataModule(pl.LightningDataModule):
         )
         if shuffle and self.trainer is not None:  # workers take their first batches before Lightning sets the epoch
             sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
-        return DataLoader(
+        return Batches(
             dataset,
             batch_size=None,  # the sampler yields whole batches
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
         )
 
     def train_dataloader(self) -> DataLoader[Item]:

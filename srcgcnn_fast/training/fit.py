@@ -23,6 +23,7 @@ from lightning.pytorch.loggers import Logger
 from ..errors import InputError, require
 from ..files import atomic_path
 from ..nn import CGCNN, SRCGCNN, synchronize_batch_norm
+from ..ops.precision import use_precision
 from ..serialization import save_model
 from . import distributed
 from .callbacks import RunBar, RunFiles
@@ -37,7 +38,7 @@ class FitResult:
     model: CGCNN | SRCGCNN
     """With the weights of the best epoch, on the CPU, in eval mode; also in ``run_dir/model``."""
     history: list[dict[str, float]]
-    """One row an epoch: epoch, train_loss, lr, seconds, crystals_per_second, val_…; also ``metrics.csv``."""
+    """One row an epoch: epoch, train_loss, lr, seconds, crystals_per_second, data_wait, val_…; also ``metrics.csv``."""
     best: dict[str, float]
     """The row of the best epoch (lowest ``val_mae``, or highest ``val_auc``)."""
     seconds: float
@@ -54,6 +55,7 @@ def fit(
     seed: int = 0,
     resume: bool = False,
     accelerator: str = "auto",
+    precision: str = "float32",
     logger: Logger | str | None = None,
     callbacks: Sequence[pl.Callback] = (),
     progress: bool = False,
@@ -73,6 +75,8 @@ def fit(
     Args:
         recipe: optimiser, schedule and epochs; ``Recipe()`` if not given.
         seed: of dropout and workers (the data module has its own for split and order).
+        accelerator: "cpu", "gpu", or "auto" for what Lightning finds.
+        precision: of a GPU's arithmetic, as :func:`srcgcnn_fast.use_precision` names it.
         logger: a Lightning logger, or "tensorboard" for event files in ``run_dir``; ``metrics.csv`` comes anyway.
         progress: show a bar.
 
@@ -84,14 +88,14 @@ def fit(
     directory = Path(run_dir)
     module = TrainingModule(model, data, recipe, seed)
     monitor = _monitor(module, data)
-    distributed.on_rank_zero(_claim, directory, _record(module, data), resume)
+    distributed.on_rank_zero(_claim, directory, _record(module, data) | {"precision": precision}, resume)
     files = RunFiles(directory, monitor, larger_is_better=module.classification)
     averages = [_moving_average(recipe.ema)] if recipe.ema is not None else []
     bars = [RunBar(type(model).__name__.replace("SR", "SR-"), monitor, model.metadata.units[0])] if progress else []
     started = time.perf_counter()
     if distributed.is_shared():
         synchronize_batch_norm(model)
-    with _quiet(), _deterministic():
+    with use_precision(precision), _quiet(), _deterministic():
         pl.seed_everything(seed, workers=True, verbose=False)
         trainer = pl.Trainer(
             max_epochs=recipe.epochs,

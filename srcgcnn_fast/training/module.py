@@ -17,6 +17,7 @@ from ..nn import CGCNN, SRCGCNN, ModelMetadata
 from .data import GraphDataModule, Item
 from .distributed import of_all, place, total
 from .metrics import classification_metrics, regression_metrics
+from .prefetch import Batches
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "multistep", "cosine", "one_cycle")
@@ -64,9 +65,10 @@ class Recipe:
 class TrainingModule(pl.LightningModule):
     """Trains ``model`` by ``recipe``: squared or absolute error of the normalised target, or NLL for a classifier.
 
-    Each epoch logs ``train_loss``, ``lr``, ``seconds`` (training part), ``crystals_per_second`` and the metrics of
-    ``metrics.py`` with the prefix ``val_``, in the target's units. The metadata of ``model`` receives the targets,
-    their units, the graph parameters, and mean and standard deviation of the training targets.
+    Each epoch logs ``train_loss``, ``lr``, ``seconds`` (training part), ``crystals_per_second``, ``data_wait`` (share
+    of ``seconds`` for which there was no batch to train on) and the metrics of ``metrics.py`` with the prefix ``val_``,
+    in the target's units. The metadata of ``model`` receives the targets, their units, the graph parameters, and mean
+    and standard deviation of the training targets.
 
     Args:
         model: a CGCNN or SRCGCNN.
@@ -129,10 +131,16 @@ class TrainingModule(pl.LightningModule):
             return batch
         return graphs.to(device, non_blocking=True), target.to(device, non_blocking=True), index
 
+    def on_train_start(self) -> None:
+        for loader in (self.trainer.train_dataloader, self.trainer.val_dataloaders):
+            if isinstance(loader, Batches):
+                loader.device = self.device
+
     def on_train_epoch_start(self) -> None:
         self._loss_sum = torch.zeros((), device=self.device)
         self._crystals = 0
         self._lr = self.trainer.optimizers[0].param_groups[0]["lr"]  # the scheduler has stepped when the epoch ends
+        self._waited = self._data_wait()
         self._started = time.perf_counter()
 
     def training_step(self, batch: Item, batch_idx: int) -> Tensor:
@@ -154,6 +162,8 @@ class TrainingModule(pl.LightningModule):
         return loss * (world_size * values / total(values))
 
     def on_validation_epoch_start(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         self._trained = time.perf_counter()  # validation runs inside the training epoch
         self._predicted, self._given = [], []
 
@@ -192,8 +202,13 @@ class TrainingModule(pl.LightningModule):
                 "lr": self._lr,
                 "seconds": seconds,
                 "crystals_per_second": crystals / seconds,
+                "data_wait": (self._data_wait() - self._waited) / seconds,
             }
         )
+
+    def _data_wait(self) -> float:
+        """Seconds for which training stood still because there was no batch yet, since the loader was made."""
+        return float(getattr(self.trainer.train_dataloader, "waited", 0.0))
 
     def configure_optimizers(self) -> Any:
         recipe, parameters = self.recipe, list(self.model.parameters())

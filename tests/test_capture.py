@@ -1,0 +1,70 @@
+"""Padding of batches to the sizes that CUDA graphs are captured for; the graphs themselves are in tests/gpu."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import srcgcnn_fast as sf
+from srcgcnn_fast.capture import CapturedModel, StaticBatch, _next_size, sizes
+
+CPU = torch.device("cpu")
+
+
+def test_sizes_are_few_and_hold_what_they_must(make_batch):
+    assert [_next_size(n) for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 64, 65, 96, 97)] == [
+        1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 16, 64, 96, 96, 128,
+    ]  # fmt: skip
+    for kind in ("plain", "weighted", "no edges", "one crystal"):
+        batch = make_batch(kind)
+        rows, edges, crystals = sizes(batch)
+        assert batch.num_rows < rows < 1.5 * batch.num_rows + 3 and batch.num_crystals < crystals
+        assert batch.num_edges <= edges <= rows * (batch.num_edges / batch.num_rows + 1)
+
+
+@pytest.mark.parametrize("features", [False, True])
+@pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
+@pytest.mark.parametrize("kind", ["plain", "weighted", "ragged", "isolated", "one atom", "no edges"])
+def test_padding_changes_no_prediction(make_batch, kind, model_type, features):
+    torch.manual_seed(0)
+    model = model_type(atom_fea_len=16, orig_atom_fea_len=5 if features else 92, nbr_fea_len=7 if features else 41)
+    batch = make_batch(kind)
+    if features:
+        batch.atom_features = torch.rand(batch.num_rows, 5)
+        batch.edge_features = torch.rand(batch.num_edges, 7)
+    static = StaticBatch(batch, CPU)
+    static.fill(batch)
+    assert (static.batch.num_rows, static.batch.num_edges, static.batch.num_crystals) == sizes(batch)
+    with torch.no_grad():
+        expected, found = model.eval()(batch), model(static.batch)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found[: batch.num_crystals], expected, rtol=2e-5, atol=2e-6)
+
+
+def test_nothing_is_left_of_the_batch_before(make_batch):
+    model = sf.SRCGCNN(atom_fea_len=16).eval()
+    large, small = make_batch("plain", seed=1), make_batch("one atom", seed=2)
+    static = StaticBatch(large, CPU)
+    with torch.no_grad():
+        static.fill(large)
+        static.fill(small)
+        found = model(static.batch)
+        static.batch.cache.clear()
+        static.fill(large)
+        torch.testing.assert_close(model(static.batch)[: large.num_crystals], model(large), rtol=2e-5, atol=2e-6)
+        torch.testing.assert_close(found[:1], model(small), rtol=2e-5, atol=2e-6)
+
+
+def test_no_two_parts_of_a_static_batch_share_memory(make_batch):
+    static = StaticBatch(make_batch("plain"), CPU)
+    fields = ("numbers", "weight", "sender", "distance", "row_ptr", "crystal_ptr")
+    for k, name in enumerate(fields):
+        getattr(static.batch, name).fill_(k + 1)
+    for k, name in enumerate(fields):
+        assert (getattr(static.batch, name) == k + 1).all()
+        assert getattr(static.batch, name).data_ptr() % 64 == 0
+
+
+def test_a_model_on_the_cpu_is_refused():
+    with pytest.raises(sf.InputError, match=r"needs a model on a CUDA device, not on cpu; call model\.predict"):
+        CapturedModel(sf.SRCGCNN())
