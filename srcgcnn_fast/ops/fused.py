@@ -47,8 +47,8 @@ def _widen_weight(weight: Tensor, width: int, more: int) -> Tensor:
 
 def _constants(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Ones and zeros, which nobody writes to."""
-    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if captured or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():  # fake tensors, for instance
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()  # fake tensors, for instance
+    if traced or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return torch.ones(size, dtype=dtype, device=device), torch.zeros(size, dtype=dtype, device=device)
     return _kept_constants(size, dtype, device)
 

@@ -5,14 +5,21 @@
 
 from __future__ import annotations
 
+import copy
 import os
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
 
 import srcgcnn_fast as sf
 from srcgcnn_fast import functional
 from srcgcnn_fast.functional import BatchNorm
+from srcgcnn_fast.graph import GraphBatch, GraphStore
+from srcgcnn_fast.ops import triton as triton_backend
 
 DRY = os.environ.get("SRCGCNN_GPU_DRY_RUN") == "1"
 DEVICE = "cpu" if DRY else "cuda"
@@ -294,9 +301,22 @@ def test_another_stream_and_another_device(backend, make_batch):
             again = model(batch)
         torch.cuda.current_stream().wait_stream(stream)
         assert torch.equal(again, expected)
-        if torch.cuda.device_count() > 1:
-            other = model.to("cuda:1")(batch.to("cuda:1"))
-            torch.testing.assert_close(other.cpu(), expected.cpu(), rtol=1e-5, atol=1e-6)
+
+
+@cuda_only
+@each_backend
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_second_device_while_the_first_is_current(backend, make_batch):
+    """A training step there: launches, memory and the kept index are those of the tensors' device."""
+    model, batch = model_and_batch(sf.SRCGCNN, make_batch, "plain")
+    other, found = copy.deepcopy(model).to("cuda:1"), []
+    for device, where in (("cuda:0", model), ("cuda:1", other), ("cuda:0", model)):
+        where.zero_grad()
+        out = where.eval()(batch.to(device))
+        out.sum().backward()
+        found.append([out.detach().cpu(), *(p.grad.cpu() for p in where.parameters())])
+    for again in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
 
 
 @cuda_only
@@ -323,3 +343,212 @@ def test_nothing_waits_for_the_gpu(backend, make_batch):
         model.train()(batch).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+class OnTensors(nn.Module):
+    """A model as a function of tensors, which is what an exported program takes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *tensors):
+        return self.model(GraphBatch(*tensors))
+
+
+def tensors(batch: GraphBatch) -> tuple[torch.Tensor, ...]:
+    names = ("numbers", "weight", "sender", "distance", "row_ptr", "crystal_ptr", "atom_class")
+    return tuple(getattr(batch, name) for name in names)
+
+
+@each_backend
+@pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
+def test_an_exported_program_takes_other_batches(backend, make_batch, model_type, tmp_path):
+    model, _ = model_and_batch(model_type, make_batch, "weighted")
+    model.eval().requires_grad_(False)
+    first, second = (make_batch("weighted", seed=s).to(DEVICE) for s in (1, 2))
+    dynamic = (tuple({0: torch.export.Dim.AUTO} for _ in tensors(first)),)
+    program = torch.export.export(OnTensors(model), tensors(first), dynamic_shapes=dynamic)
+    assert "srcgcnn_fast.gated_conv_stack" in str(program.graph)
+    torch.export.save(program, tmp_path / "model.pt2")
+    again = torch.export.load(tmp_path / "model.pt2").module()
+    for batch in (first, second):
+        torch.testing.assert_close(again(*tensors(batch)), model(batch), rtol=1e-5, atol=1e-6)
+
+
+def _a_process_of_two(rank: int, where: str, batches: list, model: nn.Module, out: str) -> None:
+    several = where == "cuda" and torch.cuda.device_count() > 1
+    device = torch.device("cuda", rank if several else 0) if where == "cuda" else torch.device("cpu")
+    dist.init_process_group("nccl" if several else "gloo", init_method=f"file://{out}.init", rank=rank, world_size=2)
+    try:
+        if where == "cuda":
+            torch.cuda.set_device(device)
+        model = nn.parallel.DistributedDataParallel(model.to(device).eval())
+        model(batches[rank].to(device)).sum().backward()
+        if rank == 1:
+            torch.save([p.grad.cpu() for p in model.parameters()], out)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_distributed_gradients_are_the_mean_of_both_processes(make_batch, tmp_path):
+    """With fixed statistics, so that no process depends on the other; on two GPUs, or both on one."""
+    model, _ = model_and_batch(sf.SRCGCNN, make_batch, "plain")
+    model.eval()
+    batches = [make_batch("plain", seed=s) for s in (1, 2)]
+    expected = [torch.zeros_like(p, device="cpu") for p in model.parameters()]
+    for batch in batches:
+        model.zero_grad()
+        model(batch.to(DEVICE)).sum().backward()
+        for total, p in zip(expected, model.parameters(), strict=True):
+            total += p.grad.cpu() / 2
+    model.zero_grad()
+    out = tmp_path / "gradients.pt"
+    mp.spawn(_a_process_of_two, (DEVICE, batches, model.cpu(), str(out)), nprocs=2)
+    for ours, truth in zip(torch.load(out), expected, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-6)
+
+
+LIMITS = {"float32": (0.0, 1e-6), "tf32": (1e-5, 3e-3), "bfloat16": (1e-4, 2e-2)}
+"""Relative L2 error of a model's crystal vectors, at least and at most."""
+
+
+@cuda_only
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("precision", LIMITS)
+def test_precision_is_what_was_chosen(backend, make_batch, precision):
+    model, batch = model_and_batch(sf.SRCGCNN, make_batch)
+    with torch.no_grad(), sf.use_precision(precision):
+        ours = model.eval().features(batch)
+    with torch.no_grad(), sf.use_backend("reference"):
+        exact = model.double().features(batch)
+    least, most = LIMITS[precision]
+    assert least <= difference(ours, exact) <= most
+
+
+@cuda_only
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("training", [(True, True), (False, False)], ids=["train", "eval"])
+def test_the_filter_from_all_gaussians(backend, make_batch, monkeypatch, training):
+    for name in ("gate_sum", "backward_rows", "backward_senders"):
+        monkeypatch.setitem(triton_backend.TILES, name, triton_backend.Tile(8, 4, 32, 4, by_dot=True))
+    conforms(backend, problem(make_batch("weighted", seed=3), 64, 41), training)
+
+
+@cuda_only
+@each_backend
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 60 * 2**30,
+    reason="needs 60 GiB of GPU memory",
+)
+def test_rows_beyond_two_to_the_31_numbers(backend):
+    """The last rows of 8.4 million, 256 numbers each, against the same rows alone; forward and backward."""
+    n, width, tail = 2**23 + 4096, 64, 512
+    torch.manual_seed(0)
+    layers = nn.ModuleList([sf.GatedConv(width, 41)]).to(DEVICE).eval()
+    small = torch.rand(tail, width, device=DEVICE)
+    ring = torch.arange(tail, device=DEVICE, dtype=torch.int32).roll(1)
+    distance = torch.rand(tail, device=DEVICE) * 4 + 1
+
+    def batch_of(rows: int) -> GraphBatch:
+        """One edge a row: the last ``tail`` rows form a ring, the others receive from themselves."""
+        sender = torch.arange(rows, device=DEVICE, dtype=torch.int32)
+        sender[-tail:] = ring + (rows - tail)
+        d = torch.full((rows,), 2.0, device=DEVICE)
+        d[-tail:] = distance
+        ptr = torch.arange(rows + 1, device=DEVICE, dtype=torch.int32)
+        ends = torch.tensor([0, rows], device=DEVICE, dtype=torch.int32)
+        return GraphBatch(sender[:rows] * 0 + 1, torch.ones(rows, device=DEVICE), sender, d, ptr, ends, sender[:0])
+
+    found = []
+    for rows in (tail, n):
+        h = torch.zeros(rows, width, device=DEVICE)
+        h[-tail:] = small
+        h.requires_grad_()
+        out = functional.stacked_gated_conv(h, batch_of(rows), [layers[0].parameters_of_call()])[0]
+        gradient = torch.autograd.grad(out[-tail:].square().sum(), h)[0]
+        found.append([out[-tail:].detach().clone(), gradient[-tail:].clone()])
+        del h, out, gradient
+        torch.cuda.empty_cache()
+    for alone, far in zip(*found, strict=True):
+        torch.testing.assert_close(far, alone, rtol=1e-5, atol=1e-6)
+
+
+@cuda_only
+@each_backend
+@pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
+def test_captured_predictions(backend, make_batch, model_type):
+    """Batches of all sizes through one object, from the CPU and from the GPU, sizes that share a graph included."""
+    model, _ = model_and_batch(model_type, make_batch)
+    captured = sf.CapturedModel(model.eval())
+    kinds = [("plain", 1), ("one atom", 0), ("plain", 2), ("weighted", 3), ("plain", 4), ("one crystal", 0)]
+    for kind, seed in kinds:
+        batch = make_batch(kind, seed=seed)
+        with torch.no_grad():
+            expected = model.predict(batch.to(DEVICE))
+        for given in (batch, batch.to(DEVICE)):
+            torch.testing.assert_close(captured(given), expected, rtol=2e-5, atol=2e-6)
+    assert len(captured._graphs) <= 5
+
+
+def salts(count: int) -> list[tuple]:
+    rng = np.random.default_rng(0)
+    places = np.array([[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]])
+    return [
+        (np.eye(3) * rng.uniform(4, 6), places + rng.normal(0, 0.02, (4, 3)), rng.integers(1, 84, 4))
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("captured", [False, pytest.param(True, marks=cuda_only)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_prediction_from_structures_and_from_a_store(packed, captured):
+    torch.manual_seed(0)
+    model, inputs = sf.SRCGCNN(), salts(40)
+    expected = sf.predict(model, inputs)["target"]
+    given = GraphStore.from_graphs(sf.build_graphs(inputs)) if packed else inputs
+    found = sf.predict(model.to(DEVICE), given, batch_atoms=50, captured=captured)["target"]
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_from_a_store(tmp_path, workers, precision):
+    """Prefetched batches train as the CPU does; the log tells the share of time without data."""
+    from srcgcnn_fast.training import GraphDataModule, Recipe, fit
+
+    if workers and precision != "float32":
+        pytest.skip("one precision is enough for the workers")
+    rng = np.random.default_rng(1)
+    store = GraphStore.from_graphs(sf.build_graphs(salts(160)), targets={"y": rng.normal(size=160)})
+    losses = []
+    for accelerator in ("cpu", "cpu" if DRY else "gpu"):
+        torch.manual_seed(0)
+        data = GraphDataModule(store, "y", batch_size=16, num_workers=workers)
+        out = tmp_path / f"{accelerator} {len(losses)}"
+        result = fit(sf.SRCGCNN(), data, out, Recipe(epochs=3), accelerator=accelerator, precision=precision)
+        losses.append([row["train_loss"] for row in result.history])
+        assert all(0 <= row["data_wait"] < 1 for row in result.history)
+    np.testing.assert_allclose(losses[1], losses[0], rtol={"float32": 2e-3, "tf32": 2e-2, "bfloat16": 5e-2}[precision])
+
+
+@cuda_only
+def test_batches_come_whole_from_the_side_stream():
+    """While the device is busy, and with the memory of earlier batches used again."""
+    from srcgcnn_fast.training import GraphDataModule
+
+    store = GraphStore.from_graphs(sf.build_graphs(salts(300)), targets={"y": np.arange(300.0)})
+    data = GraphDataModule(store, "y", batch_size=8)
+    plain, ahead = data.loader("train"), data.loader("train")
+    ahead.device = torch.device("cuda", 0)
+    busy = torch.rand(4096, 4096, device="cuda")
+    sums = []
+    for graphs, target, index in ahead:
+        busy = (busy @ busy).clamp(0, 1)
+        sums.append([graphs.distance.double().sum(), graphs.sender.double().sum(), target.sum(), index.sum()])
+    assert len(sums) == len(plain)
+    for found, (graphs, target, index) in zip(sums, plain, strict=True):
+        expected = [graphs.distance.double().sum(), graphs.sender.double().sum(), target.sum(), index.sum()]
+        torch.testing.assert_close(
+            torch.stack([x.double().cpu() for x in found]), torch.stack([x.double() for x in expected])
+        )

@@ -17,7 +17,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 import srcgcnn_fast as sf
 from srcgcnn_fast.ops import precision, reference, registry
@@ -444,6 +444,71 @@ def test_bits_repeat_and_do_not_depend_on_what_else_is_in_the_batch():
     alone, together = backend.stack(h, [layer], graph), backend.stack(torch.cat([h, h]), [layer], both)
     assert torch.equal(together[: len(h)], together[len(h) :])
     torch.testing.assert_close(together[: len(h)], alone, rtol=1e-6, atol=0)  # torch.mm may round as its size suggests
+
+
+@runs
+@pytest.mark.skipif(DEVICE == "cuda", reason="tests/gpu has the whole layer at that size")
+@pytest.mark.parametrize("given", [False, True])
+def test_offsets_beyond_two_to_the_31(monkeypatch, given):
+    """Rows of pq, or of given edge terms, that begin past 2^31 numbers; only pages that are touched take memory."""
+    width, far = 64, 2**23 + 5
+    n_rows, n_edges, near = far + 16, 2 * far if given else 12, 16
+    sparse = lambda *shape: torch.from_numpy(np.zeros(shape, np.uint16).view(np.int16)).view(torch.bfloat16)  # noqa: E731
+    index = lambda size: torch.from_numpy(np.zeros(size, np.int32))  # noqa: E731
+    rand = lambda *shape: torch.rand(*shape, generator=torch.Generator().manual_seed(0)).bfloat16()  # noqa: E731
+    pq, table = sparse(n_rows, 4 * width), sparse(n_edges, 2 * width) if given else None
+    sender, row_ptr, first_edge = index(n_edges), index(n_rows + 1), n_edges - 12
+    values, edge_values = rand(12, 4 * width), rand(12, 2 * width)
+    if given:
+        table[first_edge:] = edge_values
+        sender[first_edge:] = torch.arange(12, dtype=torch.int32)
+        pq[:12] = values
+    else:
+        sender[:] = torch.arange(far, far + 12, dtype=torch.int32)
+        pq[far : far + 12] = values
+    row_ptr[0], row_ptr[1 : near + 1] = first_edge, n_edges  # one row with edges in the only program
+    one, zero, m = torch.ones(2 * width), torch.zeros(2 * width), torch.full((near, width), float("nan"))
+    monkeypatch.setattr(torch.UntypedStorage, "copy_", lambda self, *_: self)  # the interpreter's copy back, to itself
+    backend.kernels().gate_sum[(1, 1)](
+        m, None, pq, None, torch.zeros(41, 2 * width), table, one, zero, None, None,
+        None if given else torch.ones(12), sender, row_ptr, n_rows, n_edges, 0.0, 5.0,
+        F=width, K=41, WINDOW=9, ROWS=near, DEG=4, BF=64, PRECISION="tf32x3",
+    )  # fmt: skip
+    x = values[:, 2 * width :].float() + (edge_values.float() if given else 0.0)
+    if given:
+        x += values[0, : 2 * width].float()  # p of row 0, which is one of the senders
+    f, c = x.double().chunk(2, dim=1)
+    expected = (f.sigmoid() * torch.nn.functional.softplus(c)).sum(0)
+    assert relative(m[0], expected) < 1e-6
+    assert (m[1:] == 0).all()
+
+
+def test_export_records_the_operators_for_cuda_tensors(make_batch, monkeypatch):
+    """On CUDA tensors without values, which need no GPU; tests/gpu has whole models and runs what is exported."""
+    monkeypatch.undo()
+    monkeypatch.setattr(registry, "triton_problem", lambda: None)
+    names = ("numbers", "weight", "sender", "distance", "row_ptr", "crystal_ptr", "atom_class")
+    batch, mode = make_batch("weighted"), FakeTensorMode(allow_non_fake_inputs=True)
+    fake = lambda x: FakeTensor(mode, x.detach().to("meta"), torch.device("cuda:0"))  # noqa: E731
+
+    class Convolutions(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = sf.SRCGCNN(atom_fea_len=16).eval()
+            for module in self.model.modules():
+                for name, x in list(module.named_parameters(recurse=False)):
+                    setattr(module, name, torch.nn.Parameter(fake(x), requires_grad=False))
+                for name, x in list(module.named_buffers(recurse=False)):
+                    setattr(module, name, fake(x))
+
+        def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+            batch = sf.GraphBatch(*tensors)
+            return self.model._convolve(*self.model._embed(batch), batch, False)[0]
+
+    program = torch.export.export(Convolutions(), tuple(fake(getattr(batch, name)) for name in names), strict=False)
+    calls = [node for node in program.graph.nodes if "srcgcnn_fast" in str(node.target)]
+    assert [str(node.target) for node in calls] == ["srcgcnn_fast.gated_conv_stack.default"]
+    assert calls[0].meta["val"].device.type == "cuda" and calls[0].meta["val"].shape == (batch.num_rows, 16)
 
 
 @needs_triton

@@ -27,12 +27,12 @@ def compiled(*arguments: str) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def check(report: list[dict]) -> None:
+def check(report: list[dict], most: dict[str, int] = MOST_REGISTERS) -> None:
     from triton import __version__
 
     old = tuple(map(int, __version__.split(".")[:2])) < (3, 6)  # whose compilers spill a little here and there
     for line in report:
-        limit = MOST_REGISTERS.get(line["kernel"], 168)
+        limit = most.get(line["kernel"], 168)
         assert line["registers"] <= limit or old, line
         assert line["spills"] == line["stack"] == 0 or old, line
         assert line["wide_loads"] > 0 or line["kernel"] not in GATHERS, line
@@ -51,3 +51,11 @@ def test_every_launch_compiles(architecture):
     report = compiled(architecture)
     assert len(report) >= 25
     check(report)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [("--dot",), ("--bfloat16",), ("--dot", "--bfloat16")], ids=" ".join)
+def test_the_filter_by_dot_and_bfloat16_compile(flags):
+    report = compiled("--training-and-inference", *flags, "80", "90", "100")
+    assert len(report) >= 3 * 11
+    check(report, MOST_REGISTERS | {"gate_sum": 176} if "--dot" in flags else MOST_REGISTERS)

@@ -1,8 +1,9 @@
 """Compiles every launch of the Triton backend for GPUs that need not be there, and prints the compiler's report.
 
 A script for a process of its own, because Triton's interpreter and compiler exclude each other. Usage: python
-triton_ahead_of_time.py [--training-and-inference] ARCHITECTURE...; one JSON line for each launch and architecture. The
-flag leaves out edge features, gradients of edges, and evaluation with gradients.
+triton_ahead_of_time.py [--training-and-inference] [--dot] [--bfloat16] ARCHITECTURE...; a JSON line for each launch and
+architecture. The first flag leaves out edge features, gradients of edges, and evaluation with gradients; the others
+form the filter by tl.dot and store rows and filters in bfloat16.
 """
 
 from __future__ import annotations
@@ -21,10 +22,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from srcgcnn_fast.ops import precision
 from srcgcnn_fast.ops import triton as backend
 from srcgcnn_fast.ops.cpu import Graph, Layer, Moments
 
 _TYPES = {torch.float32: "*fp32", torch.int32: "*i32", torch.float64: "*fp64", torch.bfloat16: "*bf16"}
+DOT = {
+    "gate_sum": backend.Tile(8, 4, 32, 4, by_dot=True),
+    "backward_rows": backend.Tile(4, 4, 32, 4, by_dot=True),
+    "backward_senders": backend.Tile(4, 4, 32, 4, by_dot=True),
+}
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -105,9 +112,14 @@ def report(cubin: bytes) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    few = "--training-and-inference" in sys.argv
-    for (name, _), (kernel, signature, constants, attributes, options) in launches(64, 41, few).items():
-        for arch in map(int, sys.argv[1 + few :]):
+    flags = {x for x in sys.argv[1:] if x.startswith("--")}
+    architectures = [int(x) for x in sys.argv[1:] if x not in flags]
+    if "--dot" in flags:
+        backend.TILES.update(DOT)
+    with precision.use_precision("bfloat16" if "--bfloat16" in flags else "float32"):
+        found = launches(64, 41, "--training-and-inference" in flags)
+    for (name, _), (kernel, signature, constants, attributes, options) in found.items():
+        for arch in architectures:
             source = ASTSource(kernel, signature, constants, attributes)
             compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
             without = [k for k, v in constants.items() if v is None]
