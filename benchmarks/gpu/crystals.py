@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from srcgcnn_fast.graph import GraphBatch
+from srcgcnn_fast.graph import CrystalGraph, GraphBatch
 from srcgcnn_fast.interop.upstream import expand_quotient
 
 TABLE = Path(__file__).with_name("crystals.json")
@@ -55,10 +57,24 @@ def batches(n_crystals: int, device: str, seed: int = 0) -> tuple[GraphBatch, Gr
     return native, expand_quotient(native)
 
 
+def graphs(n_crystals: int, seed: int = 0) -> list[CrystalGraph]:
+    """The crystals of ``batches`` one by one, as symmetry quotients."""
+    batch, _ = batches(n_crystals, "cpu", seed)
+    numbers, weight, sender, distance, row_ptr, crystal_ptr = (
+        getattr(batch, name).numpy() for name in ("numbers", "weight", "sender", "distance", "row_ptr", "crystal_ptr")
+    )
+    found = []
+    for a, b in pairwise(crystal_ptr):
+        first, last = row_ptr[a], row_ptr[b]
+        atoms = np.repeat(np.arange(b - a, dtype=np.int32), weight[a:b].astype(int))
+        edges = sender[first:last] - a, distance[first:last]
+        found.append(CrystalGraph(numbers[a:b], weight[a:b], *edges, row_ptr[a : b + 1] - first, atoms))
+    return found
+
+
 def make_table(n_crystals: int = 2000, neighbours: int = 12) -> dict[str, list]:
     """The table of a random part of the Materials Project."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    import numpy as np
     from workload import crystals, draw
 
     import srcgcnn_fast as sf

@@ -19,6 +19,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,8 +32,9 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(ROOT)]
 import candidates  # noqa: E402
 import measure  # noqa: E402
 import peers  # noqa: E402
+import precision  # noqa: E402
 import torch  # noqa: E402
-from crystals import batches  # noqa: E402
+from crystals import batches, graphs  # noqa: E402
 
 import srcgcnn_fast as sf  # noqa: E402
 from srcgcnn_fast.ops import triton as backend  # noqa: E402
@@ -41,6 +43,8 @@ PEERS = (
     "Triton", "reference", "published", "published, TF32", "published, as shipped", "published, compiled",
     "published, compiled with CUDA graphs", "split, compiled", "PyG CGConv",
 )  # fmt: skip
+LESS_EXACT = ("same graph, TF32", "same graph, bfloat16")
+"""Ours in less than float32."""
 SIZES = {"inference": (65536, 4096, 256, 262144), "training step": (4096, 32768, 256)}
 """Crystals; those of the targets first, and compiled peers at those alone: each compilation takes most of a minute."""
 ROUNDS, WARM_UP = 10, 3
@@ -177,15 +181,14 @@ def _target(bench: Bench, same: Any) -> torch.Tensor:
     return torch.randn(same.num_crystals, 1, generator=torch.Generator().manual_seed(1)).to(bench.device)
 
 
-def one(bench: Bench, made: candidates.Candidate, work: str, relaxed: bool, rounds: int = ROUNDS) -> dict[str, Any]:
+def one(bench: Bench, made: candidates.Candidate, work: str, how: str, rounds: int = ROUNDS) -> dict[str, Any]:
     """Median seconds and peak bytes of one program; a batch is new to ours in every round."""
 
     def run() -> torch.Tensor:
         backend._transposed.clear()
         return made.run(work)()
 
-    torch.backends.cuda.matmul.allow_tf32 = relaxed
-    try:
+    with sf.use_precision(how):
         for _ in range(WARM_UP):
             out = run()
         peak = bench.peak(run)
@@ -193,8 +196,10 @@ def one(bench: Bench, made: candidates.Candidate, work: str, relaxed: bool, roun
         if work != "inference":
             found["out"] = torch.cat([found["out"].flatten(), made.gradient().float().cpu()])
         return found
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def exactness(name: str) -> str:
+    return {"TF32": "tf32", "bfloat16": "bfloat16"}.get(name.rpartition(", ")[2], "float32")
 
 
 def compare(bench: Bench, kind: str, work: str, n_crystals: int) -> dict[str, Any]:
@@ -208,7 +213,7 @@ def compare(bench: Bench, kind: str, work: str, n_crystals: int) -> dict[str, An
         "rows": native.num_rows,
     }
     oracle = None
-    for name in ("same graph", "native", *PEERS, "same graph again"):
+    for name in ("same graph", "native", *LESS_EXACT, *PEERS, "same graph again"):
         if bench.time_is_up(20) and name not in ("same graph", "same graph again"):
             line[name] = "left out: no time"
             continue
@@ -216,8 +221,11 @@ def compare(bench: Bench, kind: str, work: str, n_crystals: int) -> dict[str, An
             line[name] = "–"
             continue
         try:
-            made = candidate(bench, kind, name.removesuffix(" again").removesuffix(", TF32"), native, same)
-            found = made if isinstance(made, str) else one(bench, made, work, name.endswith("TF32"))
+            how, plain = exactness(name), name.removesuffix(" again")
+            if how != "float32":
+                plain = plain.rpartition(", ")[0]
+            made = candidate(bench, kind, plain, native, same)
+            found = made if isinstance(made, str) else one(bench, made, work, how)
         except torch.OutOfMemoryError:
             found = "out of memory"
         except Exception as error:  # a peer that fails is a result, not the end
@@ -227,7 +235,7 @@ def compare(bench: Bench, kind: str, work: str, n_crystals: int) -> dict[str, An
             oracle = out if oracle is None else oracle
             error = float((out - oracle).norm() / oracle.norm()) if out.shape == oracle.shape else float("nan")
             found |= {"ms": 1e3 * statistics.median(found["seconds"]), "difference": error}
-            if not name.startswith("PyG") and not error < (5e-2 if name.endswith("TF32") else 1e-3):
+            if not name.startswith("PyG") and not error < (5e-2 if how != "float32" else 1e-3):
                 found = f"refused: its numbers differ by {error:.1e}"  # CGConv is another network
         line[name] = found
         made = None
@@ -237,41 +245,102 @@ def compare(bench: Bench, kind: str, work: str, n_crystals: int) -> dict[str, An
     return line
 
 
+TILES = [
+    backend.Tile(2, 4, 64, 4),
+    backend.Tile(4, 4, 64, 8),
+    backend.Tile(4, 4, 64, 4),
+    backend.Tile(4, 4, 32, 4),
+    backend.Tile(8, 2, 64, 4),
+    backend.Tile(4, 4, 64, 4, by_dot=True),
+    backend.Tile(4, 4, 32, 4, by_dot=True),
+    backend.Tile(8, 4, 32, 4, by_dot=True),
+]
+
+
 def sweep(bench: Bench) -> list[dict[str, Any]]:
     """Other tiles for the three kernels that matter: a training step and an inference of SR-CGCNN with each."""
     size = 8 if bench.dry_run else 4096
     _, same = batches(size, bench.device)
     found, kept = [], dict(backend.TILES)
     for name in ("gate_sum", "backward_rows", "backward_senders"):
-        for rows, degree, channels, warps in (
-            (2, 4, 64, 4),
-            (4, 4, 64, 8),
-            (4, 4, 64, 4),
-            (4, 4, 32, 4),
-            (8, 2, 64, 4),
-        ):
+        for tile in TILES:
             if bench.time_is_up(60):
                 break
-            if name == "backward_rows" and rows * degree < 16:
+            if (name == "backward_rows" or tile.by_dot) and tile.rows * tile.degree < 16:
                 continue
-            backend.TILES[name] = backend.Tile(rows, degree, channels, warps)
+            backend.TILES[name] = tile
             work = "inference" if name == "gate_sum" else "training step"
+            line: dict[str, Any] = {"kernel": name, "tile": list(tile), "work": work, "ms": None}
             try:
                 made = candidate(bench, "SR-CGCNN", "same graph" if bench.dry_run else "Triton", same, same)
                 assert not isinstance(made, str)
-                ms = 1e3 * statistics.median(one(bench, made, work, False, rounds=5)["seconds"])
-                found.append({"kernel": name, "tile": [rows, degree, channels, warps], "work": work, "ms": ms})
+                line["ms"] = 1e3 * statistics.median(one(bench, made, work, "float32", rounds=5)["seconds"])
             except Exception as error:
-                found.append(
-                    {"kernel": name, "tile": [rows, degree, channels, warps], "work": str(error)[:80], "ms": None}
-                )
+                line["work"] = str(error)[:80]
+            found.append(line)
         backend.TILES.update(kept)
     return found
 
 
+def small_batches(bench: Bench) -> dict[str, float]:
+    """Milliseconds from a batch on the CPU to its predictions on the CPU, plain and as a replayed CUDA graph."""
+    model, found = base_model("SR-CGCNN").to(bench.device).eval(), {}
+    calls: dict[str, Callable[[Any], torch.Tensor]] = {"plain": lambda batch: model.predict(batch.to(bench.device))}
+    if not bench.dry_run:
+        calls["captured"] = sf.CapturedModel(model)
+    for n_crystals in (1, 64):
+        given = batches(n_crystals, "cpu", seed=3)[0]
+        for name, call in calls.items():
+            seconds = []
+            with torch.no_grad():
+                for _ in range(WARM_UP + 20):
+                    given.cache.clear()
+                    start = time.perf_counter()
+                    call(given).cpu()
+                    seconds.append(time.perf_counter() - start)
+            found[f"{name}, {n_crystals} crystals"] = 1e3 * statistics.median(seconds[WARM_UP:])
+    return found
+
+
+def training(bench: Bench) -> dict[str, Any]:
+    """Epochs from packed graphs by ``fit``: crystals a second, and the share of time without a batch to train on."""
+    from srcgcnn_fast.graph import GraphStore
+    from srcgcnn_fast.training import GraphDataModule, Recipe, fit
+
+    found: dict[str, Any] = {}
+    made = graphs(64 if bench.dry_run else 32768)
+    values = torch.randn(len(made), generator=torch.Generator().manual_seed(0)).numpy()
+    store = GraphStore.from_graphs(made, targets={"y": values})
+    for size in (8,) if bench.dry_run else (256, 4096):
+        torch.manual_seed(0)
+        data = GraphDataModule(store, "y", batch_size=size)
+        with tempfile.TemporaryDirectory() as folder:
+            recipe = Recipe(epochs=3)
+            history = fit(sf.SRCGCNN(), data, folder, recipe, accelerator="cpu" if bench.dry_run else "gpu").history
+        found[f"batches of {size}"] = {k: history[-1][k] for k in ("crystals_per_second", "data_wait")}
+    return found
+
+
+def attempt(bench: Bench, what: Callable[[], Any], needed: float) -> Any:
+    """What ``what`` finds, or one line on why it does not."""
+    if bench.time_is_up(needed):
+        return "left out: no time"
+    try:
+        return what()
+    except Exception as error:  # the rest of the run goes on
+        return f"failed: {type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+
+
+def exactness_of_models(bench: Bench) -> list[dict[str, Any]]:
+    if not bench.dry_run:
+        return precision.effects("cuda", 300)
+    with precision.emulated():
+        return precision.effects("cpu", 2)
+
+
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
-    names = ("same graph", "native", *PEERS)
+    names = ("same graph", "native", *LESS_EXACT, *PEERS)
     text = [f"# {result['name']}", "", f"`{result['command']}`", ""]
     text += [f"* {k}: {v}" for k, v in result["machine"].items()]
     text += ["", "## Checks", ""] + [
@@ -300,7 +369,16 @@ def table(result: dict[str, Any]) -> str:
                 x if isinstance(x, str) else f"{x['ms']:.3g} ({x['ms'] / ours:.2f}×), {x['peak'] / 2**20:.0f} MiB"
             )
         text.append("| " + " | ".join(cells) + " |")
-    text += ["", "## Tiles", "", "| kernel | rows, edges, channels, warps | work | ms |", "| --- | --- | --- | --- |"]
+    found = result["precision"]
+    text += ["", "## Precision", "", found if isinstance(found, str) else precision.table(found)]
+    for title, key in (
+        ("Small batches, ms with both transfers", "small batches"),
+        ("Training from a store", "training"),
+    ):
+        text += ["", f"## {title}", ""]
+        text += [result[key]] if isinstance(result[key], str) else [f"* {k}: {v}" for k, v in result[key].items()]
+    text += ["", "## Tiles", ""]
+    text += ["| kernel | rows, edges, channels, warps, filter by tl.dot | work | ms |", "| --- | --- | --- | --- |"]
     text += [f"| {x['kernel']} | {x['tile']} | {x['work']} | {x['ms']} |" for x in result["tiles"]]
     return "\n".join(text) + "\n"
 
@@ -337,6 +415,9 @@ def main() -> int:
     for k, work, kind in itertools.product(range(4), sizes, candidates.MODELS):
         if k < len(sizes[work]) and not bench.time_is_up(30):
             result["lines"].append(compare(bench, kind, work, sizes[work][k]))
+    result["precision"] = attempt(bench, lambda: exactness_of_models(bench), 20)
+    result["small batches"] = attempt(bench, lambda: small_batches(bench), 20)
+    result["training"] = attempt(bench, lambda: training(bench), 60)
     result["tiles"] = sweep(bench)
     print(table(result))
     if options.record and not bench.dry_run:
