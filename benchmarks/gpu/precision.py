@@ -31,7 +31,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 from crystals import batches  # noqa: E402
 
 import srcgcnn_fast as sf  # noqa: E402
-from srcgcnn_fast.ops import cpu, precision  # noqa: E402
+from srcgcnn_fast.ops import cpu, fused, precision  # noqa: E402
 from srcgcnn_fast.ops import triton as backend  # noqa: E402
 
 Case = tuple[str, Any, Any, torch.Tensor | None]
@@ -73,17 +73,18 @@ def published(folder: Path, n_crystals: int) -> list[Case]:
 @contextmanager
 def emulated() -> Iterator[None]:
     """The Triton backend for CPU tensors: kernels in the interpreter, TF32 by rounding what is multiplied."""
-    before = cpu.stack, torch.addmm, torch.nn.functional.linear, dict(backend.TILES)
+    before = cpu.stack, torch.addmm, torch.nn.functional.linear, fused.takes_readout, dict(backend.TILES)
     round_ = lambda x: tf32(x) if precision.tf32_is_allowed() and x.dtype == torch.float32 else x  # noqa: E731
     cpu.stack = backend.stack
+    fused.takes_readout = lambda *_: False  # nor the whole network at once
     torch.addmm = lambda bias, a, b, **more: before[1](bias, round_(a), round_(b), **more)
     torch.nn.functional.linear = lambda x, weight, bias=None: before[2](round_(x), round_(weight), bias)
     backend.TILES["gate_sum"] = backend.Tile(64, 16, 64, 4)  # a step of a program takes the interpreter milliseconds
     try:
         yield
     finally:
-        cpu.stack, torch.addmm, torch.nn.functional.linear = before[:3]
-        backend.TILES.update(before[3])
+        cpu.stack, torch.addmm, torch.nn.functional.linear, fused.takes_readout = before[:4]
+        backend.TILES.update(before[4])
 
 
 def tf32(x: torch.Tensor) -> torch.Tensor:
