@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 
 from ..errors import InputError
 
@@ -30,11 +31,12 @@ _PADDING = np.uint64(_BLOCK)
 _RANKED = 2 * _BLOCK  # up to here a rank sort (vectorised, quadratic) is the fastest
 _MAX_GHOSTS = 100_000_000
 _MAX_IMAGE = 2**31 - 1
+_ATOMS, _GHOSTS, _BINNED, _BINS, _PAIRS = range(5)  # what the search needs room for
 
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 jit = numba.njit(**_OPTIONS)
-_inlined = numba.njit(forceinline=True, **_OPTIONS)
+inlined = numba.njit(forceinline=True, **_OPTIONS)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -104,6 +106,53 @@ _below_short, _ = _vector_kernels(32)
 _, _near_short = _vector_kernels(16)
 
 
+@intrinsic
+def borrowed(_: Any, array: Any) -> Any:
+    """The array without its owner: passing it on counts no references, which took a third of the time.
+
+    The owner must be bound for as long; an argument is, by the caller, and what a loop uses is while it lasts.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        made = context.make_array(array)(context, builder, args[0])
+        made.meminfo = ir.Constant(made.meminfo.type, None)
+        made.parent = ir.Constant(made.parent.type, None)
+        return made._getvalue()
+
+    return array(array), generate
+
+
+def _on_stack(dtype: Any, *shape: int) -> Any:
+    """A function that makes a small array on the stack, which likewise has no owner."""
+
+    @intrinsic
+    def make(_: Any) -> Any:
+        array = types.Array(dtype, len(shape), "C")
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            size = context.get_abi_sizeof(context.get_data_type(dtype))
+            strides = [size * math.prod(shape[k + 1 :]) for k in range(len(shape))]
+            made = context.make_array(array)(context, builder)
+            populate_array(
+                made,
+                data=cgutils.alloca_once(builder, context.get_data_type(dtype), size=math.prod(shape)),
+                shape=[ir.Constant(ir.IntType(64), n) for n in shape],
+                strides=[ir.Constant(ir.IntType(64), n) for n in strides],
+                itemsize=ir.Constant(ir.IntType(64), size),
+                meminfo=None,
+            )
+            return made._getvalue()
+
+        return array(), generate
+
+    return make
+
+
+_matrix, _whole_matrix = _on_stack(types.float64, 3, 3), _on_stack(types.int64, 3, 3)
+_triple, _whole_triple = _on_stack(types.float64, 3), _on_stack(types.int64, 3)
+_square_block = _on_stack(types.float64, _BLOCK)
+
+
 def _bit_instruction(build: Callable[[Any, Any], Any]) -> Any:
     @intrinsic
     def instruction(_: Any, bits: Any) -> Any:
@@ -126,7 +175,7 @@ def _reduce_lattice(lattice, reduced, transform):
         for j in range(3):
             reduced[i, j] = lattice[i, j]
             transform[i, j] = 1 if i == j else 0
-    norm = np.empty(3)
+    norm = _triple()
     for _ in range(200):
         changed = False
         for i in range(3):
@@ -285,7 +334,7 @@ def _sort_into_bins(ghosts, images, xs, ys, zs, atom, image, home, inverse, low,
         home[j] = where[home[j]]
 
 
-@_inlined
+@inlined
 def _all_within(xs, ys, zs, ghosts, home, x, y, z, limit, square, key, index):
     """The ghosts within sqrt(limit) of (x, y, z) but ``home``, in order; returns how many."""
     m = np.uint64(0)  # unsigned: no test for a negative index
@@ -304,7 +353,7 @@ def _all_within(xs, ys, zs, ghosts, home, x, y, z, limit, square, key, index):
     return np.int64(m)
 
 
-@_inlined
+@inlined
 def _some_within(xs, ys, zs, first, last, home, x, y, z, limit, square, key, index, m):
     """The same for the few ghosts first..last of a run of bins, appended."""
     m = np.uint64(m)
@@ -323,7 +372,7 @@ def _some_within(xs, ys, zs, first, last, home, x, y, z, limit, square, key, ind
     return np.int64(m)
 
 
-@_inlined
+@inlined
 def _count_below(key, m, limit):
     """How many of the first m keys are below the limit; the keys behind them are infinite."""
     if m <= 32:
@@ -342,7 +391,7 @@ def _sort_many(key, index, sorted_key, sorted_index):
         sorted_index[a] = index[order[a]]
 
 
-@_inlined
+@inlined
 def _sort(key, index, m, sorted_key, sorted_index, taken):
     """Sort the first m (key, index) pairs by key; the keys behind them are infinite."""
     if m > _RANKED:
@@ -359,66 +408,48 @@ def _sort(key, index, m, sorted_key, sorted_index, taken):
 
 
 @jit
-def _grown(array, used, needed):
-    """The array itself, or a longer copy of its first ``used`` entries."""
-    if needed <= array.shape[0]:
-        return array
-    longer = np.empty(max(needed, 2 * array.shape[0]), array.dtype)
-    longer[:used] = array[:used]
-    return longer
+def _workspace(room):
+    """Arrays of the search for so many atoms, ghosts, ghosts in bins, and bins (and one pair of ends)."""
+    atoms, ghosts, binned, bins = room[_ATOMS], room[_GHOSTS], room[_BINNED], room[_BINS]
+    by_atom = (np.empty((atoms, 3)), np.empty((atoms, 3)), np.empty((atoms, 3), np.int64))
+    lists = (np.empty(atoms, np.int64), np.empty(atoms, np.int64))
+    made = (np.empty((3, ghosts + _BLOCK)), np.empty(ghosts, np.int32), np.empty((ghosts, 3), np.int64))
+    sorted_into = (np.empty((3, binned + _BLOCK)), np.empty(binned, np.int32), np.empty((binned, 3), np.int64))
+    places = (np.empty(binned, np.int64), np.empty(bins, np.int64))
+    keys = (np.empty(ghosts + _BLOCK), np.empty(ghosts, np.int64), np.empty(ghosts), np.empty(ghosts, np.int64))
+    return by_atom + lists + made + sorted_into + places + keys + (np.empty(ghosts, np.uint64),)
 
 
-@kernel
-def search(lattices, frac_coords, ptr, radius, count, slack, images):
-    """Neighbours of every atom: all within ``radius``, or those up to the ``count``-th distance + ``slack``.
+@jit
+def _search_from(begin, used, room, work, lattices, frac_coords, ptr, radius, count, slack, images,
+                 status, detail, gap, first, size, sender, image, distance):  # fmt: skip
+    """The search from crystal ``begin`` on, until the arrays are too small: then ``room`` says what is needed.
 
-    A crystal is taken through its reduced cell; the radius starts where about 1.5 ``count`` neighbours lie and
-    grows, for the atoms that need it, until ``count`` are certain. The images are those of the cell as given.
-
-    Args:
-        lattices: (B, 3, 3) float64, rows a b c in Å, finite.
-        frac_coords: (N, 3) float64, finite, magnitude below 1e9.
-        ptr: (B + 1,) int64, first atom of each crystal, ``ptr[0]`` = 0.
-        radius: cutoff in Å. count: neighbours wanted; 0 for all within the radius.
-        slack: Å beyond the ``count``-th distance that are kept as well.
-        images: whether the translations are wanted; ``image`` is empty otherwise.
-
-    Returns:
-        status (B,), detail (B, 2) and gap (B,): outcome, the two atoms concerned and their distance;
-        first (N,), size (N,): where an atom's candidates lie in the arrays that follow;
-        sender (C,) int32 (atom of the same crystal), image (3 C,) int32, distance (C,) float64, by distance.
+    Returns the crystal to go on with and the pairs of those before it. No array is bound anew in here, since that
+    counts references for every crystal.
     """
-    crystals = ptr.shape[0] - 1
-    status = np.zeros(crystals, np.int64)
-    detail = np.zeros((crystals, 2), np.int64)
-    gap = np.zeros(crystals)
-    first = np.zeros(ptr[-1], np.int64)
-    size = np.zeros(ptr[-1], np.int64)
-    out_sender = np.empty(ptr[-1] * (min(count, 64) + 6) + 64, np.int32)
-    out_distance = np.empty(out_sender.shape[0])
-    out_image = np.empty(3 * out_sender.shape[0] if images else 0, np.int32)
-    used = 0
-    reduced, transform = np.empty((3, 3)), np.empty((3, 3), np.int64)
-    inverse, to_reduced, real_transform = np.empty((3, 3)), np.empty((3, 3)), np.empty((3, 3))
-    low, high, lowest, highest = np.empty(3), np.empty(3), np.empty(3), np.empty(3)
-    reach, scale, height = np.empty(3), np.empty(3), np.empty(3)
-    bins = np.empty(3, np.int64)
-    room = 1024  # ghosts that the work arrays hold
-    made_x, made_y, made_z = np.empty(room + _BLOCK), np.empty(room + _BLOCK), np.empty(room + _BLOCK)
-    made_atom, made_image = np.empty(room, np.int32), np.empty((room, 3), np.int64)
-    bin_x, bin_y, bin_z = np.empty(0), np.empty(0), np.empty(0)
-    bin_atom, bin_image = np.empty(0, np.int32), np.empty((0, 3), np.int64)
-    bin_ptr, where = np.empty(0, np.int64), np.empty(0, np.int64)
-    square, key, index = np.empty(_BLOCK), np.empty(room + _BLOCK), np.empty(room, np.int64)
-    sorted_key, sorted_index, taken = np.empty(room), np.empty(room, np.int64), np.empty(room, np.uint64)
-    most = 64  # atoms that the work arrays hold
-    all_frac, all_position = np.empty((most, 3)), np.empty((most, 3))
-    all_shift, all_home = np.empty((most, 3), np.int64), np.empty(most, np.int64)
-    all_pending = np.empty(most, np.int64)
-    for b in range(crystals):
-        atoms = ptr[b + 1] - ptr[b]
+    lattices, frac_coords, ptr = borrowed(lattices), borrowed(frac_coords), borrowed(ptr)
+    sender, image, distance = borrowed(sender), borrowed(image), borrowed(distance)
+    all_frac, all_position, all_shift = borrowed(work[0]), borrowed(work[1]), borrowed(work[2])
+    all_home, all_pending = borrowed(work[3]), borrowed(work[4])
+    made, made_atom, made_image = borrowed(work[5]), borrowed(work[6]), borrowed(work[7])
+    binned_at, bin_atom, bin_image = borrowed(work[8]), borrowed(work[9]), borrowed(work[10])
+    where, bin_ptr = borrowed(work[11]), borrowed(work[12])
+    key, index, sorted_key = borrowed(work[13]), borrowed(work[14]), borrowed(work[15])
+    sorted_index, taken = borrowed(work[16]), borrowed(work[17])
+    square = _square_block()
+    reduced, transform = _matrix(), _whole_matrix()
+    inverse, to_reduced, real_transform = _matrix(), _matrix(), _matrix()
+    low, high, lowest, highest = _triple(), _triple(), _triple(), _triple()
+    reach, scale, height = _triple(), _triple(), _triple()
+    bins = _whole_triple()
+    for b in range(begin, ptr.shape[0] - 1):
+        atoms, start = ptr[b + 1] - ptr[b], used
         if atoms == 0:
             continue
+        if atoms > all_home.shape[0]:
+            room[_ATOMS] = 2 * atoms
+            return b, start
         if not _reduce_lattice(lattices[b], reduced, transform):
             status[b] = DEGENERATE_LATTICE
             continue
@@ -435,11 +466,6 @@ def search(lattices, frac_coords, ptr, radius, count, slack, images):
         for i in range(3):
             for j in range(3):
                 to_reduced[i, j] = math.floor(to_reduced[i, j] + 0.5)
-        if most < atoms:
-            most = 2 * atoms
-            all_frac, all_position = np.empty((most, 3)), np.empty((most, 3))
-            all_shift, all_home = np.empty((most, 3), np.int64), np.empty(most, np.int64)
-            all_pending = np.empty(most, np.int64)
         frac, position, shift = all_frac[:atoms], all_position[:atoms], all_shift[:atoms]
         home, pending = all_home[:atoms], all_pending[:atoms]
         _wrap(frac_coords[ptr[b] : ptr[b + 1]], to_reduced, transform, frac, shift)
@@ -466,17 +492,11 @@ def search(lattices, frac_coords, ptr, radius, count, slack, images):
                 status[b] = TOO_MANY_IMAGES
                 break
             ghosts = int(expected)
-            if room < ghosts:
-                room = 2 * ghosts
-                made_x, made_y, made_z = np.empty(room + _BLOCK), np.empty(room + _BLOCK), np.empty(room + _BLOCK)
-                made_atom, made_image = np.empty(room, np.int32), np.empty((room, 3), np.int64)
-                key, index = np.empty(room + _BLOCK), np.empty(room, np.int64)
-                sorted_key, sorted_index, taken = np.empty(room), np.empty(room, np.int64), np.empty(room, np.uint64)
-            _fill_ghosts(
-                frac, reduced, transform, shift, low, high, images,
-                made_x, made_y, made_z, made_atom, made_image, home,
-            )  # fmt: skip
-            xs, ys, zs, ghost_atom, ghost_image = made_x, made_y, made_z, made_atom, made_image
+            if ghosts > made_atom.shape[0]:
+                room[_GHOSTS] = 2 * ghosts
+                return b, start
+            xs, ys, zs, ghost_atom, ghost_image = made[0], made[1], made[2], made_atom, made_image
+            _fill_ghosts(frac, reduced, transform, shift, low, high, images, xs, ys, zs, ghost_atom, ghost_image, home)
             binned = atoms >= _BINNED_ATOMS
             if binned:
                 for k in range(3):
@@ -486,18 +506,17 @@ def search(lattices, frac_coords, ptr, radius, count, slack, images):
                     bins[widest] = (bins[widest] + 1) // 2
                 for k in range(3):
                     scale[k] = bins[k] / (high[k] - low[k])
-                if bin_ptr.shape[0] < bins[0] * bins[1] * bins[2] + 2:
-                    bin_ptr = np.empty(2 * (bins[0] * bins[1] * bins[2] + 2), np.int64)
-                bin_ptr[: bins[0] * bins[1] * bins[2] + 2] = 0
-                if where.shape[0] < room:
-                    bin_x, bin_y, bin_z = np.empty(room + _BLOCK), np.empty(room + _BLOCK), np.empty(room + _BLOCK)
-                    bin_atom, bin_image = np.empty(room, np.int32), np.empty((room, 3), np.int64)
-                    where = np.empty(room, np.int64)
+                ends = bins[0] * bins[1] * bins[2] + 2
+                if ghosts > where.shape[0] or ends > bin_ptr.shape[0]:
+                    room[_BINNED] = max(room[_BINNED], 2 * ghosts)
+                    room[_BINS] = max(room[_BINS], 2 * ends)
+                    return b, start
+                bin_ptr[:ends] = 0
+                xs, ys, zs, ghost_atom, ghost_image = binned_at[0], binned_at[1], binned_at[2], bin_atom, bin_image
                 _sort_into_bins(
-                    ghosts, images, xs, ys, zs, ghost_atom, ghost_image, home, inverse, low, scale, bins,
-                    bin_ptr[: bins[0] * bins[1] * bins[2] + 2], where, bin_x, bin_y, bin_z, bin_atom, bin_image,
+                    ghosts, images, made[0], made[1], made[2], made_atom, made_image, home, inverse, low, scale, bins,
+                    bin_ptr[:ends], where, xs, ys, zs, bin_atom, bin_image,
                 )  # fmt: skip
-                xs, ys, zs, ghost_atom, ghost_image = bin_x, bin_y, bin_z, bin_atom, bin_image
             still = 0
             for p in range(left):
                 i = pending[p]
@@ -540,15 +559,13 @@ def search(lattices, frac_coords, ptr, radius, count, slack, images):
                     detail[b, 0], detail[b, 1] = i, ghost_atom[sorted_index[0]]
                     gap[b] = math.sqrt(sorted_key[0])
                     break
-                if used + keep > out_sender.shape[0]:
-                    out_sender = _grown(out_sender, used, used + keep)
-                    out_distance = _grown(out_distance, used, used + keep)
-                    if images:
-                        out_image = _grown(out_image, 3 * used, 3 * (used + keep))
+                if used + keep > sender.shape[0]:
+                    room[_PAIRS] = 2 * (used + keep)
+                    return b, start
                 first[ptr[b] + i], size[ptr[b] + i] = used, keep
                 for a in range(keep):
-                    out_sender[used + a] = ghost_atom[sorted_index[a]]
-                    out_distance[used + a] = math.sqrt(sorted_key[a])
+                    sender[used + a] = ghost_atom[sorted_index[a]]
+                    distance[used + a] = math.sqrt(sorted_key[a])
                 if images:
                     farthest = np.int64(0)
                     for a in range(keep):
@@ -556,7 +573,7 @@ def search(lattices, frac_coords, ptr, radius, count, slack, images):
                         for k in range(3):
                             translation = ghost_image[g, k] + shift[i, k]
                             farthest = max(farthest, abs(translation))
-                            out_image[3 * (used + a) + k] = translation
+                            image[3 * (used + a) + k] = translation
                     if farthest > _MAX_IMAGE:
                         status[b] = DISTANT_IMAGES
                 used += keep
@@ -564,10 +581,55 @@ def search(lattices, frac_coords, ptr, radius, count, slack, images):
                 break
             left = still
             r = min(radius, 1.26 * r)
-    return (
-        status, detail, gap, first, size,
-        out_sender[:used], out_image[: 3 * used], out_distance[:used],
-    )  # fmt: skip
+    return ptr.shape[0] - 1, used
+
+
+@jit
+def _grown(array, used, length):
+    longer = np.empty(length, array.dtype)
+    longer[:used] = array[:used]
+    return longer
+
+
+@kernel
+def search(lattices, frac_coords, ptr, radius, count, slack, images):
+    """Neighbours of every atom: all within ``radius``, or those up to the ``count``-th distance + ``slack``.
+
+    A crystal is taken through its reduced cell; the radius starts where about 1.5 ``count`` neighbours lie and
+    grows, for the atoms that need it, until ``count`` are certain. The images are those of the cell as given.
+
+    Args:
+        lattices: (B, 3, 3) float64, rows a b c in Å, finite.
+        frac_coords: (N, 3) float64, finite, magnitude below 1e9.
+        ptr: (B + 1,) int64, first atom of each crystal, ``ptr[0]`` = 0.
+        radius: cutoff in Å. count: neighbours wanted; 0 for all within the radius.
+        slack: Å beyond the ``count``-th distance that are kept as well.
+        images: whether the translations are wanted; ``image`` is empty otherwise.
+
+    Returns:
+        status (B,), detail (B, 2) and gap (B,): outcome, the two atoms concerned and their distance;
+        first (N,), size (N,): where an atom's candidates lie in the arrays that follow;
+        sender (C,) int32 (atom of the same crystal), image (3 C,) int32, distance (C,) float64, by distance.
+    """
+    crystals, atoms = ptr.shape[0] - 1, ptr[-1]
+    status, detail, gap = np.zeros(crystals, np.int64), np.zeros((crystals, 2), np.int64), np.zeros(crystals)
+    first, size = np.zeros(atoms, np.int64), np.zeros(atoms, np.int64)
+    room = np.array([64, 1024, 0, 0, atoms * (min(count, 64) + 6) + 64])
+    sender, distance = np.empty(room[_PAIRS], np.int32), np.empty(room[_PAIRS])
+    image = np.empty(3 * room[_PAIRS] if images else 0, np.int32)
+    b, used = 0, 0
+    while True:
+        b, used = _search_from(
+            b, used, room, _workspace(room), lattices, frac_coords, ptr, radius, count, slack, images,
+            status, detail, gap, first, size, sender, image, distance,
+        )  # fmt: skip
+        if b == crystals:
+            break
+        if room[_PAIRS] > sender.shape[0]:
+            sender, distance = _grown(sender, used, room[_PAIRS]), _grown(distance, used, room[_PAIRS])
+            if images:
+                image = _grown(image, 3 * used, 3 * room[_PAIRS])
+    return status, detail, gap, first, size, sender[:used], image[: 3 * used], distance[:used]
 
 
 class NeighborList(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .neighbors import OK, jit, kernel, symbol
+from .neighbors import OK, borrowed, inlined, jit, kernel, symbol
 
 ISOLATED_ATOMS = 100
 """Status of a crystal with atoms that have no neighbour; the search's own codes lie below."""
@@ -64,7 +64,7 @@ def _split(members, begin, end, starts, value, column, width):
     return changed
 
 
-@jit
+@inlined
 def _compare(members, begin, end, value, slack, outside):
     """Mark the columns in which a row of a class is not within ``slack`` of its first row; whether there are any."""
     columns = slack.shape[0]
@@ -81,12 +81,12 @@ def _compare(members, begin, end, value, slack, outside):
     return total > 0
 
 
-@jit
+@inlined
 def _all_alone(starts, begin, end):
     return starts[begin + 1 : end].all()
 
 
-@jit
+@inlined
 def _number(members, starts, colour):
     """Colours in the order of the runs; returns how many."""
     c = -1
@@ -97,7 +97,7 @@ def _number(members, starts, colour):
     return c + 1
 
 
-@jit
+@inlined
 def _find_shells(distance, first, size, degree, width, opens):
     """Shells of one atom: runs no wider than ``width``. Returns the end of the shell that holds the last place."""
     least = -1.0
@@ -111,7 +111,7 @@ def _find_shells(distance, first, size, degree, width, opens):
     return size
 
 
-@jit
+@inlined
 def _order_shells(order, opens, first, size, sender, colour):
     """Sort an atom's candidates by colour inside each shell; stable, so equal colours stay in order of distance."""
     one: Any = np.uint64(1)  # unsigned indices need no test for a negative one
@@ -133,8 +133,9 @@ def _order_shells(order, opens, first, size, sender, colour):
         previous = c
 
 
-@jit
-def _refine(numbers, first, size, sender, distance, count, width, opens, order, degree, members, starts, colour):
+@inlined
+def _refine(numbers, first, size, sender, distance, count, width, opens, order, degree, members, starts, colour,
+            all_values, slack, outside):  # fmt: skip
     """Colours of one crystal and, in ``order``, its choice of neighbours; returns the number of colours.
 
     ``members`` lists the atoms by colour; ``starts`` marks the first of each class.
@@ -149,7 +150,9 @@ def _refine(numbers, first, size, sender, distance, count, width, opens, order, 
             order[k] = k
         members[i] = i
         starts[i] = i == 0
-    value = np.zeros((atoms, 2 * most + 1))
+    columns = 2 * most + 1
+    value, slack, outside = all_values[: atoms * columns].reshape(atoms, columns), slack[:columns], outside[:columns]
+    value[:] = 0
     for i in range(atoms):
         value[i, 0] = numbers[i]
     _split(members, 0, atoms, starts, value, 0, 0.0)
@@ -157,8 +160,8 @@ def _refine(numbers, first, size, sender, distance, count, width, opens, order, 
     for i in range(atoms):
         value[i, 0] = degree[i]
     # columns of a signature: degree, then (colour, distance) place by place
-    slack, outside = np.zeros(2 * most + 1), np.empty(2 * most + 1)
-    slack[2::2] = width / 2
+    for column in range(columns):
+        slack[column] = width / 2 if column > 0 and column % 2 == 0 else 0.0
     one, two = np.uint64(1), np.uint64(2)
     changed = True
     while changed and colours < atoms:
@@ -180,7 +183,7 @@ def _refine(numbers, first, size, sender, distance, count, width, opens, order, 
                 end += 1
             start = end
             if end - begin > 1 and _compare(members, begin, end, value, slack, outside):
-                for column in range(2 * most + 1):
+                for column in range(columns):
                     if outside[column] > 0 and _split(members, begin, end, starts, value, column, 2 * slack[column]):
                         changed = True
                         if _all_alone(starts, begin, end):
@@ -192,43 +195,19 @@ def _refine(numbers, first, size, sender, distance, count, width, opens, order, 
     return colours
 
 
-@kernel
-def reduce(numbers, ptr, status, detail, first, size, sender, image, distance, radius, count, tolerance, quotient,
-           padded, keep_isolated):  # fmt: skip
-    """Graphs of B crystals from their candidates: one row per class (``quotient``) or per atom.
-
-    A class's distances are the float64 means over its members, place by place. Crystals whose ``status`` is not OK
-    are left out; a crystal with isolated atoms (``detail``: how many, the first) gets the status ISOLATED_ATOMS unless
-    ``keep_isolated``. Padded rows
-    are filled to ``count`` edges with (row of atom 0, radius + 1).
-
-    Args:
-        numbers, ptr, count: as for ``neighbors.search``; status, detail, first … distance: what it returned.
-        tolerance: Å; distances nearer than this are one shell.
-
-    Returns:
-        rows (B,), edges (B,): size of each graph; atom_class (N,) int32;
-        row_numbers (R,) int32, weight (R,) float32, row_size (R,) int32;
-        edge_sender (E,) int32 (row of the same crystal), edge_distance (E,) float64,
-        edge_image (E, 3) int32 (empty for quotients).
-    """
-    crystals = ptr.shape[0] - 1
-    total = ptr[-1]
-    capacity = 0
-    for i in range(total):
-        capacity += count if padded else min(size[i], count)
-    rows, edges = np.zeros(crystals, np.int64), np.zeros(crystals, np.int64)
-    atom_class = np.zeros(total, np.int32)
-    row_numbers, weight, row_size = np.empty(total, np.int32), np.empty(total, np.float32), np.empty(total, np.int32)
-    edge_sender, edge_distance = np.empty(capacity, np.int32), np.empty(capacity)
-    edge_image = np.empty((0 if quotient else capacity, 3), np.int32)
-    sender = sender.view(np.uint32)  # unsigned indices need no test for a negative one
-    opens, order = np.empty(sender.shape[0], np.bool_), np.empty(sender.shape[0], np.uint32)
-    degree, all_members = np.empty(total, np.int64), np.empty(total, np.int64)
-    all_starts = np.empty(total, np.bool_)
+@jit
+def _reduce_each(numbers, ptr, status, detail, first, size, sender, image, distance, radius, count, tolerance, quotient,
+                 padded, keep_isolated, opens, order, degree, all_members, all_starts, all_values, slack, outside, rows,
+                 edges, atom_class, row_numbers, weight, row_size, edge_sender, edge_distance, edge_image):  # fmt: skip
+    """``reduce`` with arrays for all that it makes; returns how many rows and edges there are."""
+    numbers, ptr, first, size = borrowed(numbers), borrowed(ptr), borrowed(first), borrowed(size)
+    sender, image, distance = borrowed(sender), borrowed(image), borrowed(distance)
+    opens, order, degree = borrowed(opens), borrowed(order), borrowed(degree)
+    all_members, all_starts, all_values = borrowed(all_members), borrowed(all_starts), borrowed(all_values)
+    slack, outside, atom_class = borrowed(slack), borrowed(outside), borrowed(atom_class)
     r = 0
     e = 0
-    for b in range(crystals):
+    for b in range(ptr.shape[0] - 1):
         if status[b] != OK:
             continue
         lo, hi = ptr[b], ptr[b + 1]
@@ -244,7 +223,7 @@ def reduce(numbers, ptr, status, detail, first, size, sender, image, distance, r
         before = e
         colours = _refine(
             numbers[lo:hi], first[lo:hi], size[lo:hi], sender, distance, count, _WIDTH * tolerance, opens, order,
-            degree[lo:hi], members, starts, colour,
+            degree[lo:hi], members, starts, colour, all_values, slack, outside,
         )  # fmt: skip
         if not quotient:
             rows[b] = atoms
@@ -288,6 +267,51 @@ def reduce(numbers, ptr, status, detail, first, size, sender, image, distance, r
             r += 1
             begin = end
         edges[b] = e - before
+    return r, e
+
+
+@kernel
+def reduce(numbers, ptr, status, detail, first, size, sender, image, distance, radius, count, tolerance, quotient,
+           padded, keep_isolated):  # fmt: skip
+    """Graphs of B crystals from their candidates: one row per class (``quotient``) or per atom.
+
+    A class's distances are the float64 means over its members, place by place. Crystals whose ``status`` is not OK
+    are left out; a crystal with isolated atoms (``detail``: how many, the first) gets the status ISOLATED_ATOMS unless
+    ``keep_isolated``. Padded rows
+    are filled to ``count`` edges with (row of atom 0, radius + 1).
+
+    Args:
+        numbers, ptr, count: as for ``neighbors.search``; status, detail, first … distance: what it returned.
+        tolerance: Å; distances nearer than this are one shell.
+
+    Returns:
+        rows (B,), edges (B,): size of each graph; atom_class (N,) int32;
+        row_numbers (R,) int32, weight (R,) float32, row_size (R,) int32;
+        edge_sender (E,) int32 (row of the same crystal), edge_distance (E,) float64,
+        edge_image (E, 3) int32 (empty for quotients).
+    """
+    crystals = ptr.shape[0] - 1
+    total = ptr[-1]
+    capacity = 0
+    most = 0
+    for i in range(total):
+        capacity += count if padded else min(size[i], count)
+        most = max(most, min(size[i], count))
+    largest = 0
+    for b in range(crystals):
+        largest = max(largest, ptr[b + 1] - ptr[b])
+    rows, edges = np.zeros(crystals, np.int64), np.zeros(crystals, np.int64)
+    atom_class = np.zeros(total, np.int32)
+    row_numbers, weight, row_size = np.empty(total, np.int32), np.empty(total, np.float32), np.empty(total, np.int32)
+    edge_sender, edge_distance = np.empty(capacity, np.int32), np.empty(capacity)
+    edge_image = np.empty((0 if quotient else capacity, 3), np.int32)
+    r, e = _reduce_each(
+        numbers, ptr, status, detail, first, size, sender.view(np.uint32), image, distance, radius, count, tolerance,
+        quotient, padded, keep_isolated, np.empty(sender.shape[0], np.bool_), np.empty(sender.shape[0], np.uint32),
+        np.empty(total, np.int64), np.empty(total, np.int64), np.empty(total, np.bool_),
+        np.empty(largest * (2 * most + 1)), np.empty(2 * most + 1), np.empty(2 * most + 1), rows, edges, atom_class,
+        row_numbers, weight, row_size, edge_sender, edge_distance, edge_image,
+    )  # fmt: skip
     return (
         rows, edges, atom_class, row_numbers[:r], weight[:r], row_size[:r],
         edge_sender[:e], edge_distance[:e], edge_image[:e],
