@@ -200,6 +200,7 @@ def predict(arguments: argparse.Namespace) -> int:
             batch_atoms=arguments.batch_atoms,
             isolated=arguments.isolated,
             captured=arguments.captured,
+            disorder=arguments.disorder,
         )
     write_table(table, arguments.out)
     failed = table["error"].notna()
@@ -313,6 +314,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--isolated", choices=("error", "warn", "keep"), help=f"{_ISOLATED}; default: as the model was trained"
     )
+    sub.add_argument("--disorder", choices=_POLICIES, help=f"{_DISORDER}; default: as the model was trained")
     sub.add_argument("--backend", metavar="NAME", help="force a backend that doctor lists, such as reference")
     sub.add_argument("--device", metavar="NAME", default="cpu", help="where to compute: cpu, cuda, cuda:1 …")
     sub.add_argument(
@@ -346,6 +348,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 _SOURCE = (
     "a CIF, POSCAR, extxyz, pymatgen JSON, ASE db or Parquet file, or a folder of these, with or without id_prop.csv"
 )
+_POLICIES = ("error", "majority", "average")
+_DISORDER = "sites that are not one full atom: refuse the crystal, take the largest share, or mix the element vectors"
 _ISOLATED = "atoms without any neighbour: refuse the crystal, or keep it (warn: and count such crystals)"
 
 
@@ -381,6 +385,7 @@ def _add_graph_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--full-graph", action="store_true", help="keep every atom: no reduction by symmetry")
     group.add_argument("--padded", action="store_true", help="pad short neighbour lists as the published programs do")
     group.add_argument("--isolated", choices=("error", "warn", "keep"), help=f"{_ISOLATED} (default: error)")
+    group.add_argument("--disorder", choices=_POLICIES, help=f"{_DISORDER} (default: error)")
 
 
 def _check_writable(path: Path) -> None:
@@ -399,7 +404,7 @@ def _graph_parameters(arguments: argparse.Namespace) -> GraphParameters | None:
 
     if arguments.full_graph and arguments.symmetry_tolerance is not None:
         raise InputError("--full-graph and --symmetry-tolerance exclude each other; give one of them.")
-    names = ("radius", "max_neighbors", "symmetry_tolerance", "isolated")
+    names = ("radius", "max_neighbors", "symmetry_tolerance", "isolated", "disorder")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if arguments.full_graph:
         given["symmetry_tolerance"] = None

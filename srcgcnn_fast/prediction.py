@@ -16,7 +16,7 @@ from .capture import CapturedModel
 from .errors import InputError, require
 from .files import atomic_path
 from .graph import GraphBatch, GraphStore, Record, build_graphs, collate, open_store, read_inputs
-from .graph.elements import ELEMENT_SYMBOLS
+from .graph.elements import ELEMENT_SYMBOLS, MIXES_BUILT_IN, element_features
 from .graph.store import METADATA as STORE_METADATA
 from .serialization import load_model
 
@@ -41,6 +41,7 @@ def predict(
     batch_atoms: int = 20_000,
     timeout: float = 60.0,
     isolated: Literal["error", "warn", "keep"] | None = None,
+    disorder: Literal["error", "majority", "average"] | None = None,
     captured: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> pd.DataFrame:
@@ -58,6 +59,7 @@ def predict(
         timeout: seconds for reading one CIF file among several.
         isolated: what an atom without any neighbour means for its crystal, in place of the model's own setting:
             "error" an error row, "keep" a prediction.
+        disorder: what sites mean that are not one full atom, likewise: "error", "majority" or "average".
         captured: on a GPU, replay a CUDA graph for each size of batch (:class:`srcgcnn_fast.CapturedModel`), which pays
             for small ``batch_atoms``.
         progress: called after each input is read, with the number read so far.
@@ -74,7 +76,8 @@ def predict(
     model = load_model(model) if isinstance(model, str | os.PathLike) else model
     if batch_atoms < 1:
         raise InputError(f"batch_atoms is {batch_atoms}; give at least 1.")
-    parameters = model.metadata.graph if isolated is None else replace(model.metadata.graph, isolated=isolated)
+    own = model.metadata.graph
+    parameters = replace(own, isolated=isolated or own.isolated, disorder=disorder or own.disorder)
     targets = list(model.metadata.targets)
     if {"id", "error"} & set(targets) or len(set(targets)) < len(targets):
         raise InputError(f"The model's targets {targets} clash as columns beside id and error; rename them.")
@@ -89,7 +92,8 @@ def predict(
         if (store := _as_store(inputs)) is not None:
             chunks = _of_store(model, call, store, parameters, batch_atoms, progress)
         else:
-            records = _chunks(_counted(read_inputs(inputs, targets=(), timeout=timeout), progress))
+            read = read_inputs(inputs, targets=(), timeout=timeout, disorder=parameters.disorder)
+            records = _chunks(_counted(read, progress))
             chunks = (_predict_chunk(model, chunk, call, parameters, batch_atoms) for chunk in records)
         for names, found, failures in chunks:
             ids += names
@@ -240,14 +244,18 @@ def _graphs(
         parameters.symmetry_tolerance,
         padded=parameters.padded,
         isolated=parameters.isolated,
+        disorder=parameters.disorder,
         errors="collect",
         distance_dtype=distance_dtype,
     )
+    is_built_in = np.array_equal(model.element_table.cpu().numpy(), element_features())
     has_vector = model.element_table.any(dim=1).cpu().numpy()
     graphs = {}
     for i, graph in zip(good, built, strict=True):
         if isinstance(graph, InputError):
             errors[i] = f"{records[i].id}: {graph}"
+        elif graph.atom_features is not None and not is_built_in:
+            errors[i] = f"{records[i].id}: {MIXES_BUILT_IN}"
         elif not has_vector[graph.numbers].all():
             errors[i] = _without_vector(records[i].id, graph.numbers[~has_vector[graph.numbers]][0])
         else:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..errors import InputError
+from .elements import element_features
 
 
 @dataclass(frozen=True)
@@ -144,12 +145,22 @@ def _offsets(counts: Sequence[int]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(np.asarray(counts, dtype=np.int64))])
 
 
+def with_element_vectors(graphs: Sequence[CrystalGraph]) -> list[np.ndarray]:
+    """Atom features of every graph: its own, or the built-in element vectors if all widths are theirs."""
+    table = element_features()
+    given = [table[g.numbers] if g.atom_features is None else g.atom_features for g in graphs]
+    if any(x.shape[1] != table.shape[1] for x in given):
+        own = sum(g.atom_features is not None for g in graphs)
+        raise InputError(f"Only {own} of {len(graphs)} graphs carry atom_features; give it to all or to none.")
+    return given
+
+
 def collate(graphs: Sequence[CrystalGraph], distance_dtype: torch.dtype = torch.float32) -> GraphBatch:
     """Join graphs into one batch on the CPU.
 
     Raises:
         InputError: no graph was given, the batch exceeds int32 indices, or only some graphs carry their own
-            atom or edge features.
+            edge features, or atom features that are no mixtures of element vectors.
     """
     if not graphs:
         raise InputError("A batch needs at least one crystal graph; collate() was given none.")
@@ -165,6 +176,8 @@ def collate(graphs: Sequence[CrystalGraph], distance_dtype: torch.dtype = torch.
         present = [getattr(g, name) for g in graphs if getattr(g, name) is not None]
         if not present:
             return None
+        if name == "atom_features" and len(present) < len(graphs):
+            present = with_element_vectors(graphs)
         if len(present) < len(graphs):
             raise InputError(f"Only {len(present)} of {len(graphs)} graphs carry {name}; give it to all or to none.")
         return join(present, np.float32)

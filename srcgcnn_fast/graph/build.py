@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 
 from ..errors import InputError
 from .batch import CrystalGraph
+from .crystal import Composition, MixedCrystal, mixed_features
 from .elements import MAX_ATOMIC_NUMBER
 from .parameters import GraphParameters
 
@@ -25,6 +27,14 @@ _CHUNK_ATOMS = 4096  # atoms per kernel call: what the caches hold
 _BATCH_ATOMS = 100_000  # atoms that build_graphs collects before it calls the kernels
 _MAX_COORDINATE = 1e9
 _COMPILE_SECONDS = 20
+
+
+class Mixture(NamedTuple):
+    """Sites or rows of one crystal that hold more or less than one full atom."""
+
+    kind: np.ndarray
+    """(n,) int32, 0 for one full atom, k for ``compositions[k - 1]``."""
+    compositions: Sequence[Composition]
 
 
 class PackedGraphs(NamedTuple):
@@ -52,6 +62,8 @@ class PackedGraphs(NamedTuple):
     """(E, 3) int32, lattice translation of the neighbour; None for symmetry quotients."""
     errors: dict[int, str]
     """What was wrong with each crystal that failed, one sentence each."""
+    mixtures: Mapping[int, Mixture] = MappingProxyType({})
+    """Of each crystal with averaged sites, for its rows."""
 
     def graph(self, index: int, distance_dtype: Any = np.float32) -> CrystalGraph:
         """The graph of one crystal (its arrays are views where they can be).
@@ -70,7 +82,15 @@ class PackedGraphs(NamedTuple):
             distance=self.distance[e0:e1].astype(distance_dtype),
             row_ptr=(self.row_ptr[r0 : r1 + 1] - e0).astype(np.int32),
             atom_class=self.atom_class[self.atom_ptr[index] : self.atom_ptr[index + 1]],
+            atom_features=self._features(index),
             image=None if self.image is None else self.image[e0:e1],
+        )
+
+    def _features(self, index: int) -> np.ndarray | None:
+        if index not in self.mixtures:
+            return None
+        return mixed_features(
+            self.numbers[self.crystal_ptr[index] : self.crystal_ptr[index + 1]], *self.mixtures[index]
         )
 
     def graphs(self, distance_dtype: Any = np.float32) -> list[CrystalGraph | InputError]:
@@ -93,7 +113,7 @@ class PackedGraphs(NamedTuple):
                     distance[e0:e1],
                     row_ptr[r0 + b : r1 + b + 1],
                     self.atom_class[a0:a1],
-                    None,
+                    self._features(b),
                     None,
                     None if self.image is None else self.image[e0:e1],
                 )
@@ -107,6 +127,7 @@ def build_packed(
     numbers: np.ndarray,
     ptr: np.ndarray,
     parameters: GraphParameters | None = None,
+    mixtures: Mapping[int, Mixture] | None = None,
 ) -> PackedGraphs:
     """Graphs of B crystals that are given as concatenated arrays.
 
@@ -118,6 +139,7 @@ def build_packed(
         numbers: (N,) atomic numbers.
         ptr: (B + 1,), atoms of crystal b are ``ptr[b]:ptr[b + 1]``.
         parameters: GraphParameters() if None.
+        mixtures: the averaged sites of the crystals that have some; ``numbers`` holds their largest part.
 
     Raises:
         InputError: the shapes do not fit together. What is wrong with one crystal goes to ``errors`` instead.
@@ -144,22 +166,45 @@ def build_packed(
     if errors:
         lattices, frac_coords, wide_numbers, ptr = _without(errors, lattices, frac_coords, wide_numbers, ptr)
     numbers = _kernel_array(wide_numbers, np.int32)
+    species = numbers
     good = np.arange(crystals)
     if errors:
         good = np.delete(good, list(errors))
+    if mixtures:
+        species = numbers.copy()  # a composition is a species of its own, behind the elements
+        for k, b in enumerate(good.tolist()):
+            if b in mixtures:
+                kind = mixtures[b].kind
+                species[ptr[k] : ptr[k + 1]] = np.where(
+                    kind > 0, MAX_ATOMIC_NUMBER + kind, numbers[ptr[k] : ptr[k + 1]]
+                )
     chunks = _chunks(ptr)
     _announce_compilation()
     threads = min(len(chunks), torch.get_num_threads())
 
     def run(chunk: tuple[int, int]) -> tuple[np.ndarray, ...]:
-        return _run_kernels(lattices, frac_coords, numbers, ptr, chunk, parameters)
+        return _run_kernels(lattices, frac_coords, species, ptr, chunk, parameters)
 
     if threads > 1:
         with ThreadPoolExecutor(threads) as pool:
             results = list(pool.map(run, chunks))
     else:
         results = [run(chunk) for chunk in chunks]
-    return _join(results, good, crystals, numbers, ptr, parameters, errors)
+    packed = _join(results, good, crystals, numbers, ptr, parameters, errors)
+    return _with_mixtures(packed, numbers, mixtures) if mixtures else packed
+
+
+def _with_mixtures(packed: PackedGraphs, numbers: np.ndarray, mixtures: Mapping[int, Mixture]) -> PackedGraphs:
+    """Rows of averaged sites: the element with the largest part as their number, and what they hold."""
+    by_row: dict[int, Mixture] = {}
+    for b, mixture in mixtures.items():
+        if b not in packed.errors:
+            rows = packed.numbers[packed.crystal_ptr[b] : packed.crystal_ptr[b + 1]]
+            kind = np.maximum(rows - MAX_ATOMIC_NUMBER, 0)
+            largest = [0, *(max(x, key=lambda pair: (pair[1], -pair[0]))[0] for x in mixture.compositions)]
+            rows[:] = np.where(kind > 0, np.array(largest)[kind], rows)
+            by_row[b] = Mixture(kind, mixture.compositions)
+    return packed._replace(mixtures=by_row)
 
 
 def _kernel_array(array: np.ndarray, dtype: Any) -> np.ndarray:
@@ -334,6 +379,7 @@ def build_graph(
     *,
     padded: bool = False,
     isolated: Literal["error", "warn", "keep"] = "error",
+    disorder: Literal["error", "majority", "average"] = "error",
     distance_dtype: Any = np.float32,
 ) -> CrystalGraph:
     """The CGCNN graph of one crystal: each atom's nearest neighbours within a radius (Xie & Grossman 2018).
@@ -349,6 +395,9 @@ def build_graph(
             one row with a weight. Predictions are those of the full graph. None for the full graph.
         padded: fill short rows as the published programs do.
         isolated: "keep" accepts atoms without any neighbour, "warn" too and counts their crystals in the log.
+        disorder: what sites mean that are not one full atom: "majority" takes the species with the largest share (and
+            leaves out a site that is vacant rather than anything else), "average" mixes the built-in element vectors
+            by occupancy into ``atom_features``; a vacancy adds nothing.
         distance_dtype: float32, or float64.
 
     Raises:
@@ -356,7 +405,7 @@ def build_graph(
     """
     return build_graphs(
         [structure], radius, max_neighbors, symmetry_tolerance,
-        padded=padded, isolated=isolated, distance_dtype=distance_dtype,
+        padded=padded, isolated=isolated, disorder=disorder, distance_dtype=distance_dtype,
     )[0]  # fmt: skip
 
 
@@ -368,6 +417,7 @@ def build_graphs(
     *,
     padded: bool = False,
     isolated: Literal["error", "warn", "keep"] = "error",
+    disorder: Literal["error", "majority", "average"] = "error",
     errors: Literal["raise", "collect"] = "raise",
     distance_dtype: Any = np.float32,
 ) -> list[Any]:
@@ -379,19 +429,19 @@ def build_graphs(
     Raises:
         InputError: a parameter is out of range, or with ``errors="raise"`` a crystal is unusable.
     """
-    parameters = GraphParameters(radius, max_neighbors, symmetry_tolerance, padded, isolated)
+    parameters = GraphParameters(radius, max_neighbors, symmetry_tolerance, padded, isolated, disorder)
     if errors not in ("raise", "collect"):
         raise InputError(f'errors = {errors!r} is neither "raise" nor "collect"; choose one.')
     graphs: list[Any] = []
     paths: dict[int, str] = {}
-    batch: list[tuple[int, tuple[np.ndarray, np.ndarray, np.ndarray]]] = []
+    batch: list[tuple[int, Arrays]] = []
     waiting = 0
     for position, structure in enumerate(structures):
         if isinstance(structure, str | os.PathLike):
             paths[position] = str(structure)
         graphs.append(None)
         try:
-            crystal = _as_arrays(structure)
+            crystal = _as_arrays(structure, disorder)
         except InputError as error:
             graphs[position] = error
         else:
@@ -410,7 +460,7 @@ def build_graphs(
 
 
 def _build_batch(
-    batch: list[tuple[int, tuple[np.ndarray, np.ndarray, np.ndarray]]],
+    batch: list[tuple[int, Arrays]],
     parameters: GraphParameters,
     distance_dtype: Any,
     graphs: list[Any],
@@ -418,20 +468,26 @@ def _build_batch(
     if not batch:
         return
     positions, crystals = zip(*batch, strict=True)
-    lattices, frac_coords, numbers = zip(*crystals, strict=True)
+    lattices, frac_coords, numbers, mixtures = zip(*crystals, strict=True)
     ptr = np.concatenate([[0], np.cumsum([len(n) for n in numbers])])
     cells = np.concatenate(lattices).reshape(-1, 3, 3)
-    packed = build_packed(cells, np.concatenate(frac_coords), np.concatenate(numbers), ptr, parameters)
+    mixed = {b: mixture for b, mixture in enumerate(mixtures) if mixture is not None}
+    packed = build_packed(cells, np.concatenate(frac_coords), np.concatenate(numbers), ptr, parameters, mixed)
     for position, graph in zip(positions, packed.graphs(distance_dtype), strict=True):
         graphs[position] = graph
 
 
-def _as_arrays(structure: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """lattice, frac_coords, numbers of anything that is a crystal; values are checked later, for all at once."""
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, Mixture | None]
+
+
+def _as_arrays(structure: Any, disorder: str) -> Arrays:
+    """lattice, frac_coords, numbers, mixture of any crystal; values are checked later, for all at once."""
     if not (isinstance(structure, tuple) and len(structure) == 3):
         from .readers import as_crystal
 
-        structure = as_crystal(structure)
+        structure = as_crystal(structure, disorder=disorder)
+        if isinstance(structure, MixedCrystal):
+            return (*structure[:3], Mixture(structure.kind, structure.compositions))
     try:
         lattice = np.asarray(structure[0], dtype=np.float64)
         frac_coords = np.asarray(structure[1], dtype=np.float64)
@@ -447,4 +503,4 @@ def _as_arrays(structure: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             f"A crystal is a (3, 3) lattice, (n, 3) fractional coordinates and n atomic numbers, not {lattice.shape}, "
             f"{frac_coords.shape} and {numbers.shape}; mend the shapes."
         )
-    return lattice, frac_coords, numbers
+    return lattice, frac_coords, numbers, None

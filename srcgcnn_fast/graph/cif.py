@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, require
-from .crystal import Crystal, _one_line, from_pymatgen
+from .crystal import AnyCrystal, Crystal, _one_line, from_pymatgen
 from .elements import ELEMENT_SYMBOLS
 
 logger = logging.getLogger(__name__)
@@ -45,15 +45,15 @@ def read_text(path: Path) -> str:
     return data.decode("utf-8-sig", errors="replace")
 
 
-def read_cif(path: Path) -> Crystal:
-    """The one ordered structure of a CIF file, every symmetry operation applied: by gemmi, or by pymatgen in doubt.
+def read_cif(path: Path) -> AnyCrystal:
+    """The one structure of a CIF file, every symmetry operation applied: by gemmi, or by pymatgen in doubt.
 
     Deuterium counts as hydrogen; oxidation states and magnetic moments are ignored.
 
     Raises:
-        InputError: the file cannot be read, has no or several structures, a site that is not one full known
-            atom, a coordinate that is not a number, hydrogen atoms without positions, or content that
-            contradicts its own ``_chemical_formula_sum`` times ``_cell_formula_units_Z``.
+        InputError: the file cannot be read, has no or several structures, an unknown element, a coordinate that is
+            not a number, hydrogen atoms without positions, or content that contradicts its own
+            ``_chemical_formula_sum`` times ``_cell_formula_units_Z``.
     """
     from .quick_cif import read_quickly
 
@@ -61,7 +61,7 @@ def read_cif(path: Path) -> Crystal:
     return read_carefully(path) if crystal is None else crystal
 
 
-def read_carefully(path: Path) -> Crystal:
+def read_carefully(path: Path) -> AnyCrystal:
     """The same by pymatgen alone."""
     require("pymatgen", "Reading CIF files", extra="io")
     name = path.name
@@ -78,7 +78,7 @@ def read_carefully(path: Path) -> Crystal:
         ) from error
 
 
-def _parse(text: str, name: str) -> Crystal:
+def _parse(text: str, name: str) -> AnyCrystal:
     from pymatgen.io.cif import CifParser
 
     block = _structure_block(text, name)
@@ -98,7 +98,7 @@ def _parse(text: str, name: str) -> Crystal:
         raise _no_hydrogen(name, "some sites stand for water or hydroxyl")
     crystal = from_pymatgen(structure, name)
     try:
-        check_formula(items, crystal, name)
+        check_formula(items, _content(crystal), name)
     except InputError:
         merged = _merged_further(block, items, name) if snap else None
         if merged is None:
@@ -107,7 +107,7 @@ def _parse(text: str, name: str) -> Crystal:
     return crystal
 
 
-def _merged_further(block: str, items: dict[str, Any], name: str) -> Crystal | None:
+def _merged_further(block: str, items: dict[str, Any], name: str) -> AnyCrystal | None:
     """Read again, merging images that rounded coordinates keep apart; None where the formula still disagrees."""
     from pymatgen.io.cif import CifParser
 
@@ -117,7 +117,7 @@ def _merged_further(block: str, items: dict[str, Any], name: str) -> Crystal | N
             parser = CifParser.from_str(block, site_tolerance=tolerance, check_cif=False)
             try:
                 crystal = from_pymatgen(parser.parse_structures(primitive=False, on_error="raise")[0], name)
-                check_formula(items, crystal, name)
+                check_formula(items, _content(crystal), name)
             except ValueError:
                 continue
         logger.debug("%s: images within %g of a cell edge were merged.", name, tolerance)
@@ -241,13 +241,16 @@ def _check_really_p1(items: dict[str, Any], name: str) -> None:
             )
 
 
-def check_formula(items: dict[str, Any], crystal: Crystal, name: str) -> None:
+def _content(crystal: AnyCrystal) -> Counter[int]:
+    return Counter(crystal.numbers.tolist()) if isinstance(crystal, Crystal) else crystal.content()
+
+
+def check_formula(items: dict[str, Any], found: Counter[int], name: str) -> None:
     """Compare the cell's content with formula times Z; a file without either is taken at its word."""
     formula = str(items.get("_chemical_formula_sum", "?"))
     expected = parse_formula(formula)
     if not expected:
         return
-    found = Counter(crystal.numbers.tolist())
     units = str(items.get("_cell_formula_units_Z", "?"))
     z = float(units.split("(")[0]) if NUMBER.fullmatch(units) else 0.0
     if found == expected and (z <= 1 or _is_multiple(expected, z)):
@@ -262,8 +265,8 @@ def check_formula(items: dict[str, Any], crystal: Crystal, name: str) -> None:
     if any(_agrees(found, expected, factor, skip_hydrogen=True) for factor in factors):
         factor = factors[0]
         if found[1] < expected.get(1, 0.0) * factor:
-            raise _no_hydrogen(name, f"{found[1]} of {expected[1] * factor:g} of {formula} are listed")
-    cell = " ".join(f"{ELEMENT_SYMBOLS[e]}{n}" for e, n in sorted(found.items()))
+            raise _no_hydrogen(name, f"{found[1]:g} of {expected[1] * factor:g} of {formula} are listed")
+    cell = " ".join(f"{ELEMENT_SYMBOLS[e]}{n:g}" for e, n in sorted(found.items()))
     stated = f"{formula} with Z = {units}" if z else formula
     raise InputError(
         f"{name} contradicts itself: its sites and symmetry operations give {cell} in the cell, its formula says "

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..errors import InputError
-from .elements import ELEMENT_SYMBOLS, MAX_ATOMIC_NUMBER
+from .elements import ELEMENT_SYMBOLS, MAX_ATOMIC_NUMBER, element_features
+from .parameters import check_policy
 
 MIN_HEIGHT = 0.01
 """Å; a cell whose opposite faces are closer than this is called singular."""
@@ -24,6 +27,73 @@ class Crystal(NamedTuple):
     """(n, 3) float64."""
     numbers: np.ndarray
     """(n,) int32, atomic numbers 1 to 100 (deuterium counts as hydrogen)."""
+
+
+Composition = tuple[tuple[int, float], ...]
+"""What a site holds: (atomic number, occupancy), by atomic number; the rest is vacant."""
+
+
+class MixedCrystal(NamedTuple):
+    """A periodic crystal with sites that are not one full atom."""
+
+    lattice: np.ndarray
+    """(3, 3) float64, rows a, b, c in Å."""
+    frac_coords: np.ndarray
+    """(n, 3) float64."""
+    numbers: np.ndarray
+    """(n,) int32, the element with the largest share of each site."""
+    kind: np.ndarray
+    """(n,) int32, 0 for one full atom, k for ``compositions[k - 1]``."""
+    compositions: tuple[Composition, ...]
+    """Those that occur, in order."""
+    reason: str
+    """The sentence for whoever wants no disorder."""
+
+    def majority(self) -> Crystal:
+        """Each site as its most abundant species; sites that are vacant rather than anything else are left out.
+
+        Raises:
+            InputError: no site is left.
+        """
+        taken = [True, *(_share(x) >= 1 - sum(share for _, share in x) for x in self.compositions)]
+        kept = np.array(taken)[self.kind]
+        if not kept.any():
+            raise InputError(f"{self.reason.partition(' is disordered')[0]} has only sites that are mostly vacant.")
+        return Crystal(self.lattice, self.frac_coords[kept], self.numbers[kept])
+
+    def content(self) -> Counter[int]:
+        """Atoms of each element in the cell, fractions included."""
+        held: Counter[int] = Counter(self.numbers[self.kind == 0].tolist())
+        for k, composition in enumerate(self.compositions, start=1):
+            for number, share in composition:
+                held[number] += share * int((self.kind == k).sum())  # type: ignore[assignment]
+        return held
+
+
+AnyCrystal = Crystal | MixedCrystal
+
+
+def settled(crystal: AnyCrystal, disorder: str) -> AnyCrystal:
+    """The crystal under a policy for disorder: "error", "majority" or "average".
+
+    Raises:
+        InputError: it is disordered and the policy is "error", or nothing is left of it.
+    """
+    check_policy(disorder)
+    if isinstance(crystal, Crystal) or disorder == "average":
+        return crystal
+    if disorder == "error":
+        raise InputError(crystal.reason)
+    return crystal.majority()
+
+
+def mixed_features(numbers: np.ndarray, kind: np.ndarray, compositions: Sequence[Composition]) -> np.ndarray:
+    """(n, 92) float32: the element vector of each site, or the sum of those that it holds, weighted by occupancy."""
+    table = element_features()
+    features = table[numbers]
+    for k, composition in enumerate(compositions, start=1):
+        features[kind == k] = sum(np.float32(share) * table[number] for number, share in composition)
+    return features
 
 
 def checked_crystal(lattice: Any, frac_coords: Any, numbers: Any, name: str = "The crystal") -> Crystal:
@@ -85,31 +155,45 @@ def _check_numbers(species: np.ndarray, name: str) -> np.ndarray:
     return species.astype(np.int32)
 
 
-def from_pymatgen(structure: Any, name: str = "The structure") -> Crystal:
+def from_pymatgen(structure: Any, name: str = "The structure") -> AnyCrystal:
     """A pymatgen ``Structure``; oxidation states are ignored.
 
     Raises:
-        InputError: a disordered or unknown site, a direction without periodicity, and all of
-            :func:`checked_crystal`.
+        InputError: an unknown or empty site, a direction without periodicity, and all of :func:`checked_crystal`.
     """
     if not all(structure.lattice.pbc):
         raise InputError(f"{name} is not periodic in all directions (pbc {structure.lattice.pbc}); set pbc to True.")
-    numbers = [_site_number(site, index, name) for index, site in enumerate(structure)]
-    return checked_crystal(structure.lattice.matrix, structure.frac_coords, numbers, name)
+    held = [_composition(site, index, name) for index, site in enumerate(structure)]
+    numbers = [max(x, key=lambda pair: (pair[1], -pair[0]))[0] for x in held]
+    crystal = checked_crystal(structure.lattice.matrix, structure.frac_coords, numbers, name)
+    mixed = [len(x) > 1 or abs(x[0][1] - 1) > OCCUPANCY_TOLERANCE for x in held]
+    if not any(mixed):
+        return crystal
+    kinds = sorted({x for x, is_mixed in zip(held, mixed, strict=True) if is_mixed})
+    kind = [kinds.index(x) + 1 if is_mixed else 0 for x, is_mixed in zip(held, mixed, strict=True)]
+    first = mixed.index(True)
+    reason = (
+        f"{name} is disordered (site {first + 1} holds {structure[first].species_string}); give an ordered structure, "
+        'one full atom a site, or disorder="average" or "majority" (--disorder average).'
+    )
+    return MixedCrystal(*crystal, np.array(kind, dtype=np.int32), tuple(kinds), reason)
 
 
-def _site_number(site: Any, index: int, name: str) -> int:
-    items = list(site.species.items())
-    if len(items) != 1 or abs(items[0][1] - 1) > OCCUPANCY_TOLERANCE:
-        held = site.species_string if items else "nothing"
-        raise InputError(
-            f"{name} is disordered (site {index + 1} holds {held}); give an ordered structure, one full atom a site."
-        )
-    element = getattr(items[0][0], "element", items[0][0])
-    symbol = element.symbol
-    if symbol not in ELEMENT_SYMBOLS and symbol not in ("D", "T"):
-        raise InputError(f"{name} has the unknown element {symbol} at site {index + 1}; only H to Fm are known.")
-    return int(element.Z)
+def _composition(site: Any, index: int, name: str) -> Composition:
+    held: Counter[int] = Counter()
+    for species, share in site.species.items():
+        symbol = getattr(species, "element", species).symbol
+        if symbol not in ELEMENT_SYMBOLS and symbol not in ("D", "T"):
+            raise InputError(f"{name} has the unknown element {symbol} at site {index + 1}; only H to Fm are known.")
+        held[int(getattr(species, "element", species).Z)] += share
+    shares = tuple((number, round(float(share), 6)) for number, share in sorted(held.items()) if share > 0)
+    if not shares:
+        raise InputError(f"{name} is disordered (site {index + 1} holds nothing); remove the site.")
+    return shares
+
+
+def _share(composition: Composition) -> float:
+    return max(share for _, share in composition)
 
 
 def from_ase(atoms: Any, name: str = "The Atoms object") -> Crystal:

@@ -137,6 +137,12 @@ def element_features() -> np.ndarray:
     return table
 
 
+MIXES_BUILT_IN = (
+    "averaged sites mix the built-in element vectors, and the model has others; "
+    'use disorder="majority", or the built-in ones.'
+)
+
+
 def is_built_in_table(path: Path) -> bool:
     """Does an ``atom_init.json`` of the published programs (atomic number -> vector) hold the vectors that are here?"""
     built_in = element_features()

@@ -107,7 +107,7 @@ _, _near_short = _vector_kernels(16)
 
 
 @intrinsic
-def borrowed(_: Any, array: Any) -> Any:
+def _borrowed(_: Any, array: Any) -> Any:
     """The array without its owner: passing it on counts no references, which took a third of the time.
 
     The owner must be bound for as long; an argument is, by the caller, and what a loop uses is while it lasts.
@@ -120,6 +120,9 @@ def borrowed(_: Any, array: Any) -> Any:
         return made._getvalue()
 
     return array(array), generate
+
+
+borrowed: Any = _borrowed
 
 
 def _on_stack(dtype: Any, *shape: int) -> Any:

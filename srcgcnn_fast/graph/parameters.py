@@ -10,6 +10,12 @@ from typing import Literal
 from ..errors import InputError
 
 
+def check_policy(disorder: str) -> None:
+    """Raises InputError: ``disorder`` is none of the policies."""
+    if disorder not in ("error", "majority", "average"):
+        raise InputError(f'disorder must be "error", "majority" or "average", not {disorder!r}.')
+
+
 @dataclass(frozen=True)
 class GraphParameters:
     """How a crystal becomes a graph; kept in models and in stores of prepared graphs."""
@@ -24,6 +30,9 @@ class GraphParameters:
     """Fill short rows up as the published programs do: (index 0 of the crystal, distance radius + 1)."""
     isolated: Literal["error", "warn", "keep"] = "error"
     """What to do with an atom without neighbours: refuse the crystal, or keep it and (warn) say so."""
+    disorder: Literal["error", "majority", "average"] = "error"
+    """What to do with a site that is not one full atom: refuse the crystal, let the species (or vacancy) with the
+    largest share stand for it, or mix the built-in element vectors by occupancy."""
 
     def __post_init__(self) -> None:
         radius, count, tolerance = self.radius, self.max_neighbors, self.symmetry_tolerance
@@ -40,6 +49,7 @@ class GraphParameters:
             raise InputError(f"padded must be True or False, not {self.padded!r}.")
         if self.isolated not in ("error", "warn", "keep"):
             raise InputError(f'isolated must be "error", "warn" or "keep", not {self.isolated!r}.')
+        check_policy(self.disorder)
         # NumPy's numbers become Python's, which stores and models write as JSON.
         object.__setattr__(self, "radius", float(radius))
         object.__setattr__(self, "max_neighbors", int(count))

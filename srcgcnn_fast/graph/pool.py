@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .crystal import Crystal
+from .crystal import AnyCrystal
 
 _SERVE = "from srcgcnn_fast.graph.pool import serve; serve({limit})"
 MEMORY_LIMIT = 4 * 2**30
@@ -39,7 +39,7 @@ def serve(limit: int) -> None:
         except EOFError:
             return
         for path in paths:
-            found: Crystal | str | None = read_quickly(path)
+            found: AnyCrystal | str | None = read_quickly(path)
             if found is None:
                 _send(replies, None)  # the other side then knows which file takes so long
                 try:
@@ -95,12 +95,12 @@ class _Worker:
             if time.monotonic() > self._deadline:
                 self.process.kill()
 
-    def read(self, paths: Sequence[Path]) -> list[Crystal | str]:
+    def read(self, paths: Sequence[Path]) -> list[AnyCrystal | str]:
         """A Crystal or the sentence that says why not for each path, in order.
 
         Fewer where the process ended at a file of many and nobody knows which; the rest is then read one by one.
         """
-        found: list[Crystal | str] = []
+        found: list[AnyCrystal | str] = []
         is_certain = len(paths) == 1
         start = time.monotonic()
         try:
@@ -148,7 +148,7 @@ class CifPool:
         self._local = threading.local()
         self._started: list[_Worker] = []
 
-    def submit(self, paths: Sequence[Path]) -> Future[list[Crystal | str]]:
+    def submit(self, paths: Sequence[Path]) -> Future[list[AnyCrystal | str]]:
         """A Crystal or the sentence of its error for each path; can be cancelled until a process is free for it."""
         return self._threads.submit(self._read, paths)
 
@@ -164,7 +164,7 @@ class CifPool:
             worker.wait_until_ready()
         return worker
 
-    def _read(self, paths: Sequence[Path]) -> list[Crystal | str]:
+    def _read(self, paths: Sequence[Path]) -> list[AnyCrystal | str]:
         found = self._worker().read(paths)
         while len(found) < len(paths):
             found += self._worker().read(paths[len(found) :][:1])

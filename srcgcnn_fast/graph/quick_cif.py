@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import re
+from collections import Counter
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -120,7 +121,7 @@ def _crystal(cif: Any, text: str, name: str) -> Crystal:
             coords, numbers = coords[order], [numbers[i] for i in order]
     crystal = checked_crystal(lattice, coords, numbers, name)
     units = cif.as_string(block.find_value("_cell_formula_units_Z") or "")
-    check_formula({"_chemical_formula_sum": formula, "_cell_formula_units_Z": units}, crystal, name)
+    check_formula({"_chemical_formula_sum": formula, "_cell_formula_units_Z": units}, Counter(numbers), name)
     return crystal
 
 

@@ -22,7 +22,17 @@ import numpy as np
 
 from ..errors import InputError, require
 from .cif import read_cif, read_text
-from .crystal import Crystal, _one_line, checked_crystal, from_ase, from_pymatgen
+from .crystal import (
+    AnyCrystal,
+    Crystal,
+    MixedCrystal,
+    _one_line,
+    check_policy,
+    checked_crystal,
+    from_ase,
+    from_pymatgen,
+    settled,
+)
 from .elements import ELEMENT_SYMBOLS, is_built_in_table
 from .pool import CifPool
 from .quick_cif import read_quickly
@@ -48,12 +58,12 @@ class Record:
     """One input: a crystal with its targets, or the sentence that says why there is none."""
 
     id: str
-    crystal: Crystal | None = None
+    crystal: AnyCrystal | None = None
     targets: dict[str, float] = field(default_factory=dict)
     error: str | None = None
 
 
-def as_crystal(structure: Any, name: str | None = None) -> Crystal:
+def as_crystal(structure: Any, name: str | None = None, disorder: str = "error") -> AnyCrystal:
     """One crystal as arrays.
 
     Args:
@@ -61,13 +71,21 @@ def as_crystal(structure: Any, name: str | None = None) -> Crystal:
             ``Structure`` or its dictionary, ASE ``Atoms``, or the path of a file that holds one structure.
             Oxidation states are ignored and deuterium counts as hydrogen.
         name: what error messages call it.
+        disorder: what sites mean that are not one full atom: "error"; "majority", the species (or vacancy) with the
+            largest share; "average", all of them, as a :class:`~srcgcnn_fast.graph.crystal.MixedCrystal`.
 
     Raises:
-        InputError: it is none of these; it is disordered, empty, not finite, or not periodic; its lattice is
-            singular; an element is not among H to Fm.
+        InputError: it is none of these; it is disordered and must not be; it is empty, not finite, or not periodic;
+            its lattice is singular; an element is not among H to Fm.
     """
+    return settled(_as_crystal(structure, name), disorder)
+
+
+def _as_crystal(structure: Any, name: str | None) -> AnyCrystal:
     if isinstance(structure, str | os.PathLike):
         return _only_crystal(Path(structure))
+    if isinstance(structure, MixedCrystal):
+        return structure
     kind = type(structure).__name__
     label = name or f"The {kind} object"
     if _is_arrays(structure):
@@ -85,7 +103,12 @@ def as_crystal(structure: Any, name: str | None = None) -> Crystal:
 
 
 def read_inputs(
-    source: Any, *, targets: Sequence[str] | None = None, timeout: float = 60.0, skip: int = 0
+    source: Any,
+    *,
+    targets: Sequence[str] | None = None,
+    timeout: float = 60.0,
+    skip: int = 0,
+    disorder: str = "error",
 ) -> Iterator[Record]:
     """One :class:`Record` per input, in order. What is wrong with one input becomes its ``Record.error``.
 
@@ -101,6 +124,7 @@ def read_inputs(
             in a child process that is ended after this time, or beyond 4 GiB of memory (Linux); a single file is
             read in this process without a limit.
         skip: leave out so many records at the beginning; files that hold one record are then not read.
+        disorder: as in :func:`as_crystal`.
 
     Raises:
         InputError: the path does not exist or is of no known kind, the folder has no structure files, or a
@@ -108,6 +132,25 @@ def read_inputs(
     """
     if not timeout > 0:
         raise InputError(f"timeout is {timeout}; give a positive number of seconds.")
+    check_policy(disorder)
+    return _settled(_records(source, targets, timeout, skip), disorder)
+
+
+def _settled(records: Iterator[Record], disorder: str) -> Iterator[Record]:
+    try:
+        for record in records:
+            if isinstance(record.crystal, MixedCrystal):
+                try:
+                    record.crystal = settled(record.crystal, disorder)
+                except InputError as error:
+                    record.crystal, record.error = None, str(error)
+            yield record
+    finally:
+        if hasattr(records, "close"):
+            records.close()
+
+
+def _records(source: Any, targets: Sequence[str] | None, timeout: float, skip: int) -> Iterator[Record]:
     wanted = list(targets) if targets is not None else None
     if isinstance(source, str | os.PathLike):
         path = Path(source)
@@ -170,7 +213,7 @@ def _plain_dictionary(value: Mapping[str, Any], name: str) -> Crystal | None:
         return None
 
 
-def _from_dictionary(value: Mapping[str, Any], name: str) -> Crystal:
+def _from_dictionary(value: Mapping[str, Any], name: str) -> AnyCrystal:
     plain = _plain_dictionary(value, name)
     if plain is not None:
         return plain
@@ -188,7 +231,7 @@ def _from_dictionary(value: Mapping[str, Any], name: str) -> Crystal:
     return from_pymatgen(structure, name)
 
 
-def _only_crystal(path: Path) -> Crystal:
+def _only_crystal(path: Path) -> AnyCrystal:
     if not path.exists():
         raise InputError(f"{path} does not exist; give the path of a structure file.")
     if path.is_dir():
@@ -257,7 +300,7 @@ class _Files:
         self.items, self.pool = items, pool
         self.paths = [Path(item.value) for item in items]
         self.future = pool.submit(self.paths) if others else None
-        self.found: list[Crystal | None] | None = None
+        self.found: list[AnyCrystal | None] | None = None
 
     def read_here(self) -> bool:
         """Read them, unless another process has begun or it is done; whether there was something to do."""
@@ -270,7 +313,7 @@ class _Files:
         self.read_here()
         if self.found is None:
             assert self.future is not None
-            results: Iterable[Crystal | str] = self.future.result()
+            results: Iterable[AnyCrystal | str] = self.future.result()
         else:
             slow = {i: self.pool.submit([self.paths[i]]) for i, crystal in enumerate(self.found) if crystal is None}
             results = (slow[i].result()[0] if crystal is None else crystal for i, crystal in enumerate(self.found))
@@ -338,7 +381,7 @@ def _entry_record(id: str, entry: Any, name: str) -> Record:
     else:
         info = getattr(entry, "info", None) or getattr(entry, "properties", None)
         targets = _numbers_of(info) if isinstance(info, Mapping) else {}
-    return _record(id, targets, lambda: as_crystal(entry, name))
+    return _record(id, targets, lambda: _as_crystal(entry, name))
 
 
 def _json_or_none(text: str) -> Any:
@@ -524,7 +567,7 @@ def _select(records: Iterator[Record], wanted: list[str] | None) -> Iterator[Rec
         yield record
 
 
-def _read_poscar(path: Path) -> Crystal:
+def _read_poscar(path: Path) -> AnyCrystal:
     poscar = require("pymatgen.io.vasp.inputs", "Reading POSCAR files", extra="io").Poscar
     try:
         text = read_text(path)
@@ -670,8 +713,10 @@ def _read_parquet(path: Path, wanted: list[str] | None, skip: int = 0) -> Iterat
 
 def _parquet_records(table: Any, where: str, keep: list[str], has_id: bool, skip: int) -> Iterator[Record]:
     columns = [*STRUCTURE_COLUMNS[0 if has_id else 1 :], *keep]
-    stem, row = _stem(Path(where)), 0
-    for batch in table.iter_batches(batch_size=1024, columns=columns):
+    stem, row, group = _stem(Path(where)), 0, 0
+    while group < table.num_row_groups and row + table.metadata.row_group(group).num_rows <= skip:
+        row, group = row + table.metadata.row_group(group).num_rows, group + 1  # not read
+    for batch in table.iter_batches(1024, row_groups=range(group, table.num_row_groups), columns=columns):
         left_out = min(skip - row, len(batch)) if row < skip else 0
         row, batch = row + left_out, batch.slice(left_out)
         held = {name: _rows(batch.column(name)) for name in STRUCTURE_COLUMNS[1:]}

@@ -16,7 +16,8 @@ import torch
 
 from .. import __version__
 from ..errors import InputError
-from .batch import CrystalGraph, GraphBatch
+from .batch import CrystalGraph, GraphBatch, with_element_vectors
+from .elements import element_features
 from .parameters import GraphParameters
 from .readers import Record, read_inputs
 from .store_writer import (
@@ -30,6 +31,7 @@ from .store_writer import (
     checksum,
     copy_store,
     id_arrays,
+    mixture_arrays,
     workplace,
 )
 
@@ -37,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 _CHUNK_ATOMS = 100_000
 _CHUNK_CRYSTALS = 8192
-_COUNTS = ("row_count", "edge_count", "atom_count", "id_size")
+_COUNTS = ("row_count", "edge_count", "atom_count", "mixed_count", "id_size")
 _OPTIONAL = ("atom_features", "edge_features")  # in memory only
 
 
@@ -97,7 +99,7 @@ class GraphStore:
         self._arrays = {name: np.asarray(array) for name, array in arrays.items()}
         self._first = {
             name: np.concatenate([[0], np.cumsum(arrays[f"{name}_count"], dtype=np.int64)])
-            for name in ("row", "edge", "atom")
+            for name in ("row", "edge", "atom", "mixed")
         }
 
     @classmethod
@@ -135,11 +137,13 @@ class GraphStore:
         arrays["targets"] = np.stack([*columns.values()], axis=1) if columns else np.zeros((len(graphs), 0))
         for name in _OPTIONAL:
             held = [x for x in (getattr(g, name) for g in graphs) if x is not None]
+            if name == "atom_features" and 0 < len(held) < len(graphs):
+                held = with_element_vectors(graphs)
             if held and len(held) < len(graphs):
                 raise InputError(f"Only {len(held)} of {len(graphs)} graphs carry {name}; give it to all or to none.")
             if held:
                 arrays[name] = np.concatenate(held)
-        arrays |= id_arrays(names)
+        arrays |= id_arrays(names) | mixture_arrays([None] * len(graphs))
         return cls(arrays, StoreInfo(parameters or GraphParameters(), list(columns)))
 
     @property
@@ -188,6 +192,8 @@ class GraphStore:
         part = {name: slice(first[i], first[i + 1]) for name, first in self._first.items()}
         take = self._take(lambda name, kind: self._arrays[name][part[kind]])
         degree = take.pop("degree")
+        if self._first["mixed"][i] < self._first["mixed"][i + 1]:
+            take["atom_features"] = self._mixed(take["numbers"], part["mixed"], 0)
         return CrystalGraph(**take, row_ptr=np.concatenate([[0], np.cumsum(degree)]).astype(np.int32))
 
     def _take(self, gather: Callable[[str, str], np.ndarray]) -> dict[str, Any]:
@@ -200,6 +206,21 @@ class GraphStore:
             if name in self._arrays:
                 taken[name] = gather(name, kind)
         return taken
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether some crystal has averaged sites, whose rows carry mixed built-in element vectors."""
+        return int(self._first["mixed"][-1]) > 0
+
+    def _mixed(self, numbers: np.ndarray, chosen: Any, offset: Any) -> np.ndarray:
+        """Element vectors of rows, those of averaged sites mixed; ``offset`` leads to the first row of each crystal."""
+        table = element_features()
+        features = table[numbers]
+        rows = self._arrays["mixed_row"][chosen] + offset
+        features[rows] = 0
+        shares = self._arrays["mixed_share"][chosen][:, None]
+        np.add.at(features, rows, shares * table[self._arrays["mixed_number"][chosen]])
+        return features
 
     def batch(self, indices: Any) -> GraphBatch:
         """The graphs of ``indices`` (any order, repeats allowed) as one batch, equal to ``collate`` of them.
@@ -217,6 +238,9 @@ class GraphStore:
         row_offset = (ends["row"] - counts["row"]).astype(np.int32)
         taken["sender"] = taken["sender"] + np.repeat(row_offset, counts["edge"])
         taken["atom_class"] = taken["atom_class"] + np.repeat(row_offset, counts["atom"])
+        if ends["mixed"][-1]:
+            offset = np.repeat(row_offset, counts["mixed"])
+            taken["atom_features"] = self._mixed(taken["numbers"], picked["mixed"], offset)
         taken["row_ptr"] = _pointer(taken.pop("degree"))
         taken["crystal_ptr"] = _pointer(counts["row"])
         for name in ("weight", "distance", *_OPTIONAL):
@@ -317,6 +341,7 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
 def _check_counts(arrays: Mapping[str, np.ndarray], crystals: int, targets: int) -> None:
     rows, edges, atoms = (int(arrays[f"{name}_count"].sum()) for name in ("row", "edge", "atom"))
     shapes = {"numbers": rows, "weight": rows, "degree": rows, "sender": edges, "distance": edges, "atom_class": atoms}
+    shapes |= dict.fromkeys(("mixed_row", "mixed_number", "mixed_share"), int(arrays["mixed_count"].sum()))
     shapes |= dict.fromkeys(_COUNTS, crystals) | {"id_text": int(arrays["id_size"].sum(dtype=np.int64))}
     for name, length in shapes.items():
         if arrays[name].shape != (length,) or arrays[name].dtype != DTYPES[name]:
@@ -390,7 +415,7 @@ def prepare(
         if writer.done:
             logger.warning("Continuing after the %d inputs that an earlier call prepared.", writer.done)
         try:
-            records = read_inputs(source, targets=targets, skip=writer.done)
+            records = read_inputs(source, targets=targets, skip=writer.done, disorder=parameters.disorder)
             for chunk in _chunks(_reported(records, progress, writer.done)):
                 writer.add(chunk, parameters)
         finally:
@@ -400,6 +425,31 @@ def prepare(
     store = open_store(folder)
     _log_summary(store)
     return store
+
+
+def join_stores(parts: Sequence[str | os.PathLike[str]], path: str | os.PathLike[str]) -> GraphStore:
+    """One store of the crystals of several, in their order, written whole or not at all; the parts stay.
+
+    Raises:
+        InputError: there are no parts, or they were prepared differently; or as :func:`prepare`.
+    """
+    folder = Path(path)
+    stores = [open_store(part) for part in parts]
+    if not stores:
+        raise InputError("There are no stores to join; give at least one.")
+    for store in stores:
+        if store.parameters != stores[0].parameters:
+            raise InputError(f"{store.path} and {stores[0].path} hold different graphs; prepare them alike.")
+    _existing(folder)
+    with workplace(folder, None) as scratch:
+        writer = StoreWriter(scratch, None)
+        try:
+            for store in stores:
+                writer.add_store(store)
+        finally:
+            writer.close()
+        writer.finish(stores[0].parameters, None)
+    return open_store(folder)
 
 
 def _existing(folder: Path) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,17 +18,19 @@ import numpy as np
 
 from .. import __version__
 from ..errors import InputError
+from .crystal import MixedCrystal
 from .parameters import GraphParameters
 from .readers import Record
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "srcgcnn_fast prepared graphs"
-VERSION = 2
+VERSION = 3
 METADATA = "metadata.json"
 REJECTED = "rejected.jsonl"
 PROGRESS = "progress.json"
 _LOCK = "lock"
+_PIECE = 1 << 20
 
 DTYPES: dict[str, Any] = {
     "numbers": np.uint8,  # (R,)
@@ -40,6 +42,10 @@ DTYPES: dict[str, Any] = {
     "row_count": np.int64,  # (n,)
     "edge_count": np.int64,  # (n,)
     "atom_count": np.int64,  # (n,)
+    "mixed_count": np.int64,  # (n,) species of averaged sites; of each that holds more or less than one full atom:
+    "mixed_row": np.int32,  # (X,) counted within the crystal
+    "mixed_number": np.uint8,  # (X,)
+    "mixed_share": np.float32,  # (X,)
     "id_size": np.int32,  # (n,) bytes of each id
     "id_text": np.uint8,  # ids in UTF-8, one after the other
 }
@@ -49,6 +55,22 @@ def id_arrays(ids: Sequence[str]) -> dict[str, np.ndarray]:
     encoded = [id.encode() for id in ids]
     text = np.frombuffer(b"".join(encoded), dtype=np.uint8)
     return {"id_size": np.array([len(x) for x in encoded], dtype=np.int32), "id_text": text}
+
+
+def mixture_arrays(mixtures: Sequence[Any]) -> dict[str, np.ndarray]:
+    """Of the rows' ``Mixture`` of each crystal, None where there is none: count, then row, number, share of each."""
+    count = np.zeros(len(mixtures), dtype=np.int64)
+    held: list[tuple[int, int, float]] = []
+    for b, mixture in enumerate(mixtures):
+        before = len(held)
+        for row in np.flatnonzero(mixture.kind).tolist() if mixture is not None else ():
+            held += [(row, number, share) for number, share in mixture.compositions[mixture.kind[row] - 1]]
+        count[b] = len(held) - before
+    columns = zip(*held, strict=True) if held else ((),) * 3
+    return {"mixed_count": count} | {
+        name: np.array(column, dtype=DTYPES[name])
+        for name, column in zip(("mixed_row", "mixed_number", "mixed_share"), columns, strict=True)
+    }
 
 
 def checksum(array: np.ndarray, before: int = 0) -> int:
@@ -195,9 +217,10 @@ class StoreWriter:
         return target in self._columns and self._columns[target].has_numbers()
 
     def add(self, records: Sequence[Record], parameters: GraphParameters) -> None:
-        from .build import build_packed
+        from .build import Mixture, build_packed
 
         crystals = [record.crystal for record in records if record.crystal is not None]
+        mixed = {b: Mixture(c.kind, c.compositions) for b, c in enumerate(crystals) if isinstance(c, MixedCrystal)}
         packed = None
         if crystals:
             packed = build_packed(
@@ -206,6 +229,7 @@ class StoreWriter:
                 np.concatenate([c.numbers for c in crystals]),
                 np.concatenate([[0], np.cumsum([len(c.numbers) for c in crystals])]),
                 parameters,
+                mixed,
             )
         kept: list[Record] = []
         good: list[int] = []
@@ -223,6 +247,26 @@ class StoreWriter:
         self.done += len(records)
         self._save()
 
+    def add_store(self, store: Any) -> None:
+        """All of another store, its arrays read in pieces."""
+        self._backfill(store.targets, self.crystals)
+        for name, file in self._files.items():
+            array = np.load(store.path / f"{name}.npy", mmap_mode="r")
+            for begin in range(0, len(array), _PIECE):
+                file.append(array[begin : begin + _PIECE])
+        for name, column in self._columns.items():
+            column.append(store.targets.get(name, np.full(len(store), np.nan)))
+        for id, reason in store.rejected:
+            self._reject(id, reason)
+
+    def _backfill(self, targets: Iterable[str], before: int) -> None:
+        """A column for each of these targets; the crystals before have no value of a new one."""
+        for name in targets:
+            if name not in self._columns:
+                path = self.folder / f"target-{len(self._columns)}.npy"
+                self._columns[name] = _NpyFile(path, np.float64)
+                self._columns[name].append(np.full(before, np.nan))
+
     def _reject(self, id: str, reason: str) -> None:
         self.first_rejected = self.first_rejected or (id, reason)
         self.rejected += 1
@@ -237,11 +281,9 @@ class StoreWriter:
             self._files[f"{name}_count"].append(np.diff(getattr(packed, pointer))[good])
         for name, array in id_arrays([record.id for record in kept]).items():
             self._files[name].append(array)
-        for name in dict.fromkeys(name for record in kept for name in record.targets):
-            if name not in self._columns:
-                path = self.folder / f"target-{len(self._columns)}.npy"
-                self._columns[name] = _NpyFile(path, np.float64)
-                self._columns[name].append(np.full(before, np.nan))
+        for name, array in mixture_arrays([packed.mixtures.get(b) for b in good.tolist()]).items():
+            self._files[name].append(array)
+        self._backfill(dict.fromkeys(name for record in kept for name in record.targets), before)
         for name, column in self._columns.items():
             column.append(np.array([record.targets.get(name, np.nan) for record in kept]))
 

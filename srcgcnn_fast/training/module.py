@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..graph.elements import MIXES_BUILT_IN, element_features
 from ..nn import CGCNN, SRCGCNN, ModelMetadata
 from .data import GraphDataModule, Item
 from .distributed import of_all, place, total
@@ -77,7 +78,8 @@ class TrainingModule(pl.LightningModule):
         seed: of the dropout, epoch by epoch.
 
     Raises:
-        InputError: the number of targets is not the model's, or a classifier's target is not 0 or 1.
+        InputError: the number of targets is not the model's, a classifier's target is not 0 or 1, or crystals are
+            averaged with other element vectors than the model's.
     """
 
     target_mean: Tensor
@@ -89,6 +91,9 @@ class TrainingModule(pl.LightningModule):
         self.recipe = recipe
         self.seed = seed
         self.classification = bool(model.hyperparameters["classification"])
+        is_mixed = any(part.dataset.store.is_mixed for part in data.parts.values())
+        if is_mixed and not np.array_equal(model.element_table.cpu().numpy(), element_features()):
+            raise InputError(f"Some crystals are disordered: {MIXES_BUILT_IN}")
         mean, std = self._normaliser(data.target_values("train"))
         self.register_buffer("target_mean", torch.tensor(mean, dtype=torch.float32))
         self.register_buffer("target_std", torch.tensor(std, dtype=torch.float32))

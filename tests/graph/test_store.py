@@ -420,7 +420,7 @@ def set_bytes(folder: Path, name: str, value: np.ndarray) -> None:
             "damaged .distance.npy is",
         ),
         (lambda f: (f / "metadata.json").write_text("{"), "is not a store"),
-        (lambda f: damage_metadata(f, version=99), "has the store format 99, this package reads 2"),
+        (lambda f: damage_metadata(f, version=99), "has the store format 99, this package reads 3"),
         (lambda f: damage_metadata(f, crystals=1), "is damaged"),
         (lambda f: damage_metadata(f, sizes=None), "is damaged"),
         (lambda f: damage_metadata(f, parameters={"colour": 3}), "is damaged"),
