@@ -27,6 +27,8 @@ _HOME = {
     "load_model": "serialization",
     "save_model": "serialization",
     "predict": "prediction",
+    "predict_shards": "shards",
+    "prepare_shards": "shards",
     "CapturedModel": "capture",
     "backends": "ops.registry",
     "use_backend": "ops.registry",
@@ -60,6 +62,8 @@ if TYPE_CHECKING:
     from .prediction import predict as predict
     from .serialization import load_model as load_model
     from .serialization import save_model as save_model
+    from .shards import predict_shards as predict_shards
+    from .shards import prepare_shards as prepare_shards
 
 
 def __getattr__(name: str) -> Any:

@@ -61,15 +61,17 @@ def demo(arguments: argparse.Namespace) -> None:
 def prepare(arguments: argparse.Namespace) -> None:
     from .graph.store import name_it, prepare
 
-    parameters = _graph_parameters(arguments)
-    store = prepare(
-        arguments.source,
-        arguments.store,
-        parameters,
-        targets=arguments.target or None,
-        append=arguments.append,
-        progress=True,
-    )
+    parameters, targets = _graph_parameters(arguments), arguments.target or None
+    if arguments.ray is not None:
+        from .shards import prepare_shards
+
+        if arguments.append:
+            raise InputError("--append and --ray exclude each other; give one of them.")
+        store = prepare_shards(arguments.source, arguments.store, parameters, targets=targets, workers=arguments.ray)
+    else:
+        store = prepare(
+            arguments.source, arguments.store, parameters, targets=targets, append=arguments.append, progress=True
+        )
     for name, reason in store.rejected[:5]:
         print(f"rejected {name_it(name, reason)}", file=sys.stderr)
     if len(store.rejected) > 5:
@@ -191,6 +193,13 @@ def predict(arguments: argparse.Namespace) -> int:
     from .prediction import predict, write_table
     from .serialization import load_model
 
+    if arguments.ray is not None:
+        from .shards import predict_shards
+
+        policies = {"isolated": arguments.isolated, "disorder": arguments.disorder}
+        rows = predict_shards(arguments.model, arguments.input, arguments.out, workers=arguments.ray, **policies)
+        print(f"{rows:,} rows; written to {arguments.out}, a directory of Parquet files")
+        return 0
     _check_writable(Path(arguments.out))
     model = load_model(arguments.model).to(_device(arguments.device))
     with use_backend(arguments.backend) if arguments.backend else nullcontext(), use_precision(arguments.precision):
@@ -266,6 +275,7 @@ def _parser() -> argparse.ArgumentParser:
         "--target", metavar="NAME", action="append", default=[], help="target column to keep, repeatable; default all"
     )
     sub.add_argument("--append", action="store_true", help="add to the store that is there, with its graph options")
+    sub.add_argument("--ray", metavar="N", type=int, help=_RAY)
     _add_graph_options(sub)
 
     sub = command(train, "Train one model, score it, and save it for predict.")
@@ -315,6 +325,7 @@ def _parser() -> argparse.ArgumentParser:
         "--isolated", choices=("error", "warn", "keep"), help=f"{_ISOLATED}; default: as the model was trained"
     )
     sub.add_argument("--disorder", choices=_POLICIES, help=f"{_DISORDER}; default: as the model was trained")
+    sub.add_argument("--ray", metavar="N", type=int, help=f"{_RAY}, and TABLE a directory")
     sub.add_argument("--backend", metavar="NAME", help="force a backend that doctor lists, such as reference")
     sub.add_argument("--device", metavar="NAME", default="cpu", help="where to compute: cpu, cuda, cuda:1 …")
     sub.add_argument(
@@ -348,6 +359,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 _SOURCE = (
     "a CIF, POSCAR, extxyz, pymatgen JSON, ASE db or Parquet file, or a folder of these, with or without id_prop.csv"
 )
+_RAY = "let N workers of a Ray cluster do it (one on this machine unless RAY_ADDRESS is set); the input is Parquet"
 _POLICIES = ("error", "majority", "average")
 _DISORDER = "sites that are not one full atom: refuse the crystal, take the largest share, or mix the element vectors"
 _ISOLATED = "atoms without any neighbour: refuse the crystal, or keep it (warn: and count such crystals)"

@@ -19,7 +19,7 @@ from srcgcnn_fast.training import GraphDataModule, Recipe, fit
 
 pymatgen = pytest.importorskip("pymatgen.core")
 AVERAGE = sf.GraphParameters(disorder="average")
-SR, TI, O, BA = 38, 22, 8, 56
+SR, TI, OXYGEN, BA = 38, 22, 8, 56
 
 
 def perovskite(a_site: dict[str, float] | str, shift: float = 0.0, order: tuple[int, ...] = (0, 1, 2, 3, 4)):
@@ -51,7 +51,7 @@ def test_policies() -> None:
     row = average.atom_class[0]
     assert average.numbers[row] == SR
     np.testing.assert_allclose(average.atom_features[row], MIXED_VECTOR, rtol=0, atol=1e-7)
-    for number in (TI, O):
+    for number in (TI, OXYGEN):
         k = int(np.flatnonzero(average.numbers == number)[0])
         assert np.array_equal(average.atom_features[k], element_features()[number])
     for policy in ("majority", "average"):  # an ordered crystal is none of their business
@@ -65,7 +65,7 @@ def test_a_wrong_policy_is_named() -> None:
         lambda: read_inputs([MIXED], disorder="mean"),
         lambda: sf.GraphParameters(disorder="mean"),
     ):
-        with pytest.raises(InputError, match="disorder must be .* not 'mean'"):
+        with pytest.raises(InputError, match=r"disorder must be .* not 'mean'"):
             call()
 
 

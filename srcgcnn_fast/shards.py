@@ -1,0 +1,249 @@
+"""``predict`` and ``prepare`` over shards of Parquet files, by the workers of a Ray cluster.
+
+A shard is a run of rows of one file, and its result one file (or store) that is renamed into place when it is whole.
+So a worker that dies costs the shard it had; a shard done twice has one result; and a call that is repeated does only
+what is missing. Ray hands out the shards, restarts workers and tries again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from . import __version__
+from .errors import InputError, require
+from .files import atomic_path
+from .graph import GraphParameters, read_inputs
+from .graph.store import GraphStore, join_stores, prepare
+from .prediction import predict, write_table
+from .serialization import load_model, save_model
+
+if TYPE_CHECKING:
+    from .graph import Record
+    from .nn import CGCNN, SRCGCNN
+
+logger = logging.getLogger(__name__)
+
+_PLAN = "shards.json"
+SHARD_ROWS = 50_000
+
+
+class Shard(NamedTuple):
+    """Rows ``first`` to ``first + rows`` of a Parquet file."""
+
+    number: int
+    source: str
+    first: int
+    rows: int
+
+    @property
+    def name(self) -> str:
+        return f"part-{self.number:06d}"
+
+    def records(self, targets: Sequence[str] | None) -> Iterator[Record]:
+        read = read_inputs(self.source, targets=targets, skip=self.first, disorder="average")
+        return islice(read, self.rows)
+
+
+def predict_shards(
+    model: CGCNN | SRCGCNN | str | os.PathLike[str],
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    workers: int = 2,
+    rows: int = SHARD_ROWS,
+    isolated: Literal["error", "warn", "keep"] | None = None,
+    disorder: Literal["error", "majority", "average"] | None = None,
+) -> int:
+    """What ``model`` predicts for every row of ``source``, as Parquet files ``part-000000.parquet`` … in ``out``.
+
+    One row for each input, in input order from file to file, with the columns of :func:`srcgcnn_fast.predict`. The
+    Ray cluster of ``RAY_ADDRESS`` or ``ray.init`` does the work, or one on this machine that is started and ended
+    here. Its workers must see ``source`` and ``out`` under these paths. An interrupted call is continued by the same.
+
+    Args:
+        model: as for :func:`srcgcnn_fast.predict`; a path must be visible to the workers, too.
+        source: a Parquet file, or a folder of them, taken by name; columns as ``predict`` reads them.
+        out: the directory to write.
+        workers: processes at a time, one core each.
+        rows: of a shard, at most.
+        isolated: in place of the model's own setting. disorder: likewise.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        InputError: Ray is not installed, source or model cannot be read, or ``out`` holds the result of another call.
+    """
+    loaded = load_model(model) if isinstance(model, str | os.PathLike) else model
+    graph = loaded.metadata.graph
+    graph = replace(graph, isolated=isolated or graph.isolated, disorder=disorder or graph.disorder)
+    folder, shards = Path(out).absolute(), _shards(source, rows)
+    weights = sha256()
+    for name, value in loaded.state_dict().items():
+        weights.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    metadata = [list(loaded.metadata.targets), list(loaded.metadata.mean), list(loaded.metadata.std)]
+    _claim(folder, shards, {"model": [weights.hexdigest(), *metadata], "graph": asdict(graph)})
+    settings = {"isolated": graph.isolated, "disorder": graph.disorder}
+    if isinstance(model, str | os.PathLike):
+        place = Path(model).absolute()
+    else:
+        place = folder / "model"
+        save_model(model, place)
+    missing = [shard for shard in shards if not (folder / f"{shard.name}.parquet").exists()]
+    _run(
+        _Predict,
+        (str(place), str(folder), settings),
+        missing,
+        workers,
+    )
+    parquet = require("pyarrow.parquet", "Reading Parquet files", extra="io")
+    for shard in shards:
+        found = parquet.read_metadata(folder / f"{shard.name}.parquet").num_rows
+        if found != shard.rows:
+            raise RuntimeError(f"{folder / shard.name}.parquet has {found} rows for {shard.rows} inputs.")
+    return sum(shard.rows for shard in shards)
+
+
+def prepare_shards(
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    parameters: GraphParameters | None = None,
+    *,
+    targets: Sequence[str] | None = None,
+    workers: int = 2,
+    rows: int = SHARD_ROWS,
+) -> GraphStore:
+    """:func:`srcgcnn_fast.prepare` of a Parquet file or a folder of them, by the workers of a Ray cluster.
+
+    The shards are prepared as stores in ``PATH.parts``, joined in input order and then removed. Arguments as for
+    ``prepare`` and :func:`predict_shards`. An interrupted call is continued by the same.
+
+    Raises:
+        InputError: Ray is not installed, the source cannot be read, no input became a graph, or ``path`` holds
+            something else.
+    """
+    parameters = parameters or GraphParameters()
+    target, shards = Path(path).absolute(), _shards(source, rows)
+    folder = target.parent / f"{target.name}.parts"
+    names = list(targets) if targets is not None else None
+    _claim(folder, shards, {"parameters": asdict(parameters), "targets": names})
+    missing = [shard for shard in shards if not (folder / f"{shard.name}.json").exists()]
+    _run(_Prepare, (str(folder), parameters, names), missing, workers)
+    empty = {shard: json.loads((folder / f"{shard.name}.json").read_text()) for shard in shards}
+    parts = [folder / shard.name for shard in shards if empty[shard] is None]
+    if not parts:
+        raise InputError(f"{source}: {empty[shards[0]]}")
+    store = join_stores(parts, target)
+    shutil.rmtree(folder)
+    return store
+
+
+class _Predict:
+    """A worker that predicts shards."""
+
+    def __init__(self, model: str, out: str, settings: dict[str, Any]) -> None:
+        _one_thread()
+        self.model, self.out, self.settings = load_model(model), Path(out), settings
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        shard = Shard(**row)
+        table = predict(self.model, shard.records(()), **self.settings)
+        table = table.astype({"id": "string", "error": "string"})  # the same in every file, with errors or without
+        write_table(table, self.out / f"{shard.name}.parquet")
+        return {"number": shard.number}
+
+
+class _Prepare:
+    """A worker that prepares shards; beside each store (or in place of one, with the reason) a mark that it is done."""
+
+    def __init__(self, out: str, parameters: GraphParameters, targets: Sequence[str] | None) -> None:
+        _one_thread()
+        self.out, self.parameters, self.targets = Path(out), parameters, targets
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        shard, reason = Shard(**row), None
+        try:
+            prepare(shard.records(self.targets), self.out / shard.name, self.parameters, targets=self.targets)
+        except InputError as error:
+            reason = str(error)
+        with atomic_path(self.out / f"{shard.name}.json") as temporary:
+            temporary.write_text(json.dumps(reason))
+        return {"number": shard.number}
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _shards(source: str | os.PathLike[str], rows: int) -> list[Shard]:
+    if rows < 1:
+        raise InputError(f"A shard of {rows} rows holds nothing; ask for at least 1.")
+    parquet = require("pyarrow.parquet", "Reading Parquet files", extra="io")
+    root = Path(source).absolute()
+    files = sorted(x for x in root.iterdir() if x.suffix == ".parquet") if root.is_dir() else [root]
+    made: list[Shard] = []
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{source} does not exist; give a Parquet file or a folder of them.")
+        try:
+            total = parquet.read_metadata(file).num_rows
+        except Exception as error:
+            raise InputError(f"{file.name} is not a Parquet file ({type(error).__name__}); export it again.") from error
+        for first in range(0, total, rows):
+            made.append(Shard(len(made), str(file), first, min(rows, total - first)))
+    if not made:
+        raise InputError(f"{source} holds no rows of a Parquet file; give one that does.")
+    return made
+
+
+def _claim(folder: Path, shards: Sequence[Shard], settings: dict[str, Any]) -> None:
+    """Take the directory for this call, or find that it is this call's already."""
+    stamps = [[*shard, os.stat(shard.source).st_mtime_ns, os.stat(shard.source).st_size] for shard in shards]
+    plan = json.loads(json.dumps({"package": __version__, "shards": stamps, **settings}))
+    file = folder / _PLAN
+    if file.exists():
+        if json.loads(file.read_text()) != plan:
+            raise InputError(f"{folder} holds the result of another call; choose another directory, or remove it.")
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} holds something else; choose another directory.")
+    with atomic_path(file) as temporary:
+        temporary.write_text(json.dumps(plan))
+
+
+def _run(kind: type, arguments: tuple[Any, ...], shards: Sequence[Shard], workers: int) -> None:
+    """One call of a ``kind`` for every shard, by ``workers`` processes."""
+    if workers < 1:
+        raise InputError(f"{workers} workers do nothing; ask for at least 1.")
+    if not shards:
+        return
+    ray = require("ray", "Work over shards", extra="ray")
+    data = require("ray.data", "Work over shards", extra="ray")
+    is_ours = not ray.is_initialized()
+    if is_ours:
+        address = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers, "include_dashboard": False}
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, **address)
+    quiet = logging.getLogger("ray.data")
+    level = quiet.level
+    try:
+        quiet.setLevel(logging.ERROR)
+        data.DataContext.get_current().enable_progress_bars = False
+        items = data.from_items([shard._asdict() for shard in shards], override_num_blocks=len(shards))
+        pool = data.ActorPoolStrategy(size=min(workers, len(shards)))
+        done = items.map(kind, fn_constructor_args=arguments, num_cpus=1, compute=pool).take_all()
+    finally:
+        quiet.setLevel(level)
+        if is_ours:
+            ray.shutdown()
+    logger.info("%d shards done.", len(done))
