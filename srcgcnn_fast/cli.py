@@ -110,6 +110,7 @@ def train(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size or 256,
         batch_rows=arguments.batch_rows,
         seed=arguments.seed,
+        length_buckets=arguments.length_buckets,
         num_workers=arguments.workers,
     )
     recipe = Recipe(
@@ -290,6 +291,7 @@ def _parser() -> argparse.ArgumentParser:
         "--recurrent-learnable-alpha", action="store_true", help="SR-CGCNN: a learned gate between old and new features"
     )
     sub.add_argument("--batch-rows", metavar="N", type=int, help="graph rows per batch, in place of --batch-size")
+    sub.add_argument("--length-buckets", action="store_true", help="training batches of crystals of similar size")
     sub.add_argument("--weight-decay", metavar="X", type=float, default=0.0, help="of the optimiser")
     sub.add_argument(
         "--lr-milestones", metavar="N", type=int, nargs="+", default=[100], help="epochs of the multistep schedule"

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -275,15 +274,23 @@ def _chunks(ptr: np.ndarray) -> list[tuple[int, int]]:
 
 @cache
 def _announce_compilation() -> None:
-    """Say once per machine that the first call compiles."""
+    """Say so when a kernel is compiled, which is once per machine and version, not when it comes from the cache."""
+    from numba.core import event
+
     from . import neighbors, symmetry
 
-    for kernel in (neighbors.search, symmetry.reduce):
-        name = f"{Path(kernel.py_func.__code__.co_filename).stem}.{kernel.py_func.__name__}-*.nbc"
-        directory = kernel.stats.cache_path
-        if not kernel.signatures and not (directory and any(Path(directory).glob(name))):
-            logger.warning("Compiling the neighbour search (about %d s, once).", _COMPILE_SECONDS)
-            return
+    class Announcement(event.Listener):
+        said = False
+
+        def on_start(self, event: Any) -> None:
+            if not self.said and event.data["dispatcher"] in (neighbors.search, symmetry.reduce):
+                self.said = True
+                logger.warning("Compiling the neighbour search (about %d s, once).", _COMPILE_SECONDS)
+
+        def on_end(self, event: Any) -> None:
+            pass
+
+    event.register("numba:compile", Announcement())
 
 
 def _run_kernels(

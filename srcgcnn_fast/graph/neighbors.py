@@ -24,7 +24,7 @@ COINCIDENT_DISTANCE = 1e-3
 OK, DEGENERATE_LATTICE, COINCIDENT_ATOMS, TOO_MANY_IMAGES, DISTANT_IMAGES = range(5)
 """Outcome of the search in one crystal."""
 
-_EDGE_SLACK = 1e-8  # Å; a neighbour at the cutoff radius up to rounding is inside
+EDGE_SLACK = 1e-8  # Å; a neighbour at the cutoff radius up to rounding is inside
 _BINNED_ATOMS = 96  # from here on a crystal is searched through bins
 _BLOCK = 64  # ghosts in one comparison; arrays that are compared are longer by this
 _PADDING = np.uint64(_BLOCK)
@@ -486,7 +486,7 @@ def _search_from(begin, used, room, work, lattices, frac_coords, ptr, radius, co
             r = min(radius, (3 * 1.5 * count * volume / (4 * math.pi * atoms)) ** (1 / 3) + 2 * slack)
         while left > 0:
             last = r >= radius
-            limit = r + _EDGE_SLACK if last else r
+            limit = r + EDGE_SLACK if last else r
             for k in range(3):
                 reach[k] = limit / height[k] + 1e-9
                 low[k], high[k] = lowest[k] - reach[k], highest[k] + reach[k]
@@ -545,7 +545,7 @@ def _search_from(begin, used, room, work, lattices, frac_coords, ptr, radius, co
                 for a in range(_PADDING):
                     key[end + a] = np.inf
                 if not last:
-                    certain = (r - slack - _EDGE_SLACK) ** 2 if r > slack + _EDGE_SLACK else 0.0
+                    certain = (r - slack - EDGE_SLACK) ** 2 if r > slack + EDGE_SLACK else 0.0
                     if _count_below(key, m, certain) < count:
                         pending[still] = i
                         still += 1
@@ -680,6 +680,7 @@ def neighbor_list(
     numbers: np.ndarray,
     radius: float,
     max_neighbors: int | None = None,
+    device: str | None = None,
 ) -> NeighborList:
     """Neighbours of every atom of a crystal, periodic in all three directions.
 
@@ -692,9 +693,12 @@ def neighbor_list(
         numbers: (n,) atomic numbers.
         radius: cutoff in Å.
         max_neighbors: keep only the nearest of each atom; None for all within the radius.
+        device: a torch device such as "cuda", on which nvalchemi-toolkit-ops then finds the pairs; None for the
+            search of this package, on the CPU.
 
     Raises:
-        InputError: a shape or value is unusable, the lattice is singular, or two atoms share a site.
+        InputError: a shape or value is unusable, the lattice is singular, two atoms share a site, or
+            nvalchemi-toolkit-ops is asked for and not installed.
     """
     lattice, frac_coords = (np.array(x, dtype=np.float64, order="C") for x in (lattice, frac_coords))
     numbers = np.asarray(numbers)
@@ -710,6 +714,10 @@ def neighbor_list(
             f"radius = {radius} Å and max_neighbors = {max_neighbors} must be positive and finite; choose such values."
         )
     n = len(numbers)
+    if device is not None:
+        from .alchemi import pairs_on
+
+        return pairs_on(device, lattice, frac_coords, numbers, float(radius), max_neighbors)
     ptr = np.array([0, n], dtype=np.int64)
     status, detail, gap, first, size, sender, image, distance = search(
         lattice[None], frac_coords, ptr, float(radius), max_neighbors or 0, 0.0, True

@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 KNOWN_UNITS = {"formation_energy_per_atom": "eV/atom", "energy_per_atom": "eV/atom", "band_gap": "eV"}
 """Units of targets whose usual name leaves no doubt."""
 
+_BUCKET_BATCHES = 16
+"""Batches whose crystals are sorted by size together."""
+
 
 class Split(NamedTuple):
     """Indices into the store for each part; int64, disjoint."""
@@ -55,6 +58,9 @@ class EpochSampler(Sampler[np.ndarray]):
     Of several processes each gets its share of every batch, as equal as can be, so that all of them together take the
     batches of one; only a last batch of fewer crystals than processes joins the one before. Without ``shuffle`` each
     takes its share of the crystals.
+
+    With ``length_buckets`` crystals of similar size share a batch, in training: each run of 16 batches of the shuffled
+    order is sorted by rows before it is cut, and the batches are shuffled again.
     """
 
     def __init__(
@@ -65,6 +71,7 @@ class EpochSampler(Sampler[np.ndarray]):
         batch_size: int = 256,
         batch_rows: int | None = None,
         shuffle: bool = False,
+        length_buckets: bool = False,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -84,6 +91,7 @@ class EpochSampler(Sampler[np.ndarray]):
         self.batch_size = batch_size
         self.batch_rows = batch_rows
         self.shuffle = shuffle
+        self.length_buckets = length_buckets
         self.seed = seed
         self.epoch = 0
 
@@ -100,9 +108,16 @@ class EpochSampler(Sampler[np.ndarray]):
 
     def __iter__(self) -> Iterator[np.ndarray]:
         order = np.arange(len(self.indices))
+        rng = np.random.default_rng((self.seed, self.epoch))
         if self.shuffle:
-            order = np.random.default_rng((self.seed, self.epoch)).permutation(order)
-        for batch in np.split(self.indices[order], self._cuts(order)):
+            order = rng.permutation(order)
+        if self.shuffle and self.length_buckets:
+            run = np.arange(len(order)) * len(self) // (_BUCKET_BATCHES * len(order))
+            order = order[np.lexsort((self.rows[order], run))]
+        batches = np.split(self.indices[order], self._cuts(order))
+        if self.shuffle and self.length_buckets:
+            batches = [batches[k] for k in rng.permutation(len(batches))]
+        for batch in batches:
             yield np.array_split(batch, self.world_size)[self.rank] if self.shuffle else batch
 
     def _cuts(self, order: np.ndarray) -> np.ndarray:
@@ -151,6 +166,7 @@ class GraphDataModule(pl.LightningDataModule):
         val_store: a separate validation set; ``split`` is then unused.
         test_store: a separate test set, beside ``val_store``.
         units: of the targets, for tables and plots; those in ``KNOWN_UNITS`` need none.
+        length_buckets: training batches of crystals of similar size.
         num_workers: processes that assemble batches ahead; 0 assembles in the training process.
 
     Crystals without the target are left out and counted in the log.
@@ -171,6 +187,7 @@ class GraphDataModule(pl.LightningDataModule):
         test_store: GraphStore | None = None,
         units: Sequence[str] | None = None,
         seed: int = 0,
+        length_buckets: bool = False,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
@@ -180,6 +197,7 @@ class GraphDataModule(pl.LightningDataModule):
         self.batch_size = batch_size
         self.batch_rows = batch_rows
         self.seed = seed
+        self.length_buckets = length_buckets
         self.num_workers = num_workers
         _check_same_graphs(store, val_store, test_store)
         if val_store is None and test_store is not None:
@@ -218,6 +236,7 @@ class GraphDataModule(pl.LightningDataModule):
             batch_size=self.batch_size,
             batch_rows=self.batch_rows,
             shuffle=shuffle,
+            length_buckets=self.length_buckets,
             seed=self.seed,
             rank=rank,
             world_size=world_size,

@@ -137,6 +137,7 @@ def _record(module: TrainingModule, data: GraphDataModule) -> dict[str, Any]:
         "graph": asdict(data.graph_parameters),
         "batch_size": data.batch_size,
         "batch_rows": data.batch_rows,
+        "length_buckets": data.length_buckets or None,  # as runs from before there was a choice have it
         "data_seed": data.seed,
         "crystals": {name: len(part.indices) for name, part in data.parts.items()},
         "target_mean": module.target_mean.tolist(),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -339,3 +343,28 @@ def compare_with_pymatgen(rows) -> int:
 def test_every_crystal_against_pymatgen(data_dir):
     pd = pytest.importorskip("pandas")
     assert compare_with_pymatgen(pd.read_parquet(data_dir / "mp" / "test.parquet")) > 5000
+
+
+FIRST_CALL = """
+import logging, time
+import numpy as np
+logging.basicConfig(level=logging.WARNING)
+import srcgcnn_fast as sf
+from srcgcnn_fast.graph import build
+start = time.perf_counter()
+sf.build_graph((np.eye(3) * 4, [[0, 0, 0]], [11]))
+print(time.perf_counter() - start)
+"""
+
+
+@pytest.mark.slow
+def test_compilation_is_announced_and_kept(tmp_path):
+    """Half a minute in the first process; well under it in the second, which says nothing."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", FIRST_CALL]
+    first, second = (
+        subprocess.run(command, capture_output=True, text=True, env=environment, check=True) for _ in range(2)
+    )
+    assert first.stderr.count("Compiling the neighbour search") == 1
+    assert "Compiling" not in second.stderr
+    assert float(second.stdout) < min(5, float(first.stdout) / 3)

@@ -82,8 +82,16 @@ def assert_same_neighbors(found: NeighborList, expected, lattice, frac, count):
         assert below == {(int(a), *map(int, b)) for a, b, d in reference if d < edge}
 
 
+@pytest.fixture(params=[None, "cpu"])
+def device(request):
+    """The search of this package, and nvalchemi-toolkit-ops on the CPU where it is installed."""
+    if request.param is not None:
+        pytest.importorskip("nvalchemiops", reason="nvalchemi-toolkit-ops is not installed (srcgcnn_fast[alchemi])")
+    return request.param
+
+
 @pytest.mark.parametrize("kind", ["triclinic", "box", "fcc", "slender", "hexagonal"])
-def test_brute_force(kind):
+def test_brute_force(kind, device):
     rng = np.random.default_rng(sum(map(ord, kind)))
     atoms = 0
     for _ in range(25):
@@ -94,23 +102,23 @@ def test_brute_force(kind):
         if any((np.abs(d - radius) < 1e-6).any() for _, _, d in expected):
             radius += 1e-3
             expected = brute_force(lattice, frac, radius)
-        found = neighbor_list(lattice, frac, np.full(len(frac), 6), radius, count)
+        found = neighbor_list(lattice, frac, np.full(len(frac), 6), radius, count, device=device)
         assert_same_neighbors(found, expected, lattice, frac, count)
         atoms += len(frac)
     assert atoms > 50
 
 
 @pytest.mark.parametrize("count", [None, 12])
-def test_brute_force_through_bins(count):
+def test_brute_force_through_bins(count, device):
     rng = np.random.default_rng(5)
     lattice = np.array([[11.0, 0, 0], [3, 12, 0], [-2, 1, 10]])
     frac = rng.random((120, 3)) * 2 - 0.5
-    found = neighbor_list(lattice, frac, np.full(120, 6), 5.0, count)
+    found = neighbor_list(lattice, frac, np.full(120, 6), 5.0, count, device=device)
     assert_same_neighbors(found, brute_force(lattice, frac, 5.0), lattice, frac, count)
 
 
 @pytest.mark.parametrize(("n", "count"), [(5000, None), (5000, 12), pytest.param(50_000, 12, marks=pytest.mark.slow)])
-def test_large_cell_against_kd_tree(n, count):
+def test_large_cell_against_kd_tree(n, count, device):
     from scipy.spatial import cKDTree
 
     rng = np.random.default_rng(0)
@@ -120,7 +128,7 @@ def test_large_cell_against_kd_tree(n, count):
     images = np.stack(np.meshgrid(*[[-1, 0, 1]] * 3, indexing="ij"), -1).reshape(-1, 3)
     ghosts = (frac + images[:, None]).reshape(-1, 3) @ lattice
     home = np.flatnonzero(~images.any(axis=1))[0] * n
-    found = neighbor_list(lattice, frac, np.full(n, 6), radius, count)
+    found = neighbor_list(lattice, frac, np.full(n, 6), radius, count, device=device)
     starts = np.searchsorted(found.receiver, np.arange(n + 1))
     for i, near in enumerate(cKDTree(ghosts).query_ball_point(frac @ lattice, radius)):
         near = np.setdiff1d(near, home + i)
@@ -207,9 +215,9 @@ def test_far_away_coordinates_wrap():
         (np.eye(3) * 4, [[0, 0, 0]], -1.0, "positive"),
     ],
 )
-def test_unusable_input_is_named(lattice, frac, radius, word):
+def test_unusable_input_is_named(lattice, frac, radius, word, device):
     with pytest.raises(InputError, match=word):
-        neighbor_list(lattice, frac, np.full(len(frac), 11), radius)
+        neighbor_list(lattice, frac, np.full(len(frac), 11), radius, device=device)
 
 
 def test_without_a_cache_directory(monkeypatch, caplog):

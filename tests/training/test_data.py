@@ -37,13 +37,14 @@ def test_bad_fractions_are_refused(fractions):
     budget=st.integers(1, 300),
     by_rows=st.booleans(),
     shuffle=st.booleans(),
+    buckets=st.booleans(),
     epoch=st.integers(0, 3),
 )
-def test_batches_partition_the_set(rows, budget, by_rows, shuffle, epoch):
+def test_batches_partition_the_set(rows, budget, by_rows, shuffle, buckets, epoch):
     counts = np.array(rows)
     indices = np.arange(len(rows))
     size = {"batch_rows": budget} if by_rows else {"batch_size": budget}
-    sampler = EpochSampler(indices, counts, shuffle=shuffle, seed=1, **size)
+    sampler = EpochSampler(indices, counts, shuffle=shuffle, length_buckets=buckets, seed=1, **size)
     sampler.set_epoch(epoch)
     batches = list(sampler)
     assert len(batches) == len(sampler)
@@ -65,6 +66,27 @@ def test_order_depends_on_seed_and_epoch_alone():
     assert np.array_equal(order(0, 2), order(0, 2))
     assert not np.array_equal(order(0, 2), order(0, 3))
     assert not np.array_equal(order(0, 2), order(1, 2))
+
+
+def test_buckets_hold_crystals_of_similar_size():
+    rows = np.random.default_rng(0).integers(1, 200, 6400)
+
+    def batches(length_buckets: bool, epoch: int = 0) -> list[np.ndarray]:
+        sampler = EpochSampler(
+            np.arange(6400), rows, batch_size=32, shuffle=True, length_buckets=length_buckets, seed=3
+        )
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    def spread(of: list[np.ndarray]) -> float:
+        return float(np.mean([np.ptp(rows[batch]) for batch in of]))
+
+    plain, bucketed = batches(False), batches(True)
+    assert spread(bucketed) < spread(plain) / 8
+    assert [batch.tolist() for batch in bucketed] == [batch.tolist() for batch in batches(True)]
+    assert {tuple(b) for b in map(sorted, bucketed)} != {tuple(b) for b in map(sorted, batches(True, 1))}
+    sizes = [rows[batch].mean() for batch in bucketed]  # large ones do not come at the end of each run
+    assert abs(np.corrcoef(sizes[:-1], sizes[1:])[0, 1]) < 0.2
 
 
 def test_items_are_the_store_crystals(alloys):
