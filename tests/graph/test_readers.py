@@ -5,6 +5,7 @@ import gzip
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -565,6 +566,20 @@ def test_a_reader_that_dies_is_an_error_of_its_file(tmp_path: Path, monkeypatch:
         assert "x.cif ended the process that read it" in pool.submit([tmp_path / "x.cif"]).result()[0]
     finally:
         pool.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory limits of a process are Linux's")
+def test_a_file_beyond_the_memory_limit_is_an_error_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a site, which pymatgen reads, and that needs more than 48 MiB; a file that gemmi reads does not."""
+    for name, occupancy in (("a", "1"), ("b", "0.5"), ("c", "1")):
+        (tmp_path / f"{name}.cif").write_text(cif(f"Cs1 Cs 0 0 0 {occupancy}"))
+    monkeypatch.setattr(pool_module, "MEMORY_LIMIT", 48 * 2**20)
+    first, second, third = read_inputs(tmp_path, disorder="average")
+    assert first.error is None and third.error is None
+    assert second.crystal is None and second.error is not None
+    assert second.error.startswith("b.cif ") and ("memory" in second.error or "ended the process" in second.error)
+    monkeypatch.undo()
+    assert all(record.error is None for record in read_inputs(tmp_path, disorder="average"))
 
 
 def test_a_reader_left_early_leaves_no_process(tmp_path: Path) -> None:
