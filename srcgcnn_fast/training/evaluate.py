@@ -13,7 +13,7 @@ import torch
 from ..files import atomic_path
 from ..nn import CGCNN, SRCGCNN
 from .data import GraphDataModule
-from .metrics import classification_metrics, regression_metrics
+from .metrics import classification_metrics, regression_metrics, target_metrics
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Evaluation:
     ids: list[str]
     target_names: tuple[str, ...]
     target: np.ndarray
-    """(n, T) float64."""
+    """(n, T) float64, NaN where there is none."""
     predicted: np.ndarray
     """(n, T) float64."""
     metrics: dict[str, float]
@@ -50,5 +50,9 @@ def evaluate(model: CGCNN | SRCGCNN, data: GraphDataModule, part: str = "test") 
     finally:
         model.train(training)
     predicted, target = torch.cat(batches).double(), torch.from_numpy(data.target_values(part))
-    score = classification_metrics if model.hyperparameters["classification"] else regression_metrics
-    return Evaluation(data.ids(part), data.targets, target.numpy(), predicted.numpy(), score(predicted, target))
+    if model.hyperparameters["classification"]:
+        scores = classification_metrics(predicted, target)
+    else:
+        std = torch.tensor(model.metadata.std)
+        scores = regression_metrics(predicted, target) | target_metrics(predicted, target, data.targets, std)
+    return Evaluation(data.ids(part), data.targets, target.numpy(), predicted.numpy(), scores)
