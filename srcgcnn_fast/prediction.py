@@ -16,7 +16,7 @@ from .errors import InputError, require
 from .files import atomic_path
 from .graph import Record, build_graphs, collate, read_inputs
 from .graph.elements import ELEMENT_SYMBOLS
-from .serialization import load_model
+from .uncertainty import Ensemble, MonteCarloDropout, Sampler, load_predictor
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,9 +29,10 @@ _CHUNK = 1024
 
 
 def predict(
-    model: CGCNN | SRCGCNN | str | os.PathLike[str],
+    model: CGCNN | SRCGCNN | Sampler | str | os.PathLike[str],
     inputs: Any,
     *,
+    dropout_passes: int | None = None,
     batch_atoms: int = 20_000,
     timeout: float = 60.0,
     isolated: Literal["error", "warn", "keep"] | None = None,
@@ -43,9 +44,10 @@ def predict(
     that the input carries are ignored. The crystals are read in chunks; only the results are kept.
 
     Args:
-        model: a model, or what :func:`load_model` takes. Runs on its own device; its train or eval mode is kept.
+        model: a model, an ensemble, or the path of either. Runs on its own device; its train or eval mode is kept.
         inputs: a path (CIF, POSCAR, extxyz, pymatgen JSON, Parquet, a folder of such) or an iterable of structures
             (pymatgen, ASE, paths, or lattice, fractional coordinates and atomic numbers).
+        dropout_passes: predict so many times with the model's dropout left on, for a mean and a standard deviation.
         batch_atoms: most graph rows in one forward pass; one larger crystal goes alone.
         timeout: seconds for reading one CIF file among several.
         isolated: what an atom without any neighbour means for its crystal, in place of the model's own setting:
@@ -54,35 +56,41 @@ def predict(
 
     Returns:
         One row per input in input order: ``id``, a column per target in its unit (a classifier: P(class 1)),
-        ``error`` (None where there is none).
+        ``error`` (None where there is none). An ensemble, or dropout left on, gives the mean, and after each target
+        ``NAME_std``: its standard deviation, calibrated where training did so.
 
     Raises:
         InputError: the model or the inputs as a whole cannot be read.
     """
     pandas = require("pandas", "A table of predictions", extra="io")
-    model = load_model(model) if isinstance(model, str | os.PathLike) else model
+    predictor = _predictor(model, dropout_passes)
+    models = predictor.models if isinstance(predictor, Sampler) else [predictor]
+    metadata = models[0].metadata
     if batch_atoms < 1:
         raise InputError(f"batch_atoms is {batch_atoms}; give at least 1.")
-    parameters = model.metadata.graph if isolated is None else replace(model.metadata.graph, isolated=isolated)
-    targets = list(model.metadata.targets)
-    if {"id", "error"} & set(targets) or len(set(targets)) < len(targets):
-        raise InputError(f"The model's targets {targets} clash as columns beside id and error; rename them.")
+    parameters = metadata.graph if isolated is None else replace(metadata.graph, isolated=isolated)
+    suffixes = ("", "_std") if isinstance(predictor, Sampler) else ("",)
+    names = [f"{target}{suffix}" for target in metadata.targets for suffix in suffixes]
+    if {"id", "error"} & set(names) or len(set(names)) < len(names):
+        raise InputError(f"The model's targets {names} clash as columns beside id and error; rename them.")
 
     ids: list[str] = []
     errors: list[str | None] = []
     values: list[np.ndarray] = []
-    training = model.training
-    model.eval()
+    training = [each.training for each in models]
+    for each in models:
+        each.eval()
     try:
         for chunk in _chunks(_counted(read_inputs(inputs, targets=(), timeout=timeout), progress)):
-            found, failures = _predict_chunk(model, chunk, parameters, batch_atoms)
+            found, failures = _predict_chunk(predictor, chunk, parameters, batch_atoms)
             ids += [record.id for record in chunk]
             values.append(found)
             errors += failures
     finally:
-        model.train(training)
-    table = np.concatenate(values) if values else np.empty((0, len(targets)))
-    columns = {name: table[:, i] for i, name in enumerate(targets)}
+        for each, mode in zip(models, training, strict=True):
+            each.train(mode)
+    table = np.concatenate(values) if values else np.empty((0, len(names)))
+    columns = {name: table[:, i] for i, name in enumerate(names)}
     return pandas.DataFrame(
         {
             "id": pandas.Series(ids, dtype=object),
@@ -113,6 +121,15 @@ def write_table(frame: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def _predictor(model: Any, dropout_passes: int | None) -> CGCNN | SRCGCNN | Sampler:
+    found = load_predictor(model) if isinstance(model, str | os.PathLike) else model
+    if dropout_passes is None:
+        return found
+    if isinstance(found, Ensemble):
+        raise InputError("An ensemble has its own spread; predict without dropout passes, or with one of its members.")
+    return MonteCarloDropout(found, dropout_passes)
+
+
 def _counted(records: Iterator[Record], progress: Callable[[int], None] | None) -> Iterator[Record]:
     for count, record in enumerate(records, start=1):
         if progress is not None:
@@ -126,16 +143,20 @@ def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
 
 
 def _predict_chunk(
-    model: Any, records: Sequence[Record], parameters: GraphParameters, batch_atoms: int
+    predictor: Any, records: Sequence[Record], parameters: GraphParameters, batch_atoms: int
 ) -> tuple[np.ndarray, list[str | None]]:
-    """(len(records), n_targets) float64, NaN where the sentence beside it is not None."""
+    """(len(records), T or 2T) float64, NaN where the sentence beside it is not None."""
+    is_sampler = isinstance(predictor, Sampler)
+    model = predictor.models[0] if is_sampler else predictor
     weight = model.embedding.weight
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32  # of the distances
-    values = np.full((len(records), len(model.metadata.targets)), np.nan)
+    values = np.full((len(records), len(model.metadata.targets) * (1 + is_sampler)), np.nan)
     graphs, errors = _graphs(model, records, parameters, np.float64 if dtype == torch.float64 else np.float32)
     for batch in _batches(graphs, batch_atoms):
         with torch.inference_mode():
-            outputs = model.predict(collate([graphs[i] for i in batch], dtype).to(weight.device))
+            outputs = predictor.predict(collate([graphs[i] for i in batch], dtype).to(weight.device))
+        if is_sampler:  # mean and standard deviation of each target, side by side
+            outputs = torch.stack(outputs, dim=2).flatten(1)
         values[batch] = outputs.double().cpu().numpy()
         for i in batch:
             if not np.isfinite(values[i]).all():

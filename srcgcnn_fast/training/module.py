@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -139,11 +140,7 @@ class TrainingModule(pl.LightningModule):
             if not np.isin(targets, (0.0, 1.0)).all():
                 raise InputError("A classifier's target must be 0 or 1 for every crystal; this one has other values.")
             return [0.0], [1.0]
-        for name, column in zip(names, targets.T, strict=True):
-            if np.isnan(column).all():
-                raise InputError(f"No training crystal has a value of {name}; leave it out, or split otherwise.")
-        std = np.nanstd(targets, axis=0)
-        return np.nanmean(targets, axis=0).tolist(), np.where(std > 0, std, 1.0).tolist()
+        return normalizer(targets, names)
 
     def _class_weight(self, targets: np.ndarray) -> Tensor | None:
         """(2,): factors of the loss, None where every crystal counts once."""
@@ -288,6 +285,19 @@ class TrainingModule(pl.LightningModule):
         return regression_metrics(predicted, given) | target_metrics(
             predicted, given, self.model.metadata.targets, self.target_std
         )
+
+
+def normalizer(targets: np.ndarray, names: Sequence[str]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each column of ``targets`` (n, T), NaN left out; 1 for a constant.
+
+    Raises:
+        InputError: a column has no value.
+    """
+    for name, column in zip(names, targets.T, strict=True):
+        if np.isnan(column).all():
+            raise InputError(f"No training crystal has a value of {name}; leave it out, or split otherwise.")
+    std = np.nanstd(targets, axis=0)
+    return np.nanmean(targets, axis=0).tolist(), np.where(std > 0, std, 1.0).tolist()
 
 
 def _freeze(model: nn.Module, parts: tuple[str, ...]) -> tuple[list[nn.Module], list[nn.Parameter]]:
