@@ -6,6 +6,7 @@ import csv
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ class RunBar(ProgressBar):
         self.monitor = monitor
         self.unit = unit
         self._disabled = False
+        self._score = ""
 
     def disable(self) -> None:
         self._disabled = True
@@ -100,13 +102,20 @@ class RunBar(ProgressBar):
             bar_format="{desc} {percentage:3.0f}%|{bar:24}| {elapsed}<{remaining}{postfix}",
         )
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._crystals, self._started = 0, time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._crystals += len(batch[1])
+        speed = self._crystals / (time.perf_counter() - self._started)
+        text = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, {speed:,.0f} crystals/s{self._score}"
+        self._bar.set_postfix_str(text, refresh=False)
         self._bar.update()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        score, speed = (float(trainer.callback_metrics[name]) for name in (self.monitor, "crystals_per_second"))
-        epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, {speed:,.0f} crystals/s"
-        self._bar.set_postfix_str(f"{epoch}, {self.monitor} {score:.4g} {self.unit}".rstrip(), refresh=False)
+        self._score = f", {self.monitor} {float(trainer.callback_metrics[self.monitor]):.4g} {self.unit}".rstrip()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._bar.close()
