@@ -333,6 +333,26 @@ def convert(arguments: argparse.Namespace) -> None:
     print(f"{type(model).__name__} for {', '.join(metadata.targets)}, written to {arguments.out}")
 
 
+def download(arguments: argparse.Namespace) -> None:
+    from .download import download
+
+    _check_writable(Path(arguments.out))
+    found = download(
+        arguments.source,
+        arguments.out,
+        dataset=arguments.dataset,
+        targets=arguments.target,
+        chemsys=arguments.chemsys,
+        limit=arguments.limit,
+    )
+    for sentence in found.skipped[:3]:
+        print(f"left out: {sentence}", file=sys.stderr)
+    print(
+        f"{found.crystals:,} crystals with {', '.join(found.targets)}, {len(found.skipped):,} left out; "
+        f"written to {found.path}"
+    )
+
+
 def bench(arguments: argparse.Namespace) -> None:
     from .bench import bench
 
@@ -414,6 +434,23 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(convert, "Convert a published .pth.tar to a model directory, or a model directory to a .pth.tar.")
     sub.add_argument("model", metavar="MODEL", help="a model directory, or a published .pth.tar")
     sub.add_argument("out", metavar="OUT", help="a directory, or a name that ends with .pth.tar")
+
+    sub = command(download, "Fetch crystals of a public database into a Parquet file that prepare and train take.")
+    sub.add_argument(
+        "source",
+        metavar="DATABASE",
+        choices=("mp", "matbench", "jarvis"),
+        help="mp (Materials Project; its key in MP_API_KEY), matbench or jarvis",
+    )
+    sub.add_argument("out", metavar="FILE", help="file to write, .parquet")
+    sub.add_argument("--dataset", metavar="NAME", help="matbench task, or JARVIS set (default: dft_3d)")
+    sub.add_argument(
+        "--target", metavar="FIELD", action="append", default=[], help="field to keep, repeatable; default the usual"
+    )
+    sub.add_argument(
+        "--chemsys", metavar="A-B", nargs="+", default=[], help="mp: only such systems, as Li-Fe-O or Si-*"
+    )
+    sub.add_argument("--limit", metavar="N", type=int, help="most crystals; default all")
 
     sub = command(bench, "Measure both models on this machine: a table, a bar chart and a roofline (a minute).")
     sub.add_argument("source", metavar="SOURCE", nargs="?", help=f"a store that prepare wrote, or {_SOURCE}")

@@ -241,7 +241,7 @@ def test_isolated_atoms_are_kept_on_request(trained, tmp_path, capsys):
     assert "2 rows, 0 errors" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["demo", "prepare", "train", "compare", "predict", "convert", "doctor"])
+@pytest.mark.parametrize("command", ["demo", "prepare", "train", "compare", "predict", "convert", "download", "doctor"])
 def test_every_option_is_explained(command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])
