@@ -144,38 +144,51 @@ def _train_one(build: Any, data: Any, out: Path, recipe: Any, options: dict[str,
     import torch
 
     from .serialization import save_model
-    from .training import calibrate, fit
+    from .training import calibrate, evaluate, fit
     from .uncertainty import MonteCarloDropout
 
     torch.manual_seed(options["seed"])
     result = fit(build(data), data, out, recipe, **options)
-    if result.model.hyperparameters["dropout"]:
-        calibrate(MonteCarloDropout(result.model), data)
-        save_model(result.model, out / "model")
     _tell_scores(result.model, data, out)
+    if result.model.hyperparameters["dropout"]:
+        sampler = MonteCarloDropout(result.model)
+        calibrate(sampler, data)
+        save_model(result.model, out / "model")
+        _tell_calibration(sampler, evaluate(sampler, data, _scored(data)), out)
     print(f"best epoch {result.best['epoch']} of {len(result.history)}, {result.seconds:.1f} s")
     print(f"epochs in {out / 'metrics.csv'}")
 
 
-def _tell_scores(model: Any, data: Any, out: Path) -> None:
-    import numpy as np
+def _scored(data: Any) -> str:
+    return "test" if len(data.parts["test"].indices) else "val"
 
-    from .training import calibration_plot, coverage, evaluate
-    from .training.calibration import ONE_STD
+
+def _tell_scores(model: Any, data: Any, out: Path) -> None:
+    from .training import evaluate
     from .uncertainty import Sampler
 
-    part = "test" if len(data.parts["test"].indices) else "val"
+    part = _scored(data)
     evaluation = evaluate(model, data, part)
     table = evaluation.write(out / f"{part}_predictions.csv")
     scores = ", ".join(f"{name} {value:.4g}" for name, value in evaluation.metrics.items())
     unit = data.units[0] if len(data.targets) == 1 else ""
     print(f"{part}: {scores} ({unit or 'units of the target'}; {len(evaluation.ids):,} crystals)")
-    if isinstance(model, Sampler) and not model.models[0].hyperparameters["classification"]:
-        for name, (share,) in zip(data.targets, coverage(evaluation, np.array([ONE_STD])), strict=True):
-            print(f"{name}: {100 * share:.0f} % of them within one standard deviation (68 % would be right)")
-        plot = calibration_plot(out / "calibration.png", evaluation, model.scale)
-        print(f"calibration in {plot}")
     print(f"model in {out / 'model'}, predictions in {table}")
+    if isinstance(model, Sampler):
+        _tell_calibration(model, evaluation, out)
+
+
+def _tell_calibration(sampler: Any, evaluation: Any, out: Path) -> None:
+    import numpy as np
+
+    from .training import calibration_plot, coverage
+    from .training.calibration import ONE_STD
+
+    if sampler.models[0].hyperparameters["classification"]:
+        return
+    for name, (share,) in zip(evaluation.target_names, coverage(evaluation, np.array([ONE_STD])), strict=True):
+        print(f"{name}: {100 * share:.0f} % of them within one standard deviation (68 % would be right)")
+    print(f"calibration in {calibration_plot(out / 'calibration.png', evaluation, sampler.scale)}")
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:

@@ -141,6 +141,7 @@ def test_dropout_is_left_on_for_a_spread(source, tmp_path, capsys):
     assert (pd.read_csv(tmp_path / "p.csv")[f"{TARGET}_std"] > 0).all()
     extra = json.loads((out / "model" / "config.json").read_text())["extra"]
     assert extra["dropout_scale"][0] > 0
+    assert "within one standard deviation" in capsys.readouterr().out and (out / "calibration.png").exists()
 
 
 def test_folds_and_split_files(source, tmp_path, capsys):
