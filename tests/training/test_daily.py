@@ -164,6 +164,14 @@ def test_frozen_parts_stay_batch_norms_included(alloys, tmp_path, recipe, build)
     assert all(p.requires_grad for p in model.parameters())  # it can be trained further
 
 
+def test_frozen_parts_stay_in_evaluation_mode_whoever_calls_train(alloys):
+    module = TrainingModule(small(), GraphDataModule(alloys, "energy"), Recipe(freeze=("convolutions",))).train()
+    assert module.model.training and not module.model.recurrent_bn1s[1].training
+    assert not module.model.shared_conv.fc_full.weight.requires_grad and module.model.embedding.weight.requires_grad
+    module.thaw()
+    assert module.model.shared_conv.fc_full.weight.requires_grad
+
+
 def test_without_freezing_all_moves(alloys, tmp_path):
     model = small()
     before = {name: value.clone() for name, value in model.state_dict().items()}
