@@ -9,6 +9,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +18,25 @@ from .errors import InputError
 
 if TYPE_CHECKING:
     from .graph.parameters import GraphParameters
+    from .nn import CGCNN, SRCGCNN
+    from .training import Recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns 0, 1 if every input failed, 2 for bad input (one sentence on stderr), 130 for Ctrl-C."""
-    arguments = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    has_file = words[:1] == ["train"] and any(word.split("=")[0] == "--config" for word in words)
+    arguments = argparse.Namespace(debug="--debug" in words, command=train)
+    if not has_file:
+        arguments = _parser().parse_args(words)
     # Read when torch loads OpenMP: idle threads spin for 50 µs, not for milliseconds, which stall a shared machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     logging.basicConfig(level=logging.ERROR if _rank() else logging.WARNING, format="%(levelname)s: %(message)s")
     if not arguments.debug:
         warnings.filterwarnings("ignore")  # those of third-party packages; ours go through logging
     try:
+        if has_file:
+            arguments = _with_file(words[1:])
         if arguments.command is not train and _is_shared():
             raise InputError(f"{arguments.command.__name__} runs in one process; start it without torchrun.")
         return arguments.command(arguments) or 0
@@ -86,34 +95,137 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    import torch
+    from .serialization import load_model
+    from .training import GraphDataModule, cross_validate, distributed, prepared, read_split, train_ensemble
 
-    from .nn import CGCNN, SRCGCNN
-    from .training import GraphDataModule, Recipe, distributed, evaluate, fit, prepared
-
+    _check_combination(arguments)
     distributed.join()
     out, parameters = Path(arguments.out), _graph_parameters(arguments)
+    init = load_model(arguments.init) if arguments.init else None
+    default = init.metadata.graph if init else None
     sources = {"graphs": arguments.source, "graphs-val": arguments.val, "graphs-test": arguments.test}
 
     def stores() -> list[Any]:
-        return [s and prepared(s, out / k, parameters, True, targets=[arguments.target]) for k, s in sources.items()]
+        wanted = {"targets": arguments.target, "default": default}
+        return [s and prepared(s, out / name, parameters, True, **wanted) for name, s in sources.items()]
 
     distributed.on_rank_zero(lambda: len(stores()))  # the others find what rank 0 has prepared
     store, val_store, test_store = stores()
-    data = GraphDataModule(
-        store,
-        arguments.target,
-        split=arguments.split,
-        val_store=val_store,
-        test_store=test_store,
-        units=arguments.unit and [arguments.unit],
-        batch_size=arguments.batch_size or 256,
-        batch_rows=arguments.batch_rows,
-        seed=arguments.seed,
-        length_buckets=arguments.length_buckets,
-        num_workers=arguments.workers,
-    )
-    recipe = Recipe(
+
+    def data_of(split: Any) -> GraphDataModule:
+        return GraphDataModule(
+            store,
+            arguments.target,
+            split=split,
+            val_store=val_store,
+            test_store=test_store,
+            units=arguments.unit and [arguments.unit],
+            batch_size=arguments.batch_size or 256,
+            batch_rows=arguments.batch_rows,
+            seed=arguments.seed,
+            length_buckets=arguments.length_buckets,
+            num_workers=arguments.workers,
+        )
+
+    options: dict[str, Any] = {"seed": arguments.seed, "resume": arguments.resume, "progress": True}
+    options |= {"accelerator": arguments.accelerator, "precision": arguments.precision}
+    options["logger"] = "tensorboard" if arguments.tensorboard else arguments.logger
+    build, recipe = partial(_build, arguments, init), _recipe(arguments)
+    if arguments.folds:
+        found = cross_validate(build, data_of, _folds(arguments, store), out, recipe, **options)
+        for name, (mean, std) in found.scores.items():
+            print(f"{name}: {mean:.4g} ± {std:.2g} ({len(found.evaluations)} folds)")
+        print(f"scores of each fold in {out / 'folds.csv'}, every crystal in {out / 'predictions.csv'}")
+    else:
+        split = arguments.split
+        if arguments.split_file:
+            split = read_split(arguments.split_file, store, arguments.target, arguments.split_column)
+        data = data_of(split)
+        if arguments.members > 1:
+            ensemble = train_ensemble(build, data, out, recipe, members=arguments.members, **options)
+            _tell_scores(ensemble, data, out)
+        else:
+            _train_one(build, data, out, recipe, options)
+    if _rank() == 0:
+        _write_config(arguments, out)
+
+
+def _check_combination(arguments: argparse.Namespace) -> None:
+    if (arguments.folds or arguments.members > 1) and _is_shared():
+        raise InputError("--folds and --members train in one process; start them without torchrun.")
+    if arguments.folds and (arguments.val or arguments.split_file or arguments.members > 1):
+        raise InputError("--folds makes its own split and one model each; drop --val, --test, --split-file, --members.")
+    if arguments.split_file and arguments.val:
+        raise InputError("--split-file splits SOURCE and --val brings another set; give one of them.")
+    if arguments.unit and len(arguments.target) > 1:
+        raise InputError("--unit is of one target, and there are several; name the columns as usual, or drop it.")
+    if arguments.freeze and not arguments.init:
+        raise InputError("--freeze keeps what --init brings; give --init, or drop --freeze.")
+
+
+def _train_one(build: Any, data: Any, out: Path, recipe: Any, options: dict[str, Any]) -> None:
+    import torch
+
+    from .serialization import save_model
+    from .training import calibrate, evaluate, fit
+    from .uncertainty import MonteCarloDropout
+
+    torch.manual_seed(options["seed"])
+    result = fit(build(data), data, out, recipe, **options)
+    if _rank() > 0:
+        return
+    _tell_scores(result.model, data, out)
+    if result.model.hyperparameters["dropout"]:
+        sampler = MonteCarloDropout(result.model)
+        calibrate(sampler, data)
+        save_model(result.model, out / "model")
+        _tell_calibration(sampler, evaluate(sampler, data, _scored(data)), out)
+    print(f"best epoch {result.best['epoch']} of {len(result.history)}, {result.seconds:.1f} s")
+    print(f"epochs in {out / 'metrics.csv'}")
+
+
+def _scored(data: Any) -> str:
+    return "test" if len(data.parts["test"].indices) else "val"
+
+
+def _tell_scores(model: Any, data: Any, out: Path) -> None:
+    from .training import evaluate
+    from .uncertainty import Sampler
+
+    part = _scored(data)
+    evaluation = evaluate(model, data, part)
+    table = evaluation.write(out / f"{part}_predictions.csv")
+    scores = ", ".join(f"{name} {value:.4g}" for name, value in evaluation.metrics.items())
+    unit = data.units[0] if len(data.targets) == 1 else ""
+    print(f"{part}: {scores} ({unit or 'units of the target'}; {len(evaluation.ids):,} crystals)")
+    print(f"model in {out / 'model'}, predictions in {table}")
+    if isinstance(model, Sampler):
+        _tell_calibration(model, evaluation, out)
+
+
+def _tell_calibration(sampler: Any, evaluation: Any, out: Path) -> None:
+    import numpy as np
+
+    from .training import calibration_plot, coverage
+    from .training.calibration import ONE_STD
+
+    if sampler.models[0].hyperparameters["classification"]:
+        return
+    for name, (share,) in zip(evaluation.target_names, coverage(evaluation, np.array([ONE_STD])), strict=True):
+        print(f"{name}: {100 * share:.0f} % of them within one standard deviation (68 % would be right)")
+    print(f"calibration in {calibration_plot(out / 'calibration.png', evaluation, sampler.scale)}")
+
+
+def _recipe(arguments: argparse.Namespace) -> Recipe:
+    from .training import Recipe
+
+    weights = arguments.class_weights
+    if weights is not None and weights != ["balanced"]:
+        try:
+            weights = tuple(float(weight) for weight in weights)
+        except ValueError:
+            raise InputError(f"--class-weights takes two numbers or 'balanced', not {' '.join(weights)}.") from None
+    return Recipe(
         epochs=arguments.epochs,
         lr=arguments.lr,
         optimizer=arguments.optimizer,
@@ -121,42 +233,77 @@ def train(arguments: argparse.Namespace) -> None:
         schedule=arguments.schedule,
         milestones=tuple(arguments.lr_milestones),
         gradient_clip=arguments.gradient_clip,
+        loss=arguments.loss,
+        warmup=arguments.warmup,
+        ema=arguments.ema,
+        patience=arguments.patience,
+        class_weights="balanced" if weights == ["balanced"] else weights,
+        freeze=tuple(arguments.freeze),
     )
-    widths = {"atom_fea_len": arguments.atom_fea_len, "h_fea_len": arguments.h_fea_len, "n_h": arguments.n_h}
-    widths["nbr_fea_len"] = data.graph_parameters.n_gaussians()
-    torch.manual_seed(arguments.seed)
-    model: CGCNN | SRCGCNN
+
+
+def _build(arguments: argparse.Namespace, init: Any, data: Any) -> CGCNN | SRCGCNN:
+    """The model that the options describe, from torch's random state."""
+    from .nn import CGCNN, SRCGCNN
+    from .training import fine_tuned
+
+    if init is not None:
+        return fine_tuned(init, data, classification=arguments.classification or None)
+    options: dict[str, Any] = {name: getattr(arguments, name) for name in ("atom_fea_len", "h_fea_len", "n_h")}
+    options |= {"nbr_fea_len": data.graph_parameters.n_gaussians(), "n_targets": len(data.targets)}
+    options |= {"classification": arguments.classification, "dropout": arguments.dropout}
     if arguments.model == "cgcnn":
-        model = CGCNN(n_conv=arguments.n_conv, classification=arguments.classification, **widths)
-    else:
-        model = SRCGCNN(
-            n_recurrent_steps=arguments.n_recurrent_steps,
-            classification=arguments.classification,
-            recurrent_layer_norm=arguments.recurrent_layer_norm,
-            recurrent_learnable_alpha=arguments.recurrent_learnable_alpha,
-            **widths,
-        )
-    result = fit(
-        model,
-        data,
-        out,
-        recipe,
-        seed=arguments.seed,
-        resume=arguments.resume,
-        accelerator=arguments.accelerator,
-        precision=arguments.precision,
-        logger="tensorboard" if arguments.tensorboard else None,
-        progress=True,
+        return CGCNN(n_conv=arguments.n_conv, **options)
+    return SRCGCNN(
+        n_recurrent_steps=arguments.n_recurrent_steps,
+        recurrent_layer_norm=arguments.recurrent_layer_norm,
+        recurrent_learnable_alpha=arguments.recurrent_learnable_alpha,
+        **options,
     )
-    if _rank() > 0:
-        return
-    part = "test" if len(data.parts["test"].indices) else "val"
-    evaluation = evaluate(result.model, data, part)
-    table = evaluation.write(out / f"{part}_predictions.csv")
-    scores = ", ".join(f"{name} {value:.4g}" for name, value in evaluation.metrics.items())
-    print(f"{part}: {scores} ({data.units[0] or 'units of the target'}; {len(evaluation.ids):,} crystals)")
-    print(f"best epoch {result.best['epoch']} of {len(result.history)}, {result.seconds:.1f} s")
-    print(f"model in {out / 'model'}, epochs in {out / 'metrics.csv'}, predictions in {table}")
+
+
+def _folds(arguments: argparse.Namespace, store: Any) -> list[Any]:
+    import numpy as np
+
+    from .training import k_folds, matbench_folds
+
+    if not arguments.folds.isdigit():
+        return matbench_folds(store, arguments.folds, arguments.seed)
+    values = store.target_array(arguments.target)
+    usable = np.flatnonzero(np.isfinite(values).any(axis=1))
+    labels = values[usable, 0] if arguments.classification else None
+    return k_folds(usable, int(arguments.folds), arguments.seed, labels=labels)
+
+
+def _write_config(arguments: argparse.Namespace, out: Path) -> None:
+    """All options, as ``--config`` takes them."""
+    import yaml
+
+    from .files import atomic_path
+
+    left_out = ("command", "debug", "config", "resume")
+    options = {name: value for name, value in vars(arguments).items() if name not in left_out and value is not None}
+    options = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+    with atomic_path(out / "config.yaml") as temporary:
+        temporary.write_text(yaml.safe_dump(options, sort_keys=False))
+
+
+def _with_file(words: Sequence[str]) -> argparse.Namespace:
+    """The options of train from a YAML file, and from the command line, which has the last word."""
+    from .errors import require
+
+    jsonargparse = require("jsonargparse", "Reading options from a file", extra="train")
+    parser = jsonargparse.ArgumentParser(prog="srcgcnn-fast train", exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    _add_train_options(parser)
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config", action="append", default=[])
+    found, others = files.parse_known_args(words)
+    try:
+        options = vars(parser.parse_args([*(f"--config={file}" for file in found.config), *others]))
+    except argparse.ArgumentError as error:
+        raise InputError(f"{', '.join(found.config)}: {' '.join(str(error).split())}") from error
+    return argparse.Namespace(**{**options, "command": train, "debug": options.get("debug", False)})
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -192,7 +339,7 @@ def predict(arguments: argparse.Namespace) -> int:
 
     from . import use_backend, use_precision
     from .prediction import predict, write_table
-    from .serialization import load_model
+    from .uncertainty import Sampler, load_predictor
 
     if arguments.ray is not None:
         from .shards import predict_shards
@@ -202,11 +349,14 @@ def predict(arguments: argparse.Namespace) -> int:
         print(f"{rows:,} rows; written to {arguments.out}, a directory of Parquet files")
         return 0
     _check_writable(Path(arguments.out))
-    model = load_model(arguments.model).to(_device(arguments.device))
+    predictor = load_predictor(arguments.model)
+    for model in predictor.models if isinstance(predictor, Sampler) else [predictor]:
+        model.to(_device(arguments.device))
     with use_backend(arguments.backend) if arguments.backend else nullcontext(), use_precision(arguments.precision):
         table = predict(
-            model,
+            predictor,
             arguments.input,
+            dropout_passes=arguments.dropout_passes,
             batch_atoms=arguments.batch_atoms,
             isolated=arguments.isolated,
             captured=arguments.captured,
@@ -232,6 +382,26 @@ def convert(arguments: argparse.Namespace) -> None:
         save_model(model, arguments.out)
     metadata = model.metadata
     print(f"{type(model).__name__} for {', '.join(metadata.targets)}, written to {arguments.out}")
+
+
+def download(arguments: argparse.Namespace) -> None:
+    from .download import download
+
+    _check_writable(Path(arguments.out))
+    found = download(
+        arguments.source,
+        arguments.out,
+        dataset=arguments.dataset,
+        targets=arguments.target,
+        chemsys=arguments.chemsys,
+        limit=arguments.limit,
+    )
+    for sentence in found.skipped[:3]:
+        print(f"left out: {sentence}", file=sys.stderr)
+    print(
+        f"{found.crystals:,} crystals with {', '.join(found.targets)}, {len(found.skipped):,} left out; "
+        f"written to {found.path}"
+    )
 
 
 def bench(arguments: argparse.Namespace) -> None:
@@ -280,29 +450,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_graph_options(sub)
 
     sub = command(train, "Train one model, score it, and save it for predict.")
-    _add_training_options(sub, batch_size="256", lr=3e-3)
-    sub.add_argument("--out", metavar="DIR", required=True, help="where to write the run: model, checkpoints, metrics")
-    sub.add_argument("--model", choices=("cgcnn", "sr-cgcnn"), default="sr-cgcnn", help="network")
-    sub.add_argument("--classification", action="store_true", help="the target is a class, 0 or 1")
-    sub.add_argument("--resume", action="store_true", help="continue the run in DIR after its last whole epoch")
-    sub.add_argument("--n-h", metavar="N", type=int, default=1, help="hidden layers after pooling")
-    sub.add_argument("--recurrent-layer-norm", action="store_true", help="SR-CGCNN: a layer norm after each step")
-    sub.add_argument(
-        "--recurrent-learnable-alpha", action="store_true", help="SR-CGCNN: a learned gate between old and new features"
-    )
-    sub.add_argument("--batch-rows", metavar="N", type=int, help="graph rows per batch, in place of --batch-size")
-    sub.add_argument("--length-buckets", action="store_true", help="training batches of crystals of similar size")
-    sub.add_argument("--weight-decay", metavar="X", type=float, default=0.0, help="of the optimiser")
-    sub.add_argument(
-        "--lr-milestones", metavar="N", type=int, nargs="+", default=[100], help="epochs of the multistep schedule"
-    )
-    sub.add_argument("--gradient-clip", metavar="X", type=float, help="largest norm of the gradient; default none")
-    sub.add_argument("--workers", metavar="N", type=int, default=0, help="processes that assemble batches")
-    sub.add_argument("--tensorboard", action="store_true", help="log for TensorBoard, too")
-    sub.add_argument(
-        "--accelerator", choices=("auto", "cpu", "gpu"), default="auto", help="where to train; auto: on a GPU, if any"
-    )
-    _add_precision(sub)
+    sub.add_argument("--config", metavar="FILE", help="YAML with any of these options; the command line goes first")
+    _add_train_options(sub)
 
     sub = command(compare, "Train a CGCNN and an SR-CGCNN under identical settings and tabulate error, size and time.")
     _add_training_options(sub, batch_size="64 for up to 10 000 crystals, else 256", lr=3e-3)
@@ -311,10 +460,16 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         predict, "Predict crystals into a table: one row per input; what cannot be read is a row with its error."
     )
-    sub.add_argument("model", metavar="MODEL", help="a model directory, or a published .pth.tar")
+    sub.add_argument("model", metavar="MODEL", help="a directory of a model or an ensemble, or a published .pth.tar")
     sub.add_argument("input", metavar="INPUT", help=f"{_SOURCE}, or a store that prepare wrote")
     sub.add_argument(
         "--out", metavar="TABLE", default="predictions.csv", help="table to write, .csv, .parquet or .json"
+    )
+    sub.add_argument(
+        "--dropout-passes",
+        metavar="N",
+        type=int,
+        help="predict N times with dropout left on, for a mean and a standard deviation; 30 is usual",
     )
     sub.add_argument(
         "--batch-atoms",
@@ -338,6 +493,23 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(convert, "Convert a published .pth.tar to a model directory, or a model directory to a .pth.tar.")
     sub.add_argument("model", metavar="MODEL", help="a model directory, or a published .pth.tar")
     sub.add_argument("out", metavar="OUT", help="a directory, or a name that ends with .pth.tar")
+
+    sub = command(download, "Fetch crystals of a public database into a Parquet file that prepare and train take.")
+    sub.add_argument(
+        "source",
+        metavar="DATABASE",
+        choices=("mp", "matbench", "jarvis"),
+        help="mp (Materials Project; its key in MP_API_KEY), matbench or jarvis",
+    )
+    sub.add_argument("out", metavar="FILE", help="file to write, .parquet")
+    sub.add_argument("--dataset", metavar="NAME", help="matbench task, or JARVIS set (default: dft_3d)")
+    sub.add_argument(
+        "--target", metavar="FIELD", action="append", default=[], help="field to keep, repeatable; default the usual"
+    )
+    sub.add_argument(
+        "--chemsys", metavar="A-B", nargs="+", default=[], help="mp: only such systems, as Li-Fe-O or Si-*"
+    )
+    sub.add_argument("--limit", metavar="N", type=int, help="most crystals; default all")
 
     sub = command(bench, "Measure both models on this machine: a table, a bar chart and a roofline (a minute).")
     sub.add_argument("source", metavar="SOURCE", nargs="?", help=f"a store that prepare wrote, or {_SOURCE}")
@@ -427,9 +599,60 @@ def _graph_parameters(arguments: argparse.Namespace) -> GraphParameters | None:
     return GraphParameters(**given) if given else None
 
 
-def _add_training_options(parser: argparse.ArgumentParser, batch_size: str, lr: float) -> None:
+def _add_train_options(parser: Any) -> None:
+    """Of train; for argparse and for jsonargparse, which has the same interface."""
+    _add_training_options(parser, batch_size="256", lr=3e-3, schedules=("one_cycle",))
+    add = parser.add_argument
+    add("--out", metavar="DIR", required=True, help="where to write the run: model, checkpoints, metrics")
+    add("--model", choices=("cgcnn", "sr-cgcnn"), default="sr-cgcnn", help="network")
+    add("--classification", action="store_true", help="the target is a class, 0 or 1")
+    add("--resume", action="store_true", help="continue the run in DIR after its last whole epoch")
+    add("--n-h", metavar="N", type=int, default=1, help="hidden layers after pooling")
+    add("--recurrent-layer-norm", action="store_true", help="SR-CGCNN: a layer norm after each step")
+    help = "SR-CGCNN: a learned gate between old and new features"
+    add("--recurrent-learnable-alpha", action="store_true", help=help)
+    help = "share of features dropped after pooling (default: 0.5 for a classifier, else none)"
+    add("--dropout", metavar="X", type=float, help=help)
+    add("--batch-rows", metavar="N", type=int, help="graph rows per batch, in place of --batch-size")
+    add("--weight-decay", metavar="X", type=float, default=0.0, help="of the optimiser")
+    help = "epochs of the multistep schedule"
+    add("--lr-milestones", metavar="N", type=int, nargs="+", default=[100], help=help)
+    add("--warmup", metavar="X", type=float, default=0.05, help="share of the run in which one_cycle rises to --lr")
+    add("--gradient-clip", metavar="X", type=float, help="largest norm of the gradient; default none")
+    add("--loss", choices=("mse", "mae"), default="mse", help="squared or absolute error of the normalised target")
+    add("--ema", metavar="X", type=float, help="decay of a moving average of the weights, such as 0.999; default none")
+    add("--patience", metavar="N", type=int, help="stop after N epochs without a better one; default never")
+    help = "'balanced', or factors of the loss of class 0 and of class 1"
+    add("--class-weights", metavar="X", nargs="+", help=help)
+    add(
+        "--init", metavar="MODEL", help="start from this model directory or published .pth.tar, which fixes the network"
+    )
+    help = "parts of --init to keep as they are: embedding, convolutions, head"
+    parts = ("embedding", "convolutions", "head")
+    add("--freeze", metavar="PART", nargs="+", choices=parts, default=[], help=help)
+    help = "CSV or Parquet with id and part (train, val, test), or JSON with ids by part, in place of --split"
+    add("--split-file", metavar="FILE", help=help)
+    add("--split-column", metavar="NAME", default="split", help="column of the part in --split-file")
+    help = "cross-validate: number of folds, or a matbench task such as matbench_mp_e_form"
+    add("--folds", metavar="K", help=help)
+    help = "train an ensemble of N models; predict then gives mean and standard deviation"
+    add("--members", metavar="N", type=int, default=1, help=help)
+    add("--length-buckets", action="store_true", help="training batches of crystals of similar size")
+    add("--workers", metavar="N", type=int, default=0, help="processes that assemble batches")
+    help = "where to train; auto: on a GPU, if any"
+    add("--accelerator", choices=("auto", "cpu", "gpu"), default="auto", help=help)
+    _add_precision(parser)
+    add("--tensorboard", action="store_true", help="log for TensorBoard, too")
+    add("--logger", choices=("tensorboard", "wandb"), help="log there, too (wandb: Weights & Biases)")
+
+
+def _add_training_options(
+    parser: argparse.ArgumentParser, batch_size: str, lr: float, schedules: tuple[str, ...] = ()
+) -> None:
     parser.add_argument("source", metavar="SOURCE", help=f"a store that prepare wrote, or {_SOURCE}")
-    parser.add_argument("--target", metavar="NAME", required=True, help="target column to learn")
+    several: dict[str, Any] = {"action": "append"} if schedules else {}
+    text = "target column to learn" + ("; repeatable, and a crystal may lack some" if schedules else "")
+    parser.add_argument("--target", metavar="NAME", required=True, help=text, **several)
     parser.add_argument("--unit", help="of the target, for tables and plots; known for the usual names")
     parser.add_argument("--val", metavar="SOURCE", help="separate validation set; --split is then unused")
     parser.add_argument("--test", metavar="SOURCE", help="separate test set; needs --val")
@@ -438,7 +661,7 @@ def _add_training_options(parser: argparse.ArgumentParser, batch_size: str, lr: 
         type=float,
         nargs=3,
         metavar=("TRAIN", "VAL", "TEST"),
-        default=(0.8, 0.1, 0.1),
+        default=[0.8, 0.1, 0.1],
         help="fractions of SOURCE",
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the split, order and initial weights")
@@ -447,7 +670,10 @@ def _add_training_options(parser: argparse.ArgumentParser, batch_size: str, lr: 
     parser.add_argument("--lr", metavar="X", type=float, default=lr, help="initial learning rate")
     parser.add_argument("--optimizer", choices=("sgd", "adam", "adamw"), default="adam", help="optimiser")
     parser.add_argument(
-        "--schedule", choices=("constant", "multistep", "cosine"), default="cosine", help="of the learning rate"
+        "--schedule",
+        choices=("constant", "multistep", "cosine", *schedules),
+        default="cosine",
+        help="of the learning rate",
     )
     parser.add_argument("--n-conv", metavar="N", type=int, default=3, help="layers of a CGCNN")
     parser.add_argument("--n-recurrent-steps", metavar="N", type=int, default=3, help="steps of an SR-CGCNN")

@@ -35,3 +35,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def sweep(path: str | os.PathLike[str]) -> None:
+    """Remove what processes killed inside :func:`atomic_path` left beside ``path``; nobody else may write it now."""
+    target = Path(path)
+    for scratch in target.parent.glob(f".{target.name}.????????"):
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -18,7 +18,7 @@ from .files import atomic_path
 from .graph import GraphBatch, GraphStore, Record, build_graphs, collate, open_store, read_inputs
 from .graph.elements import ELEMENT_SYMBOLS, MIXES_BUILT_IN, element_features
 from .graph.store import METADATA as STORE_METADATA
-from .serialization import load_model
+from .uncertainty import Ensemble, MonteCarloDropout, Sampler, load_predictor
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,9 +35,10 @@ _CHUNK = 1024
 
 
 def predict(
-    model: CGCNN | SRCGCNN | str | os.PathLike[str],
+    model: CGCNN | SRCGCNN | Sampler | str | os.PathLike[str],
     inputs: Any,
     *,
+    dropout_passes: int | None = None,
     batch_atoms: int = 20_000,
     timeout: float = 60.0,
     isolated: Literal["error", "warn", "keep"] | None = None,
@@ -51,10 +52,11 @@ def predict(
     that the input carries are ignored. The crystals are read in chunks; only the results are kept.
 
     Args:
-        model: a model, or what :func:`load_model` takes. Runs on its own device; its train or eval mode is kept.
+        model: a model, an ensemble, or the path of either. Runs on its own device; its train or eval mode is kept.
         inputs: a path (CIF, POSCAR, extxyz, pymatgen JSON, Parquet, a folder of such), an iterable of structures
             (pymatgen, ASE, paths, or lattice, fractional coordinates and atomic numbers), or a store that
             :func:`prepare` wrote, whose graphs must be those of the model.
+        dropout_passes: predict so many times with the model's dropout left on, for a mean and a standard deviation.
         batch_atoms: most graph rows in one forward pass; one larger crystal goes alone.
         timeout: seconds for reading one CIF file among several.
         isolated: what an atom without any neighbour means for its crystal, in place of the model's own setting:
@@ -66,47 +68,55 @@ def predict(
 
     Returns:
         One row per input in input order: ``id``, a column per target in its unit (a classifier: P(class 1)),
-        ``error`` (None where there is none).
+        ``error`` (None where there is none). An ensemble, or dropout left on, gives the mean, and after each target
+        ``NAME_std``: its standard deviation, calibrated where training did so.
 
     Raises:
         InputError: the model or the inputs as a whole cannot be read, a store has other graphs than the model wants, or
             ``captured`` without a GPU.
     """
     pandas = require("pandas", "A table of predictions", extra="io")
-    model = load_model(model) if isinstance(model, str | os.PathLike) else model
+    predictor = _predictor(model, dropout_passes)
+    models = predictor.models if isinstance(predictor, Sampler) else [predictor]
+    metadata = models[0].metadata
     if batch_atoms < 1:
         raise InputError(f"batch_atoms is {batch_atoms}; give at least 1.")
-    own = model.metadata.graph
+    own = metadata.graph
     parameters = replace(own, isolated=isolated or own.isolated, disorder=disorder or own.disorder)
-    targets = list(model.metadata.targets)
-    if {"id", "error"} & set(targets) or len(set(targets)) < len(targets):
-        raise InputError(f"The model's targets {targets} clash as columns beside id and error; rename them.")
+    suffixes = ("", "_std") if isinstance(predictor, Sampler) else ("",)
+    columns = [f"{target}{suffix}" for target in metadata.targets for suffix in suffixes]
+    if {"id", "error"} & set(columns) or len(set(columns)) < len(columns):
+        raise InputError(f"The model's targets {columns} clash as columns beside id and error; rename them.")
 
     ids: list[str] = []
     errors: list[str | None] = []
     values: list[np.ndarray] = []
-    call = CapturedModel(model) if captured else _moving(model)
-    training = model.training
-    model.eval()
+    if captured and isinstance(predictor, Sampler):
+        raise InputError("captured predictions are of one model; leave captured out for an ensemble or dropout passes.")
+    call = CapturedModel(models[0]) if captured else _moving(predictor)
+    training = [each.training for each in models]
+    for each in models:
+        each.eval()
     try:
         if (store := _as_store(inputs)) is not None:
-            chunks = _of_store(model, call, store, parameters, batch_atoms, progress)
+            chunks = _of_store(models[0], call, store, parameters, batch_atoms, progress)
         else:
             read = read_inputs(inputs, targets=(), timeout=timeout, disorder=parameters.disorder)
             records = _chunks(_counted(read, progress))
-            chunks = (_predict_chunk(model, chunk, call, parameters, batch_atoms) for chunk in records)
+            width = len(columns)
+            chunks = (_predict_chunk(models[0], chunk, width, call, parameters, batch_atoms) for chunk in records)
         for names, found, failures in chunks:
             ids += names
             values.append(found)
             errors += failures
     finally:
-        model.train(training)
-    table = np.concatenate(values) if values else np.empty((0, len(targets)))
-    columns = {name: table[:, i] for i, name in enumerate(targets)}
+        for each, mode in zip(models, training, strict=True):
+            each.train(mode)
+    table = np.concatenate(values) if values else np.empty((0, len(columns)))
     return pandas.DataFrame(
         {
             "id": pandas.Series(ids, dtype=object),
-            **columns,
+            **{name: table[:, i] for i, name in enumerate(columns)},
             "error": pandas.Series(errors, dtype=object),
         }
     )
@@ -133,6 +143,15 @@ def write_table(frame: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def _predictor(model: Any, dropout_passes: int | None) -> CGCNN | SRCGCNN | Sampler:
+    found = load_predictor(model) if isinstance(model, str | os.PathLike) else model
+    if dropout_passes is None:
+        return found
+    if isinstance(found, Ensemble):
+        raise InputError("An ensemble has its own spread; predict without dropout passes, or with one of its members.")
+    return MonteCarloDropout(found, dropout_passes)
+
+
 def _counted(records: Iterator[Record], progress: Callable[[int], None] | None) -> Iterator[Record]:
     for count, record in enumerate(records, start=1):
         if progress is not None:
@@ -146,14 +165,14 @@ def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
 
 
 def _predict_chunk(
-    model: Any, records: Sequence[Record], call: Predictor, parameters: GraphParameters, batch_atoms: int
+    model: Any, records: Sequence[Record], width: int, call: Predictor, parameters: GraphParameters, batch_atoms: int
 ) -> Chunk:
     names = [record.id for record in records]
     dtype = _distance_dtype(model)
     graphs, errors = _graphs(model, records, parameters, np.float64 if dtype == torch.float64 else np.float32)
     places = list(_batches({i: graph.n_rows for i, graph in graphs.items()}, batch_atoms))
     batches = (collate([graphs[i] for i in place], dtype) for place in places)
-    values = np.full((len(records), len(model.metadata.targets)), np.nan)
+    values = np.full((len(records), width), np.nan)
     for place, found in zip(places, _run(call, batches), strict=True):
         values[place] = found
     _mark(values, [i for place in places for i in place], names, errors)
@@ -203,12 +222,17 @@ def _nothing(count: int) -> list[str | None]:
     return [None] * count
 
 
-def _moving(model: Any) -> Predictor:
-    """``model.predict`` of batches on the CPU."""
-    device = model.embedding.weight.device
-    if device.type != "cuda":
-        return lambda batch: model.predict(batch.to(device))
-    return lambda batch: model.predict(batch.pin_memory().to(device, non_blocking=True))
+def _moving(predictor: Any) -> Predictor:
+    """What ``predictor`` says of batches on the CPU; a sampler: mean and deviation of each target, side by side."""
+    is_sampler = isinstance(predictor, Sampler)
+    device = (predictor.models[0] if is_sampler else predictor).embedding.weight.device
+
+    def call(batch: GraphBatch) -> torch.Tensor:
+        is_cuda = device.type == "cuda"
+        out = predictor.predict(batch.pin_memory().to(device, non_blocking=True) if is_cuda else batch.to(device))
+        return torch.stack(out, dim=2).flatten(1) if is_sampler else out
+
+    return call
 
 
 def _run(call: Predictor, batches: Iterable[GraphBatch]) -> Iterator[np.ndarray]:

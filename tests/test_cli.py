@@ -80,12 +80,111 @@ def test_prepare_names_what_it_rejects(tmp_path, capsys):
 
 def test_train_writes_a_run(trained, source, capsys):
     assert sorted(p.name for p in trained.iterdir()) == [
-        "best.ckpt", "graphs", "last.ckpt", "metrics.csv", "model", "run.json", "test_predictions.csv",
+        "best.ckpt", "config.yaml", "graphs", "last.ckpt", "metrics.csv", "model", "run.json", "test_predictions.csv",
     ]  # fmt: skip
     assert len(pd.read_csv(trained / "test_predictions.csv")) == 4
     again = ["train", source, "--target", TARGET, "--epochs", "1", "--out", trained, "--atom-fea-len", "16"]
     assert "already holds a run" in refused(capsys, *again)
     assert main([str(word) for word in (*again, "--resume")]) == 0
+
+
+def test_a_config_file_holds_any_option_and_the_command_line_wins(trained, source, tmp_path, capsys):
+    config = tmp_path / "c.yaml"
+    config.write_text(f"source: {source}\ntarget: [{TARGET}]\nepochs: 2\nlr: 1e-3\nsplit: [0.5, 0.3, 0.2]\n")
+    argv = ["train", "--lr", "0.004", "--config", str(config), "--out", str(tmp_path / "run"), "--atom-fea-len", "8"]
+    assert main([*argv, "--h-fea-len", "8"]) == 0
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (run["epochs"], run["lr"]) == (2, 0.004)
+    assert run["crystals"] == {"train": 20, "val": 12, "test": 8}
+    # What a run leaves behind repeats it.
+    again = ["train", "--config", str(tmp_path / "run" / "config.yaml"), "--out", str(tmp_path / "again")]
+    assert main(again) == 0
+    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("run", "again")]
+    assert weights[0] == weights[1]
+    for text, says in {"lrate: 3": "lrate", "lr: fast": "lr", "model: gcn": "model"}.items():
+        config.write_text(f"source: {source}\ntarget: [{TARGET}]\n{text}\n")
+        assert says in refused(capsys, *argv)
+    assert "none.yaml" in refused(capsys, "train", "--config", tmp_path / "none.yaml")
+
+
+def tables(tmp_path: Path, source: Path) -> Path:
+    """The source with a second target, half of it missing."""
+    frame = pd.read_parquet(source)
+    frame["volume"] = [abs(np.linalg.det(np.reshape(cell, (3, 3)))) for cell in frame["lattice"]]
+    frame.loc[::2, "volume"] = np.nan
+    frame.to_parquet(tmp_path / "two.parquet")
+    return tmp_path / "two.parquet"
+
+
+SMALL = ("--epochs", "1", "--atom-fea-len", "8", "--h-fea-len", "8", "--split", "0.5", "0.3", "0.2")
+
+
+def test_two_targets_and_an_ensemble(source, tmp_path, capsys):
+    two, out = str(tables(tmp_path, source)), tmp_path / "run"
+    argv = ["train", two, "--target", TARGET, "--target", "volume", *SMALL, "--members", "2", "--out", str(out)]
+    assert main(argv) == 0
+    assert "within one standard deviation" in capsys.readouterr().out
+    assert (out / "calibration.png").exists() and (out / "member_1" / "metrics.csv").exists()
+    assert main(["predict", str(out / "model"), two, "--out", str(tmp_path / "p.csv")]) == 0
+    table = pd.read_csv(tmp_path / "p.csv")
+    assert list(table.columns) == ["id", TARGET, f"{TARGET}_std", "volume", "volume_std", "error"]
+    assert (table["volume_std"] > 0).all()
+    assert "--unit" in refused(capsys, *argv, "--unit", "eV")
+
+
+def test_dropout_is_left_on_for_a_spread(source, tmp_path, capsys):
+    out = tmp_path / "run"
+    argv = ["train", str(source), "--target", TARGET, *SMALL, "--dropout", "0.2", "--out", str(out)]
+    assert main(argv) == 0
+    argv = ["predict", str(out / "model"), str(source), "--out", str(tmp_path / "p.csv"), "--dropout-passes", "5"]
+    assert main(argv) == 0
+    assert (pd.read_csv(tmp_path / "p.csv")[f"{TARGET}_std"] > 0).all()
+    extra = json.loads((out / "model" / "config.json").read_text())["extra"]
+    assert extra["dropout_scale"][0] > 0
+    assert "within one standard deviation" in capsys.readouterr().out and (out / "calibration.png").exists()
+
+
+def test_folds_and_split_files(source, tmp_path, capsys):
+    common = ["train", str(source), "--target", TARGET, *SMALL]
+    assert main([*common, "--folds", "2", "--out", str(tmp_path / "cv")]) == 0
+    assert "(2 folds)" in capsys.readouterr().out
+    assert len(pd.read_csv(tmp_path / "cv" / "predictions.csv")) == 40
+    frame = pd.read_parquet(source)
+    frame["part"] = ["train"] * 20 + ["val"] * 9 + ["test"] * 11
+    frame.to_parquet(tmp_path / "parts.parquet")
+    file = ["--split-file", str(tmp_path / "parts.parquet"), "--split-column", "part"]
+    assert main([*common, *file, "--out", str(tmp_path / "run")]) == 0
+    scored = pd.read_csv(tmp_path / "run" / "test_predictions.csv")
+    assert scored["id"].tolist() == frame["material_id"][29:].tolist()
+    out = ("--out", tmp_path / "no")
+    assert "--folds" in refused(capsys, *common, "--folds", "2", "--members", "2", *out)
+    assert "give one of them" in refused(capsys, *common, *file, "--val", source, *out)
+    assert "package matbench" in refused(capsys, *common, "--folds", "matbench_x", *out)
+
+
+def test_fine_tuning_keeps_what_is_frozen(trained, source, tmp_path, capsys):
+    upstream, out = tmp_path / "m.pth.tar", tmp_path / "run"
+    assert main(["convert", str(trained / "model"), str(upstream)]) == 0
+    common = ["train", str(source), "--target", TARGET, "--epochs", "1", "--out", str(out)]
+    assert main([*common, "--init", str(upstream), "--freeze", "embedding", "convolutions"]) == 0
+    before, after = (load_model(path).state_dict() for path in (trained / "model", out / "model"))
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        "conv_to_fc.weight", "conv_to_fc.bias", "fc_out.weight", "fc_out.bias",
+    }  # fmt: skip
+    assert "give --init" in refused(capsys, *common, "--freeze", "embedding")
+
+
+def test_classes_are_weighted_and_a_run_stops_early(source, tmp_path, capsys):
+    frame = pd.read_parquet(source)
+    frame["stable"] = (frame[TARGET] < frame[TARGET].median()).astype(float)
+    frame.to_parquet(tmp_path / "c.parquet")
+    common = ["train", str(tmp_path / "c.parquet"), "--target", "stable", "--classification", *SMALL[2:]]
+    options = ["--epochs", "30", "--lr", "1e-9", "--patience", "2", "--class-weights", "balanced"]
+    assert main([*common, *options, "--out", str(tmp_path / "run")]) == 0
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["class_weights"] == "balanced"
+    assert len(pd.read_csv(tmp_path / "run" / "metrics.csv")) < 30
+    assert "two numbers" in refused(capsys, *common, "--class-weights", "a", "b", "--out", tmp_path / "no")
 
 
 def test_train_from_a_prepared_store(source, tmp_path, capsys):
@@ -143,7 +242,7 @@ def test_isolated_atoms_are_kept_on_request(trained, tmp_path, capsys):
     assert "2 rows, 0 errors" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["demo", "prepare", "train", "compare", "predict", "convert", "doctor"])
+@pytest.mark.parametrize("command", ["demo", "prepare", "train", "compare", "predict", "convert", "download", "doctor"])
 def test_every_option_is_explained(command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])

@@ -48,6 +48,7 @@ class CrystalModel(nn.Module):
         nbr_fea_len: int,
         dmin: float,
         step: float,
+        dropout: float | None,
     ) -> None:
         super().__init__()
         _positive(
@@ -58,6 +59,8 @@ class CrystalModel(nn.Module):
             raise InputError(f"A classifier has one target, not {n_targets}; train one model per class label.")
         if not step > 0:
             raise InputError(f"The Gaussians' step must be positive, not {step}.")
+        if dropout is not None and not 0 <= dropout < 1:
+            raise InputError(f"dropout is a probability from 0 to below 1, not {dropout}.")
         self._hyperparameters: dict[str, Any] = {
             "atom_fea_len": atom_fea_len,
             "h_fea_len": h_fea_len,
@@ -68,6 +71,7 @@ class CrystalModel(nn.Module):
             "nbr_fea_len": nbr_fea_len,
             "dmin": dmin,
             "step": step,
+            "dropout": dropout,
         }
         self.classification = classification
         self.metadata = ModelMetadata(
@@ -85,8 +89,8 @@ class CrystalModel(nn.Module):
         if n_h > 1:
             self.fcs = nn.ModuleList(nn.Linear(h_fea_len, h_fea_len) for _ in range(n_h - 1))
         self.fc_out = nn.Linear(h_fea_len, 2 if classification else n_targets)
-        if classification:
-            self.dropout = nn.Dropout()
+        rate = dropout if dropout is not None else 0.5 * classification
+        self.dropout = nn.Dropout(rate) if rate else None
 
     def _build_convolutions(self) -> None:
         raise NotImplementedError
@@ -149,7 +153,7 @@ class CrystalModel(nn.Module):
         """
         steps: list[Tensor] = []
         hidden = [self.conv_to_fc, *getattr(self, "fcs", ()), self.fc_out]
-        drops = self.classification and self.dropout.training
+        drops = self.dropout is not None and self.dropout.training
         plain = not drops and all(map(_is_plain_linear, hidden))
         if plain and not return_steps and self._is_stack() and _is_plain_linear(self.embedding):
             atoms, species = self._atoms(batch)
@@ -163,17 +167,27 @@ class CrystalModel(nn.Module):
             if plain:
                 out = functional.readout(h, batch, [functional.Dense(x.weight, x.bias) for x in hidden])
             else:
-                out = functional.crystal_mean(h, batch)
-                for k, layer in enumerate(hidden):
-                    out = softplus(out)
-                    out = layer(self.dropout(out) if k == 1 and self.classification else out)
+                out = self._head(functional.crystal_mean(h, batch))
         if self.classification:
             out = log_softmax(out, dim=1)
         return (out, steps) if return_steps else out
 
+    def _head(self, pooled: Tensor) -> Tensor:
+        """(B, F) -> (B, outputs), layer by layer, with the dropout."""
+        out = pooled
+        for k, layer in enumerate((self.conv_to_fc, *getattr(self, "fcs", ()), self.fc_out)):
+            out = softplus(out)
+            out = layer(self.dropout(out) if k == 1 and self.dropout is not None else out)
+        return out
+
     def predict(self, batch: GraphBatch) -> Tensor:
         """(B, n_targets) in the targets' units; a classifier's P(class 1), (B, 1). Call ``eval()`` first."""
         return self.in_units(self(batch))
+
+    def predict_from(self, features: Tensor) -> Tensor:
+        """What :meth:`predict` gives for the crystal vectors of :meth:`features`, (B, F)."""
+        out = self._head(features)
+        return self.in_units(log_softmax(out, dim=1) if self.classification else out)
 
     def in_units(self, out: Tensor) -> Tensor:
         """What ``predict`` makes of the network's outputs."""
@@ -197,6 +211,7 @@ class CGCNN(CrystalModel):
         nbr_fea_len: K, Gaussians (41 for 0 to 8 Å).
         dmin: centre of the first Gaussian, Å.
         step: distance between centres and width of the Gaussians, Å.
+        dropout: probability after pooling; by default 0.5 for a classifier, as published, and none for a regressor.
     """
 
     def __init__(
@@ -212,11 +227,12 @@ class CGCNN(CrystalModel):
         nbr_fea_len: int = 41,
         dmin: float = 0.0,
         step: float = 0.2,
+        dropout: float | None = None,
     ) -> None:
         _positive(n_conv=n_conv)
         self._n_conv = n_conv
         super().__init__(
-            atom_fea_len, h_fea_len, n_h, classification, n_targets, orig_atom_fea_len, nbr_fea_len, dmin, step
+            atom_fea_len, h_fea_len, n_h, classification, n_targets, orig_atom_fea_len, nbr_fea_len, dmin, step, dropout
         )
         self._hyperparameters = {"n_conv": n_conv, **self._hyperparameters}
 
@@ -261,6 +277,7 @@ class SRCGCNN(CrystalModel):
         nbr_fea_len: int = 41,
         dmin: float = 0.0,
         step: float = 0.2,
+        dropout: float | None = None,
     ) -> None:
         _positive(n_recurrent_steps=n_recurrent_steps)
         self._recurrence = {
@@ -269,7 +286,7 @@ class SRCGCNN(CrystalModel):
             "recurrent_learnable_alpha": recurrent_learnable_alpha,
         }
         super().__init__(
-            atom_fea_len, h_fea_len, n_h, classification, n_targets, orig_atom_fea_len, nbr_fea_len, dmin, step
+            atom_fea_len, h_fea_len, n_h, classification, n_targets, orig_atom_fea_len, nbr_fea_len, dmin, step, dropout
         )
         self._hyperparameters = {**self._recurrence, **self._hyperparameters}
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import logging
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,21 @@ from tqdm import tqdm
 
 from ..files import atomic_path
 
+logger = logging.getLogger(__name__)
+
 
 class RunFiles(Checkpoint):
     """Writes ``best.ckpt``, ``last.ckpt`` and ``metrics.csv`` after every epoch, each whole or not at all.
 
-    The history of epochs travels in the checkpoints, so a resumed run continues the same table.
+    The history of epochs travels in the checkpoints, so a resumed run continues the same table. ``patience`` ends the
+    run; it reads the history alone, so that a run which was killed after its last epoch does not get another one.
     """
 
-    def __init__(self, directory: Path, monitor: str, larger_is_better: bool) -> None:
+    def __init__(self, directory: Path, monitor: str, larger_is_better: bool, patience: int | None = None) -> None:
         self.directory = directory
         self.monitor = monitor
         self.sign = -1.0 if larger_is_better else 1.0
+        self.patience = patience
         self.history: list[dict[str, float]] = []
 
     @property
@@ -34,6 +40,9 @@ class RunFiles(Checkpoint):
         scores = [self.sign * row[self.monitor] for row in self.history]
         return self.history[int(np.argmin(np.nan_to_num(scores, nan=np.inf)))]
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.should_stop = trainer.should_stop or self.out_of_patience()
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         scores = {name: float(f"{float(value):.7g}") for name, value in trainer.callback_metrics.items()}
         self.history.append({"epoch": trainer.current_epoch + 1, **scores})
@@ -41,7 +50,19 @@ class RunFiles(Checkpoint):
             self._checkpoint(trainer, "best.ckpt")
         self._checkpoint(trainer, "last.ckpt")
         if trainer.is_global_zero:
-            write_table(self.directory / "metrics.csv", self.history)
+            self.write()
+        logger.info(", ".join(f"{name} {value:.5g}" for name, value in self.history[-1].items()))
+        trainer.should_stop = trainer.should_stop or self.out_of_patience()
+
+    def out_of_patience(self) -> bool:
+        """Have the last ``patience`` epochs brought nothing better?"""
+        if self.patience is None or not self.history:
+            return False
+        return len(self.history) >= self.best["epoch"] + self.patience
+
+    def write(self) -> None:
+        """``metrics.csv`` from the history."""
+        write_table(self.directory / "metrics.csv", self.history)
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history}
@@ -58,7 +79,7 @@ class RunFiles(Checkpoint):
 
 
 class RunBar(ProgressBar):
-    """One tqdm bar for all epochs, with the latest losses beside it."""
+    """One tqdm bar for all epochs, with time left, crystals a second and the latest score beside it."""
 
     def __init__(self, title: str, monitor: str, unit: str) -> None:
         super().__init__()
@@ -66,6 +87,7 @@ class RunBar(ProgressBar):
         self.monitor = monitor
         self.unit = unit
         self._disabled = False
+        self._score = ""
 
     def disable(self) -> None:
         self._disabled = True
@@ -84,13 +106,20 @@ class RunBar(ProgressBar):
             bar_format="{desc} {percentage:3.0f}%|{bar:24}| {elapsed}<{remaining}{postfix}",
         )
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._crystals, self._started = 0, time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._crystals += len(batch[1])
+        speed = self._crystals / (time.perf_counter() - self._started)
+        text = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, {speed:,.0f} crystals/s{self._score}"
+        self._bar.set_postfix_str(text, refresh=False)
         self._bar.update()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        score = float(trainer.callback_metrics[self.monitor])
-        epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-        self._bar.set_postfix_str(f"{epoch}, {self.monitor} {score:.4g} {self.unit}".rstrip(), refresh=False)
+        self._score = f", {self.monitor} {float(trainer.callback_metrics[self.monitor]):.4g} {self.unit}".rstrip()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._bar.close()

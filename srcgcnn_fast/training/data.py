@@ -136,11 +136,11 @@ class GraphDataset(Dataset[Item]):
 
     def __init__(self, store: GraphStore, targets: np.ndarray) -> None:
         self.store = store
-        self.targets = targets
+        self.targets = np.where(np.isfinite(targets), targets, np.nan)
 
     def usable(self) -> np.ndarray:
-        """Indices of the crystals that have every target."""
-        return np.flatnonzero(np.isfinite(self.targets).all(axis=1))
+        """Indices of the crystals that have at least one target."""
+        return np.flatnonzero(np.isfinite(self.targets).any(axis=1))
 
     def __getitem__(self, indices: np.ndarray) -> Item:
         target = torch.from_numpy(self.targets[indices].astype(np.float32))
@@ -169,7 +169,7 @@ class GraphDataModule(pl.LightningDataModule):
         length_buckets: training batches of crystals of similar size.
         num_workers: processes that assemble batches ahead; 0 assembles in the training process.
 
-    Crystals without the target are left out and counted in the log.
+    Crystals without any of the targets are left out and counted in the log; one of several that is missing is NaN.
 
     Raises:
         InputError: a target does not exist, too few crystals have it, or given indices do not fit.
@@ -264,7 +264,11 @@ class GraphDataModule(pl.LightningDataModule):
 def _dataset(store: GraphStore, targets: Sequence[str]) -> GraphDataset:
     dataset = GraphDataset(store, store.target_array(targets))
     if missing := len(store) - len(dataset.usable()):
-        logger.warning("%d of %d crystals have no %s and are left out", missing, len(store), " and ".join(targets))
+        logger.warning("%d of %d crystals have no %s and are left out", missing, len(store), " or ".join(targets))
+    if len(targets) > 1:
+        for name, column in zip(targets, dataset.targets.T, strict=True):
+            if lacking := int(np.isnan(column).sum()) - missing:
+                logger.warning("%d crystals lack %s and train the other targets alone", lacking, name)
     return dataset
 
 
@@ -280,7 +284,7 @@ def _check_parts(parts: dict[str, Part]) -> None:
     for name, (dataset, indices) in parts.items():
         if len(indices) and not (indices.min() >= 0 and indices.max() < len(dataset.store)):
             raise InputError(f"The {name} indices leave the store of {len(dataset.store)} crystals.")
-        if not np.isfinite(dataset.targets[indices]).all():
+        if not np.isfinite(dataset.targets[indices]).any(axis=1).all():
             raise InputError(f"The {name} indices name crystals without a target; leave those out.")
     n_train, n_val = len(parts["train"].indices), len(parts["val"].indices)
     if n_train < 2 or n_val < 1:

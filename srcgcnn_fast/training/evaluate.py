@@ -6,14 +6,16 @@ import csv
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..files import atomic_path
 from ..nn import CGCNN, SRCGCNN
+from ..uncertainty import Sampler
 from .data import GraphDataModule
-from .metrics import classification_metrics, regression_metrics
+from .metrics import classification_metrics, regression_metrics, target_metrics
 
 
 @dataclass(frozen=True)
@@ -23,15 +25,19 @@ class Evaluation:
     ids: list[str]
     target_names: tuple[str, ...]
     target: np.ndarray
-    """(n, T) float64."""
+    """(n, T) float64, NaN where there is none."""
     predicted: np.ndarray
     """(n, T) float64."""
     metrics: dict[str, float]
+    std: np.ndarray | None = None
+    """(n, T) float64, standard deviation of the predictions of an ensemble or of dropout left on."""
 
     def write(self, path: str | os.PathLike[str]) -> Path:
-        """As a CSV file: id, then the given and the predicted value of each target."""
-        names = [f"{name}{suffix}" for name in self.target_names for suffix in ("", "_predicted")]
-        values = np.stack([self.target, self.predicted], axis=2).reshape(len(self.ids), -1)
+        """As a CSV file: id, then the given and the predicted value of each target, and ``NAME_std`` if there is."""
+        spread = [] if self.std is None else [self.std]
+        suffixes = ("", "_predicted", "_std")[: 2 + len(spread)]
+        names = [f"{name}{suffix}" for name in self.target_names for suffix in suffixes]
+        values = np.stack([self.target, self.predicted, *spread], axis=2).reshape(len(self.ids), -1)
         with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["id", *names])
@@ -40,15 +46,29 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(model: CGCNN | SRCGCNN, data: GraphDataModule, part: str = "test") -> Evaluation:
-    """Predict one part ("train", "val" or "test") with ``model``, on the model's device, and score it."""
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
+def evaluate(model: CGCNN | SRCGCNN | Sampler, data: GraphDataModule, part: str = "test") -> Evaluation:
+    """Predict one part ("train", "val" or "test") with ``model``, on its device, and score it.
+
+    An :class:`~srcgcnn_fast.uncertainty.Ensemble` is scored by its mean, and the standard deviation is kept.
+    """
+    models = model.models if isinstance(model, Sampler) else [model]
+    device = next(models[0].parameters()).device
+    training = [each.training for each in models]
+    for each in models:
+        each.eval()
     try:
-        batches = [model.predict(graphs.to(device)).cpu() for graphs, _, _ in data.loader(part)]
+        batches: list[Any] = [model.predict(graphs.to(device)) for graphs, _, _ in data.loader(part)]
     finally:
-        model.train(training)
-    predicted, target = torch.cat(batches).double(), torch.from_numpy(data.target_values(part))
-    score = classification_metrics if model.hyperparameters["classification"] else regression_metrics
-    return Evaluation(data.ids(part), data.targets, target.numpy(), predicted.numpy(), score(predicted, target))
+        for each, mode in zip(models, training, strict=True):
+            each.train(mode)
+    std = None
+    if isinstance(model, Sampler):
+        std = torch.cat([spread for _, spread in batches]).double().cpu().numpy()
+        batches = [mean for mean, _ in batches]
+    predicted, target = torch.cat(batches).double().cpu(), torch.from_numpy(data.target_values(part))
+    if models[0].hyperparameters["classification"]:
+        scores = classification_metrics(predicted, target)
+    else:
+        scale = torch.tensor(models[0].metadata.std)
+        scores = regression_metrics(predicted, target) | target_metrics(predicted, target, data.targets, scale)
+    return Evaluation(data.ids(part), data.targets, target.numpy(), predicted.numpy(), scores, std)

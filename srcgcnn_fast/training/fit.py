@@ -10,6 +10,7 @@ import os
 import signal
 import time
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 
 from ..errors import InputError, require
-from ..files import atomic_path
+from ..files import atomic_path, sweep
 from ..nn import CGCNN, SRCGCNN, synchronize_batch_norm
 from ..ops.precision import use_precision
 from ..serialization import save_model
@@ -38,9 +39,9 @@ class FitResult:
     model: CGCNN | SRCGCNN
     """With the weights of the best epoch, on the CPU, in eval mode; also in ``run_dir/model``."""
     history: list[dict[str, float]]
-    """One row an epoch: epoch, train_loss, lr, seconds, crystals_per_second, data_wait, val_…; also ``metrics.csv``."""
+    """One row an epoch: epoch, train_loss, lr, seconds, crystals_per_second, …, val_…; also ``metrics.csv``."""
     best: dict[str, float]
-    """The row of the best epoch (lowest ``val_mae``, or highest ``val_auc``)."""
+    """The row of the best epoch: lowest ``val_mae`` (several targets: ``val_mae_scaled``), or highest ``val_auc``."""
     seconds: float
     """Wall time of this call, s; training alone is the sum of the history's ``seconds``."""
     run_dir: Path
@@ -63,9 +64,9 @@ def fit(
     """Train ``model`` on ``data`` and keep the best epoch.
 
     ``run_dir`` receives ``run.json`` (everything that decides the run), ``metrics.csv``, ``best.ckpt``, ``last.ckpt``
-    and, at the end, ``model/`` for ``load_model``. With ``resume`` an interrupted run continues from ``last.ckpt``; on
-    the CPU it ends with the same bits as an uninterrupted one. The initial weights are the caller's: seed before
-    building the model.
+    and, at the end, ``model/`` for ``load_model``. With ``resume`` an interrupted run continues from ``last.ckpt``, or
+    from its beginning if it was stopped within the first epoch; on the CPU it ends with the same bits as an
+    uninterrupted one, wherever it was killed. The initial weights are the caller's: seed before building the model.
 
     Processes that ``torchrun`` started and that all make this call train as one: they share every batch, batch norm is
     synchronised, rank 0 writes, all return the same. Losses, gradients and batches are those of one process with the
@@ -77,7 +78,8 @@ def fit(
         seed: of dropout and workers (the data module has its own for split and order).
         accelerator: "cpu", "gpu", or "auto" for what Lightning finds.
         precision: of a GPU's arithmetic, as :func:`srcgcnn_fast.use_precision` names it.
-        logger: a Lightning logger, or "tensorboard" for event files in ``run_dir``; ``metrics.csv`` comes anyway.
+        logger: a Lightning logger, "tensorboard" for event files in ``run_dir``, or "wandb" for Weights & Biases;
+            ``metrics.csv`` comes anyway.
         progress: show a bar.
 
     Raises:
@@ -88,10 +90,12 @@ def fit(
     directory = Path(run_dir)
     module = TrainingModule(model, data, recipe, seed)
     monitor = _monitor(module, data)
-    distributed.on_rank_zero(_claim, directory, _record(module, data) | {"precision": precision}, resume)
-    files = RunFiles(directory, monitor, larger_is_better=module.classification)
+    record = _record(module, data) | {"precision": precision}
+    checkpoint = distributed.on_rank_zero(_claim, directory, record, resume)
+    files = RunFiles(directory, monitor, larger_is_better=module.classification, patience=recipe.patience)
+    unit = model.metadata.units[0] if len(data.targets) == 1 else ""
     averages = [_moving_average(recipe.ema)] if recipe.ema is not None else []
-    bars = [RunBar(type(model).__name__.replace("SR", "SR-"), monitor, model.metadata.units[0])] if progress else []
+    bars = [RunBar(type(model).__name__.replace("SR", "SR-"), monitor, unit)] if progress else []
     started = time.perf_counter()
     if distributed.is_shared():
         synchronize_batch_norm(model)
@@ -111,9 +115,11 @@ def fit(
             default_root_dir=directory,
         )
         with _ctrl_c():
-            trainer.fit(module, data, ckpt_path=directory / "last.ckpt" if resume else None, weights_only=True)
+            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    distributed.on_rank_zero(files.write)  # a process killed between the last checkpoint and this table left an old one
     best = distributed.on_rank_zero(torch.load, directory / "best.ckpt", map_location="cpu", weights_only=True)
     module.load_state_dict(best["state_dict"])
+    module.thaw()
     model.cpu().eval()
     scores = {name: value for name, value in files.best.items() if math.isfinite(value)}
     model.metadata.extra |= {"training": _record(module, data), "best_epoch": scores}
@@ -123,7 +129,7 @@ def fit(
 
 def _monitor(module: TrainingModule, data: GraphDataModule) -> str:
     if not module.classification:
-        return "val_mae"
+        return "val_mae" if len(data.targets) == 1 else "val_mae_scaled"
     if len(set(data.target_values("val")[:, 0])) < 2:
         raise InputError("The validation set holds one class only, so its ROC area means nothing; make it larger.")
     return "val_auc"
@@ -145,42 +151,63 @@ def _record(module: TrainingModule, data: GraphDataModule) -> dict[str, Any]:
     }
 
 
-def _claim(directory: Path, record: dict[str, Any], resume: bool) -> None:
-    """Take ``directory`` for a new run, or check that the run in it is the one to continue."""
+def _claim(directory: Path, record: dict[str, Any], resume: bool) -> Path | None:
+    """Take ``directory`` for a new run, or check that the run in it is the one to continue.
+
+    Returns the checkpoint to continue from, if there is one yet.
+    """
     record = json.loads(json.dumps(record))
     file, checkpoint = directory / "run.json", directory / "last.ckpt"
     if not resume:
         if checkpoint.exists():
             raise InputError(f"{directory} already holds a run; resume it, or choose another directory.")
+        _sweep(directory)
         with atomic_path(file) as temporary:
             temporary.write_text(json.dumps(record, indent=2) + "\n")
-        return
-    if not (checkpoint.exists() and file.exists()):
+        return None
+    if not file.exists():
         raise InputError(f"There is no run to resume in {directory}; start one without resume.")
     before = json.loads(file.read_text())
     changed = [f"{k} ({before.get(k)} before, {record[k]} now)" for k in record if before.get(k) != record[k]]
     if changed:
         raise InputError(f"The run in {directory} was started with other settings: {'; '.join(changed)}; use those.")
+    _sweep(directory)
+    return checkpoint if checkpoint.exists() else None
+
+
+def _sweep(directory: Path) -> None:
+    for name in ("run.json", "best.ckpt", "last.ckpt", "metrics.csv", "model"):
+        sweep(directory / name)
 
 
 def _moving_average(decay: float) -> pl.Callback:
     kinds = importlib.import_module("lightning.pytorch.callbacks")
-    if not hasattr(kinds, "EMAWeightAveraging"):
+    if not hasattr(kinds, "WeightAveraging"):
         raise InputError("A moving average of the weights needs Lightning 2.6; run `pip install -U lightning`.")
-    return kinds.EMAWeightAveraging(decay=decay)
+    moved = importlib.import_module("torch.optim.swa_utils").get_ema_avg_fn(decay)
+
+    def average(before: torch.Tensor, now: torch.Tensor, count: Any) -> torch.Tensor:
+        return torch.where(before == now, before, moved(before, now, count))  # what is frozen does not drift by a bit
+
+    return kinds.WeightAveraging(avg_fn=average)
 
 
 def _logger(choice: Logger | str | None, directory: Path) -> Logger | bool:
-    if choice is None:
-        return False
-    if choice != "tensorboard":
-        if isinstance(choice, str):
-            raise InputError(f"The logger {choice!r} is unknown; use 'tensorboard' or a Lightning logger.")
-        return choice
-    require("tensorboard", "Logging to TensorBoard", extra="tensorboard")
-    from lightning.pytorch.loggers import TensorBoardLogger
+    if choice is None or isinstance(choice, Logger):
+        return choice or False
+    if choice == "tensorboard":
+        require("tensorboard", "Logging to TensorBoard", extra="tensorboard")
+        from lightning.pytorch.loggers import TensorBoardLogger
 
-    return TensorBoardLogger(directory, name="tensorboard", version="")
+        return TensorBoardLogger(directory, name="tensorboard", version="")
+    if choice == "wandb":
+        require("wandb", "Logging to Weights & Biases", extra="wandb")
+        from lightning.pytorch.loggers import WandbLogger
+
+        place = str(directory.resolve())  # decides the run's id, so that a resumed run goes on in the same curves
+        run_id = f"{directory.name}-{zlib.crc32(place.encode()):08x}"
+        return WandbLogger(name=directory.name, id=run_id, save_dir=directory, project="srcgcnn_fast", resume="allow")
+    raise InputError(f"The logger {choice!r} is unknown; use 'tensorboard', 'wandb' or a Lightning logger.")
 
 
 @contextmanager

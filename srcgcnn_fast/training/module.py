@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,12 +19,25 @@ from ..graph.elements import MIXES_BUILT_IN, element_features
 from ..nn import CGCNN, SRCGCNN, ModelMetadata
 from .data import GraphDataModule, Item
 from .distributed import of_all, place, total
-from .metrics import classification_metrics, regression_metrics
+from .metrics import classification_metrics, regression_metrics, target_metrics
 from .prefetch import Batches
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "multistep", "cosine", "one_cycle")
 LOSSES = ("mse", "mae")
+PARTS = {
+    "embedding": ("embedding",),
+    "convolutions": (
+        "convs",
+        "shared_conv",
+        "recurrent_bn1s",
+        "recurrent_bn2s",
+        "recurrent_norm",
+        "recurrent_alpha",
+    ),
+    "head": ("conv_to_fc", "fcs"),
+}
+"""What ``Recipe.freeze`` names, and which children of a model it means; the output layer always learns."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +49,9 @@ class Recipe:
     then down to nothing along a cosine. ``loss`` is the mean squared or absolute error of the normalised target; a
     classifier has its own. ``weight_decay`` spares biases and batch norms under "adamw". ``ema``, such as 0.999,
     validates and keeps an exponential moving average of the weights. ``gradient_clip`` bounds the norm of the gradient.
+    ``patience`` ends the run after so many epochs without a better one. ``class_weights`` multiplies the loss of
+    crystals of class 0 and 1; "balanced" gives both classes the same share. ``freeze`` keeps parts ("embedding",
+    "convolutions", "head") as they are, running statistics of their batch norms included.
     """
 
     epochs: int = 30
@@ -48,6 +66,9 @@ class Recipe:
     loss: str = "mse"
     warmup: float = 0.05
     ema: float | None = None
+    patience: int | None = None
+    class_weights: str | tuple[float, float] | None = None
+    freeze: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
@@ -61,15 +82,22 @@ class Recipe:
             raise InputError(f"A warm-up of {self.warmup} is not a share of the run; give a number between 0 and 1.")
         if self.ema is not None and not 0 < self.ema < 1:
             raise InputError(f"The moving average's decay {self.ema} is not between 0 and 1; 0.999 is usual.")
+        if self.patience is not None and self.patience < 1:
+            raise InputError(f"A patience of {self.patience} epochs stops at once; ask for at least 1.")
+        _check_class_weights(self.class_weights)
+        for part in self.freeze:
+            _one_of("frozen part", part, tuple(PARTS))
 
 
 class TrainingModule(pl.LightningModule):
     """Trains ``model`` by ``recipe``: squared or absolute error of the normalised target, or NLL for a classifier.
 
     Each epoch logs ``train_loss``, ``lr``, ``seconds`` (training part), ``crystals_per_second``, ``data_wait`` (share
-    of ``seconds`` for which there was no batch to train on) and the metrics of ``metrics.py`` with the prefix ``val_``,
-    in the target's units. The metadata of ``model`` receives the targets, their units, the graph parameters, and mean
-    and standard deviation of the training targets.
+    of ``seconds`` for which there was no batch to train on), ``memory_mib`` (the process's peak; on a GPU the device's)
+    and the metrics of ``metrics.py`` with the prefix ``val_``, in the target's units; of several targets also
+    ``val_mae_NAME`` of each and ``val_mae_scaled``, the mean over targets of MAE over standard deviation. A missing
+    target (NaN) counts neither in the loss nor in a metric. The metadata of ``model`` receives the targets, their
+    units, the graph parameters, and mean and standard deviation of the training targets.
 
     Args:
         model: a CGCNN or SRCGCNN.
@@ -78,12 +106,14 @@ class TrainingModule(pl.LightningModule):
         seed: of the dropout, epoch by epoch.
 
     Raises:
-        InputError: the number of targets is not the model's, a classifier's target is not 0 or 1, or crystals are
-            averaged with other element vectors than the model's.
+        InputError: the number of targets is not the model's, a classifier's target is not 0 or 1, no training
+            crystal has one of the targets, class weights are given to a regressor, or crystals are averaged with other
+            element vectors than the model's.
     """
 
     target_mean: Tensor
     target_std: Tensor
+    class_weight: Tensor | None
 
     def __init__(self, model: CGCNN | SRCGCNN, data: GraphDataModule, recipe: Recipe, seed: int = 0) -> None:
         super().__init__()
@@ -94,9 +124,13 @@ class TrainingModule(pl.LightningModule):
         is_mixed = any(part.dataset.store.is_mixed for part in data.parts.values())
         if is_mixed and not np.array_equal(model.element_table.cpu().numpy(), element_features()):
             raise InputError(f"Some crystals are disordered: {MIXES_BUILT_IN}")
-        mean, std = self._normaliser(data.target_values("train"))
+        given = data.target_values("train")
+        mean, std = self._normaliser(given, data.targets)
+        self.incomplete = bool(np.isnan(given).any())
         self.register_buffer("target_mean", torch.tensor(mean, dtype=torch.float32))
         self.register_buffer("target_std", torch.tensor(std, dtype=torch.float32))
+        self.register_buffer("class_weight", self._class_weight(given), persistent=False)
+        self._frozen, self._stopped = _freeze(model, recipe.freeze)
         model.metadata = ModelMetadata(
             data.targets, data.units, tuple(mean), tuple(std), data.graph_parameters, model.metadata.extra
         )
@@ -106,7 +140,7 @@ class TrainingModule(pl.LightningModule):
         self._predicted: list[Tensor] = []
         self._given: list[Tensor] = []
 
-    def _normaliser(self, targets: np.ndarray) -> tuple[list[float], list[float]]:
+    def _normaliser(self, targets: np.ndarray, names: tuple[str, ...]) -> tuple[list[float], list[float]]:
         expected = 1 if self.classification else self.model.hyperparameters["n_targets"]
         if targets.shape[1] != expected:
             raise InputError(f"The model has {expected} target(s), the data {targets.shape[1]}; make them agree.")
@@ -114,15 +148,48 @@ class TrainingModule(pl.LightningModule):
             if not np.isin(targets, (0.0, 1.0)).all():
                 raise InputError("A classifier's target must be 0 or 1 for every crystal; this one has other values.")
             return [0.0], [1.0]
-        std = targets.std(axis=0)
-        return targets.mean(axis=0).tolist(), np.where(std > 0, std, 1.0).tolist()
+        return normalizer(targets, names)
+
+    def _class_weight(self, targets: np.ndarray) -> Tensor | None:
+        """(2,): factors of the loss, None where every crystal counts once."""
+        given = self.recipe.class_weights
+        if given is None:
+            return None
+        if not self.classification:
+            raise InputError("Class weights are for a classifier; leave them out, or train with classification.")
+        if given != "balanced":
+            return torch.tensor(given, dtype=torch.float32)
+        counts = np.bincount(targets[:, 0].astype(int), minlength=2)
+        if not counts.all():
+            raise InputError("The training set holds one class only, so its classes cannot be balanced.")
+        return torch.from_numpy((counts.sum() / (2 * counts)).astype(np.float32))
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """Of network ``output`` (B, T) or (B, 2) against ``target`` (B, T) in its own units."""
+        """Of network ``output`` (B, T) or (B, 2) against ``target`` (B, T) in its own units; NaN is not counted."""
         if self.classification:
-            return nn.functional.nll_loss(output, target[:, 0].long())
+            label = target[:, 0].long()
+            if self.class_weight is None:
+                return nn.functional.nll_loss(output, label)
+            each = nn.functional.nll_loss(output, label, reduction="none")
+            return (self.class_weight.to(each)[label] * each).mean()
         error = nn.functional.mse_loss if self.recipe.loss == "mse" else nn.functional.l1_loss
-        return error(output, (target - self.target_mean) / self.target_std)
+        wanted = (target - self.target_mean) / self.target_std
+        if not self.incomplete:
+            return error(output, wanted)
+        present = torch.isfinite(wanted)
+        return error(output, torch.where(present, wanted, output.detach()), reduction="sum") / present.sum()
+
+    def train(self, mode: bool = True) -> TrainingModule:
+        """As always, but frozen parts stay in evaluation mode."""
+        super().train(mode)
+        for child in getattr(self, "_frozen", ()):
+            child.eval()
+        return self
+
+    def thaw(self) -> None:
+        """Give the frozen parts their gradients back."""
+        for parameter in self._stopped:
+            parameter.requires_grad_(True)
 
     def values(self, output: Tensor) -> Tensor:
         """(B, T) in the target's units, or (B, 1) P(class 1)."""
@@ -208,6 +275,7 @@ class TrainingModule(pl.LightningModule):
                 "seconds": seconds,
                 "crystals_per_second": crystals / seconds,
                 "data_wait": (self._data_wait() - self._waited) / seconds,
+                "memory_mib": peak_memory(self.device),
             }
         )
 
@@ -216,7 +284,7 @@ class TrainingModule(pl.LightningModule):
         return float(getattr(self.trainer.train_dataloader, "waited", 0.0))
 
     def configure_optimizers(self) -> Any:
-        recipe, parameters = self.recipe, list(self.model.parameters())
+        recipe, parameters = self.recipe, [p for p in self.model.parameters() if p.requires_grad]
         optimizer: torch.optim.Optimizer
         if recipe.optimizer == "sgd":
             optimizer = torch.optim.SGD(
@@ -243,8 +311,56 @@ class TrainingModule(pl.LightningModule):
 
     def _scores(self) -> dict[str, float]:
         predicted, given = of_all(self._predicted), of_all(self._given)
-        score = classification_metrics if self.classification else regression_metrics
-        return score(predicted, given)
+        if self.classification:
+            return classification_metrics(predicted, given)
+        return regression_metrics(predicted, given) | target_metrics(
+            predicted, given, self.model.metadata.targets, self.target_std
+        )
+
+
+def normalizer(targets: np.ndarray, names: Sequence[str]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each column of ``targets`` (n, T), NaN left out; 1 for a constant.
+
+    Raises:
+        InputError: a column has no value.
+    """
+    for name, column in zip(names, targets.T, strict=True):
+        if np.isnan(column).all():
+            raise InputError(f"No training crystal has a value of {name}; leave it out, or split otherwise.")
+    std = np.nanstd(targets, axis=0)
+    return np.nanmean(targets, axis=0).tolist(), np.where(std > 0, std, 1.0).tolist()
+
+
+def _freeze(model: nn.Module, parts: tuple[str, ...]) -> tuple[list[nn.Module], list[nn.Parameter]]:
+    """Stop the gradient of ``parts``; returns their modules in eval mode and the parameters that learnt."""
+    children = [getattr(model, name, None) for part in parts for name in PARTS[part]]
+    modules = [child.eval() for child in children if isinstance(child, nn.Module)]
+    parameters = [p for module in modules for p in module.parameters()]
+    parameters += [child for child in children if isinstance(child, nn.Parameter)]
+    stopped = [p for p in parameters if p.requires_grad]
+    for parameter in stopped:
+        parameter.requires_grad_(False)
+    return modules, stopped
+
+
+def peak_memory(device: torch.device) -> float:
+    """MiB: the most that this process has held so far, or that PyTorch has held on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def _check_class_weights(weights: Any) -> None:
+    if weights is None or weights == "balanced":
+        return
+    good = isinstance(weights, tuple) and len(weights) == 2 and all(math.isfinite(w) and w > 0 for w in weights)
+    if not good:
+        raise InputError(f"The class weights {weights!r} are neither two positive numbers nor 'balanced'.")
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

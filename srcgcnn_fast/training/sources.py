@@ -25,10 +25,12 @@ def prepared(
     progress: bool = False,
     *,
     targets: Sequence[str] | None = None,
+    default: GraphParameters | None = None,
 ) -> GraphStore:
     """The store of ``source``; what is not prepared yet is prepared into ``path``, and found there the next time.
 
-    Inputs without a graph are counted in the log. ``targets`` are what is read from a source that is not a store.
+    Inputs without a graph are counted in the log. ``targets`` are what is read from a source that is not a store;
+    without ``parameters`` such a source takes ``default``.
 
     Raises:
         InputError: nothing readable is there, the source has no such target, or a given store was prepared with
@@ -39,7 +41,7 @@ def prepared(
     elif isinstance(source, str | os.PathLike) and (Path(source) / "row_count.npy").is_file():
         store = open_store(source)
     else:
-        store = prepare(source, path, parameters, targets=targets, progress=progress)
+        store = prepare(source, path, parameters or default, targets=targets, progress=progress)
         if store.rejected:
             inputs, (name, reason) = len(store) + len(store.rejected), store.rejected[0]
             logger.warning(

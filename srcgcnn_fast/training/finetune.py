@@ -1,0 +1,63 @@
+"""Start from a model that was trained before."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from ..errors import InputError
+from ..nn import CGCNN, SRCGCNN
+from ..serialization import load_model
+from .data import GraphDataModule
+from .module import normalizer
+
+
+def fine_tuned(
+    source: CGCNN | SRCGCNN | str | os.PathLike[str], data: GraphDataModule, *, classification: bool | None = None
+) -> CGCNN | SRCGCNN:
+    """A copy of ``source`` to be trained on ``data``; what it keeps as it is, ``Recipe.freeze`` says.
+
+    An output of the same target starts as it is: its weights are rescaled to the normaliser of ``data``, so that the
+    first predictions are those of ``source``. Outputs of other targets start anew, from torch's random state.
+
+    Args:
+        source: a model, a directory that ``save_model`` wrote, or a published ``.pth.tar``.
+        classification: train a classifier; by default as ``source``.
+
+    Raises:
+        InputError: ``source`` cannot be read, or its graphs are not those of ``data``.
+    """
+    if isinstance(source, str | os.PathLike):
+        source = load_model(source)
+    there, here = source.metadata.graph, data.graph_parameters
+    for name in ("radius", "max_neighbors", "padded"):
+        if getattr(there, name) != getattr(here, name):
+            raise InputError(
+                f"The model was trained on graphs with {name} {getattr(there, name)}, and these have "
+                f"{getattr(here, name)}; prepare them with {there}."
+            )
+    options = source.hyperparameters
+    is_class = options["classification"] if classification is None else classification
+    options |= {"classification": is_class, "n_targets": len(data.targets)}
+    model = type(source)(**options).to(source.embedding.weight.dtype)
+    model.element_table = source.element_table.clone()
+    state = source.state_dict()
+    outputs = {name: state.pop(name) for name in ("fc_out.weight", "fc_out.bias")}
+    model.load_state_dict(state, strict=False)
+    if is_class != source.hyperparameters["classification"]:
+        return model
+    known = {name: k for k, name in enumerate(source.metadata.targets)}
+    with torch.no_grad():
+        if is_class:
+            if data.targets == source.metadata.targets:
+                model.fc_out.weight.copy_(outputs["fc_out.weight"])
+                model.fc_out.bias.copy_(outputs["fc_out.bias"])
+            return model
+        mean, std = normalizer(data.target_values("train"), data.targets)
+        for k, old in ((k, known[name]) for k, name in enumerate(data.targets) if name in known):
+            ratio = source.metadata.std[old] / std[k]
+            shift = (source.metadata.mean[old] - mean[k]) / std[k]
+            model.fc_out.weight[k] = outputs["fc_out.weight"][old] * ratio
+            model.fc_out.bias[k] = outputs["fc_out.bias"][old] * ratio + shift
+    return model

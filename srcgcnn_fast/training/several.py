@@ -1,0 +1,140 @@
+"""Several runs that belong together: the folds of a cross-validation, the members of an ensemble."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..files import atomic_path
+from ..nn import CGCNN, SRCGCNN
+from ..uncertainty import Ensemble, save_ensemble
+from .calibration import calibrate
+from .data import GraphDataModule, Split
+from .evaluate import Evaluation, evaluate
+from .fit import FitResult, fit
+from .module import Recipe
+
+Build = Callable[[GraphDataModule], CGCNN | SRCGCNN]
+"""Makes a model for the data, from torch's random state."""
+
+
+@dataclass(frozen=True)
+class CrossValidation:
+    """The test part of every fold, predicted by the model that was not trained on it."""
+
+    evaluations: list[Evaluation]
+    run_dir: Path
+
+    @property
+    def scores(self) -> dict[str, tuple[float, float]]:
+        """name -> mean and standard deviation over the folds."""
+        names = self.evaluations[0].metrics
+        columns = {name: np.array([found.metrics[name] for found in self.evaluations]) for name in names}
+        return {name: (float(column.mean()), float(column.std(ddof=1))) for name, column in columns.items()}
+
+    def write(self) -> Path:
+        """``folds.csv``: the scores of each fold; ``predictions.csv``: every crystal, by the fold that held it out."""
+        scores = [{"fold": k, **found.metrics} for k, found in enumerate(self.evaluations)]
+        _write(self.run_dir / "folds.csv", list(scores[0]), [list(row.values()) for row in scores])
+        names = [f"{name}{suffix}" for name in self.evaluations[0].target_names for suffix in ("", "_predicted")]
+        rows = [
+            [name, k, *np.stack([given, found], axis=1).ravel().tolist()]
+            for k, fold in enumerate(self.evaluations)
+            for name, given, found in zip(fold.ids, fold.target, fold.predicted, strict=True)
+        ]
+        return _write(self.run_dir / "predictions.csv", ["id", "fold", *names], rows)
+
+
+def cross_validate(
+    build: Build,
+    make_data: Callable[[Split], GraphDataModule],
+    folds: Sequence[Split],
+    run_dir: str | os.PathLike[str],
+    recipe: Recipe | None = None,
+    *,
+    seed: int = 0,
+    resume: bool = False,
+    **options: Any,
+) -> CrossValidation:
+    """Train one model a fold, from the same seed, in ``run_dir/fold_0``, …; score each on the crystals it never saw.
+
+    Args:
+        make_data: the data module of a split.
+        folds: from :func:`k_folds` or :func:`matbench_folds`.
+        resume: go on with what an interrupted call left.
+        options: others of :func:`fit`.
+
+    Raises:
+        InputError: as :func:`fit`.
+    """
+    directory, evaluations = Path(run_dir), []
+    for k, split in enumerate(folds):
+        data = make_data(split)
+        torch.manual_seed(seed)
+        result = _run(build(data), data, directory / f"fold_{k}", recipe, seed, resume, options)
+        evaluations.append(evaluate(result.model, data, "test"))
+    found = CrossValidation(evaluations, directory)
+    found.write()
+    return found
+
+
+def train_ensemble(
+    build: Build,
+    data: GraphDataModule,
+    run_dir: str | os.PathLike[str],
+    recipe: Recipe | None = None,
+    *,
+    members: int = 5,
+    seed: int = 0,
+    resume: bool = False,
+    **options: Any,
+) -> Ensemble:
+    """Train ``members`` models on the same crystals, from the seeds ``seed``, ``seed`` + 1, …, and calibrate them.
+
+    The seed decides initial weights and order of the batches. ``run_dir`` receives the run of each (``member_0``, …)
+    and, at the end, ``model`` with the ensemble, whose standard deviation covers 68.3 % of the validation errors.
+
+    Raises:
+        InputError: as :func:`fit`; or there are fewer than two members.
+    """
+    directory, order, trained = Path(run_dir), data.seed, []
+    try:
+        for k in range(members):
+            data.seed = order + k
+            torch.manual_seed(seed + k)
+            result = _run(build(data), data, directory / f"member_{k}", recipe, seed + k, resume, options)
+            trained.append(result.model)
+    finally:
+        data.seed = order
+    ensemble = Ensemble(trained)
+    calibrate(ensemble, data)
+    save_ensemble(ensemble, directory / "model")
+    return ensemble
+
+
+def _run(
+    model: CGCNN | SRCGCNN,
+    data: GraphDataModule,
+    directory: Path,
+    recipe: Recipe | None,
+    seed: int,
+    resume: bool,
+    options: dict[str, Any],
+) -> FitResult:
+    begun = resume and (directory / "run.json").exists()
+    return fit(model, data, directory, recipe, seed=seed, resume=begun, **options)
+
+
+def _write(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Path:
+    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+    return path

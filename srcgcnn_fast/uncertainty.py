@@ -1,0 +1,167 @@
+"""Mean and standard deviation of a prediction: from an ensemble, or from one model with its dropout left on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError
+from .files import atomic_path
+from .graph.batch import GraphBatch
+from .nn import CGCNN, SRCGCNN, ModelMetadata
+from .serialization import load_model, save_model
+
+ENSEMBLE = "ensemble.json"
+_FORMAT = "srcgcnn_fast ensemble"
+DROPOUT_SCALE = "dropout_scale"
+"""Where a model's ``metadata.extra`` keeps the calibration of its dropout."""
+
+
+class Sampler:
+    """Several predictions of one crystal; their mean, and ``scale`` times their standard deviation.
+
+    ``scale`` has one factor per target, from :func:`srcgcnn_fast.training.calibrate`; 1 before.
+    """
+
+    metadata: ModelMetadata
+    scale: tuple[float, ...]
+
+    @property
+    def models(self) -> Sequence[CGCNN | SRCGCNN]:
+        raise NotImplementedError
+
+    def samples(self, batch: GraphBatch) -> Tensor:
+        """(M, B, T) in the targets' units; a classifier's P(class 1)."""
+        raise NotImplementedError
+
+    def predict(self, batch: GraphBatch) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, (B, T) each, in the targets' units."""
+        samples = self.samples(batch)
+        return samples.mean(dim=0), samples.std(dim=0) * samples.new_tensor(self.scale)
+
+
+@dataclass
+class Ensemble(Sampler):
+    """Models of the same targets that were trained from different seeds (Lakshminarayanan et al. 2017).
+
+    Raises:
+        InputError: there are fewer than two, or their targets or graphs differ.
+    """
+
+    members: Sequence[CGCNN | SRCGCNN]
+    scale: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.members) < 2:
+            raise InputError(f"An ensemble of {len(self.members)} has no spread; give at least two models.")
+        first = self.members[0].metadata
+        for other in (member.metadata for member in self.members[1:]):
+            if (other.targets, other.units, other.graph) != (first.targets, first.units, first.graph):
+                raise InputError(
+                    f"The members of an ensemble predict the same from the same graphs, not {first.targets} from "
+                    f"{first.graph} and {other.targets} from {other.graph}."
+                )
+        self.scale = self.scale or (1.0,) * len(first.targets)
+
+    @property
+    def metadata(self) -> ModelMetadata:  # type: ignore[override]
+        return self.members[0].metadata
+
+    @property
+    def models(self) -> Sequence[CGCNN | SRCGCNN]:
+        return self.members
+
+    def samples(self, batch: GraphBatch) -> Tensor:
+        return torch.stack([member.predict(batch) for member in self.members])
+
+
+@dataclass
+class MonteCarloDropout(Sampler):
+    """One model, asked ``passes`` times with its dropout left on (Gal & Ghahramani 2016); repeats give equal numbers.
+
+    Raises:
+        InputError: the model has no dropout, or the passes are fewer than two.
+    """
+
+    model: CGCNN | SRCGCNN
+    passes: int = 30
+    scale: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.model.dropout is None:
+            raise InputError("The model has no dropout to leave on; train it with dropout, such as 0.1.")
+        if self.passes < 2:
+            raise InputError(f"{self.passes} passes have no spread; give at least two.")
+        stored = self.metadata.extra.get(DROPOUT_SCALE, [1.0] * len(self.metadata.targets))
+        self.scale = self.scale or tuple(stored)
+
+    @property
+    def metadata(self) -> ModelMetadata:  # type: ignore[override]
+        return self.model.metadata
+
+    @property
+    def models(self) -> Sequence[CGCNN | SRCGCNN]:
+        return [self.model]
+
+    def samples(self, batch: GraphBatch) -> Tensor:
+        dropout: nn.Dropout = self.model.dropout  # type: ignore[assignment]
+        pooled = self.model.features(batch)  # dropout acts on the head alone, so the convolutions run once
+        devices = [pooled.device] if pooled.is_cuda else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(0)
+            dropout.train()
+            try:
+                return torch.stack([self.model.predict_from(pooled) for _ in range(self.passes)])
+            finally:
+                dropout.eval()
+
+
+def save_ensemble(ensemble: Ensemble, directory: str | os.PathLike[str]) -> Path:
+    """Write every member as a model, and their calibration, to ``directory``, whole or not at all.
+
+    Raises:
+        InputError: ``directory`` holds something else than an ensemble, or cannot be written.
+    """
+    target = Path(directory)
+    if target.exists() and any(target.iterdir()) and not (target / ENSEMBLE).is_file():
+        raise InputError(f"{target} holds other files; give save_ensemble a new directory.")
+    with atomic_path(target) as temporary:
+        temporary.mkdir()
+        names = [f"member_{number}" for number in range(len(ensemble.members))]
+        for name, member in zip(names, ensemble.members, strict=True):
+            save_model(member, temporary / name)
+        record = {"format": _FORMAT, "format_version": 1, "members": names, "scale": list(ensemble.scale)}
+        (temporary / ENSEMBLE).write_text(json.dumps(record, indent=2) + "\n")
+        shutil.rmtree(target, ignore_errors=True)  # os.replace does not replace a directory that holds files
+    return target
+
+
+def load_ensemble(directory: str | os.PathLike[str]) -> Ensemble:
+    """The ensemble that :func:`save_ensemble` wrote.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    file = Path(directory) / ENSEMBLE
+    try:
+        record = json.loads(file.read_text())
+        names, scale = [str(name) for name in record["members"]], tuple(float(x) for x in record["scale"])
+        if record["format"] != _FORMAT or record["format_version"] != 1:
+            raise ValueError("another format")
+    except FileNotFoundError as error:
+        raise InputError(f"{directory} has no {ENSEMBLE}, so it is no ensemble; give one that train wrote.") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} does not describe an ensemble ({error}); save the ensemble again.") from error
+    return Ensemble([load_model(file.parent / name) for name in names], scale)
+
+
+def load_predictor(path: str | os.PathLike[str]) -> CGCNN | SRCGCNN | Ensemble:
+    """The ensemble or the model of ``path``."""
+    return load_ensemble(path) if (Path(path) / ENSEMBLE).is_file() else load_model(path)

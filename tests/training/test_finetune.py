@@ -1,0 +1,89 @@
+"""A run that starts from a trained model begins where that one ended, and keeps what is frozen."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from srcgcnn_fast import CGCNN, SRCGCNN, InputError, load_model, predict
+from srcgcnn_fast.graph import GraphStore, prepare
+from srcgcnn_fast.interop.checkpoints import save_upstream_checkpoint
+from srcgcnn_fast.nn import ModelMetadata
+from srcgcnn_fast.training import GraphDataModule, Recipe, TrainingModule, evaluate, fine_tuned, fit
+
+
+def source(targets: tuple[str, ...] = ("energy",), **options) -> SRCGCNN:
+    torch.manual_seed(1)
+    model = SRCGCNN(2, 16, 16, n_targets=len(targets), **options)
+    n = len(targets)
+    mean, std = ([k + start for k in range(n)] for start in (0.3, 0.7))
+    if not options:
+        model.metadata = ModelMetadata(targets, ("eV",) * n, tuple(mean), tuple(std))
+    else:
+        model.metadata.targets = targets
+    return model.eval()
+
+
+@pytest.mark.parametrize("targets", [["energy"], ["volume", "energy"]])
+def test_the_same_target_starts_with_the_same_predictions(alloys, targets):
+    before, data = source(("high", "energy")), GraphDataModule(alloys, targets, batch_size=32)
+    expected = evaluate(before, GraphDataModule(alloys, ["high", "energy"], batch_size=32)).predicted[:, 1]
+    model = fine_tuned(before, data)
+    TrainingModule(model, data, Recipe())  # sets the normaliser of the new data
+    assert model.metadata.std != before.metadata.std
+    ids = GraphDataModule(alloys, ["high", "energy"]).ids("test")
+    found = evaluate(model, data)
+    assert found.predicted[:, targets.index("energy")] == pytest.approx(expected, abs=2e-6) and found.ids == ids
+    for name, value in before.state_dict().items():
+        assert name.startswith("fc_out") or torch.equal(value, model.state_dict()[name])
+
+
+def test_another_target_gets_a_new_output(alloys):
+    before = source(("energy",))
+    for data, options in (
+        (GraphDataModule(alloys, "volume"), {}), (GraphDataModule(alloys, "high"), {"classification": True}),
+    ):  # fmt: skip
+        model = fine_tuned(before, data, **options)
+        assert not torch.equal(before.fc_out.weight[0], model.fc_out.weight[0])
+        assert torch.equal(before.conv_to_fc.weight, model.conv_to_fc.weight)
+        assert model.classification is bool(options)
+
+
+def test_a_classifier_goes_on(alloys):
+    before, data = source(("high",), classification=True), GraphDataModule(alloys, "high")
+    assert np.array_equal(evaluate(fine_tuned(before, data), data).predicted, evaluate(before, data).predicted)
+
+
+def test_other_graphs_are_a_sentence(alloys, tmp_path):
+    before = source()
+    save_upstream_checkpoint(before, tmp_path / "m.pth.tar")
+    state = torch.load(tmp_path / "m.pth.tar", weights_only=True)
+    del state["args"]["srcgcnn_fast"]  # as the published programs write it: padded graphs
+    torch.save(state, tmp_path / "theirs.pth.tar")
+    with pytest.raises(InputError, match="padded True, and these have False"):
+        fine_tuned(tmp_path / "theirs.pth.tar", GraphDataModule(alloys, "energy"))
+    assert fine_tuned(tmp_path / "m.pth.tar", GraphDataModule(alloys, "energy")).hyperparameters["atom_fea_len"] == 16
+
+
+def test_a_published_checkpoint_learns_with_its_convolutions_frozen(data_dir, tmp_path):
+    checkpoint = data_dir / "upstream" / "formation-energy-per-atom.pth.tar"
+    before = load_model(checkpoint)
+    frame = pd.read_parquet(data_dir / "mp" / "small_1500.parquet").iloc[:150]
+    frame.to_parquet(tmp_path / "some.parquet")
+    store = prepare(tmp_path / "some.parquet", tmp_path / "store", before.metadata.graph)
+    data = GraphDataModule(store, "formation_energy_per_atom", batch_size=64)
+    model = fine_tuned(checkpoint, data)
+    assert isinstance(model, CGCNN)
+    table = predict(before, tmp_path / "some.parquet").set_index("id")
+    recipe = Recipe(epochs=1, lr=1e-3, freeze=("embedding", "convolutions"))
+    TrainingModule(model, data, Recipe())
+    started = evaluate(model, data, "val")
+    expected = table.loc[started.ids, "formation_energy_per_atom"].to_numpy()
+    assert started.predicted[:, 0] == pytest.approx(expected, abs=1e-4)
+    result = fit(model, data, tmp_path / "run", recipe, accelerator="cpu")
+    for name, value in before.state_dict().items():
+        frozen = not name.startswith(("conv_to_fc", "fcs", "fc_out"))
+        assert torch.equal(value, result.model.state_dict()[name]) is frozen, name
+    assert isinstance(store, GraphStore)

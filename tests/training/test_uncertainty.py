@@ -1,0 +1,162 @@
+"""Ensembles and dropout left on: mean, standard deviation, and what calibration makes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from ase.build import bulk
+
+from srcgcnn_fast import CGCNN, SRCGCNN, InputError, load_model, predict
+from srcgcnn_fast.nn import ModelMetadata
+from srcgcnn_fast.training import (
+    Evaluation,
+    GraphDataModule,
+    Recipe,
+    Split,
+    calibrate,
+    calibration_plot,
+    coverage,
+    evaluate,
+    train_ensemble,
+)
+from srcgcnn_fast.training.calibration import ONE_STD
+from srcgcnn_fast.uncertainty import (
+    DROPOUT_SCALE,
+    Ensemble,
+    MonteCarloDropout,
+    load_ensemble,
+    save_ensemble,
+)
+
+CRYSTALS = [bulk("Cu"), bulk("NaCl", "rocksalt", a=5.6), bulk("Si")]
+
+
+def model(seed: int = 0, **options) -> SRCGCNN:
+    torch.manual_seed(seed)
+    made = SRCGCNN(2, 16, 16, **options)
+    made.metadata = ModelMetadata(("energy",), ("eV",), (0.5,), (2.0,))
+    return made.eval()
+
+
+def test_an_ensemble_gives_mean_and_standard_deviation_of_its_members(tmp_path):
+    members = [model(seed) for seed in range(4)]
+    each = np.stack([predict(member, CRYSTALS)["energy"] for member in members])
+    save_ensemble(Ensemble(members, (3.0,)), tmp_path / "e")
+    for given in (Ensemble(members, (3.0,)), tmp_path / "e", str(tmp_path / "e")):
+        table = predict(given, CRYSTALS)
+        assert list(table.columns) == ["id", "energy", "energy_std", "error"]
+        assert table["energy"].to_numpy() == pytest.approx(each.mean(axis=0), abs=1e-5)
+        assert table["energy_std"].to_numpy() == pytest.approx(3 * each.std(axis=0, ddof=1), abs=1e-5)
+    save_ensemble(Ensemble(members[:2]), tmp_path / "e")
+    assert len(load_ensemble(tmp_path / "e").members) == 2
+
+
+def test_dropout_left_on_repeats_and_touches_nothing_else(alloys):
+    one = model(dropout=0.2).train()
+    before = {name: value.clone() for name, value in one.state_dict().items()}
+    plain = predict(one, CRYSTALS)
+    tables = []
+    for seed in (5, 6):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        tables.append(predict(one, CRYSTALS, dropout_passes=400))
+    assert torch.equal(state, torch.get_rng_state()) and one.training and one.dropout.training
+    assert all(torch.equal(before[name], value) for name, value in one.state_dict().items())
+    pd.testing.assert_frame_equal(*tables)
+    spread = tables[0]["energy_std"].to_numpy()
+    assert (spread > 1e-3).all()
+    # The mean over many passes is the prediction, up to the head's curvature: nothing but dropout is random.
+    assert np.abs(tables[0]["energy"] - plain["energy"]).max() < 0.3 * spread.max()
+
+
+def test_what_cannot_spread_is_a_sentence(tmp_path):
+    with pytest.raises(InputError, match="no dropout to leave on"):
+        predict(model(), CRYSTALS, dropout_passes=10)
+    with pytest.raises(InputError, match="1 passes"):
+        MonteCarloDropout(model(dropout=0.1), 1)
+    with pytest.raises(InputError, match="ensemble of 1"):
+        Ensemble([model()])
+    with pytest.raises(InputError, match="predict the same"):
+        other = model()
+        other.metadata = dataclasses.replace(other.metadata, targets=("volume",))
+        Ensemble([model(), other])
+    with pytest.raises(InputError, match="own spread"):
+        predict(Ensemble([model(), model(1)]), CRYSTALS, dropout_passes=3)
+    with pytest.raises(InputError, match="probability"):
+        CGCNN(dropout=1.5)
+    with pytest.raises(InputError, match="no ensemble"):
+        load_ensemble(tmp_path)
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(InputError, match="other files"):
+        save_ensemble(Ensemble([model(), model(1)]), tmp_path)
+
+
+def test_a_classifier_keeps_the_published_dropout():
+    assert CGCNN(classification=True).dropout.p == 0.5
+    assert CGCNN().dropout is None and CGCNN(dropout=0.1).dropout.p == 0.1
+    assert CGCNN(dropout=0.1).state_dict().keys() == CGCNN().state_dict().keys()
+
+
+def test_coverage_of_normal_errors_is_the_level():
+    rng = np.random.default_rng(0)
+    std = rng.uniform(0.5, 2.0, (40_000, 2))
+    target = rng.normal(size=(40_000, 2))
+    target[:100, 1] = np.nan
+    error = rng.normal(size=std.shape) * std * [1.0, 3.0]
+    found = Evaluation(["x"] * len(std), ("a", "b"), target, target + error, {}, std)
+    levels = np.array([0.2, ONE_STD, 0.95])
+    observed = coverage(found, levels)
+    assert observed[0] == pytest.approx(levels, abs=0.01)
+    assert observed[1] == pytest.approx([0.067, 0.261, 0.486], abs=0.01)  # 2 Φ(z/3) - 1
+    with pytest.raises(InputError, match="no standard deviation"):
+        coverage(dataclasses.replace(found, std=None), levels)
+
+
+@pytest.fixture(scope="module")
+def trained(alloys, tmp_path_factory):
+    """An ensemble of two with dropout, its run and its data."""
+    split = Split(np.arange(0, 80), np.arange(80, 140), np.arange(140, 160))
+    data = GraphDataModule(alloys, "energy", split=split, batch_size=32)
+    build = lambda data: SRCGCNN(1, 8, 8, dropout=0.2)  # noqa: E731
+    folder = tmp_path_factory.mktemp("ensemble")
+    return train_ensemble(build, data, folder, Recipe(epochs=2), members=2, accelerator="cpu"), folder, data
+
+
+def test_a_trained_ensemble_is_calibrated_on_validation(trained, tmp_path):
+    ensemble, folder, data = trained
+    assert data.seed == 0
+    weights = [member.fc_out.weight for member in ensemble.members]
+    assert not torch.equal(*weights)
+    found = evaluate(ensemble, data, "val")
+    assert coverage(found, np.array([ONE_STD])) == pytest.approx(ONE_STD, abs=1 / 60)
+    assert ensemble.scale[0] > 1.2 or ensemble.scale[0] < 0.8  # two members do not happen to be right
+    loaded = load_ensemble(folder / "model")
+    assert loaded.scale == ensemble.scale
+    assert evaluate(loaded, data, "val").predicted == pytest.approx(found.predicted)
+    header = found.write(tmp_path / "t.csv").read_text().splitlines()[0]
+    assert header == "id,energy,energy_predicted,energy_std"
+    png = calibration_plot(tmp_path / "c.png", found, ensemble.scale)
+    assert png.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_calibration_of_dropout_travels_with_the_model(trained, tmp_path):
+    from srcgcnn_fast import save_model
+
+    _, folder, data = trained
+    one = load_model(folder / "member_0" / "model")
+    raw = predict(one, CRYSTALS, dropout_passes=10)["energy_std"]
+    scale = calibrate(MonteCarloDropout(one, 10), data)
+    save_model(one, tmp_path / "m")
+    assert load_model(tmp_path / "m").metadata.extra[DROPOUT_SCALE] == list(scale)
+    found = predict(tmp_path / "m", CRYSTALS, dropout_passes=10)["energy_std"]
+    assert found.to_numpy() == pytest.approx(scale[0] * raw.to_numpy(), rel=1e-5)
+
+
+def test_a_classifiers_spread_stays_as_it_is(alloys):
+    members = [SRCGCNN(1, 8, 8, classification=True).eval() for _ in range(2)]
+    ensemble = Ensemble(members, (7.0,))
+    assert calibrate(ensemble, GraphDataModule(alloys, "high")) == ensemble.scale == (1.0,)
