@@ -21,7 +21,7 @@ from .serialization import load_model
 if TYPE_CHECKING:
     import pandas as pd
 
-    from .graph import CrystalGraph, GraphParameters
+    from .graph import CrystalGraph, GraphBatch, GraphParameters
     from .nn import CGCNN, SRCGCNN
 
 _CHUNK = 1024
@@ -61,27 +61,13 @@ def predict(
     """
     pandas = require("pandas", "A table of predictions", extra="io")
     model = load_model(model) if isinstance(model, str | os.PathLike) else model
-    if batch_atoms < 1:
-        raise InputError(f"batch_atoms is {batch_atoms}; give at least 1.")
-    parameters = model.metadata.graph if isolated is None else replace(model.metadata.graph, isolated=isolated)
     targets = list(model.metadata.targets)
     if {"id", "error"} & set(targets) or len(set(targets)) < len(targets):
         raise InputError(f"The model's targets {targets} clash as columns beside id and error; rename them.")
-
-    ids: list[str] = []
-    errors: list[str | None] = []
-    values: list[np.ndarray] = []
-    training = model.training
-    model.eval()
-    try:
-        for chunk in _chunks(_counted(read_inputs(inputs, targets=(), timeout=timeout), progress)):
-            found, failures = _predict_chunk(model, chunk, parameters, batch_atoms)
-            ids += [record.id for record in chunk]
-            values.append(found)
-            errors += failures
-    finally:
-        model.train(training)
-    table = np.concatenate(values) if values else np.empty((0, len(targets)))
+    ids, table, errors = run_over(
+        model, inputs, model.predict, len(targets),
+        batch_atoms=batch_atoms, timeout=timeout, isolated=isolated, progress=progress,
+    )  # fmt: skip
     columns = {name: table[:, i] for i, name in enumerate(targets)}
     return pandas.DataFrame(
         {
@@ -90,6 +76,43 @@ def predict(
             "error": pandas.Series(errors, dtype=object),
         }
     )
+
+
+def run_over(
+    model: CGCNN | SRCGCNN,
+    inputs: Any,
+    function: Callable[[GraphBatch], torch.Tensor],
+    width: int,
+    *,
+    batch_atoms: int = 20_000,
+    timeout: float = 60.0,
+    isolated: Literal["error", "warn", "keep"] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[list[str], np.ndarray, list[str | None]]:
+    """What ``function``, a method of ``model`` from a batch of B crystals to (B, width), gives for every input.
+
+    Arguments are those of :func:`predict`.
+
+    Returns:
+        ids; (n, width) float64, NaN where there is an error; the sentence of each error, else None.
+    """
+    if batch_atoms < 1:
+        raise InputError(f"batch_atoms is {batch_atoms}; give at least 1.")
+    parameters = model.metadata.graph if isolated is None else replace(model.metadata.graph, isolated=isolated)
+    ids: list[str] = []
+    errors: list[str | None] = []
+    values: list[np.ndarray] = []
+    training = model.training
+    model.eval()
+    try:
+        for chunk in _chunks(_counted(read_inputs(inputs, targets=(), timeout=timeout), progress)):
+            found, failures = _run_over_chunk(model, chunk, function, width, parameters, batch_atoms)
+            ids += [record.id for record in chunk]
+            values.append(found)
+            errors += failures
+    finally:
+        model.train(training)
+    return ids, np.concatenate(values) if values else np.empty((0, width)), errors
 
 
 def write_table(frame: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
@@ -125,17 +148,22 @@ def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
         yield chunk
 
 
-def _predict_chunk(
-    model: Any, records: Sequence[Record], parameters: GraphParameters, batch_atoms: int
+def _run_over_chunk(
+    model: Any,
+    records: Sequence[Record],
+    function: Callable[[GraphBatch], torch.Tensor],
+    width: int,
+    parameters: GraphParameters,
+    batch_atoms: int,
 ) -> tuple[np.ndarray, list[str | None]]:
-    """(len(records), n_targets) float64, NaN where the sentence beside it is not None."""
+    """(len(records), width) float64, NaN where the sentence beside it is not None."""
     weight = model.embedding.weight
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32  # of the distances
-    values = np.full((len(records), len(model.metadata.targets)), np.nan)
+    values = np.full((len(records), width), np.nan)
     graphs, errors = _graphs(model, records, parameters, np.float64 if dtype == torch.float64 else np.float32)
     for batch in _batches(graphs, batch_atoms):
         with torch.inference_mode():
-            outputs = model.predict(collate([graphs[i] for i in batch], dtype).to(weight.device))
+            outputs = function(collate([graphs[i] for i in batch], dtype).to(weight.device))
         values[batch] = outputs.double().cpu().numpy()
         for i in batch:
             if not np.isfinite(values[i]).all():
