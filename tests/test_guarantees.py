@@ -54,7 +54,8 @@ def test_an_exported_program_runs_in_a_process_of_its_own(model_type, make_batch
     code = """
         import sys, torch, srcgcnn_fast.functional
         given, expected = torch.load(sys.argv[2])
-        out = torch.export.load(sys.argv[1]).module()(*given)
+        mend = {"check_guards": False} if torch.__version__.startswith("2.9.") else {}  # a NameError of that version
+        out = torch.export.load(sys.argv[1]).module(**mend)(*given)
         torch.testing.assert_close(out, expected)
     """
     command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "model.pt2"), str(tmp_path / "case.pt")]
