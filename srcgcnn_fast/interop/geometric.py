@@ -173,7 +173,7 @@ def _edges(edge_index: Any, edge_attr: Tensor | None, flow: str, caller: int) ->
         wrapped = type(edge_index).__name__ == "EdgeIndex"
         if flow == "source_to_target" and not wrapped:
             return edge_index, edge_attr
-        plain = edge_index.as_subclass(Tensor) if wrapped else edge_index
+        plain: Tensor = edge_index.as_tensor() if wrapped else edge_index  # type: ignore[attr-defined]
         if flow == "source_to_target":
             return _kept(edge_index, "plain", caller, lambda: plain.detach()), edge_attr
         return _kept(edge_index, "reversed", caller, lambda: plain.detach().flip(0)), edge_attr
