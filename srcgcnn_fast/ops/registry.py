@@ -55,8 +55,8 @@ def backends() -> dict[str, BackendStatus]:
         cpu = BackendStatus("cpu", "do not load" in core_problem, False, core_problem)
         cuda = BackendStatus("cuda", False, False, core_problem)
     else:
-        threads = torch.get_num_threads()
-        cpu = BackendStatus("cpu", True, True, f"C++, SIMD level {core.simd_level()}, {threads} threads")
+        threads = f"{torch.get_num_threads()} threads" if core.openmp else "1 thread, built without OpenMP"
+        cpu = BackendStatus("cpu", True, True, f"C++, SIMD level {core.simd_level()}, {threads}")
         built = not core.cuda.startswith("not built")
         why = "its kernels are not connected to the operators yet" if built else core.cuda
         cuda = BackendStatus("cuda", built, False, why)

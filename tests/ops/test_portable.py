@@ -16,10 +16,12 @@ from srcgcnn_fast.functional import BatchNorm, gated_conv
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-FLAGS = "-std=c++17 -O3 -fno-tree-pre -ffp-contract=fast -Wall -Wextra -Wno-psabi -Werror -DSRCGCNN_LEVEL=portable"
+FLAGS = "-std=c++17 -O3 -ffp-contract=fast -Wall -Wextra -Wno-psabi -Werror -DSRCGCNN_LEVEL=portable"
+SEQUENTIAL = "-Wno-unknown-pragmas -Wno-unused-parameter"
 BUILDS = {
-    "aarch64": ("aarch64-linux-gnu-g++", "-fopenmp -static", ["qemu-aarch64-static"]),
-    "no OpenMP": ("g++", "-Wno-unknown-pragmas -Wno-unused-parameter", []),
+    "aarch64": ("aarch64-linux-gnu-g++", "-fno-tree-pre -fopenmp -static", ["qemu-aarch64-static"]),
+    "aarch64, clang": ("clang++-16", f"--target=aarch64-linux-gnu -static {SEQUENTIAL}", ["qemu-aarch64-static"]),
+    "no OpenMP": ("g++", f"-fno-tree-pre {SEQUENTIAL}", []),
 }
 F, K = 32, 41
 
@@ -30,7 +32,7 @@ def program(request, tmp_path_factory):
     compiler, flags, runner = BUILDS[request.param]
     for tool in (compiler, *runner):
         if shutil.which(tool) is None:
-            pytest.skip(f"{tool} is not installed (Debian: g++-aarch64-linux-gnu, qemu-user-static)")
+            pytest.skip(f"{tool} is not installed (Debian: g++-aarch64-linux-gnu, clang-16, qemu-user-static)")
     binary = tmp_path_factory.mktemp("portable") / "portable"
     command = [compiler, *FLAGS.split(), *flags.split(), "-I", "csrc/cpu", "tests/ops/portable.cpp", "-o", str(binary)]
     built = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
