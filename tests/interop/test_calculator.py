@@ -97,6 +97,14 @@ def test_symmetry_leaves_no_force(atoms):
         assert np.abs(own.get_forces(atoms)).max() > 1e-3
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_smoothing_changes_nothing_in_short_rows_far_from_the_radius(padded):
+    atoms = ase.build.bulk("Si", cubic=True)  # 4 neighbours at 2.35 Å, the next at 3.84
+    own, smooth = (CrystalCalculator(model("cgcnn", 3.6, padded), smoothing=s) for s in (None, 1.0))
+    assert smooth.get_potential_energy(atoms) == pytest.approx(own.get_potential_energy(atoms), rel=1e-12)
+    np.testing.assert_allclose(smooth.get_stress(atoms), own.get_stress(atoms), rtol=1e-9, atol=1e-14)
+
+
 def roughest(calculator: CrystalCalculator, points: int) -> float:
     """The largest second difference of the energy along a path of 1 Å."""
     base, direction = rattled(), np.random.default_rng(1).normal(size=(8, 3))
