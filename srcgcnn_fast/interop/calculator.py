@@ -18,7 +18,7 @@ from ..graph.crystal import from_ase
 from ..graph.elements import ELEMENT_SYMBOLS
 from ..nn import CGCNN, SRCGCNN
 from ..serialization import load_model
-from .smoothing import soft_choice, weighted_convolve
+from .smoothing import is_no_stack, soft_choice, weighted_convolve
 
 _ase: Any = require("ase.calculators.calculator", "An ASE calculator", "io")
 _stress: Any = require("ase.stress", "An ASE calculator", "io")
@@ -69,6 +69,7 @@ class CrystalCalculator(_ase.Calculator):  # type: ignore[misc]
                     f"smoothing must be between 0 and the radius of {metadata.graph.radius:g} Å, not {smoothing!r}."
                 )
             self.model._convolve = partial(weighted_convolve, self.model)  # type: ignore[method-assign]
+            self.model._is_stack = is_no_stack  # type: ignore[method-assign]
         derived = [] if self._energy is None else ["energy", "free_energy", "forces", "stress"]
         self.implemented_properties = [*derived, *(name for name in metadata.targets if name not in derived)]
 

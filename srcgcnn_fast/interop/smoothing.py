@@ -68,8 +68,13 @@ def soft_choice(batch: GraphBatch, parameters: GraphParameters, width: float) ->
     return _Messages(receiver, sender, distance, weight)
 
 
+def is_no_stack() -> bool:
+    """In place of the model's own method: its forward shall call :func:`weighted_convolve`."""
+    return False
+
+
 def weighted_convolve(
-    model: Any, h: Tensor, species: Tensor | None, batch: GraphBatch, return_steps: bool
+    model: Any, h: Tensor, species: Tensor | None, batch: GraphBatch, return_steps: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
     """The convolutions of either model, in evaluation mode, with a weight for every edge's message."""
     h = h if species is None else h.index_select(0, species)

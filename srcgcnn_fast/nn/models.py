@@ -300,7 +300,8 @@ class SRCGCNN(CrystalModel):
         return functional.recurrent_gated_conv(
             h,
             batch,
-            *layers[0][:2],
+            layers[0].weight,
+            layers[0].bias,
             [layer.bn1 for layer in layers],
             [layer.bn2 for layer in layers],
             layer_norm=self.recurrent_norm,
