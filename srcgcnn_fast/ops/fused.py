@@ -315,7 +315,7 @@ def takes_network(
 ) -> bool:
     """Is this a call of the kernels, and can they take all of it at once?"""
     fits = cpu.core is not None and h.dtype in cpu.DTYPES and embedding.weight.shape[0] % cpu.kernel_width(h.dtype) == 0
-    return fits and bool(layers) and takes_readout(h, [embedding, *readout_layers])
+    return fits and len(layers) > 0 and takes_readout(h, [embedding, *readout_layers])
 
 
 def network(
