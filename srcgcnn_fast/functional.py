@@ -317,8 +317,7 @@ def _stack(
 
 def _with_shells(batch: GraphBatch, edges: Edges, dtype: torch.dtype) -> fused.Graph:
     """The edges with their distinct distances, which the batch keeps."""
-    shells: tuple[Tensor, Tensor, Tensor] = batch.cached(("shells", dtype), lambda: fused.with_shells(edges)[5:8])
-    return fused.Graph(*edges[:5], *shells, edges.dmin, edges.step)
+    return fused.with_shells(edges, batch.cached(("shells", dtype), lambda: fused.shells(edges)))
 
 
 def _moments(
@@ -359,7 +358,7 @@ def _needs_autograd(
         return True
     if not torch.is_grad_enabled():
         return False
-    vectors = [x for layer in layers for x in (*layer[:2], *layer.bn1[:2], *layer.bn2[:2])]
+    vectors = [x for w, b, bn1, bn2 in layers for x in (w, b, bn1.weight, bn1.bias, bn2.weight, bn2.bias)]
     vectors += [h, *(embedding or ()), *(x for layer in readout_layers for x in layer)]
     return _requires_grad(batch) or any(x is not None and x.requires_grad for x in vectors)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +24,7 @@ from .uncertainty import Ensemble, MonteCarloDropout, Sampler, load_predictor
 if TYPE_CHECKING:
     import pandas as pd
 
-    from .graph import CrystalGraph, GraphParameters
+    from .graph import CrystalGraph, GraphBatch, GraphParameters
     from .nn import CGCNN, SRCGCNN
 
 Predictor = Callable[[GraphBatch], torch.Tensor]
@@ -79,40 +80,21 @@ def predict(
     predictor = _predictor(model, dropout_passes)
     models = predictor.models if isinstance(predictor, Sampler) else [predictor]
     metadata = models[0].metadata
-    if batch_atoms < 1:
-        raise InputError(f"batch_atoms is {batch_atoms}; give at least 1.")
-    own = metadata.graph
-    parameters = replace(own, isolated=isolated or own.isolated, disorder=disorder or own.disorder)
     suffixes = ("", "_std") if isinstance(predictor, Sampler) else ("",)
     columns = [f"{target}{suffix}" for target in metadata.targets for suffix in suffixes]
     if {"id", "error"} & set(columns) or len(set(columns)) < len(columns):
         raise InputError(f"The model's targets {columns} clash as columns beside id and error; rename them.")
-
-    ids: list[str] = []
-    errors: list[str | None] = []
-    values: list[np.ndarray] = []
-    if captured and isinstance(predictor, Sampler):
-        raise InputError("captured predictions are of one model; leave captured out for an ensemble or dropout passes.")
-    call = CapturedModel(models[0]) if captured else _moving(predictor)
-    training = [each.training for each in models]
-    for each in models:
-        each.eval()
-    try:
-        if (store := _as_store(inputs)) is not None:
-            chunks = _of_store(models[0], call, store, parameters, batch_atoms, progress)
-        else:
-            read = read_inputs(inputs, targets=(), timeout=timeout, disorder=parameters.disorder)
-            records = _chunks(_counted(read, progress))
-            width = len(columns)
-            chunks = (_predict_chunk(models[0], chunk, width, call, parameters, batch_atoms) for chunk in records)
-        for names, found, failures in chunks:
-            ids += names
-            values.append(found)
-            errors += failures
-    finally:
-        for each, mode in zip(models, training, strict=True):
-            each.train(mode)
-    table = np.concatenate(values) if values else np.empty((0, len(columns)))
+    function: Predictor
+    if isinstance(predictor, Sampler):
+        if captured:
+            raise InputError("Captured predictions are of one model without spread; leave captured out.")
+        function = partial(_side_by_side, predictor)
+    else:
+        function = CapturedModel(predictor) if captured else predictor.predict
+    ids, table, errors = run_over(
+        models, inputs, function, len(columns),
+        batch_atoms=batch_atoms, timeout=timeout, isolated=isolated, disorder=disorder, progress=progress,
+    )  # fmt: skip
     return pandas.DataFrame(
         {
             "id": pandas.Series(ids, dtype=object),
@@ -120,6 +102,61 @@ def predict(
             "error": pandas.Series(errors, dtype=object),
         }
     )
+
+
+def _side_by_side(sampler: Sampler, batch: GraphBatch) -> torch.Tensor:
+    """(B, 2T): mean and standard deviation of each target."""
+    return torch.stack(sampler.predict(batch), dim=2).flatten(1)
+
+
+def run_over(
+    models: Sequence[CGCNN | SRCGCNN],
+    inputs: Any,
+    function: Predictor,
+    width: int,
+    *,
+    batch_atoms: int = 20_000,
+    timeout: float = 60.0,
+    isolated: Literal["error", "warn", "keep"] | None = None,
+    disorder: Literal["error", "majority", "average"] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[list[str], np.ndarray, list[str | None]]:
+    """What ``function``, from a batch of B crystals to (B, width), gives for every input.
+
+    ``models`` are those that it uses, on one device and trained on graphs of one kind. Other arguments are those of
+    :func:`predict`.
+
+    Returns:
+        ids; (n, width) float64, NaN where there is an error; the sentence of each error, else None.
+    """
+    if batch_atoms < 1:
+        raise InputError(f"batch_atoms is {batch_atoms}; give at least 1.")
+    model = models[0]
+    own = model.metadata.graph
+    parameters = replace(own, isolated=isolated or own.isolated, disorder=disorder or own.disorder)
+    is_captured = isinstance(function, CapturedModel)  # which takes batches on the CPU itself
+    call = function if is_captured else _moving(function, model.embedding.weight.device)
+    ids: list[str] = []
+    errors: list[str | None] = []
+    values: list[np.ndarray] = []
+    training = [each.training for each in models]
+    for each in models:
+        each.eval()
+    try:
+        if (store := _as_store(inputs)) is not None:
+            chunks = _of_store(model, call, store, parameters, batch_atoms, progress)
+        else:
+            read = read_inputs(inputs, targets=(), timeout=timeout, disorder=parameters.disorder)
+            records = _chunks(_counted(read, progress))
+            chunks = (_run_over_chunk(model, chunk, width, call, parameters, batch_atoms) for chunk in records)
+        for names, found, failures in chunks:
+            ids += names
+            values.append(found)
+            errors += failures
+    finally:
+        for each, mode in zip(models, training, strict=True):
+            each.train(mode)
+    return ids, np.concatenate(values) if values else np.empty((0, width)), errors
 
 
 def write_table(frame: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
@@ -164,7 +201,7 @@ def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
         yield chunk
 
 
-def _predict_chunk(
+def _run_over_chunk(
     model: Any, records: Sequence[Record], width: int, call: Predictor, parameters: GraphParameters, batch_atoms: int
 ) -> Chunk:
     names = [record.id for record in records]
@@ -222,17 +259,11 @@ def _nothing(count: int) -> list[str | None]:
     return [None] * count
 
 
-def _moving(predictor: Any) -> Predictor:
-    """What ``predictor`` says of batches on the CPU; a sampler: mean and deviation of each target, side by side."""
-    is_sampler = isinstance(predictor, Sampler)
-    device = (predictor.models[0] if is_sampler else predictor).embedding.weight.device
-
-    def call(batch: GraphBatch) -> torch.Tensor:
-        is_cuda = device.type == "cuda"
-        out = predictor.predict(batch.pin_memory().to(device, non_blocking=True) if is_cuda else batch.to(device))
-        return torch.stack(out, dim=2).flatten(1) if is_sampler else out
-
-    return call
+def _moving(function: Predictor, device: torch.device) -> Predictor:
+    """``function`` of batches on the CPU."""
+    if device.type != "cuda":
+        return lambda batch: function(batch.to(device))
+    return lambda batch: function(batch.pin_memory().to(device, non_blocking=True))
 
 
 def _run(call: Predictor, batches: Iterable[GraphBatch]) -> Iterator[np.ndarray]:

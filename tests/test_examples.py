@@ -32,6 +32,7 @@ def losses_of(line: str) -> list[float]:
 def test_every_example_has_a_test():
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
         "own_network.py",
+        "relax.py",
         "switch_published.py",
         "switch_pyg.py",
     }
@@ -80,13 +81,16 @@ def test_own_network():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", ["cgcnn", "SR-CGCNN/SR-CGCNN"])
+@pytest.mark.parametrize("program", ["cgcnn2", "cgcnn", "SR-CGCNN/SR-CGCNN"])
 def test_switch_published(program):
     pytest.importorskip("ase", reason="ASE is not installed")
     where = Path(os.environ.get("SRCGCNN_PEERS", "")) / program
-    if not (where / "cgcnn" / "model.py").is_file():
+    if program == "cgcnn2":
+        pytest.importorskip("cgcnn2", reason="cgcnn2 is not installed")
+    elif not (where / "cgcnn" / "model.py").is_file():
         pytest.skip(f"SRCGCNN_PEERS does not hold {program}")
-    _, theirs, ours = run("switch_published.py", str(where)).strip().splitlines()
+    arguments = [] if program == "cgcnn2" else [str(where)]
+    _, theirs, ours = run("switch_published.py", *arguments).strip().splitlines()
     assert losses_of(theirs)[0] == pytest.approx(losses_of(ours)[0], rel=1e-5, abs=1e-6)
     assert losses_of(theirs)[1] == pytest.approx(losses_of(ours)[1], rel=1e-2, abs=1e-3)
 
@@ -99,3 +103,15 @@ def test_switch_pyg():
     _, *lines = run("switch_pyg.py").strip().splitlines()
     (theirs,), *others = (losses_of(line) for line in lines)
     assert len(others) == 2 and all(x == pytest.approx(theirs, rel=1e-2, abs=1e-3) for (x,) in others)
+
+
+@pytest.mark.slow
+def test_relax():
+    for module in ("ase", "sklearn", "lightning"):
+        pytest.importorskip(module, reason=f"{module} is not installed")
+    predicted, theory, cell = (
+        [float(x) for x in re.findall(r"-?\d+\.\d{3}", line)] for line in run("relax.py").strip().splitlines()
+    )
+    assert predicted[1] < predicted[0]
+    assert theory[1] < theory[0] - 0.2  # the true energy of the cell falls with the predicted one
+    assert 3.6 < cell[1] < cell[0] - 0.08

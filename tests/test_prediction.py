@@ -56,8 +56,8 @@ def test_iterables_are_read_in_chunks(monkeypatch):
         held.append(len(records))
         return records
 
-    original = prediction._predict_chunk
-    monkeypatch.setattr(prediction, "_predict_chunk", lambda m, records, *more: original(m, watch(records), *more))
+    original = prediction._run_over_chunk
+    monkeypatch.setattr(prediction, "_run_over_chunk", lambda m, records, *more: original(m, watch(records), *more))
     counts = []
     frame = sf.predict(make_model(), (c for c in inputs), progress=counts.append)
     assert held == [5, 5, 5, 5, 3] and counts == list(range(1, 24)) and len(frame) == 23

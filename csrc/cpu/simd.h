@@ -230,7 +230,7 @@ struct MathOf<double> {
 };
 
 // Denormal numbers cost a hundred cycles each: treat them as zero while a kernel runs, and leave the thread as it was.
-class FlushDenormals {
+class [[maybe_unused]] FlushDenormals {
  public:
 #if defined(__x86_64__)
   FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
@@ -238,6 +238,15 @@ class FlushDenormals {
 
  private:
   unsigned saved_;
+#elif defined(__aarch64__)
+  FlushDenormals() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    asm volatile("msr fpcr, %0" : : "r"(saved_ | (1u << 24)));
+  }
+  ~FlushDenormals() { asm volatile("msr fpcr, %0" : : "r"(saved_)); }
+
+ private:
+  uint64_t saved_;
 #endif
 };
 

@@ -32,6 +32,7 @@ class CrystalRegressor(_base.RegressorMixin, _base.BaseEstimator):  # type: igno
         model: "cgcnn" or "sr-cgcnn".
         n_conv: convolutions, or recurrent steps.
         radius: cutoff of the neighbours, Å.
+        isolated: "keep" takes crystals with atoms that have no neighbour within the radius, "error" refuses them.
 
     Attributes:
         model_: the trained model; save it with :func:`srcgcnn_fast.save_model`.
@@ -51,6 +52,7 @@ class CrystalRegressor(_base.RegressorMixin, _base.BaseEstimator):  # type: igno
         validation_fraction: float = 0.1,
         radius: float = 8.0,
         max_neighbors: int = 12,
+        isolated: Literal["error", "keep"] = "error",
         random_state: int = 0,
     ) -> None:
         self.model = model
@@ -63,6 +65,7 @@ class CrystalRegressor(_base.RegressorMixin, _base.BaseEstimator):  # type: igno
         self.validation_fraction = validation_fraction
         self.radius = radius
         self.max_neighbors = max_neighbors
+        self.isolated = isolated
         self.random_state = random_state
 
     def fit(self, X: Sequence[Any], y: Any) -> CrystalRegressor:
@@ -83,7 +86,7 @@ class CrystalRegressor(_base.RegressorMixin, _base.BaseEstimator):  # type: igno
         if not np.isfinite(table).all():
             raise InputError(f"Target {int(np.argmin(np.isfinite(table).all(axis=1)))} is not a finite number.")
         names = [f"target_{k}" for k in range(table.shape[1])] if values.ndim > 1 else ["target"]
-        graph = GraphParameters(radius=self.radius, max_neighbors=self.max_neighbors)
+        graph = GraphParameters(self.radius, self.max_neighbors, isolated=self.isolated)
         held_out = self.validation_fraction
         recipe = Recipe(epochs=self.epochs, lr=self.lr)
         with tempfile.TemporaryDirectory() as folder:

@@ -135,18 +135,17 @@ class GeometricConv(Swapped):
         return [(x[0], edge_index, edge_attr)] if len(x) == 1 else [(tuple(x), edge_index, edge_attr)]
 
     def forward(self: Any, x: Any, edge_index: Any, edge_attr: Tensor | None = None) -> Tensor:
-        theirs: Any = super()
         hooked = self.explain or any(hooks for name, hooks in vars(self).items() if _is_propagation_hook(name))
         source, target = x if isinstance(x, tuple | list) else (x, x)
         if hooked or own_formula(self) or not isinstance(source, Tensor) or not isinstance(target, Tensor):
-            return theirs.forward(x, edge_index, edge_attr)
+            return super().forward(x, edge_index, edge_attr)  # type: ignore[misc]
         edges, features = _edges(edge_index, edge_attr, self.flow, id(self))
         fits = features is None or (features.ndim == 2 and len(features) == edges.shape[1])
         given = 0 if features is None or not fits else features.shape[1]
         fits = fits and source.shape[-1] + target.shape[-1] + given == self.lin_f.weight.shape[1]
         graph = _graph(edges, len(source), len(target), id(self)) if fits else None
         if graph is None:
-            return theirs.forward(x, edge_index, edge_attr)
+            return super().forward(x, edge_index, edge_attr)  # type: ignore[misc]
         return _cg_conv(self, source, target, edges, features, graph)
 
 
@@ -174,7 +173,7 @@ def _edges(edge_index: Any, edge_attr: Tensor | None, flow: str, caller: int) ->
         wrapped = type(edge_index).__name__ == "EdgeIndex"
         if flow == "source_to_target" and not wrapped:
             return edge_index, edge_attr
-        plain = edge_index.as_subclass(Tensor) if wrapped else edge_index
+        plain: Tensor = edge_index.as_tensor() if wrapped else edge_index  # type: ignore[attr-defined]
         if flow == "source_to_target":
             return _kept(edge_index, "plain", caller, lambda: plain.detach()), edge_attr
         return _kept(edge_index, "reversed", caller, lambda: plain.detach().flip(0)), edge_attr

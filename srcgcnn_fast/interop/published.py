@@ -85,9 +85,8 @@ class PublishedConv(Swapped):
         ):
             batch = neighbor_batch(nbr_fea, nbr_fea_idx, h.dtype, (id(self), id(norms[0])))
         if batch is None or batch.num_edges < 2 or batch.num_rows < 2:
-            own: Any = super()
             more = {name: norm for name, norm in given.items() if norm is not None}
-            return own.forward(atom_in_fea, nbr_fea, nbr_fea_idx, **more)
+            return super().forward(atom_in_fea, nbr_fea, nbr_fea_idx, **more)  # type: ignore[misc]
         linear: Any = self.fc_full
         first, second = (batch_norm_state(norm) for norm in norms)
         return functional.gated_conv(h, batch, linear.weight, linear.bias, first, second, dmin=0.0, step=1.0)
@@ -124,8 +123,7 @@ class PublishedPooling(Swapped):
             or any(x.ndim != 1 for x in crystal_atom_idx)
             or sum(map(len, crystal_atom_idx)) != atom_fea.shape[0]
         ):
-            own: Any = super()
-            return own.pooling(atom_fea, crystal_atom_idx)
+            return super().pooling(atom_fea, crystal_atom_idx)  # type: ignore[misc]
         counts = torch.tensor([len(x) for x in crystal_atom_idx], device=atom_fea.device)
         rows = atom_fea.index_select(0, torch.cat(list(crystal_atom_idx)).to(atom_fea.device))
         crystal = torch.repeat_interleave(counts, output_size=atom_fea.shape[0])

@@ -138,7 +138,7 @@ class CrystalModel(nn.Module):
         """What is embedded: the rows' own features, or the element table and each row's place in it."""
         if batch.atom_features is not None:
             return batch.atom_features.to(self.embedding.weight.dtype), None
-        if not bool(self._hyperparameters["orig_atom_fea_len"] == self.element_table.shape[1]):
+        if self._hyperparameters["orig_atom_fea_len"] != self.element_table.shape[1]:
             raise InputError("The element table's width is not orig_atom_fea_len; set a table that fits.")
         return self.element_table, batch.numbers
 
@@ -320,7 +320,8 @@ class SRCGCNN(CrystalModel):
         return functional.recurrent_gated_conv(
             h,
             batch,
-            *layers[0][:2],
+            layers[0].weight,
+            layers[0].bias,
             [layer.bn1 for layer in layers],
             [layer.bn2 for layer in layers],
             layer_norm=self.recurrent_norm,

@@ -18,20 +18,30 @@ from .reference import BatchNorm, Dense, Edges
 _ops = torch.ops.srcgcnn_fast
 
 
-def with_shells(edges: Edges) -> Graph:
-    """The edges with the distinct distances of every crystal, which the kernels of a GPU do without."""
+# torch 2.6 cannot trace slices and _replace of named tuples: what is traced names their parts, or makes a plain tuple.
+
+
+def shells(edges: Edges) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The distinct distances of every crystal, which the kernels of a GPU do without."""
     if edges.features is not None or edges.distance.device.type != "cpu":
-        return Graph(*edges[:5], None, None, None, edges.dmin, edges.step)
-    shells: tuple[Tensor, Tensor, Tensor] = _ops.edge_shells(edges.distance.detach().contiguous(), *edges[2:5])
-    return Graph(*edges[:5], *shells, edges.dmin, edges.step)
+        return None, None, None
+    found: tuple[Tensor, Tensor, Tensor] = _ops.edge_shells(
+        edges.distance.detach().contiguous(), edges.sender, edges.row_ptr, edges.crystal_ptr
+    )
+    return found
+
+
+def with_shells(edges: Edges, found: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None) -> Graph:
+    """The edges with their :func:`shells`, which ``found`` may hold already."""
+    distance, features, sender, row_ptr, crystal_ptr, dmin, step = edges
+    return Graph(distance, features, sender, row_ptr, crystal_ptr, *(found or shells(edges)), dmin, step)
 
 
 def moments(row_weight: Tensor, graph: Graph, n_features: int) -> Moments:
     """What batch statistics need, from the graph alone."""
-    graph = graph._replace(
-        distance=graph.distance.detach(), features=None if graph.features is None else graph.features.detach()
-    )
-    return Moments(row_weight, *_ops.edge_moments(row_weight, *graph, n_features))
+    distance, features, *others = graph
+    features = None if features is None else features.detach()
+    return Moments(row_weight, *_ops.edge_moments(row_weight, distance.detach(), features, *others, n_features))
 
 
 def _widen(x: Tensor, width: int, more: int) -> Tensor:
@@ -305,7 +315,7 @@ def takes_network(
 ) -> bool:
     """Is this a call of the kernels, and can they take all of it at once?"""
     fits = cpu.core is not None and h.dtype in cpu.DTYPES and embedding.weight.shape[0] % cpu.kernel_width(h.dtype) == 0
-    return fits and bool(layers) and takes_readout(h, [embedding, *readout_layers])
+    return fits and len(layers) > 0 and takes_readout(h, [embedding, *readout_layers])
 
 
 def network(
@@ -344,8 +354,8 @@ def stack(
             wide if species is None else embedding(species, wide),
             [layer.weight for layer in own],
             [layer.bias for layer in own if layer.bias is not None],
-            [x for layer in folded for x in layer[2:10]],
-            [x for layer in folded for x in layer[10:12]],
+            [x for layer in folded for x in tuple(layer)[2:10]],
+            [x for layer in folded for x in tuple(layer)[10:12]],
             shared,
             *graph,
         )

@@ -56,8 +56,8 @@ def backends() -> dict[str, BackendStatus]:
     if core is None:
         cpu = BackendStatus("cpu", "do not load" in core_problem, False, core_problem)
     else:
-        threads = torch.get_num_threads()
-        cpu = BackendStatus("cpu", True, True, f"C++, SIMD level {core.simd_level()}, {threads} threads")
+        threads = f"{torch.get_num_threads()} threads" if core.openmp else "1 thread, built without OpenMP"
+        cpu = BackendStatus("cpu", True, True, f"C++, SIMD level {core.simd_level()}, {threads}")
     built = core is not None and not core.cuda.startswith("not built")
     no_cuda = cuda_problem()
     with_cuda = "inference in float32; its logic is tested on a CPU, and it has not run on a GPU yet"

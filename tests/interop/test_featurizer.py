@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import srcgcnn_fast as sf
+from srcgcnn_fast.errors import InputError
+from srcgcnn_fast.graph import collate
+
+pytest.importorskip("ase", reason="ASE is not installed")
+from ase.build import bulk
+
+from srcgcnn_fast.interop.featurizer import CrystalFeaturizer
+
+CRYSTALS = [bulk("NaCl", "rocksalt", a=5.6), bulk("Fe"), bulk("Si"), bulk("Ti")]
+
+
+@pytest.fixture(params=[sf.CGCNN, sf.SRCGCNN])
+def model(request):
+    torch.manual_seed(0)
+    return request.param(2, atom_fea_len=16, h_fea_len=8)
+
+
+def test_features_are_the_models(model):
+    featurizer = CrystalFeaturizer(model)
+    with torch.no_grad():
+        expected = model.eval().features(collate(sf.build_graphs(CRYSTALS))).numpy()
+    model.train()
+    many = featurizer.featurize_many(CRYSTALS)
+    np.testing.assert_allclose(many, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(featurizer.featurize(CRYSTALS[2]), expected[2], rtol=1e-5, atol=1e-6)
+    column = np.empty((len(CRYSTALS), 1), dtype=object)  # as a dataframe hands it over
+    for k, crystal in enumerate(CRYSTALS):
+        column[k, 0] = crystal
+    assert featurizer.featurize_many(column) == many
+    assert len(set(featurizer.feature_labels())) == 16 and model.training
+    assert all("@" in text for text in featurizer.citations()) and featurizer.implementors()
+
+
+def test_from_a_saved_model(model, tmp_path):
+    saved = sf.save_model(model, tmp_path / "model")
+    assert CrystalFeaturizer(str(saved or tmp_path / "model")).featurize(CRYSTALS[1]) == pytest.approx(
+        CrystalFeaturizer(model).featurize(CRYSTALS[1]), rel=1e-6
+    )
+
+
+def test_bad_input(model):
+    featurizer, lonely = CrystalFeaturizer(model), bulk("Ar", "sc", a=20.0)
+    with pytest.raises(InputError, match="no neighbo"):
+        featurizer.featurize_many([CRYSTALS[0], lonely])
+    with pytest.raises(InputError, match="ignore_errors=True"):
+        featurizer.featurize_many(CRYSTALS, return_errors=True)
+    good, bad = featurizer.featurize_many([CRYSTALS[0], lonely], ignore_errors=True, return_errors=True)
+    assert math.isnan(good[-1]) and np.isfinite(good[:-1]).all()
+    assert np.isnan(bad[:-1]).all() and "no neighbo" in bad[-1]
+    assert np.isnan(featurizer.featurize_many([lonely], ignore_errors=True)).all()
+
+
+def test_inside_matminer(model):
+    base = pytest.importorskip("matminer.featurizers.base", reason="matminer is not installed")
+    pandas = pytest.importorskip("pandas")
+    featurizer = CrystalFeaturizer(model)
+    frame = pandas.DataFrame({"structure": pandas.Series([*CRYSTALS, bulk("Ar", "sc", a=20.0)], dtype=object)})
+    wide = featurizer.featurize_dataframe(frame, "structure", ignore_errors=True, return_errors=True, pbar=False)
+    assert list(wide.columns) == ["structure", *featurizer.feature_labels(), "CrystalFeaturizer Exceptions"]
+    np.testing.assert_array_equal(wide[featurizer.feature_labels()].to_numpy()[:4], featurizer.featurize_many(CRYSTALS))
+    both = base.MultipleFeaturizer([featurizer], iterate_over_entries=False)
+    np.testing.assert_array_equal(both.featurize_many(CRYSTALS, pbar=False), featurizer.featurize_many(CRYSTALS))
+    assert featurizer.get_params()["model"] is model
