@@ -238,8 +238,8 @@ class SRCGCNN(CrystalModel):
 
     Args:
         n_recurrent_steps: T, applications of the one convolution; each has its own batch norms.
-        recurrent_shared_norms: one scale and shift for the batch norms of all steps, which keep their own statistics, so
-            that T costs no parameters. The published program has no such model.
+        recurrent_shared_norms: one scale and shift for the batch norms of all steps, which keep their own statistics;
+            T then costs no parameters. The published program has no such model.
         recurrent_layer_norm: a LayerNorm after each step.
         recurrent_learnable_alpha: a learned gate between old and new features per step.
 

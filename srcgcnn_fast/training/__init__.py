@@ -10,7 +10,9 @@ from .data import GraphDataModule, Split, random_split  # noqa: E402
 from .evaluate import Evaluation, evaluate  # noqa: E402
 from .fit import FitResult, fit  # noqa: E402
 from .module import Recipe, TrainingModule  # noqa: E402
+from .report import compare_study  # noqa: E402
 from .sources import prepared  # noqa: E402
+from .study import read_study  # noqa: E402
 
 __all__ = [
     "Comparison",
@@ -21,8 +23,10 @@ __all__ = [
     "Split",
     "TrainingModule",
     "compare",
+    "compare_study",
     "evaluate",
     "fit",
     "prepared",
     "random_split",
+    "read_study",
 ]

@@ -45,6 +45,7 @@ def learning_curves(
     histories: Mapping[str, Sequence[Mapping[str, Any]]],
     metric: str = "val_mae",
     unit: str = "",
+    dpi: int = 150,
 ) -> Path:
     """Training loss and ``metric`` on the validation set against the epoch, one line per model."""
     figure, (left, right) = _figure(2, width=4.4, height=3.4)
@@ -58,7 +59,7 @@ def learning_curves(
         if all(row[name] > 0 for rows in histories.values() for row in rows):
             axis.set_yscale("log")
     right.legend(frameon=False)
-    return _save(figure, path)
+    return _save(figure, path, dpi)
 
 
 def depth_plot(
@@ -99,7 +100,8 @@ def element_plot(
     figure, (axis,) = _figure(1, width=11.0, height=3.4)
     for (name, values), colour in zip(errors.items(), COLOURS, strict=False):
         axis.plot(range(len(numbers)), values, "o-", label=name, color=colour, markersize=3.5, linewidth=0.8)
-    axis.set_xticks(range(len(numbers)), [ELEMENT_SYMBOLS[z] for z in numbers], fontsize=7)
+    labels = ["\n" * (k % 2) + ELEMENT_SYMBOLS[z] for k, z in enumerate(numbers)]  # on two lines, else they touch
+    axis.set_xticks(range(len(numbers)), labels, fontsize=7)
     axis.set(ylabel=_label("MAE", unit), xlim=(-1, len(numbers)), ylim=(0, None))
     axis.legend(frameon=False)
     return _save(figure, path, 100)

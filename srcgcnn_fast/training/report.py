@@ -23,7 +23,7 @@ from .module import Recipe
 from .sources import Source, prepared
 from .study import Run, Runs, Section, Study, Variant, kept_runs, run_study
 
-RESAMPLES = 4000
+RESAMPLES = 2000
 SIZES = ((1, 4), (5, 8), (9, 16), (17, 32), (33, 64), (65, None))
 MIN_WITH_ELEMENT = 20
 
@@ -142,9 +142,10 @@ def write_report(
         for target in section.targets:
             found = _Found(section, runs, data[target], target)
             if found.variants:
-                blocks += [_Heading(3, f"{section.title}: {found.quantity}"), _table(found)]
+                summaries = [_summary(found, variant) for variant in found.variants]
+                blocks += [_Heading(3, f"{section.title}: {found.quantity}"), _table(found, summaries)]
                 blocks += [_Image(*image) for image in _pictures(found, out, f"{number + 1}-{target}")]
-                record += [_summary(found, variant) for variant in found.variants]
+                record += summaries
     rows = [_row(section, key, run) for section, runs in results for key, run in runs.items()]
     _write(out / "report.json", json.dumps({"command": command, "results": record, "runs": rows}, indent=1) + "\n")
     _write(out / "report.md", "\n\n".join(block.markdown() for block in blocks) + "\n")
@@ -211,7 +212,7 @@ def _introduction(
         *_text(study.text),
         _List(lines),
         _Text(
-            f"{len(distinct)} runs, {hours:.2f} h of training in all, on {', '.join(machines) or 'nothing yet'}. "
+            f"{len(distinct)} run(s), {hours:.2f} h of training in all, on {', '.join(machines) or 'nothing yet'}. "
             "Splits, the order of the batches, schedule and epochs are the same for all variants of a section; a seed "
             "decides initial weights and order. Each run is scored with the weights of its best validation epoch. "
             "± is the standard deviation over seeds. A difference is paired, crystal by crystal and seed by seed; its "
@@ -245,15 +246,14 @@ def _said(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{k.replace('_', ' ')} {f'{v:g}' if isinstance(v, float) else v}" for k, v in settings.items())
 
 
-def _table(found: _Found) -> _Table:
+def _table(found: _Found, summaries: Sequence[Mapping[str, Any]]) -> _Table:
     unit = f", {found.unit}" if found.unit else ""
     header = ["model", f"{found.part} MAE{unit}"]
     header += [f"val MAE{unit}"] * (found.part == "test") + [f"train MAE{unit}", "seeds"]
     header += [f"difference to {found.section.variants[0].name} [95 %]", "in %"]
     header += ["convolution parameters", "share", "all parameters", "s / epoch", "peak memory, MB"]
     rows = []
-    for variant in found.variants:
-        s = _summary(found, variant)
+    for variant, s in zip(found.variants, summaries, strict=True):
         row = [variant.name, _plus_minus(found.maes(variant))]
         row += [_plus_minus(found.maes(variant, "val_mae"))] * (found.part == "test")
         row += [_plus_minus(found.maes(variant, "train_mae")), str(s["seeds"])]
@@ -321,7 +321,7 @@ def _pictures(found: _Found, out: Path, stem: str) -> list[tuple[str, str]]:
         variant.name: mean_history([r.history for r in found.runs[variant.name].values()]) for variant in shown
     }
     path = save("learning", "Training loss and validation error by epoch, means over seeds")
-    plots.learning_curves(path, histories, unit=found.unit)
+    plots.learning_curves(path, histories, unit=found.unit, dpi=90)
     if depths := _by_depth(found):
         path = save("steps", "Error against the number of steps T; lines: CGCNN")
         plots.depth_plot(path, *depths, found.unit)

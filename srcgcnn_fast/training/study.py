@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,10 @@ class Study:
     def targets(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(target for section in self.sections for target in section.targets))
 
+    def changed(self, targets: Sequence[str] = (), seeds: Sequence[int] = (), epochs: int | None = None) -> Study:
+        """The same with other targets, seeds or epochs in all sections; what is empty stays."""
+        return replace(self, sections=tuple(_changed(s, tuple(targets), tuple(seeds), epochs) for s in self.sections))
+
 
 @dataclass(frozen=True)
 class Run:
@@ -134,6 +138,32 @@ def read_study(path: str | os.PathLike[str]) -> Study:
     if not sections:
         raise InputError(f"{file} has no sections; list at least one.")
     return Study(top.get("title", file.stem), sections, top.get("text", ""))
+
+
+def pair_study(
+    targets: Sequence[str],
+    seeds: Sequence[int],
+    recipe: Recipe,
+    *,
+    batch_size: int = 256,
+    n_conv: int = 3,
+    n_recurrent_steps: int = 3,
+    **widths: int,
+) -> Study:
+    """CGCNN against SR-CGCNN by one recipe."""
+    variants = (
+        Variant("CGCNN", "cgcnn", {"n_conv": n_conv, **widths}, recipe, batch_size),
+        Variant("SR-CGCNN", "sr-cgcnn", {"n_recurrent_steps": n_recurrent_steps, **widths}, recipe, batch_size),
+    )
+    title = "CGCNN against SR-CGCNN"
+    return Study(title, (Section("Comparison", variants, tuple(targets), tuple(seeds)),))
+
+
+def _changed(section: Section, targets: tuple[str, ...], seeds: tuple[int, ...], epochs: int | None) -> Section:
+    variants = section.variants
+    if epochs is not None:
+        variants = tuple(replace(v, recipe=replace(v.recipe, epochs=epochs)) for v in variants)
+    return replace(section, variants=variants, targets=targets or section.targets, seeds=seeds or section.seeds)
 
 
 def _section(top: Mapping[str, Any], content: Any) -> Section:
