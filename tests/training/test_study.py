@@ -12,6 +12,7 @@ import pytest
 
 from srcgcnn_fast import CGCNN, InputError
 from srcgcnn_fast.cli import main
+from srcgcnn_fast.graph import GraphStore
 from srcgcnn_fast.training import GraphDataModule, Recipe, fit, report, study
 from srcgcnn_fast.training.alloys import write_alloys
 from srcgcnn_fast.training.report import compare_study, composition, paired_difference
@@ -209,6 +210,8 @@ def test_settings_are_chosen_without_the_test_crystals(alloys, tmp_path):
 
 def test_what_decides_a_run(alloys):
     data = GraphDataModule(alloys, "energy")
+    values = alloys.targets["energy"] + 1e-6
+    corrected = GraphStore.from_graphs([alloys[i] for i in range(len(alloys))], targets={"energy": values})
     variant = small_study().sections[0].variants[0]
 
     def place(variant=variant, data=data, seed=0):
@@ -223,8 +226,9 @@ def test_what_decides_a_run(alloys):
         place(data=GraphDataModule(alloys, "high")),
         place(data=GraphDataModule(alloys, "energy", split=(0.7, 0.2, 0.1))),
         place(data=GraphDataModule(alloys, "energy", seed=1)),
+        place(data=GraphDataModule(corrected, "energy")),
     ]
-    assert len({*others, place()}) == 8
+    assert len({*others, place()}) == 9
 
 
 def test_a_paired_difference_has_the_interval_of_its_crystals():
