@@ -77,7 +77,7 @@ def compare_study(
 
     Runs are kept in ``out_dir/runs`` by what decides them (model, recipe, seed, graphs, data, version), so that an
     interrupted study goes on where it stopped, in the middle of a run, too, and a changed one does only what is new.
-    The report is written anew after every section.
+    The report is written anew after every section, and after Ctrl-C with what there is.
 
     Args:
         source: anything that ``prepare`` reads, a prepared store or its path.
@@ -99,10 +99,16 @@ def compare_study(
         for name, s in sources.items()
     ]
     data = {target: _data(stores, target, split, (units or {}).get(target)) for target in study.targets}
-    results = [(section, kept_runs(section, data, out / "runs")) for section in study.sections]
-    for number, finished in enumerate(run_study(study, data, out / "runs", tell)):
-        results[number] = finished
+    runs = out / "runs"
+    results = [(section, kept_runs(section, data, runs)) for section in study.sections]
+    try:
+        for number, finished in enumerate(run_study(study, data, runs, tell)):
+            results[number] = finished
+            write_report(study, results, data, out, command)
+    except KeyboardInterrupt:
+        results = [(section, kept_runs(section, data, runs)) for section in study.sections]
         write_report(study, results, data, out, command)
+        raise
     return out / "report.html"
 
 
