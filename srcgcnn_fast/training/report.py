@@ -204,7 +204,7 @@ def _introduction(
     lines = []
     for target, module in data.items():
         sizes = ", ".join(f"{len(part.indices):,} {name}" for name, part in module.parts.items() if len(part.indices))
-        part = "test" if len(module.parts["test"].indices) else "val"
+        part = next(section.scored for section in study.sections if target in section.targets)
         train = module.target_values("train")
         guess = float(np.abs(module.target_values(part) - np.median(train)).mean())
         unit = module.units[0]

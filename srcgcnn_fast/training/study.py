@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -330,6 +331,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+@lru_cache(maxsize=8)  # the same for all variants and seeds
 def fingerprint(data: GraphDataModule) -> str:
     """A hash of names, targets and sizes of the crystals of each part, in order."""
     digest = hashlib.sha256()
