@@ -292,8 +292,9 @@ class SRCGCNN(CrystalModel):
         return [self.shared_conv, self.recurrent_bn1s, self.recurrent_bn2s]
 
     def _layers(self) -> list[functional.ConvParameters]:
-        shared, bn1s, bn2s = self.shared_conv.fc_full, self._norms(self.recurrent_bn1s), self._norms(self.recurrent_bn2s)
-        return [functional.ConvParameters(shared.weight, shared.bias, *norms) for norms in zip(bn1s, bn2s, strict=True)]
+        shared = self.shared_conv.fc_full
+        norms = zip(self._norms(self.recurrent_bn1s), self._norms(self.recurrent_bn2s), strict=True)
+        return [functional.ConvParameters(shared.weight, shared.bias, *pair) for pair in norms]
 
     def _norms(self, norms: nn.ModuleList) -> list[functional.BatchNorm]:
         """Of every step; those without scale and shift take the first one's."""
