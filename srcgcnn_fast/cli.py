@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = argparse.Namespace(debug="--debug" in words, command=train)
     if not has_file:
         arguments = _parser().parse_args(words)
+        arguments.argv = words
     # Read when torch loads OpenMP: idle threads spin for 50 µs, not for milliseconds, which stall a shared machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     logging.basicConfig(level=logging.ERROR if _rank() else logging.WARNING, format="%(levelname)s: %(message)s")
@@ -47,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        hint = "; --resume continues after the last whole epoch" if arguments.command is train else ""
+        hints = {train: "; --resume continues after the last whole epoch"}
+        hints[compare] = "; with --study or --seeds the same command goes on where it stopped"
+        hint = hints.get(arguments.command, "")
         print(f"interrupted{hint}", file=sys.stderr)
         return 130
 
@@ -309,11 +312,16 @@ def _with_file(words: Sequence[str]) -> argparse.Namespace:
 def compare(arguments: argparse.Namespace) -> None:
     from .training import compare
 
+    targets = arguments.target or []
+    if arguments.study or len(targets) > 1 or arguments.seeds:
+        return _compare_study(arguments, targets)
+    if not targets:
+        raise InputError("There is nothing to learn: name a column with --target, or a study with --study.")
     result = compare(
         arguments.source,
-        arguments.target,
+        targets[0],
         out_dir=arguments.out,
-        epochs=arguments.epochs,
+        epochs=arguments.epochs or 30,
         lr=arguments.lr,
         optimizer=arguments.optimizer,
         schedule=arguments.schedule,
@@ -332,6 +340,50 @@ def compare(arguments: argparse.Namespace) -> None:
     )
     print(f"\n{result.table()}\n")
     print(f"compare.md, compare.json, parity.png, learning_curves.png and both models are in {result.out_dir}")
+
+
+def _compare_study(arguments: argparse.Namespace, targets: list[str]) -> None:
+    import shlex
+
+    from .training.module import Recipe
+    from .training.report import compare_study
+    from .training.study import pair_study, read_study
+
+    if arguments.study:
+        fixed = ["lr", "optimizer", "schedule", "batch_size", "seed", "atom_fea_len", "h_fea_len"]
+        fixed += ["n_conv", "n_recurrent_steps"]
+        given = [name for name in fixed if getattr(arguments, name) != arguments.defaults[name]]
+        if given:
+            options = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise InputError(f"The study {arguments.study} says itself what {options} would; change it there.")
+        study = read_study(arguments.study).changed(targets, arguments.seeds or (), arguments.epochs)
+    else:
+        recipe = Recipe(arguments.epochs or 30, arguments.lr, arguments.optimizer, schedule=arguments.schedule)
+        study = pair_study(
+            targets,
+            arguments.seeds or (arguments.seed,),
+            recipe,
+            batch_size=arguments.batch_size or 256,
+            n_conv=arguments.n_conv,
+            n_recurrent_steps=arguments.n_recurrent_steps,
+            atom_fea_len=arguments.atom_fea_len,
+            h_fea_len=arguments.h_fea_len,
+        )
+    if arguments.unit and len(study.targets) > 1:
+        raise InputError("--unit is of one target, and there are several; name the columns as usual, or drop it.")
+    page = compare_study(
+        study,
+        arguments.source,
+        arguments.out,
+        val_source=arguments.val,
+        test_source=arguments.test,
+        split=arguments.split,
+        parameters=_graph_parameters(arguments),
+        units={study.targets[0]: arguments.unit} if arguments.unit else None,
+        command=shlex.join(["srcgcnn-fast", *arguments.argv]),
+        tell=lambda line: print(line, flush=True),
+    )
+    print(f"report.md, report.json, the plots and {page.name}, which holds them all, are in {page.parent}")
 
 
 def predict(arguments: argparse.Namespace) -> int:
@@ -454,8 +506,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_train_options(sub)
 
     sub = command(compare, "Train a CGCNN and an SR-CGCNN under identical settings and tabulate error, size and time.")
-    _add_training_options(sub, batch_size="64 for up to 10 000 crystals, else 256", lr=3e-3)
+    _add_training_options(sub, batch_size="64 for up to 10 000 crystals, else 256", lr=3e-3, is_study=True)
     sub.add_argument("--out", metavar="DIR", default="srcgcnn_fast_compare", help="where to write")
+    sub.add_argument(
+        "--seeds", metavar="N", type=int, nargs="+", help="train with each of these: a report with deviations"
+    )
+    sub.add_argument(
+        "--study", metavar="FILE", help="a YAML file of variants and recipes, or one of ours by name: paper, search"
+    )
+    sub.set_defaults(defaults={action.dest: action.default for action in sub._actions})
 
     sub = command(
         predict, "Predict crystals into a table: one row per input; what cannot be read is a row with its error."
@@ -647,12 +706,11 @@ def _add_train_options(parser: Any) -> None:
 
 
 def _add_training_options(
-    parser: argparse.ArgumentParser, batch_size: str, lr: float, schedules: tuple[str, ...] = ()
+    parser: argparse.ArgumentParser, batch_size: str, lr: float, schedules: tuple[str, ...] = (), is_study: bool = False
 ) -> None:
     parser.add_argument("source", metavar="SOURCE", help=f"a store that prepare wrote, or {_SOURCE}")
-    several: dict[str, Any] = {"action": "append"} if schedules else {}
-    text = "target column to learn" + ("; repeatable, and a crystal may lack some" if schedules else "")
-    parser.add_argument("--target", metavar="NAME", required=True, help=text, **several)
+    text = "target column to learn, repeatable" + ("" if is_study else "; a crystal may lack some")
+    parser.add_argument("--target", metavar="NAME", action="append", required=not is_study, help=text)
     parser.add_argument("--unit", help="of the target, for tables and plots; known for the usual names")
     parser.add_argument("--val", metavar="SOURCE", help="separate validation set; --split is then unused")
     parser.add_argument("--test", metavar="SOURCE", help="separate test set; needs --val")
@@ -665,7 +723,13 @@ def _add_training_options(
         help="fractions of SOURCE",
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the split, order and initial weights")
-    parser.add_argument("--epochs", metavar="N", type=int, default=30, help="passes over the training crystals")
+    parser.add_argument(
+        "--epochs",
+        metavar="N",
+        type=int,
+        default=None if is_study else 30,
+        help="passes over the training crystals" + " (default: 30, or the study's)" * is_study,
+    )
     parser.add_argument("--batch-size", metavar="N", type=int, help=f"crystals per batch (default: {batch_size})")
     parser.add_argument("--lr", metavar="X", type=float, default=lr, help="initial learning rate")
     parser.add_argument("--optimizer", choices=("sgd", "adam", "adamw"), default="adam", help="optimiser")

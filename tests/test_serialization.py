@@ -17,6 +17,7 @@ MODELS = [
     lambda: CGCNN(n_conv=1, n_targets=2, nbr_fea_len=21, dmin=0.5, step=0.3, **SMALL),
     lambda: SRCGCNN(n_recurrent_steps=2, **SMALL),
     lambda: SRCGCNN(n_recurrent_steps=3, recurrent_layer_norm=True, recurrent_learnable_alpha=True, **SMALL),
+    lambda: SRCGCNN(n_recurrent_steps=3, recurrent_shared_norms=True, **SMALL),
     lambda: CGCNN(n_conv=1, **SMALL).double(),
 ]
 

@@ -104,6 +104,11 @@ def save_upstream_checkpoint(model: CGCNN | SRCGCNN, path: str | os.PathLike[str
             f"Cannot write {path}: the published programs predict one target, and this model has "
             f"{options['n_targets']}; train one model per target."
         )
+    if options.get("recurrent_shared_norms"):
+        raise InputError(
+            f"Cannot write {path}: every step's batch norms have their own scale and shift in the published program, "
+            "and this model shares them; train one without recurrent_shared_norms."
+        )
     args = {name: options[name] for name in ("atom_fea_len", "h_fea_len", "n_h")}
     args["task"] = "classification" if options["classification"] else "regression"
     args["data_options"] = ["."]

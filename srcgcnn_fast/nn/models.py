@@ -254,6 +254,8 @@ class SRCGCNN(CrystalModel):
 
     Args:
         n_recurrent_steps: T, applications of the one convolution; each has its own batch norms.
+        recurrent_shared_norms: one scale and shift for the batch norms of all steps, which keep their own statistics;
+            T then costs no parameters. The published program has no such model.
         recurrent_layer_norm: a LayerNorm after each step.
         recurrent_learnable_alpha: a learned gate between old and new features per step.
 
@@ -272,6 +274,7 @@ class SRCGCNN(CrystalModel):
         *,
         recurrent_layer_norm: bool = False,
         recurrent_learnable_alpha: bool = False,
+        recurrent_shared_norms: bool = False,
         n_targets: int = 1,
         orig_atom_fea_len: int = 92,
         nbr_fea_len: int = 41,
@@ -284,6 +287,7 @@ class SRCGCNN(CrystalModel):
             "n_recurrent_steps": n_recurrent_steps,
             "recurrent_layer_norm": recurrent_layer_norm,
             "recurrent_learnable_alpha": recurrent_learnable_alpha,
+            "recurrent_shared_norms": recurrent_shared_norms,
         }
         super().__init__(
             atom_fea_len, h_fea_len, n_h, classification, n_targets, orig_atom_fea_len, nbr_fea_len, dmin, step, dropout
@@ -292,10 +296,11 @@ class SRCGCNN(CrystalModel):
 
     def _build_convolutions(self) -> None:
         p, steps = self._hyperparameters, self._recurrence["n_recurrent_steps"]
-        width = p["atom_fea_len"]
+        width, is_shared = p["atom_fea_len"], self._recurrence["recurrent_shared_norms"]
+        own = [t == 0 or not is_shared for t in range(steps)]
         self.shared_conv = GatedConv(width, p["nbr_fea_len"], batch_norm=False, dmin=p["dmin"], step=p["step"])
-        self.recurrent_bn1s = nn.ModuleList(nn.BatchNorm1d(2 * width) for _ in range(steps))
-        self.recurrent_bn2s = nn.ModuleList(nn.BatchNorm1d(width) for _ in range(steps))
+        self.recurrent_bn1s = nn.ModuleList(nn.BatchNorm1d(2 * width, affine=affine) for affine in own)
+        self.recurrent_bn2s = nn.ModuleList(nn.BatchNorm1d(width, affine=affine) for affine in own)
         self.recurrent_norm = nn.LayerNorm(width) if self._recurrence["recurrent_layer_norm"] else None
         alpha = nn.Parameter(torch.ones(steps)) if self._recurrence["recurrent_learnable_alpha"] else None
         self.register_parameter("recurrent_alpha", alpha)
@@ -304,11 +309,15 @@ class SRCGCNN(CrystalModel):
         return [self.shared_conv, self.recurrent_bn1s, self.recurrent_bn2s]
 
     def _layers(self) -> list[functional.ConvParameters]:
-        shared, norms = self.shared_conv.fc_full, zip(self.recurrent_bn1s, self.recurrent_bn2s, strict=True)
-        return [
-            functional.ConvParameters(shared.weight, shared.bias, batch_norm_state(bn1), batch_norm_state(bn2))  # type: ignore[arg-type]
-            for bn1, bn2 in norms
-        ]
+        shared = self.shared_conv.fc_full
+        norms = zip(self._norms(self.recurrent_bn1s), self._norms(self.recurrent_bn2s), strict=True)
+        return [functional.ConvParameters(shared.weight, shared.bias, *pair) for pair in norms]
+
+    def _norms(self, norms: nn.ModuleList) -> list[functional.BatchNorm]:
+        """Of every step; those without scale and shift take the first one's."""
+        states = [batch_norm_state(norm) for norm in norms]  # type: ignore[arg-type]
+        first = states[0]
+        return [s if s.weight is not None else s._replace(weight=first.weight, bias=first.bias) for s in states]
 
     def _is_stack(self) -> bool:
         return self.recurrent_norm is None and self.recurrent_alpha is None

@@ -12,9 +12,11 @@ from .evaluate import Evaluation, evaluate  # noqa: E402
 from .finetune import fine_tuned  # noqa: E402
 from .fit import FitResult, fit  # noqa: E402
 from .module import Recipe, TrainingModule  # noqa: E402
+from .report import compare_study  # noqa: E402
 from .several import CrossValidation, cross_validate, train_ensemble  # noqa: E402
 from .sources import prepared  # noqa: E402
 from .splits import k_folds, matbench_folds, read_split  # noqa: E402
+from .study import read_study  # noqa: E402
 
 __all__ = [
     "Comparison",
@@ -28,6 +30,7 @@ __all__ = [
     "calibrate",
     "calibration_plot",
     "compare",
+    "compare_study",
     "coverage",
     "cross_validate",
     "evaluate",
@@ -38,5 +41,6 @@ __all__ = [
     "prepared",
     "random_split",
     "read_split",
+    "read_study",
     "train_ensemble",
 ]

@@ -1,4 +1,4 @@
-"""Parity plots and learning curves as PNG files."""
+"""Parity plots, learning curves and errors by depth, size and element, as PNG files."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import numpy as np
 
 from ..errors import require
 from ..files import atomic_path
+from ..graph.elements import ELEMENT_SYMBOLS
 
-_COLOURS = ("#1f6f8b", "#d1603d", "#6b8f3c", "#7a5195")
+COLOURS = ("#1f6f8b", "#d1603d", "#6b8f3c", "#7a5195")
 
 
 def parity_plot(
@@ -20,6 +21,7 @@ def parity_plot(
     panels: Mapping[str, tuple[np.ndarray, np.ndarray]],
     quantity: str,
     unit: str = "",
+    dpi: int = 150,
 ) -> Path:
     """Predicted against given values, one panel per model: ``panels[title] = (target (n,), predicted (n,))``."""
     figure, axes = _figure(len(panels), width=4.2, height=4.2)
@@ -27,7 +29,7 @@ def parity_plot(
     low, high = float(values.min()), float(values.max())
     margin = 0.05 * (high - low) or 1.0
     limits = (low - margin, high + margin)
-    for axis, colour, (title, (target, predicted)) in zip(axes, _COLOURS, panels.items(), strict=False):
+    for axis, colour, (title, (target, predicted)) in zip(axes, COLOURS, panels.items(), strict=False):
         axis.plot(limits, limits, color="0.6", linewidth=1, zorder=1)
         axis.scatter(target, predicted, s=12, alpha=0.6, linewidths=0, color=colour, zorder=2)
         mae = float(np.abs(predicted - target).mean())
@@ -35,7 +37,7 @@ def parity_plot(
         axis.set(xlim=limits, ylim=limits, aspect="equal")
         axis.set_xlabel(f"{_label(quantity, unit)}, given")
     axes[0].set_ylabel(f"{_label(quantity, unit)}, predicted")
-    return _save(figure, path)
+    return _save(figure, path, dpi)
 
 
 def learning_curves(
@@ -43,10 +45,11 @@ def learning_curves(
     histories: Mapping[str, Sequence[Mapping[str, Any]]],
     metric: str = "val_mae",
     unit: str = "",
+    dpi: int = 150,
 ) -> Path:
     """Training loss and ``metric`` on the validation set against the epoch, one line per model."""
     figure, (left, right) = _figure(2, width=4.4, height=3.4)
-    for colour, (name, rows) in zip(_COLOURS, histories.items(), strict=False):
+    for colour, (name, rows) in zip(COLOURS, histories.items(), strict=False):
         epochs = [row["epoch"] for row in rows]
         left.plot(epochs, [row["train_loss"] for row in rows], label=name, color=colour)
         right.plot(epochs, [row[metric] for row in rows], label=name, color=colour)
@@ -56,7 +59,52 @@ def learning_curves(
         if all(row[name] > 0 for rows in histories.values() for row in rows):
             axis.set_yscale("log")
     right.legend(frameon=False)
-    return _save(figure, path)
+    return _save(figure, path, dpi)
+
+
+def depth_plot(
+    path: str | os.PathLike[str], steps: Mapping[int, np.ndarray], layers: Mapping[str, float], unit: str = ""
+) -> Path:
+    """Mean absolute error against T, ``steps[T] = (S,)`` of S seeds; the error of each CGCNN as a line across."""
+    figure, (axis,) = _figure(1, width=5.5, height=3.6)
+    for k, (name, error) in enumerate(layers.items()):
+        axis.axhline(error, label=name, color=COLOURS[0], linestyle=("-", "--", ":")[k % 3])
+    means = [float(errors.mean()) for errors in steps.values()]
+    spread = [float(errors.std(ddof=1)) if len(errors) > 1 else 0.0 for errors in steps.values()]
+    axis.errorbar(list(steps), means, yerr=spread, marker="o", label="SR-CGCNN", color=COLOURS[1], capsize=3)
+    axis.set_xticks(list(steps))
+    axis.set(xlabel="steps T", ylabel=_label("MAE", unit))
+    axis.legend(frameon=False)
+    return _save(figure, path, 100)
+
+
+def size_plot(
+    path: str | os.PathLike[str], groups: Mapping[str, tuple[int, Mapping[str, float]]], unit: str = ""
+) -> Path:
+    """Mean absolute error by size, ``groups[range] = (crystals, {model: error})``."""
+    figure, (axis,) = _figure(1, width=6.0, height=3.4)
+    names = list(next(iter(groups.values()))[1])
+    for k, (name, colour) in enumerate(zip(names, COLOURS, strict=False)):
+        places = np.arange(len(groups)) + (k - (len(names) - 1) / 2) * 0.8 / len(names)
+        axis.bar(places, [errors[name] for _, errors in groups.values()], 0.8 / len(names), label=name, color=colour)
+    axis.set_xticks(range(len(groups)), [f"{name}\n({count})" for name, (count, _) in groups.items()])
+    axis.set(xlabel="atoms in the cell (crystals)", ylabel=_label("MAE", unit))
+    axis.legend(frameon=False)
+    return _save(figure, path, 100)
+
+
+def element_plot(
+    path: str | os.PathLike[str], numbers: np.ndarray, errors: Mapping[str, np.ndarray], unit: str = ""
+) -> Path:
+    """Mean absolute error of the crystals with each element: atomic ``numbers`` (n,), ``errors[model]`` (n,)."""
+    figure, (axis,) = _figure(1, width=11.0, height=3.4)
+    for (name, values), colour in zip(errors.items(), COLOURS, strict=False):
+        axis.plot(range(len(numbers)), values, "o-", label=name, color=colour, markersize=3.5, linewidth=0.8)
+    labels = ["\n" * (k % 2) + ELEMENT_SYMBOLS[z] for k, z in enumerate(numbers)]  # on two lines, else they touch
+    axis.set_xticks(range(len(numbers)), labels, fontsize=7)
+    axis.set(ylabel=_label("MAE", unit), xlim=(-1, len(numbers)), ylim=(0, None))
+    axis.legend(frameon=False)
+    return _save(figure, path, 100)
 
 
 def _label(quantity: str, unit: str) -> str:
@@ -77,7 +125,7 @@ def _figure(columns: int, width: float, height: float) -> tuple[Any, Sequence[An
     return figure, axes
 
 
-def _save(figure: Any, path: str | os.PathLike[str]) -> Path:
+def _save(figure: Any, path: str | os.PathLike[str], dpi: int = 150) -> Path:
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+        figure.savefig(temporary, format="png", dpi=dpi)
     return Path(path)

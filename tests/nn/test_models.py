@@ -35,6 +35,36 @@ def test_state_dict_names_are_the_published_ones():
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True)
+def test_shared_norms_have_one_scale_and_shift_and_their_own_statistics(backend, make_batch):
+    """The same as norms of their own that hold equal numbers, whose gradients are summed."""
+    batch = make_batch("weighted")
+    torch.manual_seed(0)
+    shared = sf.SRCGCNN(3, 8, 8, recurrent_shared_norms=True).double()
+    own = sf.SRCGCNN(3, 8, 8).double()
+    own.load_state_dict(shared.state_dict(), strict=False)
+    norms = [(shared.recurrent_bn1s, own.recurrent_bn1s), (shared.recurrent_bn2s, own.recurrent_bn2s)]
+    for one, many in norms:
+        torch.nn.init.uniform_(one[0].weight, 0.5, 2)
+        torch.nn.init.normal_(one[0].bias)
+        for norm in many:
+            norm.load_state_dict(one[0].state_dict())
+    results = [model(batch) for model in (shared, own)]
+    torch.testing.assert_close(*results)
+    for out in results:
+        out.square().sum().backward()
+    for one, many in norms:
+        for name in ("weight", "bias"):
+            total = sum(getattr(norm, name).grad for norm in many)
+            torch.testing.assert_close(getattr(one[0], name).grad, total, rtol=1e-9, atol=1e-12)
+        for a, b in zip(one, many, strict=True):
+            torch.testing.assert_close(a.running_mean, b.running_mean)
+            torch.testing.assert_close(a.running_var, b.running_var)
+    assert not torch.equal(shared.recurrent_bn1s[0].running_mean, shared.recurrent_bn1s[1].running_mean)
+    torch.testing.assert_close(shared.eval()(batch), own.eval()(batch))
+    assert sf.SRCGCNN(6, recurrent_shared_norms=True).count_conv_parameters() == 22_144
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True)
 @pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
 def test_every_step_can_be_returned(backend, make_batch, model_type):
     batch, model = make_batch("weighted"), model_type(3, atom_fea_len=8, h_fea_len=8).eval()

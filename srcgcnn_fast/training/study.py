@@ -1,0 +1,387 @@
+"""Many runs under identical settings, each kept by what decides it, so that a study stops and goes on where it was."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import __version__
+from ..errors import InputError, require
+from ..files import atomic_path
+from ..nn import CGCNN, SRCGCNN
+from ..serialization import load_model
+from .data import GraphDataModule
+from .evaluate import evaluate
+from .fit import FitResult, fit
+from .module import Recipe
+
+logger = logging.getLogger(__name__)
+
+MODELS = {"cgcnn": CGCNN, "sr-cgcnn": SRCGCNN}
+BUILT_IN = Path(__file__).parent / "studies"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One model and how it is trained."""
+
+    name: str
+    model: str
+    """ "cgcnn" or "sr-cgcnn"."""
+    hyperparameters: dict[str, Any]
+    """Arguments of its class; the number of Gaussians follows from the graphs."""
+    recipe: Recipe
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        if self.model not in MODELS:
+            raise InputError(f"{self.name}: the model {self.model!r} is unknown; choose among {', '.join(MODELS)}.")
+
+    def build(self, nbr_fea_len: int) -> CGCNN | SRCGCNN:
+        """The untrained model, with weights by torch's generator."""
+        try:
+            return MODELS[self.model](nbr_fea_len=nbr_fea_len, **self.hyperparameters)
+        except TypeError as error:
+            raise InputError(f"{self.name}: {error}; use the arguments of {MODELS[self.model].__name__}.") from error
+
+
+@dataclass(frozen=True)
+class Section:
+    """Variants that are compared with the first of them, on every target and with every seed."""
+
+    title: str
+    variants: tuple[Variant, ...]
+    targets: tuple[str, ...]
+    seeds: tuple[int, ...]
+    scored: str = "test"
+    """ "val" where settings are chosen: the test crystals are then never looked at."""
+    text: str = ""
+
+    def runs(self) -> Iterator[tuple[str, int, Variant]]:
+        """(target, seed, variant); all variants of a seed before the next seed, so that an early stop leaves pairs."""
+        for seed in self.seeds:
+            for target in self.targets:
+                for variant in self.variants:
+                    yield target, seed, variant
+
+
+@dataclass(frozen=True)
+class Study:
+    """Sections of a report."""
+
+    title: str
+    sections: tuple[Section, ...]
+    text: str = ""
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(target for section in self.sections for target in section.targets))
+
+    def changed(self, targets: Sequence[str] = (), seeds: Sequence[int] = (), epochs: int | None = None) -> Study:
+        """The same with other targets, seeds or epochs in all sections; what is empty stays."""
+        return replace(self, sections=tuple(_changed(s, tuple(targets), tuple(seeds), epochs) for s in self.sections))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, read from its directory."""
+
+    directory: Path
+    scores: dict[str, Any]
+    """Parameters, errors in the target's units, seconds per epoch, peak memory."""
+    history: list[dict[str, float]]
+    """One row an epoch."""
+    ids: list[str]
+    given: np.ndarray
+    """(n,) of the scored part, in the target's units."""
+    predicted: np.ndarray
+    """(n,)"""
+
+    @property
+    def errors(self) -> np.ndarray:
+        """(n,) absolute."""
+        return np.abs(self.predicted - self.given)
+
+
+def read_study(path: str | os.PathLike[str]) -> Study:
+    """A study from a YAML file, or by the name of one that comes with the package ("paper").
+
+    ``targets``, ``seeds``, ``scored`` and ``recipe`` (fields of :class:`Recipe` and ``batch_size``) may stand at the
+    top, in a section and ``recipe`` also in a variant; the innermost counts.
+
+    Raises:
+        InputError: there is no such file, or it says something that is not known.
+    """
+    yaml = require("yaml", "Reading a study", extra="train")
+    file = BUILT_IN / f"{path}.yaml" if (BUILT_IN / f"{path}.yaml").is_file() else Path(path)
+    if not file.is_file():
+        names = ", ".join(sorted(p.stem for p in BUILT_IN.glob("*.yaml")))
+        raise InputError(f"There is no study {path}; give a YAML file or one of: {names}.")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+    top = _mapping(file.name, content, ("title", "text", "targets", "seeds", "scored", "recipe", "sections"))
+    sections = tuple(_section(top, section) for section in top.get("sections") or ())
+    if not sections:
+        raise InputError(f"{file} has no sections; list at least one.")
+    return Study(top.get("title", file.stem), sections, top.get("text", ""))
+
+
+def pair_study(
+    targets: Sequence[str],
+    seeds: Sequence[int],
+    recipe: Recipe,
+    *,
+    batch_size: int = 256,
+    n_conv: int = 3,
+    n_recurrent_steps: int = 3,
+    **widths: int,
+) -> Study:
+    """CGCNN against SR-CGCNN by one recipe."""
+    variants = (
+        Variant("CGCNN", "cgcnn", {"n_conv": n_conv, **widths}, recipe, batch_size),
+        Variant("SR-CGCNN", "sr-cgcnn", {"n_recurrent_steps": n_recurrent_steps, **widths}, recipe, batch_size),
+    )
+    title = "CGCNN against SR-CGCNN"
+    return Study(title, (Section("Comparison", variants, tuple(targets), tuple(seeds)),))
+
+
+def _changed(section: Section, targets: tuple[str, ...], seeds: tuple[int, ...], epochs: int | None) -> Section:
+    variants = section.variants
+    if epochs is not None:
+        variants = tuple(replace(v, recipe=replace(v.recipe, epochs=epochs)) for v in variants)
+    return replace(section, variants=variants, targets=targets or section.targets, seeds=seeds or section.seeds)
+
+
+def _section(top: Mapping[str, Any], content: Any) -> Section:
+    keys = ("title", "text", "targets", "seeds", "scored", "recipe", "variants")
+    own = _mapping("A section", content, keys)
+    title = own.get("title", "")
+    joined = {**top, **own}
+    recipe = {**(top.get("recipe") or {}), **(own.get("recipe") or {})}
+    variants = tuple(_variant(name, recipe, v) for name, v in (own.get("variants") or {}).items())
+    targets, seeds = joined.get("targets") or (), joined.get("seeds") or (0,)
+    scored = joined.get("scored", "test")
+    if not (variants and targets):
+        raise InputError(f"The section {title!r} needs variants and targets; name them.")
+    if scored not in ("val", "test"):
+        raise InputError(f"The section {title!r} is scored on {scored!r}; write val or test.")
+    return Section(title, variants, tuple(targets), tuple(int(s) for s in seeds), scored, own.get("text", ""))
+
+
+def _variant(name: str, recipe: dict[str, Any], content: Any) -> Variant:
+    own = dict(content or {})
+    model = own.pop("model", "sr-cgcnn")
+    settings = {**recipe, **(own.pop("recipe", None) or {})}
+    batch_size = int(settings.pop("batch_size", 256))
+    allowed = {field.name: field for field in fields(Recipe)}
+    if unknown := sorted(set(settings) - set(allowed)):
+        raise InputError(f"{name}: a recipe has no {', '.join(unknown)}; it has {', '.join(allowed)}, batch_size.")
+    for key, value in settings.items():
+        if isinstance(value, str) and not isinstance(allowed[key].default, str):
+            settings[key] = _number(name, key, value)
+        elif isinstance(value, list):
+            settings[key] = tuple(value)
+    return Variant(str(name), model, own, Recipe(**settings), batch_size)
+
+
+def _number(name: str, key: str, value: str) -> float:
+    try:
+        return float(value)  # YAML takes 1e-3 for a text
+    except ValueError as error:
+        raise InputError(f"{name}: {key} is {value!r}; write a number.") from error
+
+
+def _mapping(what: str, content: Any, keys: Sequence[str]) -> dict[str, Any]:
+    if not isinstance(content, dict) or set(content) - set(keys):
+        unknown = ", ".join(sorted(map(str, set(content) - set(keys)))) if isinstance(content, dict) else "something"
+        raise InputError(f"{what} says {unknown}; it may hold {', '.join(keys)}.")
+    return content
+
+
+Runs = dict[tuple[str, int, str], Run]
+"""(target, seed, name of the variant) -> run, of one section."""
+
+
+def run_study(
+    study: Study,
+    data: Mapping[str, GraphDataModule],
+    directory: Path,
+    tell: Callable[[str], None] | None = None,
+) -> Iterator[tuple[Section, Runs]]:
+    """Do what is not done yet, section by section; yields each section with its runs when it is complete.
+
+    Args:
+        data: one for each target of the study, with the same parts for all seeds.
+        directory: where runs are kept; a study that shares some with another finds them there.
+        tell: receives one line a run: its error and the time left.
+    """
+    total = sum(len(list(section.runs())) for section in study.sections)
+    done, spent, trained = 0, 0.0, 0
+    for section in study.sections:
+        runs: Runs = {}
+        for target, seed, variant in section.runs():
+            started = time.perf_counter()
+            place, is_new = find(variant, data[target], directory, seed)
+            runs[target, seed, variant.name] = result = run(variant, data[target], place, seed, section.scored)
+            done += 1
+            if is_new:
+                trained, spent = trained + 1, spent + time.perf_counter() - started
+            if tell is not None:
+                left = f", about {spent / trained * (total - done) / 60:.0f} min left" if trained else ""
+                tell(
+                    f"{done}/{total} {section.title}: {variant.name}, {target}, seed {seed}: "
+                    f"{section.scored} MAE {result.errors.mean():.4f}{left if is_new else ', as before'}"
+                )
+        yield section, runs
+
+
+def kept_runs(section: Section, data: Mapping[str, GraphDataModule], directory: Path) -> Runs:
+    """The runs of a section that are finished, without doing any."""
+    runs: Runs = {}
+    for target, seed, variant in section.runs():
+        place, _ = find(variant, data[target], directory, seed)
+        if (place / f"{section.scored}_predictions.csv").is_file() and (place / "scores.json").is_file():
+            runs[target, seed, variant.name] = read_run(place, section.scored)
+    return runs
+
+
+def find(variant: Variant, data: GraphDataModule, directory: Path, seed: int) -> tuple[Path, bool]:
+    """Where the run is kept, and whether it has still to be done."""
+    key = _key(variant, data, seed)
+    place = directory / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return place, not (place / "scores.json").is_file()
+
+
+def run(variant: Variant, data: GraphDataModule, place: Path, seed: int, scored: str) -> Run:
+    """Train and score once; a finished run is read, an interrupted one resumed.
+
+    Raises:
+        InputError: the data have no crystals to score on.
+    """
+    if scored == "test" and not len(data.parts["test"].indices):
+        raise InputError("There are no test crystals; give a test set, or score the section on val.")
+    data.batch_size, data.seed = variant.batch_size, seed
+    if not (place / "scores.json").is_file():
+        torch.manual_seed(seed)
+        model = variant.build(data.graph_parameters.n_gaussians())
+        resume = (place / "last.ckpt").exists()
+        if not resume:
+            shutil.rmtree(place, ignore_errors=True)
+        _reset_peak_memory()
+        result = fit(model, data, place, variant.recipe, seed=seed, resume=resume)
+        scores = {"name": variant.name, **_scores(result, data), "key": _key(variant, data, seed)}
+        evaluate(result.model, data, "val").write(place / "val_predictions.csv")
+        _write_json(place / "scores.json", scores)
+    if scored == "test" and not (place / "test_predictions.csv").is_file():
+        evaluate(load_model(place / "model"), data, "test").write(place / "test_predictions.csv")
+    return read_run(place, scored)
+
+
+def read_run(place: Path, scored: str) -> Run:
+    """What :func:`run` left in its directory."""
+    scores = json.loads((place / "scores.json").read_text())
+    history = _read_table(place / "metrics.csv")
+    epochs = [{name: float(value) for name, value in row.items()} for row in history]
+    rows = _read_table(place / f"{scored}_predictions.csv")
+    columns = list(rows[0])
+    values = np.array([[float(row[c]) for c in columns[1:3]] for row in rows])
+    return Run(place, scores, epochs, [row["id"] for row in rows], values[:, 0], values[:, 1])
+
+
+def _read_table(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _key(variant: Variant, data: GraphDataModule, seed: int) -> dict[str, Any]:
+    """What decides the numbers of a run. Only what departs from a default is named, so a new option keeps old runs."""
+    with torch.random.fork_rng(devices=[]):
+        model = variant.build(data.graph_parameters.n_gaussians())
+        standard = type(model)().hyperparameters
+    recipe = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
+    return {
+        "srcgcnn_fast": __version__,
+        "model": type(model).__name__,
+        "hyperparameters": {k: v for k, v in model.hyperparameters.items() if v != standard[k]},
+        "recipe": {k: v for k, v in json.loads(json.dumps(asdict(variant.recipe))).items() if v != _plain(recipe[k])},
+        "batch_size": variant.batch_size,
+        "seed": seed,
+        "targets": list(data.targets),
+        "graph": asdict(data.graph_parameters),
+        "data": fingerprint(data),
+    }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+@lru_cache(maxsize=8)  # the same for all variants and seeds
+def fingerprint(data: GraphDataModule) -> str:
+    """A hash of names, targets and sizes of the crystals of each part, in order."""
+    digest = hashlib.sha256()
+    for name, (dataset, indices) in data.parts.items():
+        digest.update(f"{name} {len(indices)}".encode())
+        digest.update("\0".join(data.ids(name)).encode())
+        digest.update(np.ascontiguousarray(data.target_values(name)).tobytes())
+        digest.update(np.ascontiguousarray(dataset.store.row_counts[indices]).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _scores(result: FitResult, data: GraphDataModule) -> dict[str, Any]:
+    train = evaluate(result.model, data, "train")
+    return {
+        "conv_parameters": result.model.count_conv_parameters(),
+        "parameters": sum(p.numel() for p in result.model.parameters()),
+        "train_mae": train.metrics["mae"],
+        "val_mae": result.best["val_mae"],
+        "best_epoch": int(result.best["epoch"]),
+        "seconds_per_epoch": float(np.median([row["seconds"] for row in result.history])),
+        "wall_seconds": result.seconds,
+        "peak_memory_bytes": _peak_memory(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "finished": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
+    }
+
+
+def _reset_peak_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts again from what is held now
+    except OSError as error:
+        logger.info("The peak memory is that of all runs so far: %s", error)
+
+
+def _peak_memory() -> int | None:
+    """Bytes: of the GPU, or resident of this process, since the last reset; None where neither is told."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")

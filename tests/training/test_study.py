@@ -1,0 +1,278 @@
+"""Studies: what they say, that they resume and keep runs, and what their report holds."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+
+from srcgcnn_fast import CGCNN, InputError
+from srcgcnn_fast.cli import main
+from srcgcnn_fast.graph import GraphStore
+from srcgcnn_fast.training import GraphDataModule, Recipe, fit, report, study
+from srcgcnn_fast.training.alloys import write_alloys
+from srcgcnn_fast.training.report import compare_study, composition, paired_difference
+from srcgcnn_fast.training.study import Section, Study, Variant, find, read_study
+
+SMALL = {"atom_fea_len": 8, "h_fea_len": 8}
+RECIPE = Recipe(epochs=2, ema=0.9, optimizer="adamw", schedule="one_cycle", loss="mae")
+TEXT = """
+targets: [energy]
+seeds: [0, 1]
+recipe: {lr: 1e-3, epochs: 7, batch_size: 32}
+sections:
+  - title: One
+    variants:
+      A: {model: cgcnn, n_conv: 2}
+      B: {recipe: {lr: 0.5, milestones: [3, 4]}}
+  - title: Two
+    scored: val
+    targets: [gap]
+    seeds: [5]
+    recipe: {epochs: 9}
+    variants: {C: }
+"""
+
+
+def small_study(seeds=(0, 1), targets=("energy", "volume"), recipe=RECIPE, scored="test") -> Study:
+    variants = (
+        Variant("CGCNN", "cgcnn", {"n_conv": 1, **SMALL}, recipe, 32),
+        Variant("SR", "sr-cgcnn", SMALL, recipe, 32),
+    )
+    return Study("Small", (Section("Both", variants, targets, seeds, scored),))
+
+
+@pytest.fixture(scope="module")
+def finished(alloys, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("study")
+    compare_study(small_study(), alloys, out, units={"energy": "eV/atom"}, command="srcgcnn-fast compare x --y 'a b'")
+    return out
+
+
+def test_the_innermost_setting_counts(tmp_path):
+    (tmp_path / "s.yaml").write_text(TEXT)
+    one, two = read_study(tmp_path / "s.yaml").sections
+    a, b = one.variants
+    assert a == Variant("A", "cgcnn", {"n_conv": 2}, Recipe(epochs=7, lr=1e-3), 32)
+    assert b == Variant("B", "sr-cgcnn", {}, Recipe(epochs=7, lr=0.5, milestones=(3, 4)), 32)
+    assert (one.targets, one.seeds, one.scored) == (("energy",), (0, 1), "test")
+    assert (two.targets, two.seeds, two.scored) == (("gap",), (5,), "val")
+    assert two.variants[0].recipe == Recipe(epochs=9, lr=1e-3)
+    changed = read_study(tmp_path / "s.yaml").changed(["x"], [3], 1)
+    assert changed.targets == ("x",) and changed.sections[1].seeds == (3,)
+    assert {v.recipe.epochs for s in changed.sections for v in s.variants} == {1}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("lr: 1e-3", "rate: 1", "B: a recipe has no rate|A: a recipe has no rate"),
+        ("lr: 1e-3", "lr: fast", "lr is 'fast'; write a number"),
+        ("model: cgcnn", "model: gcn", "A: the model 'gcn' is unknown"),
+        ("scored: val", "scored: train", "'Two' is scored on 'train'"),
+        ("targets: [gap]", "target: [gap]", "A section says target"),
+        ("targets: [energy]", "targets: []", "'One' needs variants and targets"),
+        ("sections:", "parts:", "says parts"),
+        ("seeds: [0, 1]", "seeds: [0", "is not YAML"),
+    ],
+)
+def test_a_bad_study_is_refused(tmp_path, old, new, says):
+    (tmp_path / "s.yaml").write_text(TEXT.replace(old, new))
+    with pytest.raises(InputError, match=says):
+        read_study(tmp_path / "s.yaml")
+
+
+def test_an_argument_that_a_model_does_not_have(alloys, tmp_path):
+    bad = Section("x", (Variant("A", "cgcnn", {"n_layers": 2}, RECIPE),), ("energy",), (0,))
+    with pytest.raises(InputError, match=r"A: .*n_layers.*; use the arguments of CGCNN"):
+        compare_study(Study("x", (bad,)), alloys, tmp_path)
+    with pytest.raises(InputError, match="There is no study nothing; give a YAML file or one of: paper, search"):
+        read_study("nothing")
+
+
+def test_the_studies_of_the_package_are_fair():
+    """As many trials for either model, on the validation crystals; recipes differ only where they are said to."""
+    trials = read_study("search").sections
+    assert {section.scored for section in trials} == {"val"}
+    assert len({len(section.variants) for section in trials}) == 1
+    paper = read_study("paper").sections
+    for section in paper:
+        assert len({(v.recipe.epochs, v.recipe.schedule) for v in section.variants}) == 1
+    for section in (*trials, *paper[:2]):
+        for variant in section.variants:
+            if variant.model == "sr-cgcnn":
+                assert variant.build(41).count_conv_parameters() <= 0.345 * CGCNN().count_conv_parameters()
+
+
+def test_the_report_holds_everything(finished):
+    text, page = (finished / "report.md").read_text(), (finished / "report.html").read_text()
+    for part in ("srcgcnn-fast compare x --y 'a b'", "test MAE, eV/atom", "difference to CGCNN [95 %]", "peak memory"):
+        assert part in text
+    assert "missing" not in text
+    images = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
+    assert len(images) == 6 and all((finished / name).read_bytes().startswith(b"\x89PNG") for name in images)
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert len(sources) == 6 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "http" not in page and "<link" not in page and "<script" not in page
+    for row in json.loads((finished / "report.json").read_text())["results"]:
+        assert f"{row['mae']:.4f} ± {row['mae_sd']:.4f}" in text and f"{row['mae']:.4f} ± {row['mae_sd']:.4f}" in page
+
+
+def test_the_table_is_computed_from_the_predictions(finished):
+    content = json.loads((finished / "report.json").read_text())
+    rows = {(r["target"], r["variant"], r["seed"]): r for r in content["runs"]}
+    assert len(rows) == 8
+    maes = {}
+    for key, row in rows.items():
+        given, predicted = np.loadtxt(
+            finished / "runs" / row["run"] / "test_predictions.csv", delimiter=",", skiprows=1, usecols=(1, 2)
+        ).T
+        maes[key] = np.abs(given - predicted).mean()
+        assert row["test_mae"] == pytest.approx(maes[key], rel=1e-12)
+        assert row["peak_memory_bytes"] is None or row["peak_memory_bytes"] > 1e7
+    for result in content["results"]:
+        values = [maes[result["target"], result["variant"], seed] for seed in (0, 1)]
+        assert result["mae"] == pytest.approx(np.mean(values)) and result["mae_sd"] == pytest.approx(
+            np.std(values, ddof=1)
+        )
+        if result["variant"] == "SR":
+            base = np.mean([maes[result["target"], "CGCNN", seed] for seed in (0, 1)])
+            gap = result["difference"]
+            assert gap["mean"] == pytest.approx(result["mae"] - base) and gap["low"] <= gap["mean"] <= gap["high"]
+            assert result["ratio"] == pytest.approx(result["mae"] / base)
+
+
+def test_only_model_and_seed_differ_between_runs(finished):
+    runs = [json.loads(path.read_text()) for path in (finished / "runs").glob("*/run.json")]
+    runs = [run for run in runs if run["targets"] == ["energy"]]
+    assert len(runs) == 4
+    changing = {key for key in runs[0] if any(run[key] != runs[0][key] for run in runs)}
+    assert changing == {"model", "hyperparameters", "seed", "data_seed"}
+    tables = [(path.parent / "test_predictions.csv").read_text() for path in (finished / "runs").glob("*/run.json")]
+    columns = {tuple(line.split(",")[0] for line in table.splitlines()) for table in tables if "energy" in table}
+    assert len(columns) == 1  # the split does not follow the seed
+
+
+def test_finished_runs_are_kept(alloys, finished, monkeypatch):
+    def no_fit(*_, **__):
+        raise AssertionError("trained again")
+
+    before = (finished / "report.json").read_text()
+    monkeypatch.setattr(study, "fit", no_fit)
+    compare_study(small_study(), alloys, finished, command="srcgcnn-fast compare x --y 'a b'")
+    assert json.loads((finished / "report.json").read_text())["runs"] == json.loads(before)["runs"]
+    for other in (small_study(seeds=(2,)), small_study(recipe=Recipe(epochs=2))):
+        with pytest.raises(AssertionError, match="trained again"):
+            compare_study(other, alloys, finished)
+
+
+class StopAfter(pl.Callback):
+    """Ctrl-C in the epoch after the given number of them."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_train_batch_end(self, trainer, *_) -> None:
+        if trainer.current_epoch >= self.epochs:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_study_goes_on_where_it_stopped(alloys, finished, tmp_path, monkeypatch):
+    calls = []
+
+    def interrupted(*arguments, **options):
+        calls.append(options["resume"])
+        stop = [StopAfter(1)] if len(calls) == 3 else []
+        return fit(*arguments, **options, callbacks=stop)
+
+    monkeypatch.setattr(study, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compare_study(small_study(), alloys, tmp_path)
+    assert "6 of 8 runs of this section are still missing." in (tmp_path / "report.md").read_text()
+    compare_study(small_study(), alloys, tmp_path)
+    assert calls == [False, False, False, True, *[False] * 5]  # two are kept, the third resumed
+    timing = ("seconds_per_epoch", "wall_seconds", "peak_memory_bytes", "finished")
+    again, whole = (json.loads((out / "report.json").read_text())["runs"] for out in (tmp_path, finished))
+    assert [{k: v for k, v in row.items() if k not in timing} for row in again] == [
+        {k: v for k, v in row.items() if k not in timing} for row in whole
+    ]
+
+
+def test_settings_are_chosen_without_the_test_crystals(alloys, tmp_path):
+    compare_study(small_study(seeds=(0,), targets=("energy",), scored="val"), alloys, tmp_path)
+    assert not list(tmp_path.glob("runs/*/test_predictions.csv"))
+    assert "val MAE" in (tmp_path / "report.md").read_text() and "test MAE" not in (tmp_path / "report.md").read_text()
+
+
+def test_what_decides_a_run(alloys):
+    data = GraphDataModule(alloys, "energy")
+    values = alloys.targets["energy"] + 1e-6
+    corrected = GraphStore.from_graphs([alloys[i] for i in range(len(alloys))], targets={"energy": values})
+    variant = small_study().sections[0].variants[0]
+
+    def place(variant=variant, data=data, seed=0):
+        return find(variant, data, Path("x"), seed)[0]
+
+    assert place(Variant("another name", "cgcnn", {"n_conv": 1, "n_h": 1, **SMALL}, RECIPE, 32)) == place()
+    others = [
+        place(Variant("CGCNN", "cgcnn", {"n_conv": 2, **SMALL}, RECIPE, 32)),
+        place(Variant("CGCNN", "cgcnn", {"n_conv": 1, **SMALL}, Recipe(epochs=2), 32)),
+        place(Variant("CGCNN", "cgcnn", {"n_conv": 1, **SMALL}, RECIPE, 31)),
+        place(seed=1),
+        place(data=GraphDataModule(alloys, "high")),
+        place(data=GraphDataModule(alloys, "energy", split=(0.7, 0.2, 0.1))),
+        place(data=GraphDataModule(alloys, "energy", seed=1)),
+        place(data=GraphDataModule(corrected, "energy")),
+    ]
+    assert len({*others, place()}) == 9
+
+
+def test_a_paired_difference_has_the_interval_of_its_crystals():
+    rng = np.random.default_rng(0)
+    others = rng.exponential(1.0, (1, 2000))
+    gaps = rng.normal(0.1, 0.5, (1, 2000))
+    found = paired_difference(others + gaps, others)
+    error = gaps.std() / np.sqrt(gaps.size)
+    assert found.mean == pytest.approx(gaps.mean())
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.05)
+    assert found.low < found.mean < found.high
+    wide = paired_difference(np.stack([others[0] + 0.5, others[0]]), np.stack([others[0]] * 2))  # seeds disagree
+    assert (wide.low, wide.high) == pytest.approx((0.0, 0.5))
+
+
+def test_atoms_and_elements_are_those_of_the_crystals(alloys):
+    data = GraphDataModule(alloys, "energy")
+    atoms, holds = composition(data, "test")
+    for k, index in enumerate(data.parts["test"].indices):
+        graph = alloys[int(index)]
+        assert atoms[k] == graph.n_atoms
+        assert set(np.flatnonzero(holds[k])) == set(graph.numbers.tolist())
+
+
+def test_a_report_says_what_is_missing(alloys, finished, tmp_path):
+    plan = small_study(seeds=(0, 1, 2))
+    data = {target: GraphDataModule(alloys, target) for target in plan.targets}
+    runs = study.kept_runs(plan.sections[0], data, finished / "runs")
+    assert len(runs) == 8
+    report.write_report(plan, [(plan.sections[0], runs)], data, tmp_path, "again")
+    assert "4 of 12 runs of this section are still missing." in (tmp_path / "report.md").read_text()
+
+
+def test_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_alloys(tmp_path / "a.parquet", 40)
+    argv = ["compare", "a.parquet", "--target", "formation_energy_per_atom", "--seeds", "0", "1", "--epochs", "1"]
+    argv += ["--split", "0.5", "0.25", "0.25", "--atom-fea-len", "8", "--h-fea-len", "8", "--out", "o"]
+    assert main(argv) == 0
+    assert "4/4 Comparison: SR-CGCNN, formation_energy_per_atom, seed 1: test MAE" in capsys.readouterr().out
+    assert f"```bash\nsrcgcnn-fast {' '.join(argv)}\n```" in (tmp_path / "o" / "report.md").read_text()
+    assert main(["compare", "a.parquet", "--study", "paper", "--lr", "1", "--seed", "3"]) == 2
+    assert "The study paper says itself what --lr, --seed would" in capsys.readouterr().err
+    assert main(["compare", "a.parquet"]) == 2
+    assert "--target" in capsys.readouterr().err
+    assert main(["compare", "a.parquet", "--study", "paper", "--unit", "eV"]) == 2
+    assert "--unit is of one target" in capsys.readouterr().err
