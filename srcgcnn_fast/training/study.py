@@ -21,6 +21,7 @@ import torch
 from .. import __version__
 from ..errors import InputError, require
 from ..files import atomic_path
+from ..graph import GraphParameters
 from ..nn import CGCNN, SRCGCNN
 from ..serialization import load_model
 from .data import GraphDataModule
@@ -322,7 +323,7 @@ def _key(variant: Variant, data: GraphDataModule, seed: int) -> dict[str, Any]:
         "batch_size": variant.batch_size,
         "seed": seed,
         "targets": list(data.targets),
-        "graph": asdict(data.graph_parameters),
+        "graph": {k: v for k, v in asdict(data.graph_parameters).items() if v != getattr(GraphParameters(), k)},
         "data": fingerprint(data),
     }
 
