@@ -12,7 +12,7 @@ import srcgcnn_fast as sf
 from srcgcnn_fast import functional
 from srcgcnn_fast.errors import InputError
 from srcgcnn_fast.functional import Dense
-from srcgcnn_fast.ops import cpu, reference
+from srcgcnn_fast.ops import cpu, fused, reference
 
 pytestmark = pytest.mark.skipif(not sf.backends()["cpu"].available, reason="the CPU kernels are not built")
 KINDS = ["plain", "weighted", "ragged", "one atom", "isolated", "no edges", "many crystals"]
@@ -62,6 +62,24 @@ def test_readout_equals_the_reference(make_batch, kind, sizes, dtype):
         results.append([out, x.grad, *(p.grad for layer in own for p in layer if p is not None)])
     for truth, found in zip(*results, strict=True):
         assert relative(found, truth) < LIMIT[dtype] * 3
+
+
+def test_more_crystals_than_blocks_that_are_summed_apart():
+    """1 100 crystals: blocks of 32, several of which share their sums."""
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randint(1, 5, (1100,), generator=g)
+    crystal_ptr = torch.cat([torch.zeros(1, dtype=torch.int64), rows.cumsum(0)]).int()
+    row_weight = torch.randint(1, 5, (int(rows.sum()),), generator=g).double()
+    h = torch.randn(len(row_weight), 16, generator=g, dtype=torch.float64)
+    upstream = torch.randn(len(rows), 2, generator=g, dtype=torch.float64)
+    layers, results = layers_of((16, 24, 2)), []
+    for form in (reference.readout, fused.readout):
+        x, own = leaf(h, torch.float64), [Dense(leaf(w, torch.float64), leaf(b, torch.float64)) for w, b in layers]
+        out = form(x, row_weight, crystal_ptr, own)
+        out.backward(upstream)
+        results.append([out, x.grad, *(p.grad for layer in own for p in layer)])
+    for truth, found in zip(*results, strict=True):
+        assert relative(found, truth) < 1e-13
 
 
 def test_the_readout_is_differentiable_twice(make_batch):
