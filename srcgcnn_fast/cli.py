@@ -232,6 +232,7 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
         epochs=arguments.epochs,
         lr=arguments.lr,
         optimizer=arguments.optimizer,
+        muon_lr=arguments.muon_lr,
         weight_decay=arguments.weight_decay,
         schedule=arguments.schedule,
         milestones=tuple(arguments.lr_milestones),
@@ -674,6 +675,8 @@ def _add_train_options(parser: Any) -> None:
     add("--dropout", metavar="X", type=float, help=help)
     add("--batch-rows", metavar="N", type=int, help="graph rows per batch, in place of --batch-size")
     add("--weight-decay", metavar="X", type=float, default=0.0, help="of the optimiser")
+    help = "peak rate of the convolutions' weights with --optimizer muon; --lr is that of the rest"
+    add("--muon-lr", metavar="X", type=float, default=0.04, help=help)
     help = "epochs of the multistep schedule"
     add("--lr-milestones", metavar="N", type=int, nargs="+", default=[100], help=help)
     add("--warmup", metavar="X", type=float, default=0.05, help="share of the run in which one_cycle rises to --lr")
@@ -732,7 +735,7 @@ def _add_training_options(
     )
     parser.add_argument("--batch-size", metavar="N", type=int, help=f"crystals per batch (default: {batch_size})")
     parser.add_argument("--lr", metavar="X", type=float, default=lr, help="initial learning rate")
-    parser.add_argument("--optimizer", choices=("sgd", "adam", "adamw"), default="adam", help="optimiser")
+    parser.add_argument("--optimizer", choices=("sgd", "adam", "adamw", "muon"), default="adam", help="optimiser")
     parser.add_argument(
         "--schedule",
         choices=("constant", "multistep", "cosine", *schedules),

@@ -139,6 +139,7 @@ def _record(module: TrainingModule, data: GraphDataModule) -> dict[str, Any]:
     """What must agree between a run and its continuation."""
     return {
         **module.hparams,
+        "muon_lr": module.recipe.muon_lr if module.recipe.optimizer == "muon" else None,  # likewise
         "targets": list(data.targets),
         "graph": asdict(data.graph_parameters),
         "batch_size": data.batch_size,

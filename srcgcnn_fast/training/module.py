@@ -20,9 +20,9 @@ from ..nn import CGCNN, SRCGCNN, ModelMetadata
 from .data import GraphDataModule, Item
 from .distributed import of_all, place, total
 from .metrics import classification_metrics, regression_metrics, target_metrics
+from .optimizers import OPTIMIZERS, make_optimizer
 from .prefetch import Batches
 
-OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "multistep", "cosine", "one_cycle")
 LOSSES = ("mse", "mae")
 PARTS = {
@@ -47,7 +47,9 @@ class Recipe:
     ``schedule`` acts once an epoch: "cosine" falls to zero after the last one, "multistep" multiplies the rate by
     ``gamma`` at every milestone; "one_cycle" acts after every batch: up to ``lr`` in the share ``warmup`` of the run,
     then down to nothing along a cosine. ``loss`` is the mean squared or absolute error of the normalised target; a
-    classifier has its own. ``weight_decay`` spares biases and batch norms under "adamw". ``ema``, such as 0.999,
+    classifier has its own. ``optimizer`` "muon" orthogonalises the steps of the convolutions' weight matrices (Jordan
+    et al. 2024), as large as Adam's at the rate ``muon_lr``, and leaves the rest to AdamW with ``lr``; it needs PyTorch
+    2.9. ``weight_decay`` spares biases and batch norms under "adamw" and "muon". ``ema``, such as 0.999,
     validates and keeps an exponential moving average of the weights. ``gradient_clip`` bounds the norm of the gradient.
     ``patience`` ends the run after so many epochs without a better one. ``class_weights`` multiplies the loss of
     crystals of class 0 and 1; "balanced" gives both classes the same share. ``freeze`` keeps parts ("embedding",
@@ -57,6 +59,7 @@ class Recipe:
     epochs: int = 30
     lr: float = 3e-3
     optimizer: str = "adam"
+    muon_lr: float = 0.04
     weight_decay: float = 0.0
     momentum: float = 0.9
     schedule: str = "cosine"
@@ -78,6 +81,8 @@ class Recipe:
             raise InputError(f"Training for {self.epochs} epochs does nothing; ask for at least 1.")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise InputError(f"The learning rate {self.lr} is not a positive number.")
+        if not (math.isfinite(self.muon_lr) and self.muon_lr > 0):
+            raise InputError(f"Muon's learning rate {self.muon_lr} is not a positive number.")
         if not 0 < self.warmup < 1:
             raise InputError(f"A warm-up of {self.warmup} is not a share of the run; give a number between 0 and 1.")
         if self.ema is not None and not 0 < self.ema < 1:
@@ -284,20 +289,7 @@ class TrainingModule(pl.LightningModule):
         return float(getattr(self.trainer.train_dataloader, "waited", 0.0))
 
     def configure_optimizers(self) -> Any:
-        recipe, parameters = self.recipe, [p for p in self.model.parameters() if p.requires_grad]
-        optimizer: torch.optim.Optimizer
-        if recipe.optimizer == "sgd":
-            optimizer = torch.optim.SGD(
-                parameters, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True
-            )
-        elif recipe.optimizer == "adam":
-            optimizer = torch.optim.Adam(parameters, recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-        else:
-            groups: list[dict[str, Any]] = [
-                {"params": [p for p in parameters if p.ndim > 1]},
-                {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-            ]
-            optimizer = torch.optim.AdamW(groups, recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+        recipe, optimizer = self.recipe, make_optimizer(self.model, self.recipe)
         schedules = torch.optim.lr_scheduler
         if recipe.schedule == "cosine":
             return [optimizer], [schedules.CosineAnnealingLR(optimizer, recipe.epochs)]
@@ -305,7 +297,8 @@ class TrainingModule(pl.LightningModule):
             return [optimizer], [schedules.MultiStepLR(optimizer, list(recipe.milestones), recipe.gamma)]
         if recipe.schedule == "one_cycle":
             steps = int(self.trainer.estimated_stepping_batches)
-            cycle = schedules.OneCycleLR(optimizer, recipe.lr, steps, pct_start=recipe.warmup, cycle_momentum=False)
+            peaks = [group["lr"] for group in optimizer.param_groups]
+            cycle = schedules.OneCycleLR(optimizer, peaks, steps, pct_start=recipe.warmup, cycle_momentum=False)
             return [optimizer], [{"scheduler": cycle, "interval": "step"}]
         return optimizer
 

@@ -15,6 +15,7 @@ import torch
 
 from srcgcnn_fast import CGCNN, SRCGCNN, InputError, load_model
 from srcgcnn_fast.training import GraphDataModule, Recipe, Split, TrainingModule, evaluate, fit
+from srcgcnn_fast.training.optimizers import make_optimizer
 
 
 class StopIn(pl.Callback):
@@ -89,13 +90,16 @@ def test_resume_ends_with_the_same_bits(alloys, tmp_path, target, options):
 
 
 MODERN = Recipe(epochs=4, lr=5e-3, optimizer="adamw", weight_decay=0.1, schedule="one_cycle", loss="mae", ema=0.9)
+MUON = dataclasses.replace(MODERN, optimizer="muon")
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="Muon needs PyTorch 2.9")
 
 
-def test_averaged_weights_resume_with_the_same_bits(alloys, tmp_path):
-    run(alloys, tmp_path / "whole", recipe=MODERN)
+@pytest.mark.parametrize("recipe", [MODERN, pytest.param(MUON, marks=needs_muon)], ids=["adamw", "muon"])
+def test_averaged_weights_resume_with_the_same_bits(alloys, tmp_path, recipe):
+    run(alloys, tmp_path / "whole", recipe=recipe)
     with pytest.raises(RuntimeError, match="stopped"):
-        run(alloys, tmp_path / "cut", recipe=MODERN, callbacks=[StopIn(2)])
-    run(alloys, tmp_path / "cut", recipe=MODERN, resume=True)
+        run(alloys, tmp_path / "cut", recipe=recipe, callbacks=[StopIn(2)])
+    run(alloys, tmp_path / "cut", recipe=recipe, resume=True)
     for key in ("state_dict", "current_model_state"):
         expected, found = (
             torch.load(tmp_path / name / "last.ckpt", weights_only=True)[key] for name in ("whole", "cut")
@@ -138,6 +142,41 @@ def test_weight_decay_spares_biases_and_norms(alloys):
     assert decayed["weight_decay"] == 0.1 and all(p.ndim == 2 for p in decayed["params"])
     assert spared["weight_decay"] == 0.0 and all(p.ndim == 1 for p in spared["params"])
     assert len(decayed["params"]) + len(spared["params"]) == len(list(module.parameters()))
+
+
+@needs_muon
+@pytest.mark.parametrize("model", [SRCGCNN(), CGCNN()], ids=["sr-cgcnn", "cgcnn"])
+def test_muon_orthogonalises_the_steps_of_the_convolutions_alone(model):
+    recipe = Recipe(optimizer="muon", lr=1e-3, muon_lr=0.02)
+    optimizer = make_optimizer(model, recipe)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        step = p.detach() - before[name]
+        if name.endswith("fc_full.weight"):
+            size = torch.linalg.svdvals(step) / (0.02 * 0.2 * max(p.shape) ** 0.5)
+            assert size.min() > 0.5 and size.max() < 1.5  # five Newton-Schulz iterations end near 1
+        else:
+            assert step.abs().max() == pytest.approx(1e-3, rel=1e-2)  # of AdamW's first step
+    taught = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(taught) == len(set(taught)) == len(before)
+
+
+@needs_muon
+def test_muon_without_convolutions_to_teach_is_adamw(alloys, tmp_path):
+    recipe = Recipe(epochs=1, optimizer="muon", freeze=("convolutions",))
+    frozen, other = (
+        run(alloys, tmp_path / x.optimizer, recipe=x) for x in (recipe, dataclasses.replace(recipe, optimizer="adamw"))
+    )
+    assert frozen.history[0]["val_mae"] == other.history[0]["val_mae"]
+
+
+def test_muon_names_the_pytorch_it_needs(monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    with pytest.raises(InputError, match=r"Muon needs PyTorch 2\.9"):
+        make_optimizer(SRCGCNN(), Recipe(optimizer="muon"))
 
 
 def test_the_loss_is_the_recipes(alloys):
@@ -186,7 +225,7 @@ def test_classifier(alloys, tmp_path):
     assert result.history[-1]["train_loss"] < 0.8 * result.history[0]["train_loss"]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", pytest.param("muon", marks=needs_muon)])
 @pytest.mark.parametrize("schedule", ["constant", "multistep", "cosine"])
 def test_recipes(alloys, tmp_path, optimizer, schedule):
     recipe = Recipe(
@@ -229,6 +268,8 @@ def test_bad_requests_are_sentences(alloys, tmp_path):
         Recipe(epochs=0)
     with pytest.raises(InputError, match="learning rate nan"):
         Recipe(lr=float("nan"))
+    with pytest.raises(InputError, match=r"Muon's learning rate 0\.0"):
+        Recipe(muon_lr=0.0)
     with pytest.raises(InputError, match=r"1 target\(s\), the data 2"):
         TrainingModule(SRCGCNN(), GraphDataModule(alloys, ["energy", "high"]), Recipe())
     with pytest.raises(InputError, match="0 or 1"):
