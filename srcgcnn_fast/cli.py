@@ -337,6 +337,8 @@ def compare(arguments: argparse.Namespace) -> None:
         atom_fea_len=arguments.atom_fea_len,
         h_fea_len=arguments.h_fea_len,
         parameters=_graph_parameters(arguments),
+        accelerator=arguments.accelerator,
+        precision=arguments.precision or "float32",
         progress=True,
     )
     print(f"\n{result.table()}\n")
@@ -357,7 +359,8 @@ def _compare_study(arguments: argparse.Namespace, targets: list[str]) -> None:
         if given:
             options = ", ".join("--" + name.replace("_", "-") for name in given)
             raise InputError(f"The study {arguments.study} says itself what {options} would; change it there.")
-        study = read_study(arguments.study).changed(targets, arguments.seeds or (), arguments.epochs)
+        changes = (targets, arguments.seeds or (), arguments.epochs, arguments.precision)
+        study = read_study(arguments.study).changed(*changes)
     else:
         recipe = Recipe(arguments.epochs or 30, arguments.lr, arguments.optimizer, schedule=arguments.schedule)
         study = pair_study(
@@ -365,6 +368,7 @@ def _compare_study(arguments: argparse.Namespace, targets: list[str]) -> None:
             arguments.seeds or (arguments.seed,),
             recipe,
             batch_size=arguments.batch_size or 256,
+            precision=arguments.precision or "float32",
             n_conv=arguments.n_conv,
             n_recurrent_steps=arguments.n_recurrent_steps,
             atom_fea_len=arguments.atom_fea_len,
@@ -383,6 +387,7 @@ def _compare_study(arguments: argparse.Namespace, targets: list[str]) -> None:
         units={study.targets[0]: arguments.unit} if arguments.unit else None,
         command=shlex.join(["srcgcnn-fast", *arguments.argv]),
         tell=lambda line: print(line, flush=True),
+        accelerator=arguments.accelerator,
     )
     print(f"report.md, report.json, the plots and {page.name}, which holds them all, are in {page.parent}")
 
@@ -599,12 +604,13 @@ _DISORDER = "sites that are not one full atom: refuse the crystal, take the larg
 _ISOLATED = "atoms without any neighbour: refuse the crystal, or keep it (warn: and count such crystals)"
 
 
-def _add_precision(parser: argparse.ArgumentParser) -> None:
+def _add_precision(parser: argparse.ArgumentParser, default: str | None = "float32") -> None:
     parser.add_argument(
         "--precision",
         choices=("float32", "tf32", "bfloat16"),
-        default="float32",
-        help="of a GPU's arithmetic; the CPU computes in float32",
+        default=default,
+        help="of a GPU's arithmetic; the CPU computes in float32"
+        + " (default: float32, or the study's)" * (not default),
     )
 
 
@@ -701,9 +707,6 @@ def _add_train_options(parser: Any) -> None:
     add("--members", metavar="N", type=int, default=1, help=help)
     add("--length-buckets", action="store_true", help="training batches of crystals of similar size")
     add("--workers", metavar="N", type=int, default=0, help="processes that assemble batches")
-    help = "where to train; auto: on a GPU, if any"
-    add("--accelerator", choices=("auto", "cpu", "gpu"), default="auto", help=help)
-    _add_precision(parser)
     add("--tensorboard", action="store_true", help="log for TensorBoard, too")
     add("--logger", choices=("tensorboard", "wandb"), help="log there, too (wandb: Weights & Biases)")
 
@@ -746,6 +749,9 @@ def _add_training_options(
     parser.add_argument("--n-recurrent-steps", metavar="N", type=int, default=3, help="steps of an SR-CGCNN")
     parser.add_argument("--atom-fea-len", metavar="N", type=int, default=64, help="features of an atom")
     parser.add_argument("--h-fea-len", metavar="N", type=int, default=128, help="features of a hidden layer")
+    help = "where to train; auto: on a GPU, if any"
+    parser.add_argument("--accelerator", choices=("auto", "cpu", "gpu"), default="auto", help=help)
+    _add_precision(parser, default=None if is_study else "float32")
     _add_graph_options(parser)
 
 

@@ -214,11 +214,14 @@ def test_the_radius_decides_the_gaussians_and_predict_uses_it(source, tmp_path, 
     assert (other[TARGET] - predicted[TARGET]).abs().max() > 1e-4  # it was not those of 8 Å
 
 
-def test_compare_takes_the_radius(source, tmp_path):
+def test_compare_takes_radius_and_precision(source, tmp_path):
     argv = ["compare", str(source), "--target", TARGET, "--epochs", "1", "--radius", "5", "--out", str(tmp_path)]
+    argv += ["--accelerator", "cpu", "--precision", "tf32"]
     assert main(argv) == 0
     report = json.loads((tmp_path / "compare.json").read_text())
     assert [m["hyperparameters"]["nbr_fea_len"] for m in report["models"].values()] == [26, 26]
+    assert (report["settings"]["precision"], report["machine"]["gpu"]) == ("tf32", None)
+    assert json.loads((tmp_path / "cgcnn" / "run.json").read_text())["precision"] == "tf32"
 
 
 def test_isolated_atoms_are_kept_on_request(trained, tmp_path, capsys):

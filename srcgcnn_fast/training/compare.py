@@ -113,6 +113,8 @@ def compare(
     atom_fea_len: int = 64,
     h_fea_len: int = 128,
     parameters: GraphParameters | None = None,
+    accelerator: str = "auto",
+    precision: str = "float32",
     progress: bool = False,
 ) -> Comparison:
     """Train a CGCNN of ``n_conv`` layers and an SR-CGCNN of ``n_recurrent_steps`` steps on the same crystals.
@@ -129,6 +131,7 @@ def compare(
         val_source: a separate validation set; ``split`` is then unused.
         test_source: a separate test set, beside ``val_source``.
         parameters: of the graphs; the default reduces by symmetry. The radius decides the number of Gaussians.
+        accelerator: where to train, and ``precision`` of a GPU's arithmetic, as for :func:`fit`.
 
     Raises:
         InputError: the target does not exist or fewer than 20 crystals have it.
@@ -143,12 +146,13 @@ def compare(
     recipe = Recipe(epochs=epochs, lr=lr, optimizer=optimizer, schedule=schedule)
     part = "test" if len(data.parts["test"].indices) else "val"
     widths = {"atom_fea_len": atom_fea_len, "h_fea_len": h_fea_len}
+    how: dict[str, Any] = {"accelerator": accelerator, "precision": precision, "progress": progress}
     widths["nbr_fea_len"] = data.graph_parameters.n_gaussians()
 
     def contestant(name: str, directory: str, build: Callable[..., CGCNN | SRCGCNN], **depth: int) -> Contestant:
         shutil.rmtree(out / directory, ignore_errors=True)  # the run of an earlier comparison
         torch.manual_seed(seed)
-        result = fit(build(**depth, **widths), data, out / directory, recipe, seed=seed, progress=progress)
+        result = fit(build(**depth, **widths), data, out / directory, recipe, seed=seed, **how)
         return Contestant(name, result, evaluate(result.model, data, part))
 
     comparison = Comparison(
@@ -159,7 +163,14 @@ def compare(
         part=part,
         crystals={name: len(part.indices) for name, part in data.parts.items()},
         mean_predictor_mae=_mean_predictor_mae(data, part),
-        settings={**asdict(recipe), "batch_size": data.batch_size, "seed": seed, "split": split},
+        settings={
+            **asdict(recipe),
+            "batch_size": data.batch_size,
+            "seed": seed,
+            "split": split,
+            "accelerator": accelerator,
+            "precision": precision,
+        },
         graph=data.graph_parameters,
         out_dir=out,
     )
@@ -215,6 +226,7 @@ def _write(comparison: Comparison) -> None:
 
 
 def _report(comparison: Comparison) -> dict[str, Any]:
+    on_gpu = comparison.settings["accelerator"] != "cpu" and torch.cuda.is_available()
     return {
         "target": comparison.target,
         "unit": comparison.unit,
@@ -238,7 +250,7 @@ def _report(comparison: Comparison) -> dict[str, Any]:
         "ratios": comparison.ratios,
         "machine": {
             "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "gpu": torch.cuda.get_device_name() if on_gpu else None,
             "torch": torch.__version__,
             "srcgcnn_fast": __version__,
         },
@@ -254,7 +266,7 @@ def _markdown(comparison: Comparison, report: dict[str, Any]) -> str:
         f"{sizes['val']:,} chose the best epoch. "
         f"Predicting the mean gives {report['mean_predictor_mae']:.4f} {comparison.unit}.\n\n"
         f"Both: {settings['epochs']} epochs, batches of {settings['batch_size']}, {settings['optimizer']}, "
-        f"lr {settings['lr']:g}, {settings['schedule']} schedule, seed {settings['seed']}; {device}. "
-        "Seconds are those of the training steps.\n\n"
+        f"lr {settings['lr']:g}, {settings['schedule']} schedule, seed {settings['seed']}; {device}, "
+        f"{settings['precision']}. Seconds are those of the training steps.\n\n"
         "![parity](parity.png)\n![learning curves](learning_curves.png)\n"
     )

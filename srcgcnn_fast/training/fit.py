@@ -83,8 +83,11 @@ def fit(
         progress: show a bar.
 
     Raises:
-        InputError: ``run_dir`` holds another run, there is nothing to resume, or the loss is no longer finite.
+        InputError: ``run_dir`` holds another run, there is nothing to resume, no GPU to train on, or the loss is no
+            longer finite.
     """
+    if accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        raise InputError("PyTorch finds no GPU here; train with accelerator 'cpu' or 'auto' (srcgcnn-fast doctor).")
     distributed.join()
     recipe = recipe or Recipe()
     directory = Path(run_dir)

@@ -72,11 +72,13 @@ def compare_study(
     units: Mapping[str, str] | None = None,
     command: str = "",
     tell: Callable[[str], None] | None = None,
+    accelerator: str = "auto",
 ) -> Path:
     """Do every run of ``study`` that is not done yet and write its report into ``out_dir``; returns report.html.
 
-    Runs are kept in ``out_dir/runs`` by what decides them (model, recipe, seed, graphs, data, version), so that an
-    interrupted study goes on where it stopped, in the middle of a run, too, and a changed one does only what is new.
+    Runs are kept in ``out_dir/runs`` by what decides them (model, recipe, precision, seed, graphs, data, version), so
+    that an interrupted study goes on where it stopped, in the middle of a run, too, and a changed one does only what is
+    new.
     The report is written anew after every section, and after Ctrl-C with what there is.
 
     Args:
@@ -88,6 +90,7 @@ def compare_study(
         units: of targets whose names do not tell.
         command: what the report calls the way to make it.
         tell: receives one line a run.
+        accelerator: "cpu", "gpu", or "auto" for what Lightning finds; it does not decide which runs are kept.
 
     Raises:
         InputError: a target does not exist, too few crystals have it, or a variant cannot be built.
@@ -102,7 +105,7 @@ def compare_study(
     runs = out / "runs"
     results = [(section, kept_runs(section, data, runs)) for section in study.sections]
     try:
-        for number, finished in enumerate(run_study(study, data, runs, tell)):
+        for number, finished in enumerate(run_study(study, data, runs, tell, accelerator)):
             results[number] = finished
             write_report(study, results, data, out, command)
     except KeyboardInterrupt:
@@ -245,7 +248,7 @@ def _recipe(variant: Variant) -> dict[str, Any]:
     defaults = {field.name: field.default for field in fields(Recipe)}
     always = ("epochs", "lr", "optimizer", "schedule", "loss")
     said = {k: v for k, v in asdict(variant.recipe).items() if k in always or v != defaults[k]}
-    return {**said, "batch_size": variant.batch_size}
+    return {**said, "batch_size": variant.batch_size, "precision": variant.precision}
 
 
 def _said(settings: Mapping[str, Any]) -> str:

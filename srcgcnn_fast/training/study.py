@@ -23,6 +23,7 @@ from ..errors import InputError, require
 from ..files import atomic_path
 from ..graph import GraphParameters
 from ..nn import CGCNN, SRCGCNN
+from ..ops.precision import NAMES as PRECISIONS
 from ..serialization import load_model
 from .data import GraphDataModule
 from .evaluate import evaluate
@@ -46,10 +47,13 @@ class Variant:
     """Arguments of its class; the number of Gaussians follows from the graphs."""
     recipe: Recipe
     batch_size: int = 256
+    precision: str = "float32"
+    """Of a GPU's arithmetic, as :func:`srcgcnn_fast.use_precision` names it."""
 
     def __post_init__(self) -> None:
-        if self.model not in MODELS:
-            raise InputError(f"{self.name}: the model {self.model!r} is unknown; choose among {', '.join(MODELS)}.")
+        for what, value, known in (("model", self.model, MODELS), ("precision", self.precision, PRECISIONS)):
+            if value not in known:
+                raise InputError(f"{self.name}: the {what} {value!r} is unknown; choose among {', '.join(known)}.")
 
     def build(self, nbr_fea_len: int) -> CGCNN | SRCGCNN:
         """The untrained model, with weights by torch's generator."""
@@ -91,9 +95,16 @@ class Study:
     def targets(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(target for section in self.sections for target in section.targets))
 
-    def changed(self, targets: Sequence[str] = (), seeds: Sequence[int] = (), epochs: int | None = None) -> Study:
-        """The same with other targets, seeds or epochs in all sections; what is empty stays."""
-        return replace(self, sections=tuple(_changed(s, tuple(targets), tuple(seeds), epochs) for s in self.sections))
+    def changed(
+        self,
+        targets: Sequence[str] = (),
+        seeds: Sequence[int] = (),
+        epochs: int | None = None,
+        precision: str | None = None,
+    ) -> Study:
+        """The same with other targets, seeds, epochs or precision in all sections; what is empty stays."""
+        sections = [_changed(s, tuple(targets), tuple(seeds), epochs, precision) for s in self.sections]
+        return replace(self, sections=tuple(sections))
 
 
 @dataclass(frozen=True)
@@ -120,8 +131,8 @@ class Run:
 def read_study(path: str | os.PathLike[str]) -> Study:
     """A study from a YAML file, or by the name of one that comes with the package ("paper").
 
-    ``targets``, ``seeds``, ``scored`` and ``recipe`` (fields of :class:`Recipe` and ``batch_size``) may stand at the
-    top, in a section and ``recipe`` also in a variant; the innermost counts.
+    ``targets``, ``seeds``, ``scored`` and ``recipe`` (fields of :class:`Recipe`, ``batch_size`` and ``precision``) may
+    stand at the top, in a section and ``recipe`` also in a variant; the innermost counts.
 
     Raises:
         InputError: there is no such file, or it says something that is not known.
@@ -148,23 +159,35 @@ def pair_study(
     recipe: Recipe,
     *,
     batch_size: int = 256,
+    precision: str = "float32",
     n_conv: int = 3,
     n_recurrent_steps: int = 3,
     **widths: int,
 ) -> Study:
     """CGCNN against SR-CGCNN by one recipe."""
     variants = (
-        Variant("CGCNN", "cgcnn", {"n_conv": n_conv, **widths}, recipe, batch_size),
-        Variant("SR-CGCNN", "sr-cgcnn", {"n_recurrent_steps": n_recurrent_steps, **widths}, recipe, batch_size),
+        Variant("CGCNN", "cgcnn", {"n_conv": n_conv, **widths}, recipe, batch_size, precision),
+        Variant(
+            "SR-CGCNN",
+            "sr-cgcnn",
+            {"n_recurrent_steps": n_recurrent_steps, **widths},
+            recipe,
+            batch_size,
+            precision,
+        ),
     )
     title = "CGCNN against SR-CGCNN"
     return Study(title, (Section("Comparison", variants, tuple(targets), tuple(seeds)),))
 
 
-def _changed(section: Section, targets: tuple[str, ...], seeds: tuple[int, ...], epochs: int | None) -> Section:
+def _changed(
+    section: Section, targets: tuple[str, ...], seeds: tuple[int, ...], epochs: int | None, precision: str | None
+) -> Section:
     variants = section.variants
     if epochs is not None:
         variants = tuple(replace(v, recipe=replace(v.recipe, epochs=epochs)) for v in variants)
+    if precision is not None:
+        variants = tuple(replace(v, precision=precision) for v in variants)
     return replace(section, variants=variants, targets=targets or section.targets, seeds=seeds or section.seeds)
 
 
@@ -188,16 +211,18 @@ def _variant(name: str, recipe: dict[str, Any], content: Any) -> Variant:
     own = dict(content or {})
     model = own.pop("model", "sr-cgcnn")
     settings = {**recipe, **(own.pop("recipe", None) or {})}
-    batch_size = int(settings.pop("batch_size", 256))
+    batch_size, precision = int(settings.pop("batch_size", 256)), str(settings.pop("precision", "float32"))
     allowed = {field.name: field for field in fields(Recipe)}
     if unknown := sorted(set(settings) - set(allowed)):
-        raise InputError(f"{name}: a recipe has no {', '.join(unknown)}; it has {', '.join(allowed)}, batch_size.")
+        raise InputError(
+            f"{name}: a recipe has no {', '.join(unknown)}; it has {', '.join(allowed)}, batch_size, precision."
+        )
     for key, value in settings.items():
         if isinstance(value, str) and not isinstance(allowed[key].default, str):
             settings[key] = _number(name, key, value)
         elif isinstance(value, list):
             settings[key] = tuple(value)
-    return Variant(str(name), model, own, Recipe(**settings), batch_size)
+    return Variant(str(name), model, own, Recipe(**settings), batch_size, precision)
 
 
 def _number(name: str, key: str, value: str) -> float:
@@ -223,6 +248,7 @@ def run_study(
     data: Mapping[str, GraphDataModule],
     directory: Path,
     tell: Callable[[str], None] | None = None,
+    accelerator: str = "auto",
 ) -> Iterator[tuple[Section, Runs]]:
     """Do what is not done yet, section by section; yields each section with its runs when it is complete.
 
@@ -230,6 +256,7 @@ def run_study(
         data: one for each target of the study, with the same parts for all seeds.
         directory: where runs are kept; a study that shares some with another finds them there.
         tell: receives one line a run: its error and the time left.
+        accelerator: where to train, as for :func:`fit`; a run that is done elsewhere is not done again.
     """
     total = sum(len(list(section.runs())) for section in study.sections)
     done, spent, trained = 0, 0.0, 0
@@ -238,7 +265,9 @@ def run_study(
         for target, seed, variant in section.runs():
             started = time.perf_counter()
             place, is_new = find(variant, data[target], directory, seed)
-            runs[target, seed, variant.name] = result = run(variant, data[target], place, seed, section.scored)
+            runs[target, seed, variant.name] = result = run(
+                variant, data[target], place, seed, section.scored, accelerator
+            )
             done += 1
             if is_new:
                 trained, spent = trained + 1, spent + time.perf_counter() - started
@@ -268,7 +297,7 @@ def find(variant: Variant, data: GraphDataModule, directory: Path, seed: int) ->
     return place, not (place / "scores.json").is_file()
 
 
-def run(variant: Variant, data: GraphDataModule, place: Path, seed: int, scored: str) -> Run:
+def run(variant: Variant, data: GraphDataModule, place: Path, seed: int, scored: str, accelerator: str = "auto") -> Run:
     """Train and score once; a finished run is read, an interrupted one resumed.
 
     Raises:
@@ -283,9 +312,11 @@ def run(variant: Variant, data: GraphDataModule, place: Path, seed: int, scored:
         resume = (place / "last.ckpt").exists()
         if not resume:
             shutil.rmtree(place, ignore_errors=True)
-        _reset_peak_memory()
-        result = fit(model, data, place, variant.recipe, seed=seed, resume=resume)
-        scores = {"name": variant.name, **_scores(result, data), "key": _key(variant, data, seed)}
+        on_gpu = accelerator != "cpu" and torch.cuda.is_available()
+        _reset_peak_memory(on_gpu)
+        where: dict[str, Any] = {"accelerator": accelerator, "precision": variant.precision}
+        result = fit(model, data, place, variant.recipe, seed=seed, resume=resume, **where)
+        scores = {"name": variant.name, **_scores(result, data, on_gpu), "key": _key(variant, data, seed)}
         evaluate(result.model, data, "val").write(place / "val_predictions.csv")
         _write_json(place / "scores.json", scores)
     if scored == "test" and not (place / "test_predictions.csv").is_file():
@@ -321,6 +352,7 @@ def _key(variant: Variant, data: GraphDataModule, seed: int) -> dict[str, Any]:
         "hyperparameters": {k: v for k, v in model.hyperparameters.items() if v != standard[k]},
         "recipe": {k: v for k, v in json.loads(json.dumps(asdict(variant.recipe))).items() if v != _plain(recipe[k])},
         "batch_size": variant.batch_size,
+        **({} if variant.precision == "float32" else {"precision": variant.precision}),
         "seed": seed,
         "targets": list(data.targets),
         "graph": {k: v for k, v in asdict(data.graph_parameters).items() if v != getattr(GraphParameters(), k)},
@@ -344,7 +376,7 @@ def fingerprint(data: GraphDataModule) -> str:
     return digest.hexdigest()[:16]
 
 
-def _scores(result: FitResult, data: GraphDataModule) -> dict[str, Any]:
+def _scores(result: FitResult, data: GraphDataModule, on_gpu: bool) -> dict[str, Any]:
     train = evaluate(result.model, data, "train")
     return {
         "conv_parameters": result.model.count_conv_parameters(),
@@ -354,16 +386,16 @@ def _scores(result: FitResult, data: GraphDataModule) -> dict[str, Any]:
         "best_epoch": int(result.best["epoch"]),
         "seconds_per_epoch": float(np.median([row["seconds"] for row in result.history])),
         "wall_seconds": result.seconds,
-        "peak_memory_bytes": _peak_memory(),
+        "peak_memory_bytes": _peak_memory(on_gpu),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name() if on_gpu else None,
         "torch": torch.__version__,
         "finished": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
     }
 
 
-def _reset_peak_memory() -> None:
-    if torch.cuda.is_available():
+def _reset_peak_memory(on_gpu: bool) -> None:
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
         return
     try:
@@ -372,9 +404,9 @@ def _reset_peak_memory() -> None:
         logger.info("The peak memory is that of all runs so far: %s", error)
 
 
-def _peak_memory() -> int | None:
+def _peak_memory(on_gpu: bool) -> int | None:
     """Bytes: of the GPU, or resident of this process, since the last reset; None where neither is told."""
-    if torch.cuda.is_available():
+    if on_gpu:
         return torch.cuda.max_memory_allocated()
     try:
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import numpy as np
 import pytest
+import torch
 
 from srcgcnn_fast import CGCNN, InputError
 from srcgcnn_fast.cli import main
@@ -65,6 +66,14 @@ def test_the_innermost_setting_counts(tmp_path):
     changed = read_study(tmp_path / "s.yaml").changed(["x"], [3], 1)
     assert changed.targets == ("x",) and changed.sections[1].seeds == (3,)
     assert {v.recipe.epochs for s in changed.sections for v in s.variants} == {1}
+    precise = TEXT.replace("{lr: 0.5", "{precision: tf32, lr: 0.5")
+    (tmp_path / "s.yaml").write_text(precise)
+    given = read_study(tmp_path / "s.yaml")
+    for plan, expected in (
+        (given, ["float32", "tf32", "float32"]),
+        (given.changed(precision="bfloat16"), ["bfloat16"] * 3),
+    ):
+        assert [v.precision for s in plan.sections for v in s.variants] == expected
 
 
 @pytest.mark.parametrize(
@@ -73,6 +82,7 @@ def test_the_innermost_setting_counts(tmp_path):
         ("lr: 1e-3", "rate: 1", "B: a recipe has no rate|A: a recipe has no rate"),
         ("lr: 1e-3", "lr: fast", "lr is 'fast'; write a number"),
         ("model: cgcnn", "model: gcn", "A: the model 'gcn' is unknown"),
+        ("epochs: 7", "precision: half", "the precision 'half' is unknown; choose among float32, tf32, bfloat16"),
         ("scored: val", "scored: train", "'Two' is scored on 'train'"),
         ("targets: [gap]", "target: [gap]", "A section says target"),
         ("targets: [energy]", "targets: []", "'One' needs variants and targets"),
@@ -170,6 +180,24 @@ def test_finished_runs_are_kept(alloys, finished, monkeypatch):
             compare_study(other, alloys, finished)
 
 
+def test_device_and_precision_reach_every_run(alloys, finished, tmp_path, monkeypatch):
+    wanted = []
+
+    def spy(*arguments, **options):
+        wanted.append((options.pop("accelerator"), options["precision"]))
+        return fit(*arguments, **options, accelerator="cpu")
+
+    monkeypatch.setattr(study, "fit", spy)
+    plan = small_study(seeds=(0,), targets=("energy",)).changed(precision="tf32")
+    compare_study(plan, alloys, tmp_path, accelerator="gpu")
+    assert wanted == [("gpu", "tf32")] * 2
+    assert "precision tf32" in (tmp_path / "report.md").read_text()
+    places = {path.name for path in (tmp_path / "runs").iterdir()}
+    assert len(places) == 2 and not places & {path.name for path in (finished / "runs").iterdir()}
+    compare_study(plan, alloys, tmp_path, accelerator="cpu")  # where does not matter: nothing is trained again
+    assert len(wanted) == 2
+
+
 class StopAfter(pl.Callback):
     """Ctrl-C in the epoch after the given number of them."""
 
@@ -222,13 +250,14 @@ def test_what_decides_a_run(alloys):
         place(Variant("CGCNN", "cgcnn", {"n_conv": 2, **SMALL}, RECIPE, 32)),
         place(Variant("CGCNN", "cgcnn", {"n_conv": 1, **SMALL}, Recipe(epochs=2), 32)),
         place(Variant("CGCNN", "cgcnn", {"n_conv": 1, **SMALL}, RECIPE, 31)),
+        place(Variant("CGCNN", "cgcnn", {"n_conv": 1, **SMALL}, RECIPE, 32, "bfloat16")),
         place(seed=1),
         place(data=GraphDataModule(alloys, "high")),
         place(data=GraphDataModule(alloys, "energy", split=(0.7, 0.2, 0.1))),
         place(data=GraphDataModule(alloys, "energy", seed=1)),
         place(data=GraphDataModule(corrected, "energy")),
     ]
-    assert len({*others, place()}) == 9
+    assert len({*others, place()}) == 10
 
 
 def test_a_paired_difference_has_the_interval_of_its_crystals():
@@ -267,9 +296,14 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     write_alloys(tmp_path / "a.parquet", 40)
     argv = ["compare", "a.parquet", "--target", "formation_energy_per_atom", "--seeds", "0", "1", "--epochs", "1"]
     argv += ["--split", "0.5", "0.25", "0.25", "--atom-fea-len", "8", "--h-fea-len", "8", "--out", "o"]
+    argv += ["--accelerator", "cpu", "--precision", "tf32"]
     assert main(argv) == 0
     assert "4/4 Comparison: SR-CGCNN, formation_energy_per_atom, seed 1: test MAE" in capsys.readouterr().out
     assert f"```bash\nsrcgcnn-fast {' '.join(argv)}\n```" in (tmp_path / "o" / "report.md").read_text()
+    assert all(json.loads(path.read_text())["precision"] == "tf32" for path in Path("o/runs").glob("*/run.json"))
+    if not torch.cuda.is_available():
+        assert main([*argv, "--seeds", "2", "--accelerator", "gpu"]) == 2
+        assert "PyTorch finds no GPU here" in capsys.readouterr().err
     assert main(["compare", "a.parquet", "--study", "paper", "--lr", "1", "--seed", "3"]) == 2
     assert "The study paper says itself what --lr, --seed would" in capsys.readouterr().err
     assert main(["compare", "a.parquet"]) == 2
