@@ -199,8 +199,8 @@ def _tell_scores(model: Any, data: Any, out: Path) -> None:
     evaluation = evaluate(model, data, part)
     table = evaluation.write(out / f"{part}_predictions.csv")
     scores = ", ".join(f"{name} {value:.4g}" for name, value in evaluation.metrics.items())
-    unit = data.units[0] if len(data.targets) == 1 else ""
-    print(f"{part}: {scores} ({unit or 'units of the target'}; {len(evaluation.ids):,} crystals)")
+    unit = data.units[0] or "units of the target" if len(data.targets) == 1 else "each in its target's unit"
+    print(f"{part}: {scores} ({unit}; {len(evaluation.ids):,} crystals)")
     print(f"model in {out / 'model'}, predictions in {table}")
     if isinstance(model, Sampler):
         _tell_calibration(model, evaluation, out)

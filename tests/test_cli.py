@@ -123,7 +123,9 @@ def test_two_targets_and_an_ensemble(source, tmp_path, capsys):
     two, out = str(tables(tmp_path, source)), tmp_path / "run"
     argv = ["train", two, "--target", TARGET, "--target", "volume", *SMALL, "--members", "2", "--out", str(out)]
     assert main(argv) == 0
-    assert "within one standard deviation" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "within one standard deviation" in said
+    assert "mae_scaled" in said and "mae_volume" in said and "each in its target's unit" in said and "mae 0" not in said
     assert (out / "calibration.png").exists() and (out / "member_1" / "metrics.csv").exists()
     assert main(["predict", str(out / "model"), two, "--out", str(tmp_path / "p.csv")]) == 0
     table = pd.read_csv(tmp_path / "p.csv")

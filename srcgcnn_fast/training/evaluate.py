@@ -15,7 +15,7 @@ from ..files import atomic_path
 from ..nn import CGCNN, SRCGCNN
 from ..uncertainty import Sampler
 from .data import GraphDataModule
-from .metrics import classification_metrics, regression_metrics, target_metrics
+from .metrics import classification_metrics, regression_metrics
 
 
 @dataclass(frozen=True)
@@ -70,5 +70,5 @@ def evaluate(model: CGCNN | SRCGCNN | Sampler, data: GraphDataModule, part: str 
         scores = classification_metrics(predicted, target)
     else:
         scale = torch.tensor(models[0].metadata.std)
-        scores = regression_metrics(predicted, target) | target_metrics(predicted, target, data.targets, scale)
+        scores = regression_metrics(predicted, target, data.targets, scale)
     return Evaluation(data.ids(part), data.targets, target.numpy(), predicted.numpy(), scores, std)

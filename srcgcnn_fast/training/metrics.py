@@ -11,38 +11,32 @@ from torch import Tensor
 from ..errors import require
 
 
-def regression_metrics(predicted: Tensor, target: Tensor) -> dict[str, float]:
-    """Mean absolute error, root mean squared error and R² of ``predicted`` (n, T) against ``target`` (n, T).
+def regression_metrics(predicted: Tensor, target: Tensor, names: Sequence[str], std: Tensor) -> dict[str, float]:
+    """``mae``, ``rmse`` (in the target's unit) and ``r2`` of ``predicted`` (n, T) against ``target`` (n, T).
 
-    The errors are in the target's units and averaged over the T targets; R² is NaN below two crystals. A NaN in
-    ``target`` is not counted, nor is a target without any value.
+    Of several targets, whose units may differ, nothing is averaged but what has none: ``mae_scaled``, by which epochs
+    are ranked, is the mean of MAE / ``std`` (T,), and each target has its own ``mae_NAME``, ``rmse_NAME`` and
+    ``r2_NAME``. A NaN in ``target`` is not counted; a target without any value scores NaN and does not count in
+    ``mae_scaled``. R² is NaN below two crystals.
     """
+    columns = zip(predicted.cpu().double().T, target.cpu().double().T, strict=True)
+    scores = [_scores(found[given.isfinite()], given[given.isfinite()]) for found, given in columns]
+    if len(names) == 1:
+        return scores[0]
+    scaled = torch.tensor([score["mae"] for score in scores], dtype=torch.float64) / std.double().cpu()
+    each = {f"{kind}_{name}": score[kind] for name, score in zip(names, scores, strict=True) for kind in score}
+    return {"mae_scaled": float(scaled.nanmean()), **each}
+
+
+def _scores(found: Tensor, given: Tensor) -> dict[str, float]:
     functional = require("torchmetrics.functional", "Scoring", extra="train")
-    columns = []
-    for found, given in zip(predicted.cpu().double().T, target.cpu().double().T, strict=True):
-        found, given = found[given.isfinite()], given[given.isfinite()]
-        if len(given):
-            columns.append(
-                (
-                    functional.mean_absolute_error(found, given),
-                    functional.mean_squared_error(found, given, squared=False),
-                    functional.r2_score(found, given) if len(given) > 1 else torch.tensor(math.nan),
-                )
-            )
-    means = [float(torch.stack(column).mean()) for column in zip(*columns, strict=True)] or [math.nan] * 3
-    return dict(zip(("mae", "rmse", "r2"), means, strict=True))
-
-
-def target_metrics(predicted: Tensor, target: Tensor, names: Sequence[str], std: Tensor) -> dict[str, float]:
-    """Of several targets: ``mae_NAME`` of each in its unit, and ``mae_scaled``, the mean of MAE / ``std`` (T,).
-
-    The last is what epochs of a model with several targets are ranked by. One target has neither.
-    """
-    if len(names) < 2:
-        return {}
-    error = (predicted - target).abs().double().cpu()
-    scores = {f"mae_{name}": float(column.nanmean()) for name, column in zip(names, error.T, strict=True)}
-    return {**scores, "mae_scaled": float((error.nanmean(dim=0) / std.double().cpu()).nanmean())}
+    if not len(given):
+        return dict.fromkeys(("mae", "rmse", "r2"), math.nan)
+    return {
+        "mae": float(functional.mean_absolute_error(found, given)),
+        "rmse": float(functional.mean_squared_error(found, given, squared=False)),
+        "r2": float(functional.r2_score(found, given)) if len(given) > 1 else math.nan,
+    }
 
 
 def classification_metrics(probability: Tensor, label: Tensor) -> dict[str, float]:

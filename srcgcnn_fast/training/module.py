@@ -19,7 +19,7 @@ from ..graph.elements import MIXES_BUILT_IN, element_features
 from ..nn import CGCNN, SRCGCNN, ModelMetadata
 from .data import GraphDataModule, Item
 from .distributed import of_all, place, total
-from .metrics import classification_metrics, regression_metrics, target_metrics
+from .metrics import classification_metrics, regression_metrics
 from .optimizers import OPTIMIZERS, make_optimizer
 from .prefetch import Batches
 
@@ -99,8 +99,8 @@ class TrainingModule(pl.LightningModule):
 
     Each epoch logs ``train_loss``, ``lr``, ``seconds`` (training part), ``crystals_per_second``, ``data_wait`` (share
     of ``seconds`` for which there was no batch to train on), ``memory_mib`` (the process's peak; on a GPU the device's)
-    and the metrics of ``metrics.py`` with the prefix ``val_``, in the target's units; of several targets also
-    ``val_mae_NAME`` of each and ``val_mae_scaled``, the mean over targets of MAE over standard deviation. A missing
+    and the metrics of ``metrics.py`` with the prefix ``val_``, in the target's unit; of several targets
+    ``val_mae_NAME`` … of each and ``val_mae_scaled``, the mean over targets of MAE over standard deviation. A missing
     target (NaN) counts neither in the loss nor in a metric. The metadata of ``model`` receives the targets, their
     units, the graph parameters, and mean and standard deviation of the training targets.
 
@@ -306,9 +306,7 @@ class TrainingModule(pl.LightningModule):
         predicted, given = of_all(self._predicted), of_all(self._given)
         if self.classification:
             return classification_metrics(predicted, given)
-        return regression_metrics(predicted, given) | target_metrics(
-            predicted, given, self.model.metadata.targets, self.target_std
-        )
+        return regression_metrics(predicted, given, self.model.metadata.targets, self.target_std)
 
 
 def normalizer(targets: np.ndarray, names: Sequence[str]) -> tuple[list[float], list[float]]:

@@ -15,6 +15,7 @@ import torch
 
 from srcgcnn_fast import CGCNN, SRCGCNN, InputError, load_model
 from srcgcnn_fast.training import GraphDataModule, Recipe, Split, TrainingModule, evaluate, fit
+from srcgcnn_fast.training.callbacks import write_table
 from srcgcnn_fast.training.optimizers import make_optimizer
 
 
@@ -304,3 +305,8 @@ def test_a_logger_that_is_not_there_is_one_sentence(alloys, tmp_path, monkeypatc
         fit(CGCNN(1, 8, 8), GraphDataModule(alloys, "energy"), tmp_path / "run", Recipe(epochs=1), logger="tensorboard")
     with pytest.raises(InputError, match="logger 'paper' is unknown"):
         fit(CGCNN(1, 8, 8), GraphDataModule(alloys, "energy"), tmp_path / "new", Recipe(epochs=1), logger="paper")
+
+
+def test_rows_of_a_run_that_an_older_version_began(tmp_path):
+    write_table(tmp_path / "metrics.csv", [{"epoch": 1, "val_mae": 0.5}, {"epoch": 2, "val_mae_scaled": 0.25}])
+    assert (tmp_path / "metrics.csv").read_text().split() == ["epoch,val_mae,val_mae_scaled", "1,0.5,", "2,,0.25"]

@@ -12,11 +12,14 @@ from srcgcnn_fast.training.metrics import classification_metrics, regression_met
 
 def test_regression():
     predicted, target = torch.tensor([[1.0, 4.0], [3.0, 0.0]]), torch.tensor([[2.0, 2.0], [3.0, 4.0]])
-    scores = regression_metrics(predicted, target)
-    assert scores["mae"] == pytest.approx((1 + 2 + 0 + 4) / 4)
-    assert scores["rmse"] == pytest.approx((math.sqrt(0.5) + math.sqrt(10)) / 2)
-    assert scores["r2"] == pytest.approx(((1 - 1 / 0.5) + (1 - 20 / 2)) / 2)
-    assert math.isnan(regression_metrics(predicted[:1], target[:1])["r2"])
+    gap = {"mae": (1 + 0) / 2, "rmse": math.sqrt(0.5), "r2": 1 - 1 / 0.5}
+    volume = {"mae": (2 + 4) / 2, "rmse": math.sqrt(10), "r2": 1 - 20 / 2}
+    std = torch.tensor([2.0, 4.0])
+    assert regression_metrics(predicted[:, :1], target[:, :1], ["gap"], std[:1]) == pytest.approx(gap)
+    both = {f"{kind}_{name}": score[kind] for name, score in (("gap", gap), ("volume", volume)) for kind in score}
+    both["mae_scaled"] = (0.5 / 2 + 3 / 4) / 2
+    assert regression_metrics(predicted, target, ["gap", "volume"], std) == pytest.approx(both)  # and no mean of units
+    assert math.isnan(regression_metrics(predicted[:1], target[:1], ["gap", "volume"], std)["r2_gap"])
 
 
 def test_classification():
