@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <cstdlib>
+#include <exception>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -116,6 +117,34 @@ std::vector<Dense<T>> dense(const std::vector<DenseArguments>& a) {
   return layers;
 }
 
+// Statistics that processes share: addresses of the messages (none where no norm is shared), and what exchanges them,
+// which takes the GIL for itself. After its first error it is not called again, and the error is raised at the end.
+class Exchange {
+ public:
+  Exchange(const Addresses& messages, nb::handle call) : call_(call) {
+    if (!messages.empty()) joint_ = {{address<double>(messages.at(0)), address<double>(messages.at(1))}, &run, this};
+  }
+  const Joint& joint() const { return joint_; }
+  void finish() const {
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  static void run(void* self, int norm) {
+    auto* mine = static_cast<Exchange*>(self);
+    if (mine->error_) return;
+    nb::gil_scoped_acquire gil;
+    try {
+      mine->call_(norm);
+    } catch (...) {
+      mine->error_ = std::current_exception();
+    }
+  }
+  nb::handle call_;
+  Joint joint_{};
+  std::exception_ptr error_;
+};
+
 template <class T>
 void bind(nb::module_& m, const char* suffix) {
   const auto name = [&](const char* stem) { return std::string(stem) + suffix; };
@@ -134,18 +163,24 @@ void bind(nb::module_& m, const char* suffix) {
                               address<double>(sum), address<double>(gram), address<T>(weight), edges<T>(e, s, b), threads);
   }, nogil);
   m.def(name("conv").c_str(), [](uintptr_t out, uintptr_t messages, uintptr_t products, FeatureArguments h, const Addresses& l, Norms n,
-                                 const Addresses& e, Sizes s, Basis b, const Addresses& mo, int width, int threads) {
+                                 const Addresses& e, Sizes s, Basis b, const Addresses& mo, const Addresses& shared,
+                                 nb::handle call, int width, int threads) {
+    Exchange exchange(shared, call);
     kernels<T>().conv(address<T>(out), address<T>(messages), address<T>(products), features<T>(h), layer<T>(l, n), edges<T>(e, s, b),
-                      moments<T>(mo), width, threads);
+                      moments<T>(mo), exchange.joint(), width, threads);
+    exchange.finish();
   }, nogil);
   m.def(name("conv_backward").c_str(), [](const Addresses& d, uintptr_t grad, FeatureArguments h, uintptr_t messages,
                                           uintptr_t products,
                                           const Addresses& l, Norms n, const Addresses& e, Sizes s, Basis b,
-                                          const Addresses& mo, int width, int threads) {
+                                          const Addresses& mo, const Addresses& shared, nb::handle call, int width,
+                                          int threads) {
+    Exchange exchange(shared, call);
     const Gradients<T> gradients{address<T>(d.at(0)), address<T>(d.at(1)), address<T>(d.at(2)), address<T>(d.at(3)),
                                  address<T>(d.at(4)), address<T>(d.at(5)), address<T>(d.at(6)), address<T>(d.at(7))};
     kernels<T>().conv_backward(gradients, address<T>(grad), features<T>(h), address<T>(messages), address<T>(products),
-                               layer<T>(l, n), edges<T>(e, s, b), moments<T>(mo), width, threads);
+                               layer<T>(l, n), edges<T>(e, s, b), moments<T>(mo), exchange.joint(), width, threads);
+    exchange.finish();
   }, nogil);
   m.def(name("stack").c_str(), [](uintptr_t out, FeatureArguments h, const std::vector<Addresses>& l,
                                   const std::vector<Norms>& n, bool shared, const Addresses& e, Sizes s, Basis b,

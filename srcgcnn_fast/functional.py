@@ -273,11 +273,12 @@ def _stack(
     infers = plain and not _needs_autograd(h, batch, layers)
     through_statistics = trains and _requires_grad(batch)
     is_reference = registry.select(h, through_statistics, infers) == "reference"
+    has_own = is_synchronized and fused._eager(h)  # kernels that exchange statistics themselves
     # A table pays where many rows share its rows, and the steps after the first have none. A traced graph keeps no
     # table, and would otherwise be bound to batches on one side of this comparison.
     tracing = torch.compiler.is_compiling()
     if species is not None and (
-        is_reference or is_synchronized or not plain or tracing or 4 * h.shape[0] > batch.num_rows
+        is_reference or (is_synchronized and not has_own) or not plain or tracing or 4 * h.shape[0] > batch.num_rows
     ):
         h, species = h.index_select(0, species), None
     convolve: Callable[[Tensor, Sequence[ConvParameters]], Tensor]
@@ -295,13 +296,13 @@ def _stack(
             shared = all(layer.weight is layers[0].weight for layer in layers)
             return fused.stack(h, graph, layers, shared, species), []
         moments = _moments(batch, graph, layers, h.dtype, trains)
-        around = _neighbors(batch, graph, moments) if is_synchronized and trains else None
+        around = _neighbors(batch, graph, moments) if is_synchronized and trains and not has_own else None
 
         def convolve(h: Tensor, layers: Sequence[ConvParameters]) -> Tensor:
             if is_synchronized:
                 from .ops import synchronized  # which imports the compiler
 
-                return synchronized.gated_convs(h, graph, moments, around, layers)
+                return synchronized.gated_convs(h, graph, moments, around, layers, species)
             return fused.gated_convs(h, graph, moments, layers, species)
 
     if plain:

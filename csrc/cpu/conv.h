@@ -241,10 +241,14 @@ struct ChunkStatistics {
   double* squares;  // (2F) about that mean
 };
 
-// Joins per-chunk means and sums of squares, in order (Chan, Golub & LeVeque's pairwise formula). place(c) is where
-// channel c is.
+// Joins per-chunk means and sums of squares, in order (Chan, Golub & LeVeque's pairwise formula), then those of the
+// processes that share the norm. place(c) is where channel c is.
 template <class T, class Place>
-void join_statistics(const ChunkStatistics<T>* chunks, int n_chunks, int width, T* mean, T* var, Place place) {
+void join_statistics(const ChunkStatistics<T>* chunks, int n_chunks, int width, T* mean, T* var, Place place,
+                     const Joint& joint, int norm) {
+  double* message = joint.message[norm];
+  double count = 0;
+  for (int chunk = 0; chunk < n_chunks; ++chunk) count += chunks[chunk].count;
   for (int c = 0; c < width; ++c) {
     double n = 0, m = 0, s = 0;
     for (int chunk = 0; chunk < n_chunks; ++chunk) {
@@ -255,9 +259,42 @@ void join_statistics(const ChunkStatistics<T>* chunks, int n_chunks, int width, 
       m += delta * k / (n + k);
       n += k;
     }
+    if (message) {
+      message[1 + c] = m;
+      message[1 + width + c] = s;
+      continue;
+    }
     mean[c] = T(m);
     var[c] = T(n > 0 ? s / n : 0);
   }
+  if (!message) return;
+  message[0] = count;
+  joint.exchange(joint.context, norm);
+  for (int c = 0; c < width; ++c) {
+    mean[c] = T(message[1 + c]);
+    var[c] = T(message[1 + width + c]);
+  }
+}
+
+// sum dy and sum dy x̂ (width) of this process -> of all that share the norm; returns the count of all, or `count` if the
+// norm is this process's own.
+template <class T>
+double join_gradients(double* beta, double* gamma, const T* scale, const T* var, T eps, int width, double count,
+                      const Joint& joint, int norm) {
+  double* message = joint.message[norm];
+  if (!message) return count;
+  for (int c = 0; c < width; ++c) {
+    const double rstd = 1 / sqrt(double(var[c]) + eps), d_mean = -scale[c] * rstd, d_var = 0.5 * d_mean * rstd;
+    message[1 + c] = d_mean * beta[c];
+    message[1 + width + c] = d_var * gamma[c];
+  }
+  joint.exchange(joint.context, norm);
+  for (int c = 0; c < width; ++c) {
+    const double rstd = 1 / sqrt(double(var[c]) + eps), d_mean = -scale[c] * rstd, d_var = 0.5 * d_mean * rstd;
+    beta[c] = d_mean != 0 ? message[1 + c] / d_mean : 0;  // where nothing passes the norm, nothing needs them
+    gamma[c] = d_var != 0 ? message[1 + width + c] / d_var : 0;
+  }
+  return message[0];
 }
 
 // Mean of z over the edges of the rows [begin, end), exact: it follows from p, q and the edge sums of the rows.
@@ -323,7 +360,7 @@ int64_t most_rows(const Edges<T>& g) {
 
 template <class T>
 void conv(T* out, T* m, T* products, const Features<T>& h, const Layer<T>& layer_in, const Edges<T>& g,
-          const Moments<T>& moments, int F, int threads) {
+          const Moments<T>& moments, const Joint& joint, int F, int threads) {
   const int K = g.n_features, C = 2 * F, n_chunks = chunks_of(g), n_panels = F / kChannels<T>;
   const int64_t shells = most_shells(g), largest = most_rows(g), n_table = h.species ? h.n_table : 0;
   Layer<T> layer = layer_in;
@@ -366,13 +403,14 @@ void conv(T* out, T* m, T* products, const Features<T>& h, const Layer<T>& layer
         }
       }
     }
-#pragma omp single
+#pragma omp master
     {
       if (layer.train1)
-        join_statistics(chunks, n_chunks, C, layer.mean1, layer.var1, [&](int c) { return placed<T>(c, F); });
+        join_statistics(chunks, n_chunks, C, layer.mean1, layer.var1, [&](int c) { return placed<T>(c, F); }, joint, 0);
       fold_first<T>(scale1, shift1, layer, F);
       pack_edges<T>(w_e_scaled, layer.weight, F, K, scale1);
     }
+#pragma omp barrier
 #pragma omp for schedule(dynamic, 1)
     for (int chunk = 0; chunk < n_chunks; ++chunk) {
       const int64_t c0 = chunk_begin(g, chunk), c1 = chunk_begin(g, chunk + 1);
@@ -398,11 +436,12 @@ void conv(T* out, T* m, T* products, const Features<T>& h, const Layer<T>& layer
         chunks[chunk].count = statistics_of_rows(chunks[chunk].mean, chunks[chunk].squares, m, moments.row_weight,
                                                  begin, end, F);
     }
-#pragma omp single
+#pragma omp master
     {
-      if (layer.train2) join_statistics(chunks, n_chunks, F, layer.mean2, layer.var2, [](int c) { return c; });
+      if (layer.train2) join_statistics(chunks, n_chunks, F, layer.mean2, layer.var2, [](int c) { return c; }, joint, 1);
       fold_second<T>(scale2, shift2, layer, F);
     }
+#pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < g.n_rows; i += kRowBlock) {
       const int64_t end = g.n_rows - i < kRowBlock ? g.n_rows : i + kRowBlock;
@@ -531,7 +570,8 @@ void edge_gradient(T* d_edge, const T* dm, const T* rows, const T* r, const T* w
 
 template <class T>
 void conv_backward(const Gradients<T>& d, const T* grad_out, const Features<T>& h, const T* m,
-                   const T* products, const Layer<T>& layer_in, const Edges<T>& g, const Moments<T>& moments, int F, int threads) {
+                   const T* products, const Layer<T>& layer_in, const Edges<T>& g, const Moments<T>& moments,
+                   const Joint& joint, int F, int threads) {
   const int K = g.n_features, C = 2 * F, n_chunks = chunks_of(g), n_panels = F / kChannels<T>;
   const int64_t N = g.n_rows, shells = most_shells(g), largest = most_rows(g), n_table = h.species ? h.n_table : 0;
   const int64_t nodes_size = int64_t(F) * 4 * F, edges_size = int64_t(K) * C, hk_size = int64_t(K) * F;
@@ -541,7 +581,7 @@ void conv_backward(const Gradients<T>& d, const T* grad_out, const Features<T>& 
   Buffer<T> nodes_at(nodes_size), back_at(nodes_size), w_e(edges_size);
   Buffer<T> scale1(C), shift1(C), scale2(F), shift2(F), a1(C), centre(C), r1(C), b0(F), b1(F), k0(C), k1(C);
   Buffer<T> own_at(N * 4 * F), senders_at(N * 4 * F), da_at(h.species ? N * F : 0);
-  Buffer<double> edge_part(edges_size), ez(edges_size), by_chunk(n_chunks * 2 * C), totals(2 * F), sums(n_chunks * 2 * F);
+  Buffer<double> edge_part(edges_size), ez(edges_size), by_chunk(n_chunks * 2 * C), totals(2 * F), totals1(2 * C), sums(n_chunks * 2 * F);
   // Per chunk: dw of the node product (or, with a table, what its rows receive: 4F columns, and F of da), dw of the edge
   // weights, and sum w e^T h over receivers and over senders, for the edge weights' correction.
   Buffer<T> dw_nodes(h.species ? 0 : n_chunks * nodes_size), by_species(n_chunks * n_table * 5 * F);
@@ -601,7 +641,7 @@ void conv_backward(const Gradients<T>& d, const T* grad_out, const Features<T>& 
         }
       }
     }
-#pragma omp single
+#pragma omp master
     {
       for (int c = 0; c < 2 * F; ++c) {
         totals[c] = 0;
@@ -611,10 +651,15 @@ void conv_backward(const Gradients<T>& d, const T* grad_out, const Features<T>& 
         totals[F + c] /= sqrt(double(layer.var2[c]) + layer.eps2);
         d.beta2[c] = T(totals[c]);
         d.gamma2[c] = T(totals[F + c]);
+      }
+      if (layer.train2)
+        atoms = join_gradients<T>(totals, totals + F, layer.gamma2, layer.var2, layer.eps2, F, atoms, joint, 1);
+      for (int c = 0; c < F; ++c) {
         b0[c] = layer.train2 ? T(totals[c] / atoms) : T(0);
         b1[c] = layer.train2 ? T(totals[F + c] / atoms / sqrt(double(layer.var2[c]) + layer.eps2)) : T(0);
       }
     }
+#pragma omp barrier
     // 2. The edge pass, crystal by crystal, panel by panel.
     Buffer<T> r(shells * kPair<T>), r_scaled(shells * kPair<T>), t(shells * kPair<T>), rows(largest * kQuad<T>);
     Buffer<T> dm(largest * F), dy_at, raw, we_rows, h_rows;
@@ -747,8 +792,18 @@ void conv_backward(const Gradients<T>& d, const T* grad_out, const Features<T>& 
       }
       for (int k = 0; k < K; ++k) gamma += edge_part[edge_weight_at<T>(k, x, K)] * w_e[edge_weight_at<T>(k, x, K)];
       gamma *= r1[x];
+      totals1[c] = beta;
+      totals1[C + c] = gamma;
       d.beta1[c] = T(beta);
       d.gamma1[c] = T(gamma);
+    }
+#pragma omp master
+    if (train) edges = join_gradients<T>(totals1, totals1 + C, layer.gamma1, layer.var1, layer.eps1, C, edges, joint, 0);
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int c = 0; c < C; ++c) {
+      const int x = placed<T>(c, F);
+      const double beta = totals1[c], gamma = totals1[C + c];
       d.bias[c] = train ? T(0) : T(a1[x] * beta);
       // a (c1 + c2 x̂) = k0 + k1 (z - mean)
       const double c1 = train ? beta / edges : 0, c2 = train ? gamma / edges * r1[x] : 0;

@@ -71,6 +71,17 @@ struct Gradients {
   T* edge;  // (E), (E, K) for given features, or null
 };
 
+// Batch norms whose batch several processes share. Between its passes a kernel puts into message[norm] (1 + 2C numbers for
+// C channels; null where a norm is this process's own) what this process knows, and exchange(context, norm), called by
+// the thread that called the kernel, makes of it what all processes know together. Forward: the count, means, and sums of
+// squares about them; of these the count, means and biased variances. Backward: the gradients of means and variances
+// behind the count, which is that of all and stays.
+struct Joint {
+  double* message[2];
+  void (*exchange)(void* context, int norm);
+  void* context;
+};
+
 // A linear map of the readout or the embedding: y = x weight^T + bias.
 template <class T>
 struct Dense {
@@ -99,9 +110,10 @@ struct Kernels {
   // out, m (N, F): the layer's output, and the summed messages that its backward needs; products (N, 4F), or null: the
   // rows' products in an order of their own, which spare the backward forming them again.
   void (*conv)(T* out, T* m, T* products, const Features<T>& h, const Layer<T>& layer, const Edges<T>& edges, const Moments<T>& moments,
-               int width, int threads);
+               const Joint& joint, int width, int threads);
   void (*conv_backward)(const Gradients<T>& gradients, const T* grad_out, const Features<T>& h, const T* m,
-                        const T* products, const Layer<T>& layer, const Edges<T>& edges, const Moments<T>& moments, int width, int threads);
+                        const T* products, const Layer<T>& layer, const Edges<T>& edges, const Moments<T>& moments,
+                        const Joint& joint, int width, int threads);
   // out (N, F): `n_steps` convolutions with fixed statistics, crystal by crystal. With `shared` all steps have one
   // weight (and bias).
   void (*stack)(T* out, const Features<T>& h, const Layer<T>* layers, int n_steps, bool shared, const Edges<T>& edges, int width,

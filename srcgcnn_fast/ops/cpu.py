@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -208,6 +208,25 @@ def _moment_addresses(moments: Moments, edges: _Edges, dtype: torch.dtype, train
     return [_address(x) for x in moments]
 
 
+class Joint(NamedTuple):
+    """Norms that train on the values of several processes, as :class:`.ranks.Exchange` joins them."""
+
+    messages: Sequence[Tensor | None]
+    """Of the first and the second norm (1 + 4F,) and (1 + 2F,) float64: what the kernel says, and is then told."""
+    exchange: Callable[[int], None]
+    """Called with 0 or 1 when that message is written; replaces it by what all processes know (see kernels.h)."""
+
+
+ALONE = Joint((), lambda _: None)
+
+
+def _joint_arguments(joint: Joint, width: int) -> tuple[list[int], Callable[[int], None]]:
+    for message, size in zip(joint.messages, (4 * width, 2 * width), strict=False):
+        if message is not None:
+            _check("message", message, (1 + size,), torch.float64)
+    return [_address(x) for x in joint.messages], joint.exchange
+
+
 def _features(h: Tensor, species: Tensor | None, n_rows: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Addresses and size of the rows' features, checked: (N, F), or a table (U, F) and the row's place in it (N,)."""
     width = h.shape[1]
@@ -230,12 +249,13 @@ def conv(
     species: Tensor | None = None,
     edges: _Edges | None = None,
     into: tuple[Tensor, Tensor, Tensor | None] | None = None,
+    joint: Joint = ALONE,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output and summed messages (N, F), then the statistics that were used: mean1, var1 (2F), mean2, var2 (F).
 
     A mean of the batch leaves without the bias. With ``species`` (N,), h is a table (U, F) of which row i takes row
     species[i]. ``edges``: the graph as :func:`checked` returns it. ``into``: where to put the output and the messages,
-    and, if the backward shall have them, the rows' products (N, 4F).
+    and, if the backward shall have them, the rows' products (N, 4F). ``joint``: of norms that use batch statistics.
     """
     width = h.shape[1]
     n_features = layer.weight.shape[1] - 2 * width
@@ -256,7 +276,8 @@ def conv(
             _check(name, x, (n_rows, columns), h.dtype)
     _kernel("conv", h.dtype)(
         out.data_ptr(), m.data_ptr(), _address(products), features, addresses, norms, *edges.arguments,
-        _moment_addresses(moments, edges, h.dtype, layer.train1), width, torch.get_num_threads(),
+        _moment_addresses(moments, edges, h.dtype, layer.train1), *_joint_arguments(joint, width), width,
+        torch.get_num_threads(),
     )  # fmt: skip
     return out, m, used[0], used[1], used[2], used[3]
 
@@ -272,6 +293,7 @@ def conv_backward(
     species: Tensor | None = None,
     edges: _Edges | None = None,
     products: Tensor | None = None,
+    joint: Joint = ALONE,
 ) -> tuple[Tensor, ...]:
     """Gradients of h, weight, bias, gamma1, beta1, gamma2, beta2, and of the edges (empty unless asked for)."""
     width = h.shape[1]
@@ -292,7 +314,8 @@ def conv_backward(
     gradients = [x.data_ptr() for x in outputs] + [edge.data_ptr() if edge_grad else 0]
     _kernel("conv_backward", h.dtype)(
         gradients, grad.data_ptr(), features, m.data_ptr(), _address(products), addresses, norms, *edges.arguments,
-        _moment_addresses(moments, edges, h.dtype, layer.train1), width, torch.get_num_threads(),
+        _moment_addresses(moments, edges, h.dtype, layer.train1), *_joint_arguments(joint, width), width,
+        torch.get_num_threads(),
     )  # fmt: skip
     return (*outputs, edge)
 

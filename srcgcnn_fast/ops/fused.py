@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding, pad
 
 from . import cpu, reference
@@ -109,6 +110,30 @@ class _Kept:
         self.products = [None] * has_table + parts[2 * steps - 1 :]
 
 
+class _Shared:
+    """Norms of several convolutions that other processes share: what each exchanges, and the counts of all."""
+
+    def __init__(self, layers: Sequence[tuple[Tensor, Tensor | None, BatchNorm, BatchNorm]], width: int, more: int):
+        from .ranks import Exchange  # which imports the compiler
+
+        self.exchange = Exchange
+        self.groups = [[norm.group if norm.training else None for norm in layer[2:]] for layer in layers]
+        self.width, self.wide = width, width + more
+        self.counts: list[list[Tensor | None]] = []
+        """Values that either norm has seen on all processes; None where it is this one's own."""
+
+    def statistics(self, t: int, bias: Tensor | None) -> cpu.Joint:
+        exchange = self.exchange(self.groups[t], self.width, self.wide, bias)
+        return cpu.Joint(exchange.messages, exchange.statistics)
+
+    def keep_counts(self, joint: cpu.Joint) -> None:
+        self.counts.append([None if message is None else message[0] for message in joint.messages])
+
+    def gradients(self, t: int) -> cpu.Joint:
+        exchange = self.exchange(self.groups[t], self.width, self.wide, counts=self.counts[t])
+        return cpu.Joint(exchange.messages, exchange.gradients)
+
+
 class _Convolutions(torch.autograd.Function):
     """Convolutions one after the other as one node of the autograd graph, for calls outside of compilation.
 
@@ -122,6 +147,7 @@ class _Convolutions(torch.autograd.Function):
         moments: Moments,
         species: Tensor | None,
         norms: list[tuple[Any, ...]],
+        shared: _Shared | None,
         h: Tensor,
         edge_values: Tensor,
         *parameters: Tensor | None,
@@ -135,13 +161,16 @@ class _Convolutions(torch.autograd.Function):
             layer = Layer(*parameters[6 * t : 6 * t + 6], *norm)  # type: ignore[arg-type]
             out = kept.features[t] if t < steps - 1 else h.new_empty(n, width)
             into = out, kept.messages[t], kept.products[t]
-            x, _, *used = cpu.conv(x, layer, graph, moments, None if t else species, edges, into)
+            joint = cpu.ALONE if shared is None else shared.statistics(t, layer.bias)
+            x, _, *used = cpu.conv(x, layer, graph, moments, None if t else species, edges, into, joint)
             statistics += used
+            if shared is not None:
+                shared.keep_counts(joint)
         return (x, kept.block, *statistics)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.graph, ctx.moments, ctx.species, ctx.norms, *tensors = inputs
+        ctx.graph, ctx.moments, ctx.species, ctx.norms, ctx.shared, *tensors = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.n_inputs = len(tensors)
@@ -149,7 +178,7 @@ class _Convolutions(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        none: list[Any] = [None] * 4
+        none: list[Any] = [None] * 5
         if grad is None:
             return (*none, *([None] * ctx.n_inputs))
         saved = ctx.saved_tensors
@@ -158,7 +187,7 @@ class _Convolutions(torch.autograd.Function):
             return (*none, *_differentiable(ctx, grad, h, edge_values, parameters))
         steps = len(ctx.norms)
         kept = _Kept(h, grad.shape[0], steps, ctx.species is not None, block)
-        edge_grad = ctx.needs_input_grad[5]
+        edge_grad = ctx.needs_input_grad[6]
         edges = cpu.checked(ctx.graph, parameters[0].shape[1] - 2 * h.shape[1], h.dtype)
         gradients: list[Any] = [None] * len(parameters)
         d_edge = None
@@ -166,12 +195,14 @@ class _Convolutions(torch.autograd.Function):
         for t in reversed(range(steps)):
             layer = Layer(*parameters[6 * t : 6 * t + 6], *statistics[4 * t : 4 * t + 4], *ctx.norms[t][4:])
             x, species = (kept.features[t - 1], None) if t else (h, ctx.species)
+            joint = cpu.ALONE if ctx.shared is None else ctx.shared.gradients(t)
+            m, products = kept.messages[t], kept.products[t]
             grad, *rest, d = cpu.conv_backward(
-                grad, x, kept.messages[t], layer, ctx.graph, ctx.moments, edge_grad, species, edges, kept.products[t]
+                grad, x, m, layer, ctx.graph, ctx.moments, edge_grad, species, edges, products, joint
             )
             gradients[6 * t : 6 * t + 6] = rest
             d_edge = d if d_edge is None else d_edge + d
-        wanted = ctx.needs_input_grad[6:]
+        wanted = ctx.needs_input_grad[7:]
         gradients = [g if want else None for g, want in zip(gradients, wanted, strict=True)]
         return (*none, grad, d_edge if edge_grad else None, *gradients)
 
@@ -187,12 +218,18 @@ def _differentiable(
         for t, norm in enumerate(ctx.norms):
             x = _ops.gated_conv(x, *parameters[6 * t : 6 * t + 6], *norm, *graph, *ctx.moments)[0]
         inputs = [h, edge_values, *parameters]
-        wanted = [x for x, want in zip(inputs, ctx.needs_input_grad[4:], strict=True) if x is not None and want]
+        wanted = [x for x, want in zip(inputs, ctx.needs_input_grad[5:], strict=True) if x is not None and want]
         found = iter(torch.autograd.grad(x, wanted, grad, create_graph=True, allow_unused=True))
     return [
         next(found) if x is not None and want else None
-        for x, want in zip(inputs, ctx.needs_input_grad[4:], strict=True)
+        for x, want in zip(inputs, ctx.needs_input_grad[5:], strict=True)
     ]
+
+
+class _SharedConvolutions(_Convolutions):
+    """The same for norms that several processes share, without second derivatives."""
+
+    backward = staticmethod(once_differentiable(_Convolutions.backward))  # type: ignore[assignment]
 
 
 def _eager(h: Tensor) -> bool:
@@ -214,18 +251,22 @@ def gated_convs(
 ) -> Tensor:
     """Gated graph convolutions one after the other, (N, F) -> (N, F), each with one pass over the edges backward.
 
-    With ``species`` (N,), h is a table (U, F) of which row i takes row species[i].
+    With ``species`` (N,), h is a table (U, F) of which row i takes row species[i]. Norms with a group share their batch
+    with other processes where nothing is traced; for others see :mod:`.synchronized`.
     """
     width, more = h.shape[1], _missing(h)
     wide = pad(h, (0, more)) if more else h.contiguous()
     given = [_layer(*layer, width, more) for layer in layers]
     statistics: Sequence[Tensor]
+    shared = None
     if _eager(h):
         edge_values = graph.distance if graph.features is None else graph.features
         parameters = [x for layer in given for x in layer[:6]]
-        results = _Convolutions.apply(
-            graph, moments, species, [tuple(x[6:]) for x in given], wide, edge_values, *parameters
-        )
+        is_shared = any(norm.training and norm.group is not None for layer in layers for norm in layer[2:])
+        shared = _Shared(layers, width, more) if is_shared else None
+        function = _SharedConvolutions if is_shared else _Convolutions
+        norms = [tuple(x[6:]) for x in given]
+        results = function.apply(graph, moments, species, norms, shared, wide, edge_values, *parameters)
         out, _block, *statistics = results
     else:
         out = wide if species is None else embedding(species, wide)  # whose gradient adds in a fixed order
@@ -233,7 +274,7 @@ def gated_convs(
         for layer in given:
             out, _m, *used = _ops.gated_conv(out, *layer, *graph, *moments)
             statistics += used
-    _update(layers, statistics, graph, moments, width, more)
+    _update(layers, statistics, graph, moments, width, more, shared.counts if shared is not None else None)
     return out[:, :width] if more else out
 
 
@@ -244,6 +285,7 @@ def _update(
     moments: Moments,
     width: int,
     more: int,
+    counts: list[list[Tensor | None]] | None,
 ) -> None:
     """Move the running statistics of the norms that train towards those of the batch."""
     if not any(bn1.training or bn2.training for _, _, bn1, bn2 in layers):
@@ -254,10 +296,13 @@ def _update(
     edges = moments.row_weight @ graph.row_ptr.diff().to(atoms.dtype)
     for t, (_, bias, bn1, bn2) in enumerate(layers):
         mean1, var1, mean2, var2 = statistics[4 * t : 4 * t + 4]
+        of_all = (None, None) if counts is None else counts[t]
         if bn1.training:
-            bn1.update(mean1 if bias is None else mean1 + bias.detach(), var1, edges)
+            bn1.update(
+                mean1 if bias is None else mean1 + bias.detach(), var1, edges if of_all[0] is None else of_all[0]
+            )
         if bn2.training:
-            bn2.update(mean2, var2, atoms)
+            bn2.update(mean2, var2, atoms if of_all[1] is None else of_all[1])
 
 
 class _Readout(torch.autograd.Function):

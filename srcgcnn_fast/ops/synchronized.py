@@ -1,8 +1,8 @@
-"""Gated convolutions whose batch statistics are those of several processes, on the fused operators.
+"""Gated convolutions whose batch statistics are those of several processes.
 
-The operators take the statistics as fixed. Those of z follow from the Gram matrix of [h_i, h_j, e_ij], which is
-formed from node-level products; through them the gradient passes in plain PyTorch. Compiled code calls all of this
-as it is: a trace would not keep the ranks in step.
+The CPU kernels exchange them between their passes. The operators of a GPU take them as fixed: those of z follow from
+the Gram matrix of [h_i, h_j, e_ij], which is formed from node-level products; through them the gradient passes in plain
+PyTorch. Compiled code calls all of this as it is: a trace would not keep the ranks in step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag, pad, softplus
 
-from . import cpu, fused, reference
+from . import fused, reference
 from .cpu import Graph, Layer, Moments
 from .ranks import join_statistics
 from .reference import BatchNorm
@@ -140,30 +140,21 @@ class _Messages(torch.autograd.Function):
     def forward(
         ctx: Any, graph: Graph, moments: Moments, unused: Tensor | None, h: Tensor, edge_values: Tensor, *layer: Any
     ) -> Tensor:
-        products = None
-        if fused._eager(h):
-            products = h.new_empty(len(h), 4 * h.shape[1])
-            into = torch.empty_like(h), torch.empty_like(h), products
-            m = cpu.conv(h, Layer(*layer), graph, moments, into=into)[1]
-        else:
-            m = _ops.gated_conv(h, *layer, *graph, *moments)[1]
+        m = _ops.gated_conv(h, *layer, *graph, *moments)[1]
         ctx.graph, ctx.moments, ctx.unused, ctx.scalars = graph, moments, unused, layer[10:]
-        ctx.save_for_backward(h, m, products, *layer[:10])
+        ctx.save_for_backward(h, m, *layer[:10])
         return m
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        h, m, products, *tensors = ctx.saved_tensors
+        h, m, *tensors = ctx.saved_tensors
         # A huge shift makes the derivative of the operator's last softplus 1, so that grad arrives at m as it is.
         layer = Layer(*tensors, *ctx.scalars)
         layer = layer._replace(beta2=torch.full_like(layer.beta2, 1e4), var2=torch.zeros_like(layer.var2), eps2=1.0)
         edge_grad = ctx.needs_input_grad[4]
         grad = grad.contiguous()
-        if products is not None:
-            found = cpu.conv_backward(grad, h, m, layer, ctx.graph, ctx.moments, edge_grad, products=products)
-        else:
-            found = _ops.gated_conv_backward(grad, h, m, *layer, *ctx.graph, *ctx.moments, edge_grad)
+        found = _ops.gated_conv_backward(grad, h, m, *layer, *ctx.graph, *ctx.moments, edge_grad)
         d_h, d_weight, d_bias, d_gamma, d_beta, _, _, d_edge = found
         d_h -= grad  # the operator's residual
         rstd = torch.rsqrt(layer.var1 + layer.eps1)
@@ -194,11 +185,15 @@ def gated_convs(
     moments: Moments,
     around: Neighbors | None,
     layers: Sequence[tuple[Tensor, Tensor | None, BatchNorm, BatchNorm]],
+    species: Tensor | None = None,
 ) -> Tensor:
     """As ``fused.gated_convs`` for layers of which a norm has a ``group``; every rank of it takes the same steps.
 
-    ``around``: present if a first norm trains.
+    ``around`` is needed where a first norm trains and the CPU kernels are not called as they are, ``species`` is taken
+    by those alone.
     """
+    if fused._eager(h):
+        return fused.gated_convs(h, graph, moments, layers, species)
     row_weight = moments.row_weight[:, None]
     for weight, bias, bn1, bn2 in layers:
         fixed = bn1

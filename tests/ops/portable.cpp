@@ -60,11 +60,11 @@ void run(const Kernels<T>& kernels, int threads) {
   const Moments<T> moments{row_weight, in_degree, by_receiver, by_sender, sum, gram};
   layer.train1 = layer.train2 = true;
   T* m = zeros<T>(N * F);
-  kernels.conv(result, m, nullptr, h, layer, edges, moments, width, threads);
+  kernels.conv(result, m, nullptr, h, layer, edges, moments, {}, width, threads);
   out(result, N * F);
 
   const Gradients<T> g{zeros<T>(N * F), zeros<T>(M), zeros<T>(2 * F), zeros<T>(2 * F), zeros<T>(2 * F), zeros<T>(F), zeros<T>(F), nullptr};
-  kernels.conv_backward(g, grad, h, m, nullptr, layer, edges, moments, width, threads);
+  kernels.conv_backward(g, grad, h, m, nullptr, layer, edges, moments, {}, width, threads);
   out(g.h, N * F), out(g.weight, M), out(g.gamma1, 2 * F), out(g.beta1, 2 * F), out(g.gamma2, F), out(g.beta2, F);
 }
 

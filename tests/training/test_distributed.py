@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import pickle
@@ -13,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 import srcgcnn_fast as sf
 from srcgcnn_fast import InputError
 from srcgcnn_fast.cli import main
-from srcgcnn_fast.nn import synchronize_batch_norm
+from srcgcnn_fast.nn import norm, synchronize_batch_norm
 from srcgcnn_fast.training.data import EpochSampler
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
@@ -159,3 +161,47 @@ def test_batch_norm_alone_is_batch_norm():
     for mode in (True, False):
         assert torch.equal(synchronised.train(mode)(x), plain.train(mode)(x))
     assert torch.equal(synchronised[0].running_var, plain[0].running_var)
+
+
+@pytest.fixture
+def group_of_one(monkeypatch):
+    """One process that exchanges with itself, which is otherwise no group."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(
+        norm,
+        "process_group",
+        lambda m: dist.group.WORLD if m.training and type(m) is norm.SynchronizedBatchNorm1d else None,
+    )
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not sf.backends()["cpu"].available, reason="needs the compiled kernels")
+def test_kernels_that_exchange_with_themselves(group_of_one, monkeypatch):
+    model, shares, _ = two_processes.case("CGCNN")
+    batch = sf.collate(shares[0], distance_dtype=torch.float64)
+    together = synchronize_batch_norm(copy.deepcopy(model))
+    results = []
+    for each in (model, together):
+        parameters = list(each.parameters())
+        out = each(batch).square().sum()
+        results.append([out, *torch.autograd.grad(out, parameters, create_graph=True), *each.buffers()])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        results[1][1].sum().backward()
+
+    def broken(*_, **__):
+        raise ConnectionError("the other process is gone")
+
+    loss = together(batch).square().sum()
+    monkeypatch.setattr(dist, "all_reduce", broken)
+    with pytest.raises(ConnectionError, match="is gone"):
+        loss.backward()
+    monkeypatch.setattr(dist, "all_gather", broken)
+    with pytest.raises(ConnectionError, match="is gone"):
+        together(batch)
+    with pytest.raises(InputError, match="single atom or edge"):
+        monkeypatch.undo()
+        monkeypatch.setattr(norm, "process_group", lambda m: dist.group.WORLD)
+        together(sf.collate([two_processes.graph(np.random.default_rng(0), 1, 0)], distance_dtype=torch.float64))

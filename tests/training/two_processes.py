@@ -12,6 +12,8 @@ import os
 import pickle
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 import srcgcnn_fast as sf
 from srcgcnn_fast.graph import CrystalGraph, collate
 from srcgcnn_fast.nn import synchronize_batch_norm
+from srcgcnn_fast.ops import fused
 from srcgcnn_fast.training import GraphDataModule, Recipe, distributed, fit
 
 SMALL = {"atom_fea_len": 16, "h_fea_len": 8}
@@ -40,7 +43,10 @@ CASES = {
     "gates, layer norm, padded width": (sf.SRCGCNN, {**SMALL, **GATED, "atom_fea_len": 20}, RAGGED, {}),
     "float32": (sf.SRCGCNN, {}, [[30, 12, 25], [17, 40, 3]], {"dtype": torch.float32}),
     "reference": (sf.CGCNN, SMALL, RAGGED, {"backend": "reference"}),
-    "reference beside kernels": (sf.CGCNN, SMALL, RAGGED, {"backend": ("reference", "cpu")}),
+    "reference beside kernels": (sf.CGCNN, {**SMALL, "atom_fea_len": 20}, RAGGED, {"backend": ("reference", "cpu")}),
+    "as on a GPU": (sf.CGCNN, {**SMALL, "atom_fea_len": 20}, RAGGED, {"operators": True}),
+    "operators beside kernels": (sf.SRCGCNN, SMALL, RAGGED, {"operators": (True, False)}),
+    "a table of elements": (sf.SRCGCNN, SMALL, [[200, 150, 120], [90, 400]], {}),
     "one atom": (sf.CGCNN, SMALL, [[1], [20, 3]], {"most": 1}),
     "no edges": (sf.SRCGCNN, SMALL, [[2, 3], [20, 3]], {"most": 0}),
     "features of edges": (sf.SRCGCNN, {**SMALL, "nbr_fea_len": 6}, RAGGED, {"n_features": 6}),
@@ -170,11 +176,24 @@ def in_step(name: str) -> tuple[dict, dict | None]:
     rank = dist.get_rank()
     model, shares, how = case(name)
     backend = how.get("backend", "cpu" if sf.backends()["cpu"].available else "reference")
+    operators = how.get("operators", False)
     with sf.use_backend(backend if isinstance(backend, str) else backend[rank]):
         alone = train(copy.deepcopy(model), [*shares[0], *shares[1]], 0) if rank == 0 else None
         numbers = [len(x) for x in shares]
         first, share = rank * numbers[0], 2 * numbers[rank] / sum(numbers)
-        return train(wrapped(model, how), shares[rank], first, share), alone
+        with without_own_exchange(operators if isinstance(operators, bool) else operators[rank]):
+            return train(wrapped(model, how), shares[rank], first, share), alone
+
+
+@contextmanager
+def without_own_exchange(wanted: bool) -> Iterator[None]:
+    """Take the operators, and so the way of a GPU, in place of the kernels that exchange statistics themselves."""
+    before = fused._eager
+    try:
+        fused._eager = (lambda h: False) if wanted else before
+        yield
+    finally:
+        fused._eager = before
 
 
 class KillIn(pl.Callback):
