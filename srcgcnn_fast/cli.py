@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns 0, 1 if every input failed, 2 for bad input (one sentence on stderr), 130 for Ctrl-C."""
+    """Run one command; returns 0, 1 if all inputs failed (bench: numbers were wrong), 2 for bad input, 130 for Ctrl-C.
+
+    Errors are one sentence on stderr.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     has_file = words[:1] == ["train"] and any(word.split("=")[0] == "--config" for word in words)
     arguments = argparse.Namespace(debug="--debug" in words, command=train)
@@ -462,11 +465,18 @@ def download(arguments: argparse.Namespace) -> None:
     )
 
 
-def bench(arguments: argparse.Namespace) -> None:
-    from .bench import bench
+def bench(arguments: argparse.Namespace) -> int:
+    from .bench import WrongNumbersError, bench
 
-    print(bench(arguments.source, arguments.out, arguments.threads))
+    try:
+        print(bench(arguments.source, arguments.out, arguments.threads))
+    except WrongNumbersError as error:
+        if arguments.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(f"\nbench.png, roofline.png and bench.json are in {arguments.out}")
+    return 0
 
 
 def doctor(arguments: argparse.Namespace) -> None:

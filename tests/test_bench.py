@@ -56,8 +56,24 @@ def test_different_numbers_are_not_reported():
     good, bad = torch.ones(4), torch.tensor([1.0, 1.0, 1.0, 1.1])
     report._gate("CGCNN", "inference", {("reference", "same graph"): good, ("cpu", "same graph"): good + 1e-6})
     for wrong in (bad, bad * torch.nan):
-        with pytest.raises(ArithmeticError, match=r"cpu \(native\) differ"):
+        with pytest.raises(report.WrongNumbersError, match=r"cpu \(native\) differ"):
             report._gate("CGCNN", "inference", {("reference", "same graph"): good, ("cpu", "native"): wrong})
+
+
+def test_the_command_says_in_a_sentence_that_numbers_differ(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "_gate", lambda *found, gate=report._gate: gate(*found[:2], spoilt(found[2])))
+    assert main(["bench", "--out", str(tmp_path), "--threads", "1"]) == 1
+    told = capsys.readouterr()
+    assert told.err.count("\n") == 1 and told.err.startswith("error: reference (same graph) and ") and not told.out
+    assert "differ by" in told.err and "no time is reported" in told.err
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(report.WrongNumbersError):
+        main(["bench", "--out", str(tmp_path), "--threads", "1", "--debug"])
+
+
+def spoilt(results: dict) -> dict:
+    last = list(results)[-1]
+    return results | {last: 1.01 * results[last]}
 
 
 def test_floor_counts(make_batch):

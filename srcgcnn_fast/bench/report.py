@@ -30,6 +30,10 @@ _SECONDS = 1.2  # of measurement per model, work and number of threads
 _MODELS = {"SR-CGCNN": SRCGCNN, "CGCNN": CGCNN}
 
 
+class WrongNumbersError(ArithmeticError):
+    """Two backends give different numbers."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One measured median."""
@@ -63,7 +67,7 @@ def bench(
 
     Raises:
         InputError: ``source`` has no readable crystal, or ``threads`` or ``crystals`` is not positive.
-        ArithmeticError: two candidates give different numbers; their times are then not reported.
+        WrongNumbersError: two candidates give different numbers; their times are then not reported.
     """
     most = torch.get_num_threads() if threads is None else threads
     for name, value in (("threads", most), ("crystals", crystals)):
@@ -204,8 +208,9 @@ def _gate(kind: str, work: str, results: dict[tuple[str, str], torch.Tensor]) ->
         error = float((results[name] - truth).norm() / truth.norm())
         if not error < 1e-3:
             first, other = (f"{backend} ({graph})" for backend, graph in (names[0], name))
-            raise ArithmeticError(
-                f"{first} and {other} differ by {error:.1e} in the {work} of {kind}; no time is reported."
+            raise WrongNumbersError(
+                f"{first} and {other} differ by {error:.1e} in the {work} of {kind}, so no time is reported; "
+                "please report this with the output of srcgcnn-fast doctor."
             )
 
 
