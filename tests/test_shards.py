@@ -86,6 +86,19 @@ def assert_is_prediction(found, source: Path) -> None:
     assert int(found["error"].notna().sum()) == 10
 
 
+def test_a_folder_names_its_rows_as_its_shards_do(folder: Path) -> None:
+    whole = pandas.concat([pandas.read_parquet(path) for path in sorted(folder.iterdir())])
+    assert [r.id for r in sf.graph.read_inputs(folder)] == list(whole["material_id"])  # that of the one row, too
+    for path in sorted(folder.iterdir()):
+        pandas.read_parquet(path).drop(columns="material_id").to_parquet(path)
+    names = [f"a-{k}" for k in range(40)] + ["b-0"] + [f"c-{k}" for k in range(30)]
+    assert [r.id for r in sf.graph.read_inputs(folder)] == names
+    assert [r.id for path in sorted(folder.iterdir()) for r in sf.graph.read_inputs(path)] == names
+    assert [r.id for shard in shards._shards(folder, 9) for r in shard.records(())] == names
+    assert [r.id for r in sf.graph.read_inputs([folder / "b.parquet"])] == ["b-0"]
+    assert [r.id for r in sf.graph.read_inputs({"mine": folder / "b.parquet"})] == ["mine"]
+
+
 def test_rows_of_a_shard(folder: Path) -> None:
     made = shards._shards(folder, 9)
     assert [(s.first, s.rows) for s in made[:5]] == [(0, 9), (9, 9), (18, 9), (27, 9), (36, 4)]

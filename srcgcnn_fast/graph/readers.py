@@ -118,7 +118,7 @@ def read_inputs(
             ``lattice`` (9), ``frac_coords`` (3n), ``atomic_numbers`` (n), and numbers as targets); a folder with
             ``id_prop.csv`` (rows ``id,target``, files ``id.cif``; a first row ``id,name,...`` names the targets) or
             without (every structure file, by name); one object that :func:`as_crystal` takes, an iterable of them,
-            or a dictionary id -> object.
+            or a dictionary id -> object. Records of several files have the ids that each file alone gives them.
         targets: names of the targets to keep, by default all numbers that the source has. A blank is NaN.
         timeout: seconds for one CIF file of a folder or an iterable. What gemmi does not read in a moment is read
             in a child process that is ended after this time, or beyond 4 GiB of memory (Linux); a single file is
@@ -164,7 +164,7 @@ def _records(source: Any, targets: Sequence[str] | None, timeout: float, skip: i
     if _is_single(source):
         items, count = iter([_Item("0", source)]), 1
     elif isinstance(source, Mapping):
-        items, count = (_Item(str(key), value) for key, value in source.items()), len(source)
+        items, count = (_Item(str(key), value, is_named=True) for key, value in source.items()), len(source)
     elif isinstance(source, Iterable):
         items = (_Item(_default_id(value, index), value) for index, value in enumerate(source))
         count = len(source) if isinstance(source, Sequence) else -1
@@ -253,6 +253,8 @@ class _Item:
     value: Any = None
     targets: dict[str, float] = field(default_factory=dict)
     error: str | None = None
+    is_named: bool = False
+    """Has the source given the id, before that which a file holds?"""
 
 
 def _default_id(value: Any, index: int) -> str:
@@ -401,7 +403,7 @@ def _file_records(item: _Item) -> Iterator[Record]:
         yield Record(item.id, None, item.targets, str(error))
         return
     for record in records:
-        if len(records) == 1:
+        if item.is_named and len(records) == 1:
             record.id = item.id
         record.targets.update(item.targets)
         yield record
@@ -472,7 +474,7 @@ def _id_prop_item(
     table: Path, number: int, row: list[str], names: list[str], keep: list[str], present: set[str]
 ) -> _Item:
     id, values = row[0], dict(zip(names, row[1:], strict=False))
-    item = _Item(id, _structure_file(table.parent, id, present))
+    item = _Item(id, _structure_file(table.parent, id, present), is_named=True)
     if item.value is None:
         item.error = f"{id} (row {number} of {table.name}) has no structure file; add {id}.cif to {table.parent}."
     for name in keep:

@@ -132,6 +132,39 @@ def test_shares_join_to_the_batches_of_one(world_size, options):
         assert all(np.array_equal(a, b) for a, b in zip(joined, batches, strict=True))
 
 
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+@pytest.mark.parametrize("options", [{"batch_size": 16}, {"batch_rows": 60}], ids=["size", "rows"])
+def test_length_buckets_are_shared_too(world_size, options):
+    rng = np.random.default_rng(1)
+    indices, rows = rng.permutation(900)[:658], rng.integers(1, 9, 900)
+
+    def epoch(number, buckets=True, seed=3, rank=0, world_size=world_size):
+        where = {"rank": rank, "world_size": world_size}
+        sampler = EpochSampler(indices, rows, shuffle=True, seed=seed, length_buckets=buckets, **options, **where)
+        sampler.set_epoch(number)
+        batches = list(sampler)
+        assert len(batches) == len(sampler)
+        return batches
+
+    def together(number, **more):
+        shares = [epoch(number, rank=rank, **more) for rank in range(world_size)]
+        sizes = np.array([[len(x) for x in share] for share in shares])
+        assert sizes.min() >= 1 and np.ptp(sizes, axis=0).max() <= 1
+        return [np.concatenate(parts) for parts in zip(*shares, strict=True)]
+
+    found = {number: together(number) for number in (0, 1)}
+    for batches in found.values():
+        assert sorted(np.concatenate(batches)) == sorted(indices)  # each crystal once
+    assert all(np.array_equal(a, b) for a, b in zip(found[0], together(0), strict=True))
+    for other in (found[1], together(0, seed=4)):
+        assert not np.array_equal(np.concatenate(found[0]), np.concatenate(other))
+    alone = epoch(0, world_size=1)
+    if len(alone) == len(found[0]):  # else the last batch had too few crystals for the processes
+        assert all(np.array_equal(a, b) for a, b in zip(found[0], alone, strict=True))
+    spread = [np.mean([np.std(rows[batch]) for batch in found]) for found in (found[0], together(0, buckets=False))]
+    assert spread[0] < 0.5 * spread[1]
+
+
 def test_validation_is_shared_without_gap_or_overlap():
     indices, rows = np.arange(50, 91), np.ones(100, int)
     shares = [np.concatenate(list(EpochSampler(indices, rows, batch_size=7, rank=r, world_size=3))) for r in range(3)]

@@ -210,7 +210,7 @@ class KillIn(pl.Callback):
 def run(directory: Path, store, callbacks=(), resume=False):
     torch.manual_seed(0)
     model = sf.SRCGCNN(2, **SMALL)
-    data = GraphDataModule(store, "energy", batch_size=15)
+    data = GraphDataModule(store, "energy", batch_size=15, length_buckets=True)
     return fit(model, data, directory, Recipe(epochs=3, lr=5e-3), callbacks=callbacks, resume=resume, accelerator="cpu")
 
 
