@@ -184,12 +184,15 @@ void residual_softplus(T* out, const T* h, const T* m, int64_t n, int F, const T
 
 constexpr int kRowBlock = 48;  // rows whose products stay in the first-level cache
 
-// Products of n rows of features; pq holds panels of (n, kQuad).
+// Products of n rows of features; pq holds panels of (n, kQuad). Of one block of rows, from i on:
 template <class T>
-void node_product(T* pq, const T* h, Packed<T> nodes, int64_t n, int F, const T* start = nullptr) {
-  for (int64_t i = 0; i < n; i += kRowBlock)
-    gemm_nn(h + i * F, F, nodes, pq + i * kQuad<T>, kQuad<T>, n - i < kRowBlock ? n - i : kRowBlock, start, false,
-            kQuad<T>, n * kQuad<T>);
+void node_block(T* pq, const T* h, Packed<T> nodes, int64_t i, int64_t n, int F) {
+  gemm_nn<T>(h + i * F, F, nodes, pq + i * kQuad<T>, kQuad<T>, n - i < kRowBlock ? n - i : kRowBlock, nullptr, false,
+             kQuad<T>, n * kQuad<T>);
+}
+template <class T>
+void node_product(T* pq, const T* h, Packed<T> nodes, int64_t n, int F) {
+  for (int64_t i = 0; i < n; i += kRowBlock) node_block(pq, h, nodes, i, n, F);
 }
 // Products of the rows [begin, end) of the features; `table` holds those of a table's rows.
 template <class T>

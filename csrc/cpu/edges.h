@@ -168,6 +168,11 @@ class Windows {
   SRCGCNN_INLINE int first(int64_t s) const { return first_at_ ? first_at_[s] : 0; }
 
   void of_crystal(const Edges<T>& g, int64_t crystal) {
+    prepare(g, crystal);
+    fill(g, 0, n);
+  }
+  // The same in two: room for all shells, and then those from s0 to s1, by any thread.
+  void prepare(const Edges<T>& g, int64_t crystal) {
     const int64_t begin = g.row_ptr[g.crystal_ptr[crystal]];
     n = shells_of(g, crystal);
     are_given = g.features != nullptr;
@@ -175,35 +180,39 @@ class Windows {
       at_ = g.features + begin * g.n_features, first_at_ = nullptr, count = int(stride_ = g.n_features);
       return;
     }
+    values_.reserve(n * kPadded);
+    first_.reserve(n);
+    distance_ = g.shell_distance + begin;
+    at_ = values_, first_at_ = first_, stride_ = kPadded;
+    count = g.n_features < kReach<T> ? g.n_features : kReach<T>;
+  }
+  void fill(const Edges<T>& g, int64_t s0, int64_t s1) {
+    if (are_given) return;
     using M = typename MathOf<T>::M;
     using V = typename Simd<T>::V;
     constexpr int W = Simd<T>::width;
-    constexpr int padded = (kReach<T> + W - 1) / W * W;
-    values_.reserve(n * padded);
-    first_.reserve(n);
-    at_ = values_, first_at_ = first_, stride_ = padded;
-    count = g.n_features < kReach<T> ? g.n_features : kReach<T>;
     const int last = g.n_features - count;
     V lane;
     for (int l = 0; l < W; ++l) lane[l] = T(l);
-    for (int64_t s = 0; s < n; ++s) {
-      const T u = (g.shell_distance[begin + s] - g.dmin) / g.step;
+    for (int64_t s = s0; s < s1; ++s) {
+      const T u = (distance_[s] - g.dmin) / g.step;
       // A far or infinite distance must not reach the integer conversion.
       const T lowest = u + T(0.5) - kReach<T> / 2;
       const int f = !(lowest > 0) ? 0 : lowest >= last ? last : int(lowest);
       static_cast<int32_t*>(first_)[s] = f;
-      for (int k = 0; k < padded; k += W) {
+      for (int k = 0; k < kPadded; k += W) {
         const V x = splat(u - T(f + k)) - lane;
         const V power = T(-kLog2e) * x * x;
-        store(static_cast<T*>(values_) + s * padded + k, V(power > T(-110) ? M::exp2(power) : V{}));
+        store(static_cast<T*>(values_) + s * kPadded + k, V(power > T(-110) ? M::exp2(power) : V{}));
       }
     }
   }
 
  private:
+  static constexpr int kPadded = (kReach<T> + Simd<T>::width - 1) / Simd<T>::width * Simd<T>::width;
   Buffer<T> values_;
   Buffer<int32_t> first_;
-  const T* at_;
+  const T *at_, *distance_;
   const int32_t* first_at_;
   int64_t stride_;
 };

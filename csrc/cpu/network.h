@@ -56,17 +56,36 @@ void network(T* out, const Features<T>& h_in, const Dense<T>* embedding, const L
   if (finds_shells) g.shell_of = shell_of, g.shell_distance = shell_distance, g.shell_count = shell_count;
   const int width = packed.width(), O = packed.out(n_readout - 1);
   const int64_t tasks = tasks_of(g);
-#pragma omp parallel num_threads(tasks < threads ? int(tasks ? tasks : 1) : threads)
+  Teamwork<T> teamwork(g, threads);
+  Buffer<T> team_state, team_means(teamwork.count * width);
+  ShellFinder<T> team_finder;
+#pragma omp parallel num_threads(teamwork.threads(tasks))
   {
     FlushDenormals flush;
     typename Recurrence<T>::Scratch scratch;
     ShellFinder<T> finder;
+    for (int64_t c = 0; teamwork.count && c < g.n_crystals; ++c) {
+      if (teamwork.place(c) < 0) continue;
+      const int64_t first = g.crystal_ptr[c], n = g.crystal_ptr[c + 1] - first;
+#pragma omp single
+      {
+        if (finds_shells) team_finder.of_crystal(shell_of, shell_distance, shell_count, g, c);
+        team_state.reserve(n * F);
+      }
+      recurrence.run_by_team(team_state, h, g, c, teamwork.scratch, scratch);
+#pragma omp single
+      mean_of<T>(team_means + teamwork.place(c) * width, team_state, row_weight + first, n, F);
+    }
     Buffer<T> state, values(kTaskCrystals * width), x(kTaskCrystals * packed.widest());
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < tasks; ++task) {
       const int64_t t0 = task * kTaskCrystals;
       over_blocks(g, task, [&](int64_t c0, int64_t c1) {
-        const int64_t first = g.crystal_ptr[c0];
+        const int64_t first = g.crystal_ptr[c0], place = teamwork.place(c0);
+        if (place >= 0) {
+          memcpy(values + (c0 - t0) * width, team_means + place * width, rounded_up<T>(F) * sizeof(T));
+          return;
+        }
         if (finds_shells)
           for (int64_t c = c0; c < c1; ++c) finder.of_crystal(shell_of, shell_distance, shell_count, g, c);
         state.reserve((g.crystal_ptr[c1] - first) * F);

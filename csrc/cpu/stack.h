@@ -6,6 +6,7 @@ namespace srcgcnn::SRCGCNN_LEVEL {
 
 constexpr int kBlockRows = 48;   // small crystals are joined until the node product has this many rows
 constexpr int kTaskCrystals = 8;  // crystals that one thread takes at once
+constexpr int kTeamRows = 512;    // a crystal of fewer rows is not worth the threads' waiting for each other
 
 // The convolutions with their fixed statistics folded in. `shared`: all steps have one weight (and bias).
 template <class T>
@@ -93,6 +94,68 @@ class Recurrence {
     }
   }
 
+  // The same for one crystal, by all threads of a parallel region, which call it with the same arguments but for `mine`: they
+  // share out rows and shells, and the panels, of which each is one thread's: what it writes others need not fetch.
+  void run_by_team(T* state, const Features<T>& h, const Edges<T>& g, int64_t crystal, Scratch& scratch,
+                   Scratch& mine) const {
+    const int n_panels = F / kChannels<T>;
+    const int64_t first = g.crystal_ptr[crystal], n = g.crystal_ptr[crystal + 1] - first, shells = shells_of(g, crystal);
+    auto& [pq, m, terms, unused_r, unused_rows, windows] = scratch;
+    const auto rows_from = [n](int64_t i) { return i + kRowBlock < n ? kRowBlock : n - i; };
+    mine.rows.reserve(n * kQuad<T>);
+    mine.r.reserve(shells * kPair<T>);
+#pragma omp single
+    {
+      pq.reserve(n * 4 * F);
+      m.reserve(n * F);
+      terms.reserve((shared_ ? shells : 0) * C);
+      windows.prepare(g, crystal);
+    }
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < n; i += kRowBlock) {
+      if (h.species)
+        features_of<T>(state + i * F, h, first + i, first + i + rows_from(i), F);
+      else
+        memcpy(state + i * F, h.data + (first + i) * F, rows_from(i) * F * sizeof(T));
+    }
+#pragma omp for schedule(static)
+    for (int64_t s = 0; s < shells; s += kRowBlock) windows.fill(g, s, s + kRowBlock < shells ? s + kRowBlock : shells);
+    for (int t = 0; t < n_steps_; ++t) {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < n; i += kRowBlock) {
+        if (t > 0 || !h.species) {
+          node_block<T>(pq, state, nodes_of(t), i, n, F);
+          continue;
+        }
+        for (int x = 0; x < n_panels; ++x)
+          for (int64_t k = i; k < i + rows_from(i); ++k)
+            memcpy(pq + (x * n + k) * kQuad<T>, table_ + (x * h.n_table + h.species[first + k]) * kQuad<T>,
+                   kQuad<T> * sizeof(T));
+      }
+#pragma omp for schedule(static)
+      for (int x = 0; x < n_panels; ++x) {
+        const T* step_scale = scale_ + t * C + x * kPair<T>;
+        T* of_panel = terms + x * shells * kPair<T>;
+        if (shared_ && t == 0) shell_terms<T>(of_panel, windows, w_e_ + int64_t(x) * K * kPair<T>, nullptr);
+        on_terms<T>(
+            true,
+            [&](auto powers) {
+              constexpr bool P = decltype(powers)::value;
+              return scale_rows<T, P>(mine.rows, pq + x * n * kQuad<T>, n, step_scale, shift_ + t * C + x * kPair<T>) &&
+                     (shared_ ? scale_terms<T, P>(mine.r, of_panel, shells, step_scale)
+                              : shell_terms<T, P>(mine.r, windows, w_e_ + t * edge_size() + int64_t(x) * K * kPair<T>,
+                                                  nullptr));
+            },
+            [&](auto powers) {
+              gate_panel<T, decltype(powers)::value>(m + x * kChannels<T>, mine.rows, mine.r, g, crystal, F);
+            });
+      }
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < n; i += kRowBlock)
+        residual_softplus<T>(state + i * F, state + i * F, m + i * F, rows_from(i), F, scale2_ + t * F, shift2_ + t * F);
+    }
+  }
+
  private:
   int64_t node_size() const { return int64_t(F) * 4 * F; }
   int64_t edge_size() const { return int64_t(K) * C; }
@@ -119,19 +182,47 @@ int64_t tasks_of(const Edges<T>& g) {
   return (g.n_crystals + kTaskCrystals - 1) / kTaskCrystals;
 }
 
+// Crystals that would still keep one thread busy when the others are done with the rest; a team of all takes them.
+template <class T>
+class Teamwork {
+ public:
+  Teamwork(const Edges<T>& g, int threads) : place_(threads > 1 ? g.n_crystals : 0), threads_(threads) {
+    for (int64_t c = 0; threads > 1 && c < g.n_crystals; ++c) {
+      const int64_t first = g.crystal_ptr[c], end = g.crystal_ptr[c + 1];
+      const bool is_large = end - first >= kTeamRows && (g.row_ptr[end] - g.row_ptr[first]) * threads > g.n_edges;
+      static_cast<int32_t*>(place_)[c] = is_large ? int32_t(count++) : -1;
+    }
+  }
+  int64_t count = 0;
+  // Which of them crystal c is, or -1.
+  int64_t place(int64_t c) const { return count ? static_cast<const int32_t*>(place_)[c] : -1; }
+  int threads(int64_t tasks) const { return count || tasks >= threads_ ? threads_ : tasks ? int(tasks) : 1; }
+
+  typename Recurrence<T>::Scratch scratch;
+
+ private:
+  Buffer<int32_t> place_;
+  const int threads_;
+};
+
 template <class T>
 void stack(T* out, const Features<T>& h, const Layer<T>* layers, int n_steps, bool shared, const Edges<T>& g, int F,
            int threads) {
   Recurrence<T> recurrence(layers, n_steps, shared, g.n_features, F);
   if (h.species) recurrence.prepare_table(h.data, h.n_table);
   const int64_t tasks = tasks_of(g);
-#pragma omp parallel num_threads(tasks < threads ? int(tasks ? tasks : 1) : threads)
+  Teamwork<T> teamwork(g, threads);
+#pragma omp parallel num_threads(teamwork.threads(tasks))
   {
     FlushDenormals flush;
     typename Recurrence<T>::Scratch scratch;
+    for (int64_t c = 0; teamwork.count && c < g.n_crystals; ++c)
+      if (teamwork.place(c) >= 0)
+        recurrence.run_by_team(out + int64_t(g.crystal_ptr[c]) * F, h, g, c, teamwork.scratch, scratch);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < tasks; ++task)
       over_blocks(g, task, [&](int64_t c0, int64_t c1) {
+        if (teamwork.place(c0) >= 0) return;
         recurrence.run(out + int64_t(g.crystal_ptr[c0]) * F, h, g, c0, c1, scratch);
       });
   }

@@ -141,6 +141,41 @@ def test_a_network_has_the_same_bits_whatever_the_threads_and_neighbours(make_ba
         assert torch.equal(whole[3:4], model(alone))
 
 
+@pytest.mark.parametrize("size", [1.0, 300.0], ids=["powers", "sums"])
+@pytest.mark.parametrize("brings", ["nothing", "atoms", "edges"])
+@pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
+def test_threads_share_out_huge_crystals_without_a_change_of_bits(make_batch, model_type, brings, size):
+    batch = make_batch("huge crystals")
+    if brings == "atoms":
+        batch.atom_features = torch.rand(batch.num_rows, 92)
+    if brings == "edges":
+        batch.edge_features = torch.rand(batch.num_edges, 41)
+    torch.manual_seed(0)
+    model = model_type(2, 32, 20)
+    model.train()(make_batch("plain"))  # norms that differ from layer to layer
+    model.eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "fc_full.weight" in name:
+                weight.mul_(size)  # where powers of two leave their bounds, sums of the terms take their place
+    before, by_threads = torch.get_num_threads(), []
+    for threads in (1, 2, 3, 5):  # of two, the largest crystal is shared; of five, two are
+        torch.set_num_threads(threads)
+        found = []
+        with torch.no_grad():
+            for dtype in (torch.float32, torch.float64):
+                mine, graphs = copy.deepcopy(model).to(dtype), batch.to(dtype=dtype)
+                h = torch.linspace(-1, 1, 32 * batch.num_rows, dtype=dtype).view(-1, 32)
+                found += [mine(graphs), functional.stacked_gated_conv(h, graphs, mine._layers())[0]]
+        by_threads.append(found)
+    torch.set_num_threads(before)
+    with sf.use_backend("reference"), torch.no_grad():
+        truth = copy.deepcopy(model).double()(batch.to(dtype=torch.float64))
+    assert relative(by_threads[0][2], truth) < 1e-12
+    for other in by_threads[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(by_threads[0], other, strict=True))
+
+
 def test_gradients_of_training_have_the_same_bits_whatever_the_threads(make_batch):
     batch, gradients = make_batch("many crystals"), []
     model = sf.CGCNN()
