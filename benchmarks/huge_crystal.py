@@ -2,8 +2,8 @@
 
     python benchmarks/huge_crystal.py [ATOMS]
 
-Milliseconds, medians of 30 alternating rounds on a graph that is new in every round: a face-centred alloy whose atoms are
-off their sites, so that no symmetry helps and most distances differ. Both must give the same bits.
+Milliseconds, medians of 30 alternating rounds on a graph that is new in every round: a face-centred alloy whose atoms
+are off their sites, so that no symmetry helps and most distances differ. Both must give the same bits.
 """
 
 from __future__ import annotations
