@@ -97,11 +97,6 @@ def _precision() -> str:
     return "tf32" if precision.tf32_is_allowed() else "tf32x3"
 
 
-def _storage() -> torch.dtype:
-    """Of rows and edge terms."""
-    return torch.bfloat16 if precision.bfloat16_is_allowed() else torch.float32
-
-
 def _blocks(n: int, size: int) -> int:
     return -(-n // size)
 
@@ -217,24 +212,129 @@ def edge_shells(
     return shell_of, shell_distance, before[edge_ptr].diff().to(torch.int32)
 
 
-def edge_moments(row_weight: Tensor, graph: Graph, n_features: int) -> tuple[Tensor, ...]:
+class _Kernels:
+    """The launches of a convolution; ``ops/cuda_conv.py`` has others under the same names."""
+
+    @staticmethod
+    def storage() -> torch.dtype:
+        """Of rows and edge terms."""
+        return torch.bfloat16 if precision.bfloat16_is_allowed() else torch.float32
+
+    @staticmethod
+    def neighbor_sum(h: Tensor, edges: _Edges) -> Tensor:
+        """sum_j h_j, (N, F)."""
+        (n, width), out = h.shape, torch.empty_like(h)
+        graph = edges.graph
+        _Launch("neighbor_sum", n, BF=width)(out, h, graph.sender, graph.row_ptr, n, edges.n_edges, F=width)
+        return out
+
+    @staticmethod
+    def edge_sums(row_weight: Tensor, edges: _Edges) -> tuple[Tensor, Tensor, Tensor]:
+        """in_degree, by_receiver and by_sender of :class:`.cpu.Moments`."""
+        graph, n, k = edges.graph, edges.n_rows, edges.n_features
+        in_degree = torch.empty_like(row_weight)
+        by_receiver, by_sender = (row_weight.new_empty(n, k) for _ in range(2))
+        launch, given = _Launch("edge_sum", n, BK=k), (graph.features, edges.distance, row_weight)
+        sizes = (n, edges.n_edges, *edges.basis)
+        launch(by_receiver, None, *given, None, None, graph.row_ptr, *sizes, K=k)
+        launch(by_sender, in_degree, *given, *transposed(graph), *sizes, K=k)
+        return in_degree, by_receiver, by_sender
+
+    @staticmethod
+    def edge_gram(row_weight: Tensor, edges: _Edges) -> Tensor:
+        """Parts of sum_ij w_i e_ij^T e_ij, (parts, K, K)."""
+        graph, n, k = edges.graph, edges.n_rows, edges.n_features
+        launch = _Launch("edge_gram", n, share=True, square=True, BK=k)
+        gram = row_weight.new_empty(launch.programs, k, k)
+        given = (graph.features, edges.distance, row_weight, graph.row_ptr)
+        launch(gram, *given, n, edges.n_edges, *edges.basis, K=k, PRECISION=_precision())
+        return gram
+
+    @staticmethod
+    def gate_sum(m: Tensor | None, out: Tensor | None, h: Tensor, linear: _Linear, layer: Layer, edges: _Edges) -> None:
+        """Summed messages into ``m``, what follows from them into ``out``, each (N, F); one of them may be None."""
+        n, width = h.shape
+        scale, shift, _ = _finish(layer) if out is not None else (None, None, None)
+        _Launch("gate_sum", n, BF=width)(
+            m, out, linear.pq, h, linear.of_edges, linear.table, layer.gamma1, layer.beta1, scale, shift,
+            edges.distance, edges.graph.sender, edges.graph.row_ptr, n, edges.n_edges, *edges.basis,
+            **_filter("gate_sum", width, edges),
+        )  # fmt: skip
+
+    @staticmethod
+    def finish(out: Tensor, h: Tensor, m: Tensor, layer: Layer) -> None:
+        scale, shift, _ = _finish(layer)
+        _Launch("finish", len(h), BF=h.shape[1])(out, h, m, scale, shift, len(h), F=h.shape[1])
+
+    @staticmethod
+    def finish_backward(grad: Tensor, h: Tensor, m: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
+        """Gradient at h + bn2(m), (N, F), and parts of its sums and of those times normalised m, (2, parts, F)."""
+        n, width = h.shape
+        scale, shift, rstd = _finish(layer)
+        launch = _Launch("backward_finish", n, share=True, BF=width)
+        du, sums = torch.empty_like(h), h.new_empty(2, launch.programs, width)
+        launch(du, sums[0], sums[1], grad, h, m, scale, shift, layer.mean2, rstd, n, F=width)
+        return du, sums
+
+    @staticmethod
+    def correct(
+        out: Tensor, d: Tensor, x: Tensor, degree: Tensor | None, row_weight: Tensor, a: Tensor, c1: Tensor, c2: Tensor,
+        mean: Tensor | None = None, rstd: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """out = a (d - w (degree c1 + c2 (x - mean) rstd)) in the first columns, as many as those of ``x``."""
+        n, columns = x.shape
+        _Launch("correct_rows", n, BF=columns)(
+            out, d, x, degree, row_weight, a, c1, c2, mean, rstd, n, STRIDE=d.shape[1], C=columns
+        )
+
+    @staticmethod
+    def backward_receivers(
+        d_pq: Tensor, x_rows: Tensor | None, dy: Tensor | None, dm: Tensor, linear: _Linear, layer: Layer, edges: _Edges
+    ) -> tuple[Tensor, Tensor]:
+        """sum_j dy into the first half of ``d_pq`` (N, 4F), sum_j x into ``x_rows`` (N, 2F), dy itself (E, 2F).
+
+        Returns parts of the sums of dy x, (parts, 2F), and of e dy, (parts, K, 2F).
+        """
+        (n, width), k, graph = dm.shape, edges.n_features, edges.graph
+        launch = _Launch("backward_rows", n, share=True, BF=width, BK=k)
+        d_gamma, d_filter = (dm.new_empty(launch.programs, *shape) for shape in ((2 * width,), (k, 2 * width)))
+        launch(
+            d_pq, x_rows, d_gamma, d_filter, dy, linear.pq, dm, linear.of_edges, linear.table, graph.features,
+            layer.gamma1, layer.beta1, edges.distance, graph.sender, graph.row_ptr, n, edges.n_edges, *edges.basis,
+            **_filter("backward_rows", width, edges),
+        )  # fmt: skip
+        return d_gamma, d_filter
+
+    @staticmethod
+    def backward_senders(
+        d_pq: Tensor, dm: Tensor, a: Tensor, correction: tuple[Tensor | None, ...], linear: _Linear, layer: Layer,
+        edges: _Edges,
+    ) -> None:  # fmt: skip
+        """a (sum_i dy - in_degree c1 - c2 sum_i w_i x) into the second half of ``d_pq`` (N, 4F).
+
+        ``correction``: c1, c2, the rows' weights and in_degree, or None four times.
+        """
+        n, width = dm.shape
+        _Launch("backward_senders", n, BF=width)(
+            d_pq, linear.pq, dm, linear.of_edges, linear.table, layer.gamma1, layer.beta1, a, *correction,
+            edges.distance, *transposed(edges.graph), n, edges.n_edges, *edges.basis,
+            **_filter("backward_senders", width, edges),
+        )  # fmt: skip
+
+
+def edge_moments(
+    row_weight: Tensor, graph: Graph, n_features: int, run: type[_Kernels] = _Kernels
+) -> tuple[Tensor, ...]:
+    """As ``cpu.edge_moments``; ``run``: whose kernels."""
     edges = _Edges(graph, n_features, row_weight.dtype, row_weight.device)
     n, k = edges.n_rows, n_features
     _check("row_weight", row_weight, (n,), row_weight.dtype, row_weight.device)
-    in_degree = torch.empty_like(row_weight)
-    by_receiver, by_sender = (row_weight.new_empty(n, k) for _ in range(2))
     if n == 0:
         zero = row_weight.new_zeros(k, k, dtype=torch.float64)
-        return in_degree, by_receiver, by_sender, zero[0], zero
-    by_row, square = _Launch("edge_sum", n, BK=k), _Launch("edge_gram", n, share=True, square=True, BK=k)
-    gram = row_weight.new_empty(square.programs, k, k)
-    back, given = transposed(graph), (graph.features, edges.distance, row_weight)
-    sizes = (n, edges.n_edges, *edges.basis)
-    by_row(by_receiver, None, *given, None, None, graph.row_ptr, *sizes, K=k)
-    by_row(by_sender, in_degree, *given, *back, *sizes, K=k)
-    square(gram, *given, graph.row_ptr, *sizes, K=k, PRECISION=_precision())
-    total = by_receiver.double().T @ row_weight.double()
-    return in_degree, by_receiver, by_sender, total, gram.sum(0, dtype=torch.float64)
+        return torch.empty_like(row_weight), *(row_weight.new_empty(n, k) for _ in range(2)), zero[0], zero
+    in_degree, by_receiver, by_sender = run.edge_sums(row_weight, edges)
+    gram = run.edge_gram(row_weight, edges).sum(0, dtype=torch.float64)
+    return in_degree, by_receiver, by_sender, by_receiver.double().T @ row_weight.double(), gram
 
 
 def _check_layer(layer: Layer, width: int, n_features: int, device: torch.device) -> None:
@@ -252,17 +352,17 @@ def _centre(x: Tensor, weight: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     return mean, x - mean
 
 
-def _statistics(h: Tensor, weight: Tensor, edges: _Edges, moments: Moments) -> tuple[Tensor, Tensor]:
+def _statistics(
+    h: Tensor, weight: Tensor, edges: _Edges, moments: Moments, run: type[_Kernels]
+) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of z = [h_i, h_j, e_ij] W^T over the edges, each (2F,), without a pass over z.
 
     Both follow from the mean and the centred second moments of [h_i, h_j, e_ij], whose blocks are sums over rows.
     """
     assert moments.in_degree is not None and moments.by_receiver is not None
     assert moments.by_sender is not None and moments.sum is not None and moments.gram is not None
-    n, width = h.shape
-    graph, row_weight, in_degree = edges.graph, moments.row_weight, moments.in_degree
-    neighbors = torch.empty_like(h)
-    _Launch("neighbor_sum", n, BF=width)(neighbors, h, graph.sender, graph.row_ptr, n, edges.n_edges, F=width)
+    width, row_weight, in_degree = h.shape[1], moments.row_weight, moments.in_degree
+    neighbors = run.neighbor_sum(h, edges)
     weighted_degree = row_weight * edges.degree
     count = weighted_degree.sum()
     (own_mean, own), (other_mean, other) = (_centre(h, x, count) for x in (weighted_degree, in_degree))
@@ -286,10 +386,12 @@ def _statistics(h: Tensor, weight: Tensor, edges: _Edges, moments: Moments) -> t
 class _Linear:
     """x_ij = (z_ij - mean) / std as p_i + q_j + r_ij: [p, q] by rows, and what gives r."""
 
-    def __init__(self, h: Tensor, layer: Layer, edges: _Edges, out: Tensor | None = None) -> None:
+    def __init__(
+        self, h: Tensor, layer: Layer, edges: _Edges, out: Tensor | None = None, run: type[_Kernels] = _Kernels
+    ) -> None:
         width = h.shape[1]
         self.rstd = torch.rsqrt(layer.var1 + layer.eps1)
-        scaled, storage = layer.weight * self.rstd[:, None], _storage()
+        scaled, storage = layer.weight * self.rstd[:, None], run.storage()
         shift = -layer.mean1 if layer.bias is None or layer.train1 else layer.bias - layer.mean1
         self.of_rows = torch.cat([scaled[:, :width], scaled[:, width : 2 * width]])  # (4F, F)
         self.shift = torch.nn.functional.pad(shift * self.rstd, (0, 2 * width))
@@ -312,15 +414,6 @@ def _filter(name: str, width: int, edges: _Edges) -> dict[str, Any]:
     return {"F": width, "K": edges.n_features, "WINDOW": window, "PRECISION": _precision()}
 
 
-def _gate_sum(m: Tensor | None, out: Tensor | None, h: Tensor, linear: _Linear, layer: Layer, edges: _Edges) -> None:
-    n, width = h.shape
-    scale, shift, _ = _finish(layer) if out is not None else (None, None, None)
-    _Launch("gate_sum", n, BF=width)(
-        m, out, linear.pq, h, linear.of_edges, linear.table, layer.gamma1, layer.beta1, scale, shift, edges.distance,
-        edges.graph.sender, edges.graph.row_ptr, n, edges.n_edges, *edges.basis, **_filter("gate_sum", width, edges),
-    )  # fmt: skip
-
-
 def _of_rows(h: Tensor, species: Tensor | None) -> Tensor:
     """(N, F): ``h``, or of a table (U, F) the row that each row of the graph names; an index outside gives NaN."""
     if species is None:
@@ -330,9 +423,14 @@ def _of_rows(h: Tensor, species: Tensor | None) -> Tensor:
 
 
 def conv(
-    h: Tensor, layer: Layer, graph: Graph, moments: Moments, species: Tensor | None = None
+    h: Tensor,
+    layer: Layer,
+    graph: Graph,
+    moments: Moments,
+    species: Tensor | None = None,
+    run: type[_Kernels] = _Kernels,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As ``cpu.conv``."""
+    """As ``cpu.conv``; ``run``: whose kernels."""
     h = _of_rows(h, species)
     n, width = h.shape
     edges = _Edges(graph, layer.weight.shape[1] - 2 * width, h.dtype, h.device)
@@ -343,36 +441,29 @@ def conv(
     if n == 0:
         return out, m, used[0], used[1], used[2], used[3]
     if layer.train1:
-        used[:2] = _statistics(h, layer.weight, edges, moments)
+        used[:2] = _statistics(h, layer.weight, edges, moments, run)
     layer = layer._replace(mean1=used[0], var1=used[1])
-    linear = _Linear(h, layer, edges)
-    _gate_sum(m, None if layer.train2 else out, h, linear, layer, edges)
+    run.gate_sum(m, None if layer.train2 else out, h, _Linear(h, layer, edges, run=run), layer, edges)
     if layer.train2:
         count = moments.row_weight.sum()
         mean, centred = _centre(m, moments.row_weight, count)
         used[2:] = mean, torch.mv(centred.square_().T, moments.row_weight) / count
-        scale, shift, _ = _finish(layer._replace(mean2=used[2], var2=used[3]))
-        _Launch("finish", n, BF=width)(out, h, m, scale, shift, n, F=width)
+        run.finish(out, h, m, layer._replace(mean2=used[2], var2=used[3]))
     return out, m, used[0], used[1], used[2], used[3]
 
 
 def _backward_messages(
-    grad: Tensor, h: Tensor, m: Tensor, layer: Layer, row_weight: Tensor
+    grad: Tensor, h: Tensor, m: Tensor, layer: Layer, row_weight: Tensor, run: type[_Kernels]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients at h + bn2(m) and at m, (N, F), and of gamma2 and beta2."""
-    n, width = h.shape
-    scale, shift, rstd = _finish(layer)
-    launch = _Launch("backward_finish", n, share=True, BF=width)
-    du, sums = torch.empty_like(h), h.new_empty(2, launch.programs, width)
-    launch(du, sums[0], sums[1], grad, h, m, scale, shift, layer.mean2, rstd, n, F=width)
+    scale, _, rstd = _finish(layer)
+    du, sums = run.finish_backward(grad, h, m, layer)
     d_beta, d_gamma = sums.sum(1)
     if not layer.train2:
         return du, du * scale, d_gamma, d_beta
     dm = torch.empty_like(h)
     c1, c2 = torch.stack([d_beta, d_gamma]) / row_weight.sum()
-    _Launch("correct_rows", n, BF=width)(
-        dm, du, m, None, row_weight, scale, c1, c2, layer.mean2, rstd, n, STRIDE=width, C=width
-    )
+    run.correct(dm, du, m, None, row_weight, scale, c1, c2, layer.mean2, rstd)
     return du, dm, d_gamma, d_beta
 
 
@@ -395,8 +486,9 @@ def conv_backward(
     moments: Moments,
     edge_grad: bool,
     species: Tensor | None = None,
+    run: type[_Kernels] = _Kernels,
 ) -> tuple[Tensor, ...]:
-    """As ``cpu.conv_backward``."""
+    """As ``cpu.conv_backward``; ``run``: whose kernels."""
     table, h = h, _of_rows(h, species)
     n, width = h.shape
     edges = _Edges(graph, layer.weight.shape[1] - 2 * width, h.dtype, h.device)
@@ -408,36 +500,25 @@ def conv_backward(
     if n == 0:
         nothing = [torch.zeros_like(x) for x in (table, layer.weight, *[layer.gamma1] * 3, *[layer.gamma2] * 2)]
         return (*nothing, torch.zeros_like(graph.distance if graph.features is None else graph.features))
-    linear, k = _Linear(h, layer, edges), edges.n_features
-    launch = _Launch("backward_rows", n, share=True, BF=width, BK=k)
-    d_pq, d_gamma = h.new_empty(n, 4 * width), h.new_empty(launch.programs, 2 * width)
-    d_filter = h.new_empty(launch.programs, k, 2 * width)
+    linear = _Linear(h, layer, edges, run=run)
+    d_pq = h.new_empty(n, 4 * width)
     x_rows = h.new_empty(n, 2 * width) if layer.train1 else None
     dy = h.new_empty(edges.n_edges, 2 * width) if edge_grad else None
     a = layer.gamma1 * linear.rstd
-    du, dm, d_gamma2, d_beta2 = _backward_messages(grad, h, m, layer, moments.row_weight)
-    launch(
-        d_pq, x_rows, d_gamma, d_filter, dy, linear.pq, dm, linear.of_edges, linear.table, graph.features, layer.gamma1,
-        layer.beta1, edges.distance, graph.sender, graph.row_ptr, n, edges.n_edges, *edges.basis,
-        **_filter("backward_rows", width, edges),
-    )  # fmt: skip
+    du, dm, d_gamma2, d_beta2 = _backward_messages(grad, h, m, layer, moments.row_weight, run)
+    d_gamma, d_filter = run.backward_receivers(d_pq, x_rows, dy, dm, linear, layer, edges)
     d_gamma1, d_beta1, d_filter = d_gamma.sum(0), d_pq[:, : 2 * width].sum(0), d_filter.sum(0)
-    c1 = c2 = weights = in_degree = None
-    if layer.train1:
-        weights, in_degree, degree = moments.row_weight, moments.in_degree, edges.degree
-        c1, c2 = torch.stack([d_beta1, d_gamma1]) / (weights @ degree)
+    correction: tuple[Tensor | None, ...] = (None,) * 4
+    if x_rows is not None:
+        degree = edges.degree
+        c1, c2 = torch.stack([d_beta1, d_gamma1]) / (moments.row_weight @ degree)
+        correction = c1, c2, moments.row_weight, moments.in_degree
         d_filter = d_filter - _filter_correction(linear, edges, moments, c1, c2)
-        _Launch("correct_rows", n, BF=2 * width)(
-            d_pq, d_pq, x_rows, degree, weights, a, c1, c2, None, None, n, STRIDE=4 * width, C=2 * width
-        )
+        run.correct(d_pq, d_pq, x_rows, degree, moments.row_weight, a, c1, c2)
     else:
         d_pq[:, : 2 * width] *= a
     del x_rows
-    _Launch("backward_senders", n, BF=width)(
-        d_pq, linear.pq, dm, linear.of_edges, linear.table, layer.gamma1, layer.beta1, a, c1, c2, weights, in_degree,
-        edges.distance, *transposed(graph), n, edges.n_edges, *edges.basis,
-        **_filter("backward_senders", width, edges),
-    )  # fmt: skip
+    run.backward_senders(d_pq, dm, a, correction, linear, layer, edges)
     dh = torch.addmm(du, d_pq, torch.cat([layer.weight[:, :width], layer.weight[:, width : 2 * width]]))
     if species is not None:  # sorted first, so that the sums have an order
         dh = torch.zeros_like(table).index_put_((species.long(),), dh, accumulate=True)
@@ -468,10 +549,10 @@ def stack(h: Tensor, layers: Sequence[Layer], graph: Graph, species: Tensor | No
         _check_layer(layer, width, edges.n_features, h.device)
     if n == 0 or not layers:
         return h.clone()
-    pq = h.new_empty(n, 4 * width, dtype=_storage())
+    pq = h.new_empty(n, 4 * width, dtype=_Kernels.storage())
     buffers = [torch.empty_like(h) for _ in range(min(2, len(layers)))]
     for t, layer in enumerate(layers):
         linear = _Linear(h, layer, edges, out=pq)
         h, old = buffers[t % len(buffers)], h
-        _gate_sum(None, h, old, linear, layer, edges)
+        _Kernels.gate_sum(None, h, old, linear, layer, edges)
     return h
