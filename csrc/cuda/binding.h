@@ -2,8 +2,10 @@
 #pragma once
 #include <cuda_runtime_api.h>
 
+#include <cstring>
 #include <stdexcept>
 
+#include "conv.h"
 #include "stack.h"
 
 namespace srcgcnn {
@@ -57,11 +59,29 @@ inline DeviceGraph device_graph(const std::vector<uintptr_t>& a, const std::tupl
           float(std::get<1>(basis))};
 }
 
+// A function of conv.h by its name; pointers, sizes and Gaussians in the order of DeviceConv.
+inline void conv_function(const std::string& name, const std::vector<uintptr_t>& pointers,
+                          const std::vector<int64_t>& sizes, const std::tuple<double, double>& basis, uintptr_t stream) {
+  DeviceConv given = {};
+  constexpr size_t n_pointers = offsetof(DeviceConv, n_rows) / sizeof(void*);
+  constexpr size_t n_sizes = (offsetof(DeviceConv, dmin) - offsetof(DeviceConv, n_rows)) / sizeof(int64_t);
+  if (pointers.size() != n_pointers || sizes.size() != n_sizes) throw std::runtime_error("not the fields of DeviceConv");
+  std::memcpy(static_cast<void*>(&given), pointers.data(), n_pointers * sizeof(void*));
+  std::memcpy(&given.n_rows, sizes.data(), n_sizes * sizeof(int64_t));
+  given.dmin = float(std::get<0>(basis));
+  given.inverse_step = float(std::get<1>(basis));
+#define SRCGCNN_CONV_CALL(function) \
+  if (name == #function) return raise_if(srcgcnn_cuda_##function(&given, reinterpret_cast<void*>(stream)));
+  SRCGCNN_CONV_FUNCTIONS(SRCGCNN_CONV_CALL)
+  throw std::runtime_error("no CUDA kernel of this name: " + name);
+}
+
 inline void bind_cuda(nanobind::module_& m) {
   using Addresses = std::vector<uintptr_t>;
   using Sizes = std::tuple<int64_t, int64_t, int64_t, int>;
   using Basis = std::tuple<double, double>;
   m.def("cuda_problem", &cuda_problem);
+  m.def("cuda_conv", &conv_function);
   m.def("cuda_prepared_size", [](int width, int n_features, int n_steps, bool shared) {
     return stack_functions(width).prepared_size(n_features, n_steps, shared);
   });

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu, cuda, reference, registry, triton
+from . import cpu, cuda, cuda_conv, reference, registry, triton
 from .cpu import Graph, Layer, Moments
 from .reference import BatchNorm, Edges
 
@@ -195,10 +195,19 @@ torch.library.register_autograd(
 )
 
 # For CUDA tensors
+
+
+def _gpu_kernels(h: Tensor) -> Any:
+    """Whose convolutions a call with gradients or statistics of the batch takes."""
+    return cuda_conv if registry.trains_compiled(h) else triton
+
+
 _library.impl("edge_shells", triton.edge_shells, "CUDA")
-_library.impl("edge_moments", lambda w, *g: triton.edge_moments(w, Graph(*g[:-1]), g[-1]), "CUDA")
-_library.impl("gated_conv", lambda h, *a: triton.conv(h, *_split(a)), "CUDA")
-_library.impl("gated_conv_backward", lambda d, h, m, *a: triton.conv_backward(d, h, m, *_split(a), a[-1]), "CUDA")
+_library.impl("edge_moments", lambda w, *g: _gpu_kernels(w).edge_moments(w, Graph(*g[:-1]), g[-1]), "CUDA")
+_library.impl("gated_conv", lambda h, *a: _gpu_kernels(h).conv(h, *_split(a)), "CUDA")
+_library.impl(
+    "gated_conv_backward", lambda d, h, m, *a: _gpu_kernels(h).conv_backward(d, h, m, *_split(a), a[-1]), "CUDA"
+)
 
 
 def _stack_cuda(h: Tensor, *arguments: Any) -> Tensor:

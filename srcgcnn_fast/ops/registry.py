@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 MOST_FEATURES = 128
-"""Of the CUDA kernels."""
+"""Of the CUDA kernels for inference."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def backends() -> dict[str, BackendStatus]:
         cpu = BackendStatus("cpu", True, True, f"C++, SIMD level {core.simd_level()}, {threads}")
     built = core is not None and not core.cuda.startswith("not built")
     no_cuda = cuda_problem()
-    with_cuda = "inference in float32; its logic is tested on a CPU, and it has not run on a GPU yet"
+    with_cuda = "float32 on CUDA tensors; its logic is tested on a CPU, and it has not run on a GPU yet"
     no_triton = triton_problem()
     with_triton = "float32 on CUDA tensors; it compiles and passes the interpreter, and has not run on a GPU yet"
     return {
@@ -173,7 +173,7 @@ def select(h: torch.Tensor, edge_statistics_grad: bool = False, inference: bool 
     if forced not in (None, name):
         reason = f"it does not take tensors on {device!r}"
     if reason is None:
-        if device == "cuda" and name == "triton" and inference and forced is None:
+        if device == "cuda" and name == "triton" and forced is None:
             _say_once(str(no_cuda), "Triton")
         return name
     if forced is not None:
@@ -202,11 +202,14 @@ def _refusal(device: str, dtype: torch.dtype) -> str | None:
 def _cuda_refusal(h: torch.Tensor, inference: bool) -> str | None:
     if h.dtype != torch.float32:
         return f"the CUDA kernels take float32, not {h.dtype}"
-    if not inference:
-        return "the CUDA kernels are for inference, and gradients or statistics of the batch are wanted"
-    if h.shape[1] > MOST_FEATURES:
-        return f"the CUDA kernels take up to {MOST_FEATURES} features, not {h.shape[1]}"
+    if inference and h.shape[1] > MOST_FEATURES:
+        return f"the CUDA kernels take up to {MOST_FEATURES} features in inference, not {h.shape[1]}"
     return cuda_problem()
+
+
+def trains_compiled(h: torch.Tensor) -> bool:
+    """Do the CUDA kernels take a call on ``h`` with gradients or statistics of the batch? Else Triton's take it."""
+    return forced_backend() in (None, "cuda") and _cuda_refusal(h, inference=False) is None
 
 
 def _say_once(reason: str, instead: str = "reference") -> None:

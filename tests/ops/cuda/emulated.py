@@ -8,6 +8,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from srcgcnn_fast.ops import cuda_conv
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 POINTER = c.c_void_p
@@ -27,6 +29,17 @@ class Layer(c.Structure):
     _fields_ = [*[(f"vector{k}", POINTER) for k in range(10)], ("eps1", c.c_double), ("eps2", c.c_double)]
 
 
+class Conv(c.Structure):
+    """DeviceConv of csrc/cuda/conv.h."""
+
+    _fields_ = [
+        *[(name, POINTER) for name in cuda_conv.FIELDS],
+        *[(name, c.c_int64) for name in cuda_conv.SIZES],
+        ("dmin", c.c_float),
+        ("inverse_step", c.c_float),
+    ]  # fmt: skip
+
+
 class Features(c.Structure):
     _fields_ = [("data", POINTER), ("species", POINTER), ("n_table", c.c_int64)]
 
@@ -35,15 +48,15 @@ def compiler() -> str | None:
     return shutil.which("g++")
 
 
-def build(folder: Path) -> Path:
-    """One library with the kernels of all widths."""
+def build(folder: Path, source: str = "stack") -> Path:
+    """A library with the kernels of one file, those of stack.cu for all widths."""
     library, objects, running = folder / "emulated.so", [], []
-    for width in (32, 64, 128):
-        objects.append(folder / f"stack{width}.o")
+    for width in (32, 64, 128) if source == "stack" else (0,):
+        objects.append(folder / f"{source}{width}.o")
         command = [
             compiler(), "-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror",
             f"-DSRCGCNN_WIDTH={width}", "-include", HERE / "emulation.h", "-x", "c++", "-c",
-            ROOT / "csrc" / "cuda" / "stack.cu", "-o", objects[-1],
+            ROOT / "csrc" / "cuda" / f"{source}.cu", "-o", objects[-1],
         ]  # fmt: skip
         running.append(subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True))
     for process in running:
@@ -98,3 +111,10 @@ class Emulated:
         self._call("stack", width, c.c_char_p, POINTER(out), POINTER(scratch), c.byref(Features(*rows)),
                    POINTER(prepared), n_steps, c.c_bool(shared), features, c.c_bool(relaxed), c.byref(graph),
                    POINTER(stream))  # fmt: skip
+
+    def cuda_conv(self, name, pointers, sizes, basis, stream) -> None:
+        function = getattr(self._library, f"srcgcnn_cuda_{name}")
+        function.restype = c.c_char_p
+        error = function(c.byref(Conv(*pointers, *sizes, *basis)), POINTER(stream))
+        if error is not None:
+            raise RuntimeError(f"CUDA: {error.decode()}")

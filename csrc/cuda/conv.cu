@@ -1,0 +1,47 @@
+// The launchers of conv.cuh.
+#include "conv.cuh"
+
+namespace srcgcnn {
+namespace {
+
+const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+template <class Kernel>
+const char* launch(Kernel kernel, int64_t blocks, int numbers, const DeviceConv& given, void* stream) {
+  const int size = 4 * numbers;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, size);
+  if (error) return message(error);
+  SRCGCNN_LAUNCH(kernel, unsigned(blocks), kThreads, size, stream, given);
+  return message(cudaGetLastError());
+}
+
+int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
+int64_t tasks(const DeviceConv& g) { return parts(g.n_rows, kWarps * kTaskRows); }
+int64_t chunks(const DeviceConv& g) { return g.width / kChunk; }
+int64_t threads(int64_t n) {  // blocks of a kernel whose threads share out n numbers
+  const int64_t blocks = parts(n, kThreads), most = 8192;
+  return blocks < most ? blocks : most;
+}
+
+constexpr int kBackward = kVectors + kWarps * (2 * kTileSize + kTermSize);
+static_assert(kTerms * 2 * kChunk + 2 * kWarps * kChunk <= kWarps * (2 * kTileSize + kTermSize), "sums take the tiles' place");
+
+}  // namespace
+}  // namespace srcgcnn
+
+using namespace srcgcnn;
+
+#define SRCGCNN_LAUNCHER(name, blocks, numbers)                                              \
+  extern "C" const char* srcgcnn_cuda_##name(const DeviceConv* given, void* stream) {        \
+    const DeviceConv& g = *given;                                                            \
+    return launch(name, blocks, numbers, g, stream);                                         \
+  }
+SRCGCNN_LAUNCHER(neighbor_sum, threads(32 * g.n_rows), 0)
+SRCGCNN_LAUNCHER(edge_sum, threads(32 * g.n_rows), 0)
+SRCGCNN_LAUNCHER(edge_gram, parts(g.n_features, 2 * kChunk) * g.programs * parts(g.n_features, kTerms), kBackward)
+SRCGCNN_LAUNCHER(gate_sum, chunks(g) * tasks(g), kVectors + kWarps * kMessageSize)
+SRCGCNN_LAUNCHER(finish, threads(g.n_rows * g.F), 0)
+SRCGCNN_LAUNCHER(finish_backward, chunks(g) * g.programs, 2 * kWarps * 32)
+SRCGCNN_LAUNCHER(correct, threads(g.n_rows * g.columns), 0)
+SRCGCNN_LAUNCHER(backward_receivers, chunks(g) * g.programs * parts(g.n_features, kTerms), kBackward)
+SRCGCNN_LAUNCHER(backward_senders, chunks(g) * tasks(g), kVectors + kWarps * 2 * kTileSize)

@@ -1,0 +1,660 @@
+// Training: the edge passes of a convolution, and the node kernels around them.
+//
+// A warp takes the edges of 16 rows, 16 at a time, for 32 of the F channels. r = e(d) w_e of 16 edges is a product on the
+// tensor cores, whose operand e(d) is formed in registers, and of which only the steps in reach of the distances are
+// done. The product leaves a lane 8 channels of 2 edges, filter and core; there q (or p) of the other end is gathered and
+// the gate formed. What is summed over a row goes through shared memory, where each lane then walks one channel of the
+// edges in their order. So no sum depends on the order of threads, of warps or of blocks. Nothing of an edge is stored.
+#pragma once
+#include "conv.h"
+#include "device.cuh"
+
+namespace srcgcnn {
+
+constexpr int kWarps = 4, kThreads = 32 * kWarps;
+constexpr int kChunk = 32;           // channels of a block
+constexpr int kTile = 16;            // edges that a warp takes at a time
+constexpr int kTaskRows = 16;        // whose edges these are
+constexpr int kAtOnce = 8;           // numbers that a lane reads from shared memory before it adds them up
+constexpr int kMostDegree = 1 << 26;  // so that the edges of a task can be counted
+constexpr int kTerms = 48;           // Gaussians whose sums e^T dy a block holds
+constexpr float kCut = 20.25f;       // squared distance from a Gaussian's centre in its widths; beyond it is below 2e-9
+
+// Of a warp in shared memory, in numbers; strides that spread what lanes touch together over the banks.
+constexpr int kMessageStride = kChunk + 8, kTileStride = 2 * kChunk + 8, kTermStride = kTerms + 8;
+constexpr int kMessageSize = kTile * kMessageStride, kTileSize = kTile * kTileStride, kTermSize = kTile * kTermStride;
+constexpr int kVectors = 4 * kChunk;  // of a block: gamma and beta of its channels, in the units of gate2
+
+SRCGCNN_DEVICE float gaussian(float u, int k) {
+  const float x = u - float(k), x2 = x * x;
+  return x2 > kCut ? 0.0f : device::exp2(x2 * float(-kLog2e));  // a NaN stays one
+}
+
+// The edges of 16 rows. Lane l has row first + l: its first edge, and how many of the task's edges come before it.
+struct Task {
+  int64_t first;
+  int begin, before, degree, total;
+  bool bad;
+
+  SRCGCNN_DEVICE Task(const DeviceConv& g, int64_t first_row) : first(first_row), begin(0), degree(0), bad(false) {
+    const int lane = lane_of();
+    if (lane < kTaskRows && first + lane < g.n_rows) {
+      const int64_t from = g.ptr[first + lane], to = g.ptr[first + lane + 1];
+      bad = from < 0 || to < from || to > g.n_edges || to - from > kMostDegree;
+      begin = bad ? 0 : int(from);
+      degree = bad ? 0 : int(to - from);
+    }
+    int sum = degree;
+#pragma unroll
+    for (int d = 1; d < kTaskRows; d *= 2) {
+      const int below = __shfl_sync(kAllLanes, sum, lane - d);
+      sum += lane >= d && lane < kTaskRows ? below : 0;
+    }
+    before = sum - degree;
+    total = __shfl_sync(kAllLanes, sum, kTaskRows - 1);
+  }
+};
+
+// 16 edges of a task; lanes l and l + 16 have number l.
+struct Edges {
+  int count, row;         // how many there are; the row that this one belongs to, counted within the task
+  int other, number;      // row at the other end, or -1: there is none; number of the edge
+  float u, poison;        // distance in units of the Gaussians; NaN if the other end is outside
+  bool live;
+  unsigned last;          // bit l: edge l is the last of its row
+
+  SRCGCNN_DEVICE Edges(const DeviceConv& g, const Task& task, int tile) {
+    const int at = tile * kTile + (lane_of() & (kTile - 1));
+    count = task.total - tile * kTile < kTile ? task.total - tile * kTile : kTile;
+    live = at < task.total;
+    row = 0;
+#pragma unroll
+    for (int step = kTaskRows / 2; step > 0; step /= 2) {  // the last row that does not begin after it
+      const int before = __shfl_sync(kAllLanes, task.before, row + step);
+      if (before <= at) row += step;
+    }
+    const int within = at - __shfl_sync(kAllLanes, task.before, row);
+    const int place = __shfl_sync(kAllLanes, task.begin, row) + within;
+    const int degree = __shfl_sync(kAllLanes, task.degree, row);
+    last = __ballot_sync(kAllLanes, live && within + 1 == degree);
+    other = -1;
+    number = 0;
+    u = -1e3f;  // beyond all Gaussians
+    poison = 0.0f;
+    if (live) {
+      other = g.other[place];
+      number = g.number ? g.number[place] : place;
+      const bool good = other >= 0 && other < g.n_rows && number >= 0 && number < g.n_edges;
+      if (!good) {
+        other = -1;
+        number = 0;
+        poison = NAN;
+      }
+      if (g.distance) u = (g.distance[number] - g.dmin) * g.inverse_step;
+    }
+  }
+};
+
+// Steps of 8 Gaussians that are in reach of some of the 16 edges: [from, to).
+struct Reach {
+  int from, to;
+  SRCGCNN_DEVICE Reach(const DeviceConv& g, const Edges& e) {
+    const float most = float(g.n_features - 1);
+    int low = int(g.n_features) - 1, high = 0;
+    if (e.live) {  // bounds that hold for a NaN too
+      low = int(fminf(fmaxf(e.u - 4.5f, 0.0f), most));
+      high = int(fmaxf(fminf(e.u + 4.5f, most), 0.0f));
+    }
+#pragma unroll
+    for (int d = 1; d < kTile; d *= 2) {
+      const int l = __shfl_xor_sync(kAllLanes, low, d), h = __shfl_xor_sync(kAllLanes, high, d);
+      low = l < low ? l : low;
+      high = h > high ? h : high;
+    }
+    from = low / 8;
+    to = high / 8 + 1;
+  }
+};
+
+// What a lane has of 16 edges after a product: edges lane / 4 and lane / 4 + 8, of each 8 channels, as two times four
+// neighbours that begin at 4 (lane % 4) and 16 later.
+SRCGCNN_DEVICE int edge_of(int half) { return lane_of() / 4 + 8 * half; }
+SRCGCNN_DEVICE int channel_of(int four) { return 16 * four + 4 * (lane_of() % 4); }
+struct Values {
+  float filter[2][2][4], core[2][2][4];  // edge, four, channel
+};
+
+// r of 16 edges for the chunk's channels; poisoned.
+SRCGCNN_DEVICE void edge_terms(Values& r, const DeviceConv& g, const Edges& e, const Reach& reach, int chunk) {
+  float poison[2], u[2];
+  int number[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    poison[half] = __shfl_sync(kAllLanes, e.poison, edge_of(half));
+    u[half] = __shfl_sync(kAllLanes, e.u, edge_of(half));
+    number[half] = __shfl_sync(kAllLanes, e.live ? e.number : -1, edge_of(half));
+  }
+  if (g.term) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int four = 0; four < 2; ++four) {
+        const float* at = g.term + int64_t(number[half]) * 2 * g.width + chunk * kChunk + channel_of(four);
+        const bool there = number[half] >= 0;
+        const auto f = there ? load<4>(at) : Channels<4>{}, c = there ? load<4>(at + g.width) : Channels<4>{};
+#pragma unroll
+        for (int v = 0; v < 4; ++v) {
+          r.filter[half][four][v] = f.x[v] + poison[half];
+          r.core[half][four][v] = c.x[v] + poison[half];
+        }
+      }
+    return;
+  }
+  float sum[8][4];
+#pragma unroll
+  for (int n = 0; n < 8; ++n)
+#pragma unroll
+    for (int v = 0; v < 4; ++v) sum[n][v] = poison[v / 2];
+  const int steps = int(g.n_features + 7) / 8;
+#pragma unroll 1
+  for (int k = reach.from; k < reach.to; ++k) {
+    float a[4], low[4];
+#pragma unroll
+    for (int v = 0; v < 4; ++v) split(gaussian(u[v % 2], 8 * k + lane_of() % 4 + v / 2 * 4), a[v], low[v]);
+    const float* weights = g.filter + ((int64_t(chunk) * steps + k) * 8 * 32 + lane_of()) * 2;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const auto w = load<2>(weights + n * 64);
+      float b[2], b_low[2];
+#pragma unroll
+      for (int v = 0; v < 2; ++v) split(w.x[v], b[v], b_low[v]);
+      if (!g.relaxed) {
+        device::mma(sum[n], low, b);
+        device::mma(sum[n], a, b_low);
+      }
+      device::mma(sum[n], a, b);
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+#pragma unroll
+    for (int four = 0; four < 2; ++four)
+#pragma unroll
+      for (int v = 0; v < 4; ++v) {
+        r.filter[half][four][v] = sum[2 * four + v / 2][2 * half + v % 2];
+        r.core[half][four][v] = sum[4 + 2 * four + v / 2][2 * half + v % 2];
+      }
+}
+
+// The rows at both ends of edge `half` of this lane; false: there is no such edge, or it must not be followed.
+SRCGCNN_DEVICE bool ends_of(const Task& task, const Edges& e, int half, int64_t& own, int64_t& other) {
+  own = task.first + __shfl_sync(kAllLanes, e.row, edge_of(half));
+  other = __shfl_sync(kAllLanes, e.other, edge_of(half));
+  return other >= 0;
+}
+
+// x = p_i + q_j + r_ij of edge `half`, four channels of it, in place of r.
+SRCGCNN_DEVICE void add_ends(float (&filter)[4], float (&core)[4], const DeviceConv& g, int64_t p_row, int64_t q_row,
+                             int channel) {
+  const float* p = g.pq + p_row * 4 * g.width + channel;
+  const float* q = g.pq + (q_row * 4 + 2) * g.width + channel;
+  const auto pf = load<4>(p), pc = load<4>(p + g.width), qf = load<4>(q), qc = load<4>(q + g.width);
+#pragma unroll
+  for (int v = 0; v < 4; ++v) {
+    filter[v] = pf.x[v] + (qf.x[v] + filter[v]);
+    core[v] = pc.x[v] + (qc.x[v] + core[v]);
+  }
+}
+
+// gamma and beta of the chunk's channels times -log2(e) (filter) and log2(e) (core), for the block; zeros beyond F.
+SRCGCNN_DEVICE void read_vectors(float* vectors, const DeviceConv& g, int chunk) {
+  for (int k = int(threadIdx.x); k < kVectors; k += int(blockDim.x)) {
+    const int c = chunk * kChunk + k % kChunk, half = k / kChunk % 2;
+    const float* from = k < 2 * kChunk ? g.gamma1 : g.beta1;
+    const float unit = half ? DeviceMath::log2e : -DeviceMath::log2e;
+    vectors[k] = c < g.F ? from[half * g.F + c] * unit : 0.0f;
+  }
+  __syncthreads();
+}
+// y of four channels in these units.
+SRCGCNN_DEVICE void scaled(float (&f)[4], float (&c)[4], const float (&x_f)[4], const float (&x_c)[4],
+                           const float* vectors) {
+  const auto gf = load<4>(vectors), gc = load<4>(vectors + kChunk);
+  const auto bf = load<4>(vectors + 2 * kChunk), bc = load<4>(vectors + 3 * kChunk);
+#pragma unroll
+  for (int v = 0; v < 4; ++v) {
+    f[v] = fmaf(x_f[v], gf.x[v], bf.x[v]);
+    c[v] = fmaf(x_c[v], gc.x[v], bc.x[v]);
+  }
+}
+
+// Rows of the task without edges, or whose pointers are bad: done(row, 0 or NaN).
+template <class Done>
+SRCGCNN_DEVICE void rows_without_edges(const DeviceConv& g, const Task& task, Done done) {
+  const bool there = lane_of() < kTaskRows && task.first + lane_of() < g.n_rows;
+  const unsigned bad = __ballot_sync(kAllLanes, task.bad);
+  for (unsigned left = __ballot_sync(kAllLanes, there && task.degree == 0); left; left &= left - 1) {
+    const int l = __ffs(left) - 1;
+    done(task.first + l, bad >> l & 1 ? NAN : 0.0f);
+  }
+}
+
+SRCGCNN_DEVICE float finished(float h, float m, float scale, float shift) {
+  return softplus<DeviceMath>(h + fmaf(m, scale, shift));
+}
+
+__global__ void __launch_bounds__(kThreads, 4) gate_sum(const DeviceConv g) {
+  SRCGCNN_SHARED(shared);
+  const int chunks = int(g.width / kChunk), chunk = int(blockIdx.x % chunks), channel = chunk * kChunk + lane_of();
+  float* messages = shared + kVectors + warp_of() * kMessageSize;
+  read_vectors(shared, g, chunk);
+  const int64_t first = (int64_t(blockIdx.x / chunks) * kWarps + warp_of()) * kTaskRows;
+  if (first >= g.n_rows) return;
+  const bool mine = channel < g.F;
+  const float scale = g.out && mine ? g.scale2[channel] : 0.0f, shift = g.out && mine ? g.shift2[channel] : 0.0f;
+  const auto done = [&](int64_t row, float sum) {
+    const int64_t at = row * g.F + channel;
+    if (!mine) return;
+    if (g.out_m) g.out_m[at] = sum;
+    if (g.out) g.out[at] = finished(g.h[at], sum, scale, shift);
+  };
+  const Task task(g, first);
+  rows_without_edges(g, task, done);
+  float sum = 0.0f;
+  for (int tile = 0; tile * kTile < task.total; ++tile) {
+    const Edges e(g, task, tile);
+    Values x;
+    edge_terms(x, g, e, Reach(g, e), chunk);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int64_t own, other;
+      const bool there = ends_of(task, e, half, own, other);
+#pragma unroll
+      for (int four = 0; four < 2; ++four) {
+        const int c = channel_of(four);
+        if (there) add_ends(x.filter[half][four], x.core[half][four], g, own, other, chunk * kChunk + c);
+        float y_f[4], y_c[4];
+        scaled(y_f, y_c, x.filter[half][four], x.core[half][four], shared + c);
+        Channels<4> message;
+#pragma unroll
+        for (int v = 0; v < 4; ++v) message.x[v] = gate2<DeviceMath>(y_f[v], y_c[v]);
+        store<4>(messages + edge_of(half) * kMessageStride + c, message);
+      }
+    }
+    __syncwarp();
+    for (int k = 0; k < e.count; k += kAtOnce) {
+      float message[kAtOnce];
+#pragma unroll
+      for (int v = 0; v < kAtOnce; ++v) message[v] = messages[(k + v) * kMessageStride + lane_of()];
+#pragma unroll
+      for (int v = 0; v < kAtOnce; ++v) {
+        if (k + v < e.count) sum += message[v];
+        if (e.last >> (k + v) & 1) {
+          done(task.first + __shfl_sync(kAllLanes, e.row, k + v), sum * DeviceMath::ln2);
+          sum = 0.0f;
+        }
+      }
+    }
+    __syncwarp();
+  }
+}
+
+// x and dy of 16 edges, (filter, core), to shared memory. Edges that are not there leave zeros in dy.
+template <bool kBySender>
+SRCGCNN_DEVICE void gradients(float* x_tile, float* dy_tile, Values& x, const DeviceConv& g, const Task& task,
+                              const Edges& e, int chunk, const float* vectors) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    int64_t own, other;
+    const bool there = ends_of(task, e, half, own, other);
+    const bool live = edge_of(half) < e.count;
+    const int64_t p_row = kBySender ? other : own, q_row = kBySender ? own : other;
+    const float weight = kBySender && g.row_weight && there ? g.row_weight[other] : 1.0f;
+#pragma unroll
+    for (int four = 0; four < 2; ++four) {
+      const int c = channel_of(four), column = chunk * kChunk + c;
+      auto &x_f = x.filter[half][four], &x_c = x.core[half][four];
+      Channels<4> upstream = {};
+      if (there) {
+        add_ends(x_f, x_c, g, p_row, q_row, column);
+        upstream = load<4>(g.d_m + p_row * g.width + column);
+      } else if (live) {
+        upstream.x[0] = upstream.x[1] = upstream.x[2] = upstream.x[3] = 1.0f;  // times the NaN of r
+      }
+      float y_f[4], y_c[4];
+      scaled(y_f, y_c, x_f, x_c, vectors + c);
+      Channels<4> out_f, out_c, dy_f, dy_c;
+#pragma unroll
+      for (int v = 0; v < 4; ++v) {
+        const auto d = gate_gradient2<DeviceMath>(y_f[v], y_c[v]);
+        dy_f.x[v] = upstream.x[v] * d.d_filter;
+        dy_c.x[v] = upstream.x[v] * d.d_core;
+        out_f.x[v] = kBySender ? weight * x_f[v] : x_f[v];
+        out_c.x[v] = kBySender ? weight * x_c[v] : x_c[v];
+      }
+      const int at = edge_of(half) * kTileStride + c;
+      store<4>(x_tile + at, out_f);
+      store<4>(x_tile + at + kChunk, out_c);
+      store<4>(dy_tile + at, dy_f);
+      store<4>(dy_tile + at + kChunk, dy_c);
+    }
+  }
+}
+
+// The tiles of 16 edges summed row by row, each lane its channel: done(row, sums of dy, sums of x) at the end of a row,
+// each(edge, half, dy, x) for every number.
+template <class Done, class Each>
+SRCGCNN_DEVICE void walk(const float* x_tile, const float* dy_tile, const Task& task, const Edges& e, float (&d)[2],
+                         float (&x_sum)[2], Done done, Each each) {
+  constexpr int kSome = kAtOnce / 2;
+  for (int k = 0; k < e.count; k += kSome) {
+    float dy[kSome][2], x[kSome][2];
+#pragma unroll
+    for (int v = 0; v < kSome; ++v)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int at = (k + v) * kTileStride + half * kChunk + lane_of();
+        dy[v][half] = dy_tile[at];
+        x[v][half] = x_tile[at];
+      }
+#pragma unroll
+    for (int v = 0; v < kSome; ++v) {
+      if (k + v >= e.count) break;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        d[half] += dy[v][half];
+        x_sum[half] += x[v][half];
+        each(k + v, half, dy[v][half], x[v][half]);
+      }
+      if (e.last >> (k + v) & 1) {
+        done(task.first + __shfl_sync(kAllLanes, e.row, k + v), d, x_sum);
+        d[0] = d[1] = x_sum[0] = x_sum[1] = 0.0f;
+      }
+    }
+  }
+}
+
+// e of 16 edges for the Gaussians from `first` on, row by row, all lanes together; of these the tiles of 16 [from, to).
+SRCGCNN_DEVICE void write_terms(float* terms, const DeviceConv& g, const Edges& e, int first, int from, int to) {
+  const int begin = from > 0 ? 16 * from : 0, end = 16 * to < kTerms ? 16 * to : kTerms;
+  for (int k = 0; k < kTile; ++k) {
+    const bool live = k < e.count;
+    const float u = __shfl_sync(kAllLanes, e.u, k);
+    const int64_t at = int64_t(__shfl_sync(kAllLanes, e.number, k)) * g.n_features + first;
+    for (int c = begin + lane_of(); c < end; c += 32) {
+      const bool there = live && first + c < g.n_features;
+      terms[k * kTermStride + c] = !there ? 0.0f : g.distance ? gaussian(u, first + c) : g.features[at + c];
+    }
+  }
+}
+
+// Sums of left^T right over 16 edges, (48, 64), added to what the lanes have; of the Gaussians those in reach. 16 of them
+// are a tile of the product.
+using Sums = float[kTerms / 16][8][4];
+SRCGCNN_DEVICE void add_product(Sums& sums, const float* left, const float* right, bool relaxed, int from, int to) {
+  const int group = lane_of() / 4, in_group = lane_of() % 4;
+#pragma unroll
+  for (int k = 0; k < kTile; k += 8) {
+    const float* b_at = right + (k + in_group) * kTileStride + group;
+    const float* a_at = left + (k + in_group) * kTermStride + group;
+#pragma unroll
+    for (int tile = 0; tile < kTerms / 16; ++tile) {
+      if (tile < from || tile >= to) continue;
+      float a[4], a_low[4];
+      split(a_at[16 * tile], a[0], a_low[0]);
+      split(a_at[16 * tile + 8], a[1], a_low[1]);
+      split(a_at[4 * kTermStride + 16 * tile], a[2], a_low[2]);
+      split(a_at[4 * kTermStride + 16 * tile + 8], a[3], a_low[3]);
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        float b[2], b_low[2];
+        split(b_at[8 * n], b[0], b_low[0]);
+        split(b_at[4 * kTileStride + 8 * n], b[1], b_low[1]);
+        if (!relaxed) {
+          device::mma(sums[tile][n], a_low, b);
+          device::mma(sums[tile][n], a, b_low);
+        }
+        device::mma(sums[tile][n], a, b);
+      }
+    }
+  }
+}
+
+// The warps' sums added up in their order, in shared memory (48, 64), for the block.
+SRCGCNN_DEVICE void add_warps(float* total, const Sums& sums) {
+  const int group = lane_of() / 4, in_group = lane_of() % 4;
+  for (int warp = 0; warp < kWarps; ++warp) {
+    __syncthreads();
+    if (warp != warp_of()) continue;
+#pragma unroll
+    for (int tile = 0; tile < kTerms / 16; ++tile)
+#pragma unroll
+      for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int v = 0; v < 4; ++v) {
+          float* at = total + (16 * tile + group + v / 2 * 8) * 2 * kChunk + 8 * n + 2 * in_group + v % 2;
+          *at = warp ? *at + sums[tile][n][v] : sums[tile][n][v];
+        }
+  }
+  __syncthreads();
+}
+
+// A block is one of `programs`, for one chunk of channels and one block of 48 Gaussians.
+__global__ void __launch_bounds__(kThreads, 2) backward_receivers(const DeviceConv g) {
+  SRCGCNN_SHARED(shared);
+  const int chunks = int(g.width / kChunk), chunk = int(blockIdx.x % chunks), channel = chunk * kChunk + lane_of();
+  const int program = int(blockIdx.x / chunks % g.programs), first_term = int(blockIdx.x / chunks / g.programs) * kTerms;
+  const bool mine = channel < g.F, writes = mine && first_term == 0;
+  float* x_tile = shared + kVectors + warp_of() * (2 * kTileSize + kTermSize);
+  float *dy_tile = x_tile + kTileSize, *terms = dy_tile + kTileSize;
+  read_vectors(shared, g, chunk);
+  const auto done = [&](int64_t row, const float (&d)[2], const float (&x_sum)[2]) {
+    if (!writes) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      g.out[(row * 4 + half) * g.F + channel] = d[half];
+      if (g.out_x) g.out_x[(row * 2 + half) * g.F + channel] = x_sum[half];
+    }
+  };
+  Sums sums = {};
+  float by_gamma[2] = {};
+  for (int64_t first = (int64_t(program) * kWarps + warp_of()) * kTaskRows; first < g.n_rows;
+       first += g.programs * kWarps * kTaskRows) {
+    const Task task(g, first);
+    rows_without_edges(g, task, [&](int64_t row, float value) { done(row, {value, value}, {value, value}); });
+    float d[2] = {}, x_sum[2] = {};
+    for (int tile = 0; tile * kTile < task.total; ++tile) {
+      const Edges e(g, task, tile);
+      const Reach reach(g, e);
+      Values x;
+      edge_terms(x, g, e, reach, chunk);
+      gradients<false>(x_tile, dy_tile, x, g, task, e, chunk, shared);
+      const int from = g.distance ? (8 * reach.from - first_term) / 16 : 0;
+      const int to = g.distance ? (8 * reach.to - first_term + 15) / 16 : kTerms / 16;
+      write_terms(terms, g, e, first_term, from, to);
+      __syncwarp();
+      walk(x_tile, dy_tile, task, e, d, x_sum, done, [&](int k, int half, float dy, float value) {
+        by_gamma[half] = fmaf(dy, value, by_gamma[half]);
+        if (!g.out_edge) return;
+        const int64_t number = __shfl_sync(kAllLanes, e.number, k);
+        if (writes) g.out_edge[(number * 2 + half) * g.F + channel] = dy;
+      });
+      add_product(sums, terms, dy_tile, g.relaxed, from, to);
+      __syncwarp();
+    }
+  }
+  __syncthreads();
+  float *total = shared + kVectors, *gammas = total + kTerms * 2 * kChunk;
+  add_warps(total, sums);
+  for (int k = int(threadIdx.x); k < kTerms * 2 * kChunk; k += kThreads) {
+    const int term = first_term + k / (2 * kChunk), half = k / kChunk % 2, c = chunk * kChunk + k % kChunk;
+    if (term < g.n_features && c < g.F)
+      g.out_filter[((int64_t(program) * g.n_features + term) * 2 + half) * g.F + c] = total[k];
+  }
+  for (int half = 0; half < 2; ++half) gammas[(warp_of() * 2 + half) * kChunk + lane_of()] = by_gamma[half];
+  __syncthreads();
+  if (warp_of() < 2 && writes) {
+    float sum = 0.0f;
+    for (int warp = 0; warp < kWarps; ++warp) sum += gammas[(warp * 2 + warp_of()) * kChunk + lane_of()];
+    g.out_gamma[(int64_t(program) * 2 + warp_of()) * g.F + channel] = sum;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, 4) backward_senders(const DeviceConv g) {
+  SRCGCNN_SHARED(shared);
+  const int chunks = int(g.width / kChunk), chunk = int(blockIdx.x % chunks), channel = chunk * kChunk + lane_of();
+  float* x_tile = shared + kVectors + warp_of() * 2 * kTileSize;
+  float* dy_tile = x_tile + kTileSize;
+  read_vectors(shared, g, chunk);
+  const int64_t first = (int64_t(blockIdx.x / chunks) * kWarps + warp_of()) * kTaskRows;
+  if (first >= g.n_rows) return;
+  const bool mine = channel < g.F;
+  const auto done = [&](int64_t row, const float (&d)[2], const float (&x_sum)[2]) {
+    if (!mine) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t c = half * g.F + channel;
+      float sum = d[half];
+      if (g.row_weight) sum -= fmaf(g.degree[row], g.c1[c], x_sum[half] * g.c2[c]);
+      g.out[(row * 4 + 2) * g.F + c] = g.a[c] * sum;
+    }
+  };
+  const Task task(g, first);
+  rows_without_edges(g, task, [&](int64_t row, float value) { done(row, {value, value}, {0.0f, 0.0f}); });
+  float d[2] = {}, x_sum[2] = {};
+  for (int tile = 0; tile * kTile < task.total; ++tile) {
+    const Edges e(g, task, tile);
+    Values x;
+    edge_terms(x, g, e, Reach(g, e), chunk);
+    gradients<true>(x_tile, dy_tile, x, g, task, e, chunk, shared);
+    __syncwarp();
+    walk(x_tile, dy_tile, task, e, d, x_sum, done, [](int, int, float, float) {});
+    __syncwarp();
+  }
+}
+
+// A warp a row, a lane a channel.
+__global__ void __launch_bounds__(kThreads, 12) neighbor_sum(const DeviceConv g) {
+  for (int64_t row = int64_t(blockIdx.x) * kWarps + warp_of(); row < g.n_rows; row += int64_t(gridDim.x) * kWarps) {
+    const int64_t begin = g.ptr[row], end = g.ptr[row + 1];
+    const bool bad = begin < 0 || end < begin || end > g.n_edges;
+    for (int64_t c = lane_of(); c < g.F; c += 32) {
+      float sum = bad ? NAN : 0.0f;
+      for (int64_t e = begin; !bad && e < end; ++e) {
+        const int64_t j = g.other[e];
+        sum += j >= 0 && j < g.n_rows ? g.h[j * g.F + c] : NAN;
+      }
+      g.out[row * g.F + c] = sum;
+    }
+  }
+}
+
+// A warp a row, a lane a Gaussian.
+__global__ void __launch_bounds__(kThreads, 12) edge_sum(const DeviceConv g) {
+  for (int64_t row = int64_t(blockIdx.x) * kWarps + warp_of(); row < g.n_rows; row += int64_t(gridDim.x) * kWarps) {
+    const int64_t begin = g.ptr[row], end = g.ptr[row + 1];
+    const bool bad = begin < 0 || end < begin || end > g.n_edges;
+    for (int64_t k = lane_of(); k < g.n_features; k += 32) {
+      float sum = bad ? NAN : 0.0f, weights = sum;
+      for (int64_t t = begin; !bad && t < end; ++t) {
+        const int64_t i = g.other[t], e = g.number ? g.number[t] : t;
+        if (i < 0 || i >= g.n_rows || e < 0 || e >= g.n_edges) {
+          sum = weights = NAN;
+          break;
+        }
+        const float w = g.row_weight ? g.row_weight[i] : 1.0f;
+        const float value = g.distance ? gaussian((g.distance[e] - g.dmin) * g.inverse_step, int(k))
+                                       : g.features[e * g.n_features + k];
+        sum = fmaf(w, value, sum);
+        weights += w;
+      }
+      g.out[row * g.n_features + k] = sum;
+      if (g.out_degree && k == 0) g.out_degree[row] = weights;
+    }
+  }
+}
+
+// A block is one of `programs`, for 48 Gaussians on the left and 64 on the right.
+__global__ void __launch_bounds__(kThreads, 2) edge_gram(const DeviceConv g) {
+  SRCGCNN_SHARED(shared);
+  const int rights = int(g.n_features + 2 * kChunk - 1) / (2 * kChunk), right = int(blockIdx.x % rights) * 2 * kChunk;
+  const int program = int(blockIdx.x / rights % g.programs), left = int(blockIdx.x / rights / g.programs) * kTerms;
+  float* weighted = shared + kVectors + warp_of() * (2 * kTileSize + kTermSize);
+  float* terms = weighted + 2 * kTileSize;
+  Sums sums = {};
+  for (int64_t first = (int64_t(program) * kWarps + warp_of()) * kTaskRows; first < g.n_rows;
+       first += g.programs * kWarps * kTaskRows) {
+    const Task task(g, first);
+    for (int tile = 0; tile * kTile < task.total; ++tile) {
+      const Edges e(g, task, tile);
+      write_terms(terms, g, e, left, 0, kTerms / 16);
+      for (int k = 0; k < kTile; ++k) {
+        const float w = k < e.count ? g.row_weight[task.first + __shfl_sync(kAllLanes, e.row, k)] : 0.0f;
+        const float u = __shfl_sync(kAllLanes, e.u, k);
+        const int64_t at = int64_t(__shfl_sync(kAllLanes, e.number, k)) * g.n_features + right;
+        for (int c = lane_of(); c < 2 * kChunk; c += 32) {
+          const bool there = k < e.count && right + c < g.n_features;
+          weighted[k * kTileStride + c] = !there ? 0.0f : w * (g.distance ? gaussian(u, right + c) : g.features[at + c]);
+        }
+      }
+      __syncwarp();
+      add_product(sums, terms, weighted, g.relaxed, 0, kTerms / 16);
+      __syncwarp();
+    }
+  }
+  __syncthreads();
+  float* total = shared + kVectors;
+  add_warps(total, sums);
+  for (int k = int(threadIdx.x); k < kTerms * 2 * kChunk; k += kThreads) {
+    const int row = left + k / (2 * kChunk), column = right + k % (2 * kChunk);
+    if (row < g.n_features && column < g.n_features)
+      g.out[(int64_t(program) * g.n_features + row) * g.n_features + column] = total[k];
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) finish(const DeviceConv g) {
+  const int64_t threads = int64_t(gridDim.x) * blockDim.x;
+  for (int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; at < g.n_rows * g.F; at += threads) {
+    const int c = int(at % g.F);
+    g.out[at] = finished(g.h[at], g.m[at], g.scale2[c], g.shift2[c]);
+  }
+}
+
+// A block is one of `programs` for 32 channels; warp w takes every fourth row.
+__global__ void __launch_bounds__(kThreads) finish_backward(const DeviceConv g) {
+  SRCGCNN_SHARED(shared);
+  const int chunks = int(g.width / kChunk), channel = int(blockIdx.x % chunks) * kChunk + lane_of();
+  const int64_t program = blockIdx.x / chunks;
+  const bool mine = channel < g.F;
+  float sums[2] = {};
+  if (mine) {
+    const float scale = g.scale2[channel], shift = g.shift2[channel], mean = g.mean2[channel], rstd = g.rstd2[channel];
+    for (int64_t row = program * kWarps + warp_of(); row < g.n_rows; row += g.programs * kWarps) {
+      const int64_t at = row * g.F + channel;
+      const float m = g.m[at], u = g.h[at] + fmaf(m, scale, shift);
+      const float d = g.grad[at] * softplus_slope2<DeviceMath>(u * DeviceMath::log2e);
+      g.out[at] = d;
+      sums[0] += d;
+      sums[1] = fmaf(d, (m - mean) * rstd, sums[1]);
+    }
+  }
+  for (int k = 0; k < 2; ++k) shared[(warp_of() * 2 + k) * 32 + lane_of()] = sums[k];
+  __syncthreads();
+  if (warp_of() < 2 && mine) {
+    float sum = 0.0f;
+    for (int warp = 0; warp < kWarps; ++warp) sum += shared[(warp * 2 + warp_of()) * 32 + lane_of()];
+    g.out_x[(warp_of() * g.programs + program) * g.F + channel] = sum;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) correct(const DeviceConv g) {
+  const int64_t threads = int64_t(gridDim.x) * blockDim.x;
+  for (int64_t k = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; k < g.n_rows * g.columns; k += threads) {
+    const int64_t row = k / g.columns, c = k % g.columns, at = row * g.stride + c;
+    const float x = g.mean2 ? (g.x[k] - g.mean2[c]) * g.rstd2[c] : g.x[k];
+    const float first = g.degree ? g.degree[row] * g.c1[c] : g.c1[c];
+    g.out[at] = g.a[c] * (g.grad[at] - g.row_weight[row] * fmaf(x, g.c2[c], first));
+  }
+}
+
+}  // namespace srcgcnn
