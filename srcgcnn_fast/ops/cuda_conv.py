@@ -104,7 +104,7 @@ class Kernels(_Kernels):
     @classmethod
     def neighbor_sum(cls, h: Tensor, edges: _Edges) -> Tensor:
         out = torch.empty_like(h)
-        _call("neighbor_sum", cls._sizes(edges, h.shape[1]), out=out, h=h, **cls._edges(edges))
+        _call("neighbor_sum", cls._sizes(edges, h.shape[1]), edges.basis, out=out, h=h, **cls._edges(edges))
         return out
 
     @classmethod

@@ -307,12 +307,14 @@ def test_the_choice_of_a_backend(monkeypatch):
     monkeypatch.setattr(registry, "triton_problem", lambda: None)
     monkeypatch.setattr(registry, "cuda_problem", lambda: None)
     assert registry.select(like(), inference=True) == "cuda"
-    assert registry.select(like()) == "triton" and not said
+    assert registry.select(like()) == "cuda" and registry.select(like(width=500)) == "cuda" and not said
     assert registry.select(like(width=129), inference=True) == "triton"
-    assert "up to 128 features, not 129" in said[-1][0] and said[-1][1] == "Triton"
+    assert "up to 128 features in inference, not 129" in said[-1][0] and said[-1][1] == "Triton"
     assert registry.select(like(torch.float64), inference=True) == "reference" and said[-1][1] == "reference"
     monkeypatch.setattr(registry, "cuda_problem", lambda: "the driver is too old")
     assert registry.select(like(), inference=True) == "triton" and said[-1] == ("the driver is too old", "Triton")
+    said.clear()
+    assert registry.select(like()) == "triton" and said[-1] == ("the driver is too old", "Triton")
     monkeypatch.setattr(registry, "triton_problem", lambda: "there is no Triton")
     assert registry.select(like(), inference=True) == "reference" and said[-1] == ("there is no Triton", "reference")
     monkeypatch.setattr(registry, "_require", lambda name: None)
@@ -321,8 +323,9 @@ def test_the_choice_of_a_backend(monkeypatch):
         registry.select(like(), inference=True)
     monkeypatch.setattr(registry, "cuda_problem", lambda: None)
     assert registry.select(like(), inference=True) == "cuda"
-    with pytest.raises(sf.InputError, match="are for inference"):
-        registry.select(like())
+    assert registry.select(like()) == "cuda"
+    with pytest.raises(sf.InputError, match="exist in the reference only"):
+        registry.select(like(), edge_statistics_grad=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -494,10 +494,12 @@ def test_the_choice_of_a_backend(monkeypatch):
     """What a call on a CUDA tensor takes, on a machine that need not have a GPU."""
     like = lambda dtype: types.SimpleNamespace(device=torch.device("cuda"), dtype=dtype)  # noqa: E731
     monkeypatch.setattr(registry, "triton_problem", lambda: None)
-    monkeypatch.setattr(registry, "_say_once", lambda reason: said.append(reason))
+    monkeypatch.setattr(registry, "cuda_problem", lambda: "the CUDA kernels were not built")
+    monkeypatch.setattr(registry, "_say_once", lambda reason, instead="reference": said.append(reason))
     said: list[str] = []
     assert registry.select(like(torch.float32)) == "triton"
-    assert said == []
+    assert said == ["the CUDA kernels were not built"]
+    said.clear()
     assert registry.select(like(torch.float64)) == "reference"
     assert registry.select(like(torch.float32), edge_statistics_grad=True) == "reference"
     assert len(said) == 2 and "float32" in said[0]

@@ -76,6 +76,10 @@ class Emulated:
         self._library.emulated_gpu(processors, shared_per_processor)
         self._library.emulated_order(int(descending))
 
+    def only(self, last_blocks: int = 2**32 - 1) -> None:
+        """Launches run their last blocks alone."""
+        self._library.emulated_blocks(c.c_uint(last_blocks))
+
     def fail_once(self) -> None:
         self._library.emulated_error()
 

@@ -44,6 +44,7 @@ namespace emulation {
 constexpr int kMostThreads = 1024, kStack = 256 << 10;
 inline int processors = 4, shared_per_processor = 228 << 10;
 inline bool descending = false;
+inline unsigned last_blocks = ~0u;  // only so many blocks run, the last ones
 inline cudaError_t last_error = cudaSuccess;
 inline float* shared_memory;
 
@@ -148,8 +149,9 @@ inline void launch(unsigned grid, int n_threads, int shared, std::function<void(
   body = kernel;
   gridDim.x = grid;
   blockDim.x = unsigned(n_threads);
-  for (unsigned block = 0; block < grid; ++block) {
-    blockIdx.x = descending ? grid - 1 - block : block;
+  const unsigned some = grid < last_blocks ? grid : last_blocks;
+  for (unsigned block = grid - some; block < grid; ++block) {
+    blockIdx.x = descending ? 2 * grid - some - 1 - block : block;
     if (size) memset(memory, 0xff, size);
     run_block(n_threads);
   }
@@ -263,12 +265,13 @@ inline cudaError_t cudaGetLastError() {
 }
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid value"; }
 
-// Of the tests: the emulated GPU, the order of its warps and blocks, and whether the next launch fails.
+// Of the tests: the emulated GPU, the order of its warps and blocks, which blocks run, whether the next launch fails.
 extern "C" {
 __attribute__((weak)) void emulated_gpu(int processors, int shared_per_processor) {
   emulation::processors = processors;
   emulation::shared_per_processor = shared_per_processor;
 }
 __attribute__((weak)) void emulated_order(int descending) { emulation::descending = descending; }
+__attribute__((weak)) void emulated_blocks(unsigned last) { emulation::last_blocks = last; }
 __attribute__((weak)) void emulated_error() { emulation::last_error = cudaErrorInvalidValue; }
 }
