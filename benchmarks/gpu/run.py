@@ -152,7 +152,7 @@ def base_model(kind: str) -> torch.nn.Module:
 def candidate(bench: Bench, kind: str, name: str, native: Any, same: Any) -> candidates.Candidate | str:
     """The program on the device, or why it is absent."""
     model = copy.deepcopy(base_model(kind)).to(bench.device)
-    if name == "Triton":  # ours takes the compiled kernels of csrc/cuda for inference, where they are built
+    if name == "Triton":  # ours takes the compiled kernels of csrc/cuda where they are built
         if bench.dry_run:
             return "absent: needs a GPU"
         return candidates.Candidate(model, (same,), lambda: sf.use_backend("triton"), target=_target(bench, same))

@@ -96,10 +96,11 @@ class Kernels(_Kernels):
     @staticmethod
     def _layer(linear: _Linear, layer: Layer) -> dict[str, Tensor | None]:
         """What x and y of an edge follow from."""
-        table = None if linear.table is None else _more(linear.table, 2)
-        filter_ = _filter(linear.of_edges) if table is None else None
-        pq = _more(linear.pq, 4)
-        return {"pq": pq, "filter": filter_, "term": table, "gamma1": layer.gamma1, "beta1": layer.beta1}
+        if linear.prepared is None:
+            table = None if linear.table is None else _more(linear.table, 2)
+            weights = _filter(linear.of_edges) if table is None else None
+            linear.prepared = {"pq": _more(linear.pq, 4), "filter": weights, "term": table}
+        return {**linear.prepared, "gamma1": layer.gamma1, "beta1": layer.beta1}
 
     @classmethod
     def neighbor_sum(cls, h: Tensor, edges: _Edges) -> Tensor:

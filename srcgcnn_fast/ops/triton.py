@@ -399,6 +399,7 @@ class _Linear:
         self.pq = torch.addmm(self.shift.to(storage), h.to(storage), self.of_rows.T.to(storage), out=out)
         features = edges.graph.features
         self.table = None if features is None else features.to(storage) @ self.of_edges
+        self.prepared: dict[str, Tensor | None] | None = None  # what the kernels of csrc/cuda make of it
 
 
 def _finish(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:

@@ -117,7 +117,7 @@ def test_bits_do_not_depend_on_what_else_is_in_the_batch():
     linear = backend._Linear(h, layer, edges[0])
     alone, together = torch.empty_like(h), h.new_empty(len(h) + more, 16)
     backend.Kernels.gate_sum(alone, None, h, linear, layer, edges[0])
-    linear.pq = torch.cat([torch.ones(more, 64), linear.pq])
+    linear.pq, linear.prepared = torch.cat([torch.ones(more, 64), linear.pq]), None
     backend.Kernels.gate_sum(together, None, h, linear, layer, edges[1])
     assert torch.equal(together[more:], alone)
 
@@ -301,7 +301,7 @@ def test_offsets_beyond_two_to_the_31(library, given):
     }  # fmt: skip
     dm, results = torch.rand(tail, width, generator=torch.Generator().manual_seed(0)), []
     for where, rows, at, by_sender in ((edges, tail, 0, senders), (large, n, before, far_senders)):
-        moved = types.SimpleNamespace(pq=far(rows, 4 * width), of_edges=linear.of_edges, table=None)
+        moved = types.SimpleNamespace(pq=far(rows, 4 * width), of_edges=linear.of_edges, table=None, prepared=None)
         moved.pq[at:] = linear.pq
         if given:
             moved.table = linear.table if where is edges else moved_edges(linear.table, 0)

@@ -13,19 +13,19 @@ from pathlib import Path
 ROOT = Path(__file__).parents[3]
 ENTRY = re.compile(
     r"Compiling entry function '_ZN7srcgcnn\d+(?P<name>[a-z_]+)"
-    r"ILi(?P<width>\d+)E(?:Li(?P<warps>\d+)E)?(?:Lb(?P<gate>\d)E)?"
+    r"(?:ILi(?P<width>\d+)E(?:Li(?P<warps>\d+)E)?(?:Lb(?P<gate>\d)E)?)?"
     r".*?' for 'sm_(?P<sm>\w+)'.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores"
     r".*?Used (?P<registers>\d+) registers",
     re.DOTALL,
 )
 
 
-def compiled(width: int, architecture: str) -> list[dict[str, str | int]]:
-    """Registers and spilled bytes of each kernel of one width."""
+def compiled(source: str, width: int, architecture: str) -> list[dict[str, str | int]]:
+    """Registers and spilled bytes of each kernel of a file, for one width; those of conv.cu take any (0)."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             "nvcc", "-std=c++17", "-O3", "-Xptxas=-v", f"-arch=sm_{architecture}", f"-DSRCGCNN_WIDTH={width}", "-c",
-            str(ROOT / "csrc" / "cuda" / "stack.cu"), "-o", f"{folder}/stack.o",
+            str(ROOT / "csrc" / "cuda" / f"{source}.cu"), "-o", f"{folder}/{source}.o",
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -39,7 +39,8 @@ def compiled(width: int, architecture: str) -> list[dict[str, str | int]]:
 
 
 def report(architectures: list[str]) -> list[dict[str, str | int]]:
-    jobs = [(width, a) for a in architectures for width in (32, 64, 128)]
+    parts = [*[("stack", width) for width in (32, 64, 128)], ("conv", 0)]
+    jobs = [(*part, a) for a in architectures for part in parts]
     with ThreadPoolExecutor(2) as pool:
         return [line for lines in pool.map(lambda job: compiled(*job), jobs) for line in lines]
 
