@@ -24,6 +24,7 @@ from srcgcnn_fast.ops import triton as triton_backend
 DRY = os.environ.get("SRCGCNN_GPU_DRY_RUN") == "1"
 DEVICE = "cpu" if DRY else "cuda"
 BACKENDS = ["cpu"] if DRY else ["triton", "cuda"]
+INFERENCE = ["cpu"] if DRY else ["triton", "cuda"]
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not (DRY or torch.cuda.is_available()), reason="there is no CUDA device"),
@@ -31,6 +32,7 @@ pytestmark = [
 cuda_only = pytest.mark.skipif(DRY, reason="needs a CUDA device")
 KINDS = ["plain", "weighted", "ragged", "one atom", "isolated", "no edges", "one crystal", "many crystals", "large"]
 each_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+each_for_inference = pytest.mark.parametrize("backend", INFERENCE, indirect=True)
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -125,7 +127,7 @@ def model_and_batch(model_type, make_batch, kind: str = "large"):
     return model, make_batch(kind, seed=2).to(DEVICE)
 
 
-@each_backend
+@each_for_inference
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
 def test_inference_of_whole_models(backend, make_batch, model_type, kind):
@@ -142,7 +144,7 @@ def test_inference_of_whole_models(backend, make_batch, model_type, kind):
     assert difference(ours, exact) <= 2 * difference(plain, exact) + 3e-7
 
 
-@each_backend
+@each_for_inference
 @pytest.mark.parametrize("features", [False, True], ids=["distance", "edge features"])
 @pytest.mark.parametrize(("width", "n_features"), [(64, 41), (7, 41), (33, 5), (128, 60)])
 def test_inference_of_any_width(backend, make_batch, width, n_features, features):
@@ -158,7 +160,7 @@ def test_inference_of_any_width(backend, make_batch, width, n_features, features
     assert difference(run(backend, torch.float32, DEVICE), exact) <= 2 * difference(plain, exact) + 5e-7
 
 
-@each_backend
+@each_for_inference
 @pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
 def test_bits_of_inference_repeat(backend, make_batch, model_type):
     model, batch = model_and_batch(model_type, make_batch)
@@ -170,7 +172,7 @@ def test_bits_of_inference_repeat(backend, make_batch, model_type):
     assert all(torch.equal(found[0], again) for again in found[1:])
 
 
-@each_backend
+@each_for_inference
 def test_compiled_inference(backend, make_batch):
     torch._dynamo.reset()
     model, batch = model_and_batch(sf.SRCGCNN, make_batch, "weighted")
@@ -181,7 +183,7 @@ def test_compiled_inference(backend, make_batch):
 
 
 @cuda_only
-@each_backend
+@each_for_inference
 @pytest.mark.parametrize("kind", ["plain", "one crystal"])
 def test_a_captured_inference_replays_on_other_edges(backend, make_batch, kind):
     model, _ = model_and_batch(sf.SRCGCNN, make_batch, "plain")
@@ -242,7 +244,7 @@ def test_compile_full_graph(backend, make_batch, training):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
 
 
-@each_backend
+@each_for_inference
 def test_autocast_runs_convolutions_in_float32(backend, make_batch):
     model, batch = model_and_batch(sf.SRCGCNN, make_batch, "plain")
     with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
@@ -286,7 +288,7 @@ def test_a_captured_step_replays_on_other_edges(backend, make_batch, training):
 
 
 @cuda_only
-@each_backend
+@each_for_inference
 def test_another_stream_and_another_device(backend, make_batch):
     model, batch = model_and_batch(sf.SRCGCNN, make_batch, "plain")
     with torch.no_grad():
@@ -317,7 +319,7 @@ def test_the_second_device_while_the_first_is_current(backend, make_batch):
 
 
 @cuda_only
-@each_backend
+@each_for_inference
 def test_inference_does_not_wait_for_the_gpu(backend, make_batch):
     model, batch = model_and_batch(sf.SRCGCNN, make_batch, "plain")
     model.eval()
