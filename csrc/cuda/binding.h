@@ -59,17 +59,19 @@ inline DeviceGraph device_graph(const std::vector<uintptr_t>& a, const std::tupl
           float(std::get<1>(basis))};
 }
 
-// A function of conv.h by its name; pointers, sizes and Gaussians in the order of DeviceConv.
+// A function of conv.h by its name; pointers, sizes and numbers in the order of DeviceConv.
 inline void conv_function(const std::string& name, const std::vector<uintptr_t>& pointers,
-                          const std::vector<int64_t>& sizes, const std::tuple<double, double>& basis, uintptr_t stream) {
+                          const std::vector<int64_t>& sizes, const std::tuple<double, double, double>& numbers,
+                          uintptr_t stream) {
   DeviceConv given = {};
   constexpr size_t n_pointers = offsetof(DeviceConv, n_rows) / sizeof(void*);
   constexpr size_t n_sizes = (offsetof(DeviceConv, dmin) - offsetof(DeviceConv, n_rows)) / sizeof(int64_t);
   if (pointers.size() != n_pointers || sizes.size() != n_sizes) throw std::runtime_error("not the fields of DeviceConv");
   std::memcpy(static_cast<void*>(&given), pointers.data(), n_pointers * sizeof(void*));
   std::memcpy(&given.n_rows, sizes.data(), n_sizes * sizeof(int64_t));
-  given.dmin = float(std::get<0>(basis));
-  given.inverse_step = float(std::get<1>(basis));
+  given.dmin = float(std::get<0>(numbers));
+  given.inverse_step = float(std::get<1>(numbers));
+  given.eps = float(std::get<2>(numbers));
 #define SRCGCNN_CONV_CALL(function) \
   if (name == #function) return raise_if(srcgcnn_cuda_##function(&given, reinterpret_cast<void*>(stream)));
   SRCGCNN_CONV_FUNCTIONS(SRCGCNN_CONV_CALL)

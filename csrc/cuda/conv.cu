@@ -8,7 +8,7 @@ const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr :
 
 template <class Kernel>
 const char* launch(Kernel kernel, int64_t blocks, int numbers, const DeviceConv& given, void* stream) {
-  const int size = 4 * numbers;
+  const int size = (numbers + 3) / 4 * 16;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, size);
   if (error) return message(error);
   SRCGCNN_LAUNCH(kernel, unsigned(blocks), kThreads, size, stream, given);
@@ -24,7 +24,7 @@ int64_t threads(int64_t n) {  // blocks of a kernel whose threads share out n nu
 }
 
 constexpr int kBackward = kVectors + kWarps * (2 * kTileSize + kTermSize);
-static_assert(kTerms * 2 * kChunk + 2 * kWarps * kChunk <= kWarps * (2 * kTileSize + kTermSize), "sums take the tiles' place");
+static_assert(kTerms * 2 * kChunk + 4 * kWarps * kChunk <= kWarps * (2 * kTileSize + kTermSize), "sums take the tiles' place");
 
 }  // namespace
 }  // namespace srcgcnn
@@ -36,11 +36,14 @@ using namespace srcgcnn;
     const DeviceConv& g = *given;                                                            \
     return launch(name, blocks, numbers, g, stream);                                         \
   }
-SRCGCNN_LAUNCHER(neighbor_sum, threads(32 * g.n_rows), 0)
 SRCGCNN_LAUNCHER(edge_sum, threads(32 * g.n_rows), 0)
 SRCGCNN_LAUNCHER(edge_gram, parts(g.n_features, 2 * kChunk) * g.programs * parts(g.n_features, kTerms), kBackward)
+SRCGCNN_LAUNCHER(column_sums, chunks(g) * g.programs, 4 * kWarps * 32)
+SRCGCNN_LAUNCHER(gram_rows, threads(32 * g.n_rows), int(g.F + g.n_features))
+SRCGCNN_LAUNCHER(edge_statistics, 2 * g.F, 2 * kSums * kThreads + int(2 * g.F + g.n_features))
+SRCGCNN_LAUNCHER(scale_weights, threads(4 * g.width * g.F), 0)
 SRCGCNN_LAUNCHER(gate_sum, chunks(g) * tasks(g), kVectors + kWarps * kMessageSize)
-SRCGCNN_LAUNCHER(finish, threads(g.n_rows * g.F), 0)
+SRCGCNN_LAUNCHER(finish, chunks(g) * g.programs, 0)
 SRCGCNN_LAUNCHER(finish_backward, chunks(g) * g.programs, 2 * kWarps * 32)
 SRCGCNN_LAUNCHER(correct, threads(g.n_rows * g.columns), 0)
 SRCGCNN_LAUNCHER(backward_receivers, chunks(g) * g.programs * parts(g.n_features, kTerms), kBackward)

@@ -439,6 +439,19 @@ SRCGCNN_DEVICE void add_warps(float* total, const Sums& sums) {
   __syncthreads();
 }
 
+// Sums of the four warps in their order, for k numbers of each lane: done(number, sum), one warp a number.
+template <int kNumbers, class Done>
+SRCGCNN_DEVICE void add_lanes(float* shared, const float (&sums)[kNumbers], Done done) {
+#pragma unroll
+  for (int k = 0; k < kNumbers; ++k) shared[(warp_of() * kNumbers + k) * 32 + lane_of()] = sums[k];
+  __syncthreads();
+  for (int k = warp_of(); k < kNumbers; k += kWarps) {
+    float sum = 0.0f;
+    for (int warp = 0; warp < kWarps; ++warp) sum += shared[(warp * kNumbers + k) * 32 + lane_of()];
+    done(k, sum);
+  }
+}
+
 // A block is one of `programs`, for one chunk of channels and one block of 48 Gaussians.
 __global__ void __launch_bounds__(kThreads, 2) backward_receivers(const DeviceConv g) {
   SRCGCNN_SHARED(shared);
@@ -448,16 +461,19 @@ __global__ void __launch_bounds__(kThreads, 2) backward_receivers(const DeviceCo
   float* x_tile = shared + kVectors + warp_of() * (2 * kTileSize + kTermSize);
   float *dy_tile = x_tile + kTileSize, *terms = dy_tile + kTileSize;
   read_vectors(shared, g, chunk);
+  float by_gamma[2] = {}, by_vector[4] = {};  // sums of dy x of a row; of dy x and of dy
   const auto done = [&](int64_t row, const float (&d)[2], const float (&x_sum)[2]) {
-    if (!writes) return;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < 2; ++half) {  // row by row: few roundings
+      by_vector[half] += by_gamma[half];
+      by_vector[2 + half] += d[half];
+      by_gamma[half] = 0.0f;
+      if (!writes) continue;
       g.out[(row * 4 + half) * g.F + channel] = d[half];
       if (g.out_x) g.out_x[(row * 2 + half) * g.F + channel] = x_sum[half];
     }
   };
   Sums sums = {};
-  float by_gamma[2] = {};
   for (int64_t first = (int64_t(program) * kWarps + warp_of()) * kTaskRows; first < g.n_rows;
        first += g.programs * kWarps * kTaskRows) {
     const Task task(g, first);
@@ -484,20 +500,16 @@ __global__ void __launch_bounds__(kThreads, 2) backward_receivers(const DeviceCo
     }
   }
   __syncthreads();
-  float *total = shared + kVectors, *gammas = total + kTerms * 2 * kChunk;
+  float *total = shared + kVectors, *lanes = total + kTerms * 2 * kChunk;
   add_warps(total, sums);
   for (int k = int(threadIdx.x); k < kTerms * 2 * kChunk; k += kThreads) {
     const int term = first_term + k / (2 * kChunk), half = k / kChunk % 2, c = chunk * kChunk + k % kChunk;
     if (term < g.n_features && c < g.F)
       g.out_filter[((int64_t(program) * g.n_features + term) * 2 + half) * g.F + c] = total[k];
   }
-  for (int half = 0; half < 2; ++half) gammas[(warp_of() * 2 + half) * kChunk + lane_of()] = by_gamma[half];
-  __syncthreads();
-  if (warp_of() < 2 && writes) {
-    float sum = 0.0f;
-    for (int warp = 0; warp < kWarps; ++warp) sum += gammas[(warp * 2 + warp_of()) * kChunk + lane_of()];
-    g.out_gamma[(int64_t(program) * 2 + warp_of()) * g.F + channel] = sum;
-  }
+  add_lanes(lanes, by_vector, [&](int k, float sum) {
+    if (writes) g.out_gamma[(int64_t(program) * 4 + k) * g.F + channel] = sum;
+  });
 }
 
 __global__ void __launch_bounds__(kThreads, 4) backward_senders(const DeviceConv g) {
@@ -533,20 +545,144 @@ __global__ void __launch_bounds__(kThreads, 4) backward_senders(const DeviceConv
   }
 }
 
-// A warp a row, a lane a channel.
-__global__ void __launch_bounds__(kThreads, 12) neighbor_sum(const DeviceConv g) {
+// A block is one of `programs` for 32 channels; warp w takes every fourth row.
+__global__ void __launch_bounds__(kThreads) column_sums(const DeviceConv g) {
+  SRCGCNN_SHARED(shared);
+  const int chunks = int(g.width / kChunk), channel = int(blockIdx.x % chunks) * kChunk + lane_of();
+  const int64_t program = blockIdx.x / chunks;
+  const bool mine = channel < g.F;
+  const float centre = g.totals && mine ? float(g.totals[channel] / g.totals[3 * g.F + channel]) : 0.0f;
+  float sums[4] = {};
+  for (int64_t row = program * kWarps + warp_of(); row < g.n_rows; row += g.programs * kWarps) {
+    float u = g.row_weight[row];
+    if (g.ptr) {
+      const int64_t begin = g.ptr[row], end = g.ptr[row + 1];
+      u *= begin < 0 || end < begin || end > g.n_edges ? NAN : float(end - begin);
+    }
+    const float x = mine ? g.x[row * g.F + channel] - centre : 0.0f;
+    sums[0] = fmaf(u, x, sums[0]);
+    if (g.degree) sums[1] = fmaf(g.degree[row], x, sums[1]);
+    sums[2] = fmaf(u * x, x, sums[2]);
+    sums[3] += u;
+  }
+  add_lanes(shared, sums, [&](int k, float sum) {
+    if (mine) g.out[(program * 4 + k) * g.F + channel] = sum;
+  });
+}
+
+// A warp a row, a lane a channel, or a Gaussian.
+__global__ void __launch_bounds__(kThreads, 8) gram_rows(const DeviceConv g) {
+  SRCGCNN_SHARED(shared);
+  float *centre = shared, *e_mean = shared + g.F;
+  const double count = g.totals[3 * g.F];
+  for (int64_t c = threadIdx.x; c < g.F; c += kThreads) centre[c] = float(g.totals[c] / count);
+  for (int64_t k = threadIdx.x; k < g.n_features; k += kThreads) e_mean[k] = float(g.e_sum[k] / count);
+  __syncthreads();
+  const int64_t F = g.F, K = g.n_features, columns = 3 * F + 2 * K + 2;
   for (int64_t row = int64_t(blockIdx.x) * kWarps + warp_of(); row < g.n_rows; row += int64_t(gridDim.x) * kWarps) {
     const int64_t begin = g.ptr[row], end = g.ptr[row + 1];
     const bool bad = begin < 0 || end < begin || end > g.n_edges;
-    for (int64_t c = lane_of(); c < g.F; c += 32) {
-      float sum = bad ? NAN : 0.0f;
+    const float w = g.row_weight[row], degree = bad ? NAN : float(end - begin), in_degree = g.degree[row];
+    float* out = g.out + row * columns;
+    for (int64_t c = lane_of(); c < F; c += 32) {
+      const float x = g.h[row * F + c] - centre[c];
+      float sum = 0.0f;
       for (int64_t e = begin; !bad && e < end; ++e) {
         const int64_t j = g.other[e];
-        sum += j >= 0 && j < g.n_rows ? g.h[j * g.F + c] : NAN;
+        sum += j >= 0 && j < g.n_rows ? g.h[j * F + c] - centre[c] : NAN;
       }
-      g.out[row * g.F + c] = sum;
+      g.out_x[row * F + c] = x;
+      out[c] = w * degree * x;
+      out[F + c] = w * sum;
+      out[2 * F + c] = in_degree * x;
+    }
+    for (int64_t k = lane_of(); k < K; k += 32) {
+      out[3 * F + k] = w * fmaf(-degree, e_mean[k], g.by_receiver[row * K + k]);
+      out[3 * F + K + k] = fmaf(-in_degree, e_mean[k], g.by_sender[row * K + k]);
+    }
+    if (lane_of() < 2) out[columns - 2 + lane_of()] = lane_of() ? in_degree : w * degree;
+  }
+}
+
+constexpr int kSums = 3;
+
+// A block a column of z. In float64 all of it: with w its weights and S the centred second moments, whose blocks hh, hn,
+// nn, he, ne are the product's, the variance is w^T S w / E.
+__global__ void __launch_bounds__(kThreads, 8) edge_statistics(const DeviceConv g) {
+  SRCGCNN_SHARED(shared);
+  double* sums = reinterpret_cast<double*>(shared);  // of w^T S w, of the mean's shift, of the mean
+  float* w = shared + 2 * kSums * kThreads;
+  const int64_t F = g.F, K = g.n_features, columns = 3 * F + 2 * K + 2, n = blockIdx.x;
+  const float *own = w, *other = w + F, *filter = w + 2 * F;
+  for (int64_t k = threadIdx.x; k < 2 * F + K; k += kThreads) w[k] = g.weight[n * (2 * F + K) + k];
+  __syncthreads();
+  const double count = g.totals[3 * F];
+  double mine[kSums] = {};
+  for (int64_t f = warp_of(); f < F; f += kWarps) {
+    const float* row = g.product + f * columns;
+    for (int64_t x = lane_of(); x < columns; x += 32) {
+      const double value = row[x];
+      if (x < F)
+        mine[0] += value * own[f] * own[x];
+      else if (x < 2 * F)
+        mine[0] += 2 * value * own[f] * other[x - F];
+      else if (x < 3 * F)
+        mine[0] += value * other[f] * other[x - 2 * F];
+      else if (x < 3 * F + K)
+        mine[0] += 2 * value * own[f] * filter[x - 3 * F];
+      else if (x < 3 * F + 2 * K)
+        mine[0] += 2 * value * other[f] * filter[x - 3 * F - K];
+      else {
+        const double by = x == columns - 2 ? own[f] : other[f];
+        mine[1] += by * value / count;
+        mine[2] += by * float(g.totals[f] / count);  // as gram_rows rounds it
+      }
     }
   }
+  for (int64_t k = warp_of(); k < K; k += kWarps) {
+    const double mean = g.e_sum[k] / count;
+    for (int64_t l = lane_of(); l < K; l += 32)
+      mine[0] += double(filter[k]) * filter[l] * (g.e_gram[k * K + l] - mean * g.e_sum[l]);
+    if (lane_of() == 0) mine[2] += filter[k] * mean;
+  }
+  for (int k = 0; k < kSums; ++k) sums[k * kThreads + threadIdx.x] = mine[k];
+  for (int step = kThreads / 2; step > 0; step /= 2) {
+    __syncthreads();
+    if (int(threadIdx.x) < step)
+      for (int k = 0; k < kSums; ++k) sums[k * kThreads + threadIdx.x] += sums[k * kThreads + threadIdx.x + step];
+  }
+  if (threadIdx.x == 0) {
+    const double shift = sums[kThreads], var = sums[0] / count - shift * shift;
+    g.out[n] = float(sums[2 * kThreads] + shift);
+    g.out[2 * F + n] = var < 0 ? 0.0f : float(var);
+  }
+}
+
+SRCGCNN_DEVICE float rstd_of(const DeviceConv& g, int64_t n) { return float(1 / sqrt(double(g.var1[n]) + g.eps)); }
+
+__global__ void __launch_bounds__(kThreads) scale_weights(const DeviceConv g) {
+  const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x, threads = int64_t(gridDim.x) * kThreads;
+  const int64_t F = g.F, W = g.width, K = g.n_features, columns = 2 * F + K, steps = (K + 7) / 8;
+  for (int64_t x = thread; x < 4 * W * F; x += threads) {  // rows: p filter, p core, q filter, q core
+    const int64_t row = x / F, c = row % W, half = row / W % 2, n = half * F + c;
+    g.out[x] = c < F ? g.weight[n * columns + row / (2 * W) * F + x % F] * rstd_of(g, n) : 0.0f;
+  }
+  for (int64_t x = thread; x < 4 * W; x += threads) {
+    const int64_t c = x % W, n = x / W * F + c;
+    const bool there = c < F && x < 2 * W;
+    g.out_x[x] = there ? ((g.bias ? g.bias[n] : 0.0f) - g.mean1[n]) * rstd_of(g, n) : 0.0f;
+  }
+  for (int64_t x = thread; x < K * 2 * F; x += threads) {
+    const int64_t n = x % (2 * F);
+    g.out_edge[x] = g.weight[n * columns + 2 * F + x / (2 * F)] * rstd_of(g, n);
+  }
+  for (int64_t x = thread; x < W / kChunk * steps * 512; x += threads) {  // chunk, step, tile, lane, pair: see Values
+    const int64_t lane = x / 2 % 32, tile = x / 64 % 8, four = tile % 4 / 2, column = lane / 4;
+    const int64_t c = x / 512 / steps * kChunk + 16 * four + column / 2 * 4 + tile % 2 * 2 + column % 2;
+    const int64_t k = x / 512 % steps * 8 + lane % 4 + x % 2 * 4, n = tile / 4 * F + c;
+    g.out_filter[x] = c < F && k < K ? g.weight[n * columns + 2 * F + k] * rstd_of(g, n) : 0.0f;
+  }
+  for (int64_t n = thread; n < 2 * F; n += threads) g.out_gamma[n] = rstd_of(g, n);
 }
 
 // A warp a row, a lane a Gaussian.
@@ -612,11 +748,24 @@ __global__ void __launch_bounds__(kThreads, 2) edge_gram(const DeviceConv g) {
   }
 }
 
+// A block is one of `programs` for 32 channels; warp w takes every fourth row.
 __global__ void __launch_bounds__(kThreads) finish(const DeviceConv g) {
-  const int64_t threads = int64_t(gridDim.x) * blockDim.x;
-  for (int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; at < g.n_rows * g.F; at += threads) {
-    const int c = int(at % g.F);
-    g.out[at] = finished(g.h[at], g.m[at], g.scale2[c], g.shift2[c]);
+  const int chunks = int(g.width / kChunk), channel = int(blockIdx.x % chunks) * kChunk + lane_of();
+  const int64_t program = blockIdx.x / chunks;
+  if (channel >= g.F) return;
+  const double count = g.totals[3 * g.F + channel], rest = g.more_totals[channel] / count;
+  const double mean = double(float(g.totals[channel] / count)) + rest;  // as column_sums rounds it
+  double var = g.more_totals[2 * g.F + channel] / count - rest * rest;
+  if (var < 0) var = 0;
+  const double by = g.gamma2[channel] / sqrt(var + g.eps);
+  const float scale = float(by), shift = float(g.beta2[channel] - mean * by);
+  for (int64_t row = program * kWarps + warp_of(); row < g.n_rows; row += g.programs * kWarps) {
+    const int64_t at = row * g.F + channel;
+    g.out[at] = finished(g.h[at], g.m[at], scale, shift);
+  }
+  if (program == 0 && warp_of() == 0) {
+    g.out_x[channel] = float(mean);
+    g.out_x[g.F + channel] = float(var);
   }
 }
 
@@ -638,13 +787,9 @@ __global__ void __launch_bounds__(kThreads) finish_backward(const DeviceConv g) 
       sums[1] = fmaf(d, (m - mean) * rstd, sums[1]);
     }
   }
-  for (int k = 0; k < 2; ++k) shared[(warp_of() * 2 + k) * 32 + lane_of()] = sums[k];
-  __syncthreads();
-  if (warp_of() < 2 && mine) {
-    float sum = 0.0f;
-    for (int warp = 0; warp < kWarps; ++warp) sum += shared[(warp * 2 + warp_of()) * 32 + lane_of()];
-    g.out_x[(warp_of() * g.programs + program) * g.F + channel] = sum;
-  }
+  add_lanes(shared, sums, [&](int k, float sum) {
+    if (mine) g.out_x[(k * g.programs + program) * g.F + channel] = sum;
+  });
 }
 
 __global__ void __launch_bounds__(kThreads) correct(const DeviceConv g) {

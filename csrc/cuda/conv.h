@@ -15,6 +15,9 @@ struct DeviceConv {
   const float* pq;                // (N, 4W): x_ij = p_i + q_j + r_ij
   const float* filter;            // (W / 32, K / 8 up to whole, 8, 32, 2): w_e as the lanes of a product read it
   const float *gamma1, *beta1;    // (2F)
+  const float *weight, *bias;     // (2F, 2F + K), (2F) or null
+  const float *mean1, *var1;      // (2F)
+  const float *gamma2, *beta2;    // (F)
   const float *scale2, *shift2;   // (F)
   const float *mean2, *rstd2;     // (F)
   const float* h;                 // (N, F)
@@ -24,11 +27,16 @@ struct DeviceConv {
   const float* x;                 // of `correct`
   const float *row_weight, *degree;  // (N)
   const float *a, *c1, *c2;
+  const float *by_receiver, *by_sender;  // (N, K): sum_j e_ij, sum_i w_i e_ij
+  const float* product;                  // (F, P) = out_x^T out of gram_rows, P = 3F + 2K + 2
+  const double *totals, *more_totals;    // (4, F): sums over the parts of column_sums
+  const double *e_sum, *e_gram;          // (K), (K, K): sums of w e and w e^T e
   float* out;
   float *out_m, *out_x, *out_degree, *out_gamma, *out_filter, *out_edge;
   int64_t n_rows, n_edges, n_features, F, width, programs, stride, columns;
   int64_t relaxed;  // one TF32 product, not three
   float dmin, inverse_step;
+  float eps;
 };
 
 }  // namespace srcgcnn
@@ -36,24 +44,31 @@ struct DeviceConv {
 // Functions return null, or CUDA's message. `programs` blocks share out the rows where partial sums are kept, a part of
 // each, whatever the GPU: so bits do not depend on it. An index that leaves its array is not followed; its row becomes NaN.
 //
-// neighbor_sum   out (N, F) = sum_j h_j
 // edge_sum       out (N, K) = sum of e over the edges of a row; with row_weight, each times that of its other end, and
 //                out_degree (N) the sum of these
 // edge_gram      out (programs, K, K): sums of w e^T e
+// column_sums    out (programs, 4, F): sums of u x, v x, u x^2 and u over the rows of x (N, F), less totals[0] / totals[3]
+//                where those are given; u = row_weight, with ptr times the row's number of edges; v = degree, or 0
+// gram_rows      with c = totals[0] / totals[3], the mean of h_i over the edges, and e less its mean: out_x (N, F) = h - c;
+//                out (N, P): w degree (h - c), w sum_j (h_j - c), in_degree (h - c), w sum_j e, sum_i w_i e, w degree, in_degree
+// edge_statistics  out (2, 2F): mean and biased variance of z = [h_i, h_j, e_ij] weight^T over the edges
+// scale_weights  with rstd = 1 / sqrt(var1 + eps): out (4W, F) and out_x (4W), the weights and the shift of pq; out_edge
+//                (K, 2F) = w_e rstd; out_filter, the same as `filter` has it; out_gamma (2F) = rstd
 // gate_sum       out_m (N, F) = m_i = sum_j sigmoid(y[:F]) softplus(y[F:]), y = gamma1 x + beta1; out (N, F) =
 //                softplus(h + scale2 m + shift2); either may be null
-// finish         out = softplus(h + scale2 m + shift2)
+// finish         out = softplus(h + bn2(m)), out_x (2, F): mean and biased variance of m, from totals (of m) and more_totals
+//                (of m less their mean)
 // finish_backward  out (N, F) = du, the gradient at the argument of that softplus; out_x (2, programs, F): sums of du and
 //                of du (m - mean2) rstd2
 // correct        out = a (grad - w (degree c1 + c2 (x - mean2) rstd2)): rows of `columns` numbers, `stride` apart, those
 //                of x together; degree null: 1; mean2 null: x as it is
 // backward_receivers  with dy = the gradient at y: out (N, 4F), its first two quarters: sum_j dy; out_x (N, 2F), or null:
-//                sum_j x; out_gamma (programs, 2F): sums of dy x; out_filter (programs, K, 2F): sums of e dy; out_edge
+//                sum_j x; out_gamma (programs, 2, 2F): sums of dy x and of dy; out_filter (programs, K, 2F): sums of e dy; out_edge
 //                (E, 2F), or null: dy
 // backward_senders  out (N, 4F), its last two quarters: a (sum_i dy - degree c1 - c2 sum_i w_i x); row_weight null: no c
 #define SRCGCNN_CONV_FUNCTIONS(DO)                                                                           \
-  DO(neighbor_sum) DO(edge_sum) DO(edge_gram) DO(gate_sum) DO(finish) DO(finish_backward) DO(correct) \
-  DO(backward_receivers) DO(backward_senders)
+  DO(edge_sum) DO(edge_gram) DO(column_sums) DO(gram_rows) DO(edge_statistics) DO(scale_weights) DO(gate_sum) \
+  DO(finish) DO(finish_backward) DO(correct) DO(backward_receivers) DO(backward_senders)
 #define SRCGCNN_CONV(name) const char* srcgcnn_cuda_##name(const srcgcnn::DeviceConv* given, void* stream);
 extern "C" {
 SRCGCNN_CONV_FUNCTIONS(SRCGCNN_CONV)

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import triton
-from .cpu import Layer
+from .cpu import Layer, Moments
 from .registry import core
-from .triton import _Edges, _finish, _Kernels, _Linear, _precision, transposed
+from .triton import _Edges, _finish, _Kernels, _precision, transposed
 
 PROGRAMS = 264
 """Blocks that share out rows where partial sums are kept, two for each multiprocessor of an H200; a constant, so that
@@ -25,12 +25,14 @@ bits do not depend on the GPU."""
 _CHUNK, _ROWS = 32, 64
 """Channels and rows of a block."""
 FIELDS = (
-    "distance", "term", "features", "ptr", "other", "number", "pq", "filter", "gamma1", "beta1", "scale2", "shift2",
-    "mean2", "rstd2", "h", "m", "grad", "d_m", "x", "row_weight", "degree", "a", "c1", "c2", "out", "out_m", "out_x",
-    "out_degree", "out_gamma", "out_filter", "out_edge",
+    "distance", "term", "features", "ptr", "other", "number", "pq", "filter", "gamma1", "beta1", "weight", "bias",
+    "mean1", "var1", "gamma2", "beta2", "scale2", "shift2", "mean2", "rstd2", "h", "m", "grad", "d_m", "x",
+    "row_weight", "degree", "a", "c1", "c2", "by_receiver", "by_sender", "product", "totals", "more_totals", "e_sum",
+    "e_gram", "out", "out_m", "out_x", "out_degree", "out_gamma", "out_filter", "out_edge",
 )  # fmt: skip
 """The pointers of ``DeviceConv`` in csrc/cuda/conv.h, in their order."""
 SIZES = ("n_rows", "n_edges", "n_features", "F", "width", "programs", "stride", "columns", "relaxed")
+NUMBERS = ("dmin", "inverse_step", "eps")
 
 
 def native() -> Any:
@@ -38,15 +40,16 @@ def native() -> Any:
     return core
 
 
-def _call(name: str, sizes: dict[str, int], basis: tuple[float, float] = (0.0, 1.0), **tensors: Tensor | None) -> None:
-    """Launch a kernel; ``tensors`` under their names in FIELDS."""
-    assert not tensors.keys() - set(FIELDS) and not sizes.keys() - set(SIZES)
+def _call(name: str, sizes: dict[str, Any], **tensors: Tensor | None) -> None:
+    """Launch a kernel; ``tensors`` under their names in FIELDS, ``sizes`` under those in SIZES and NUMBERS."""
+    assert not tensors.keys() - set(FIELDS) and not sizes.keys() - set(SIZES + NUMBERS)
     device = next(x.device for x in tensors.values() if x is not None)
     given = [0 if (x := tensors.get(field)) is None else x.data_ptr() for field in FIELDS]
     # a launch goes to the current device of the thread, which need not be the tensors'
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        native().cuda_conv(name, given, [sizes.get(size, 0) for size in SIZES], basis, stream)
+        whole, real = ([sizes.get(size, 0) for size in names] for names in (SIZES, NUMBERS))
+        native().cuda_conv(name, given, whole, tuple(map(float, real)), stream)
 
 
 def _programs(n_rows: int) -> int:
@@ -60,24 +63,31 @@ def _more(x: Tensor, parts: int) -> Tensor:
     return pad(x.unflatten(-1, (parts, width)), (0, more)).flatten(-2) if more else x
 
 
-def _filter(of_edges: Tensor) -> Tensor:
-    """w_e (K, 2F) in the order in which the lanes of a product read it: csrc/cuda/conv.cuh, ``Values``.
+def _rows(n: int, width: int) -> dict[str, Any]:
+    return {"n_rows": n, "F": width, "width": width + -width % _CHUNK, "programs": _programs(n)}
 
-    Lane 4 g + t has of step s Gaussians 8 s + t and 4 later, of column g of tile n (four of the filter, four of the
-    core) channel 16 (n / 2) + 4 (g / 2) + 2 (n % 2) + g % 2 of the chunk.
-    """
-    wide = _more(of_edges, 2)
-    x = pad(wide, (0, 0, 0, -len(wide) % 8)).reshape(-1, 2, 4, 2, wide.shape[1] // (2 * _CHUNK), 2, 4, 2, 2)
-    # step, pair, t, half, chunk, n / 2, g / 2, n % 2, g % 2
-    return x.permute(4, 0, 3, 5, 7, 6, 8, 2, 1).contiguous()
+
+class _Scaled:
+    """As :class:`.triton._Linear`, with rows of 4W numbers, and the filter in the order of the kernels."""
+
+    def __init__(self, h: Tensor, layer: Layer, edges: _Edges) -> None:
+        width, k = h.shape[1], edges.n_features
+        wide = width + -width % _CHUNK
+        self.rstd, self.of_edges = h.new_empty(2 * width), h.new_empty(k, 2 * width)
+        of_rows, shift = h.new_empty(4 * wide, width), h.new_empty(4 * wide)
+        self.filter = h.new_empty(wide // _CHUNK, -(-k // 8), 8, 32, 2)
+        _call(
+            "scale_weights", {"n_features": k, "F": width, "width": wide, "eps": layer.eps1}, weight=layer.weight,
+            bias=None if layer.train1 else layer.bias, mean1=layer.mean1, var1=layer.var1, out=of_rows, out_x=shift,
+            out_edge=self.of_edges, out_filter=self.filter, out_gamma=self.rstd,
+        )  # fmt: skip
+        self.pq = torch.addmm(shift, h, of_rows.T)
+        features = edges.graph.features
+        self.table = None if features is None else _more(features @ self.of_edges, 2)
 
 
 class Kernels(_Kernels):
     """The launches of a convolution, compiled."""
-
-    @staticmethod
-    def storage() -> torch.dtype:
-        return torch.float32
 
     @staticmethod
     def _edges(edges: _Edges, by_sender: bool = False) -> dict[str, Tensor | None]:
@@ -88,64 +98,94 @@ class Kernels(_Kernels):
         return {**found, "ptr": graph.row_ptr, "other": graph.sender}
 
     @staticmethod
-    def _sizes(edges: _Edges, width: int = 0, **more: int) -> dict[str, int]:
-        found = {"n_rows": edges.n_rows, "n_edges": edges.n_edges, "n_features": edges.n_features, "F": width}
-        relaxed = int(_precision() != "tf32x3")
-        return {**found, "width": width + -width % _CHUNK, "relaxed": relaxed, **more}
+    def _sizes(edges: _Edges, width: int = 0, **more: Any) -> dict[str, Any]:
+        found = {"n_edges": edges.n_edges, "n_features": edges.n_features, "relaxed": int(_precision() != "tf32x3")}
+        basis = dict(zip(NUMBERS, edges.basis, strict=False))
+        return {**_rows(edges.n_rows, width), **found, **basis, **more}
 
     @staticmethod
-    def _layer(linear: _Linear, layer: Layer) -> dict[str, Tensor | None]:
+    def _layer(linear: Any, layer: Layer) -> dict[str, Tensor | None]:
         """What x and y of an edge follow from."""
-        if linear.prepared is None:
-            table = None if linear.table is None else _more(linear.table, 2)
-            weights = _filter(linear.of_edges) if table is None else None
-            linear.prepared = {"pq": _more(linear.pq, 4), "filter": weights, "term": table}
-        return {**linear.prepared, "gamma1": layer.gamma1, "beta1": layer.beta1}
+        given = {"pq": linear.pq, "filter": linear.filter, "term": linear.table}
+        return {**given, "gamma1": layer.gamma1, "beta1": layer.beta1}
+
+    @staticmethod
+    def linear(h: Tensor, layer: Layer, edges: _Edges) -> Any:
+        return _Scaled(h, layer, edges)
+
+    @staticmethod
+    def _column_sums(x: Tensor, row_weight: Tensor, **more: Tensor | None) -> Tensor:
+        """(4, F) float64: see conv.h."""
+        sizes = _rows(*x.shape)
+        if (sender := more.get("other")) is not None:
+            sizes["n_edges"] = len(sender)
+        sums = x.new_empty(sizes["programs"], 4, x.shape[1])
+        _call("column_sums", sizes, out=sums, x=x, row_weight=row_weight, **more)
+        return sums.sum(0, dtype=torch.float64)
 
     @classmethod
-    def neighbor_sum(cls, h: Tensor, edges: _Edges) -> Tensor:
-        out = torch.empty_like(h)
-        _call("neighbor_sum", cls._sizes(edges, h.shape[1]), edges.basis, out=out, h=h, **cls._edges(edges))
-        return out
+    def statistics(cls, h: Tensor, weight: Tensor, edges: _Edges, moments: Moments) -> tuple[Tensor, Tensor]:
+        (n, width), k, graph = h.shape, edges.n_features, cls._edges(edges)
+        given: dict[str, Tensor | None] = {"totals": cls._column_sums(h, moments.row_weight, **graph)}
+        given |= {"e_sum": moments.sum, "e_gram": moments.gram}
+        rows, sizes = h.new_empty(n, 3 * width + 2 * k + 2), cls._sizes(edges, width)
+        centred, found = torch.empty_like(h), h.new_empty(2, 2 * width)
+        _call(
+            "gram_rows", sizes, out=rows, out_x=centred, h=h, row_weight=moments.row_weight,
+            degree=moments.in_degree, by_receiver=moments.by_receiver, by_sender=moments.by_sender, **given, **graph,
+        )  # fmt: skip
+        product = centred.T @ rows
+        _call("edge_statistics", sizes, out=found, product=product, weight=weight, **given)
+        return found[0], found[1]
+
+    @staticmethod
+    def filter_correction(linear: Any, edges: _Edges, moments: Moments, c1: Tensor, c2: Tensor) -> Tensor:
+        width = len(c1) // 2
+        p, q = (x.unflatten(1, (2, -1))[..., :width].flatten(1) for x in linear.pq.chunk(2, dim=1))
+        return triton._filter_correction(p, q, linear.of_edges, moments, c1, c2)
 
     @classmethod
     def edge_sums(cls, row_weight: Tensor, edges: _Edges) -> tuple[Tensor, Tensor, Tensor]:
         in_degree, shape = torch.empty_like(row_weight), (edges.n_rows, edges.n_features)
         by_receiver, by_sender = (row_weight.new_empty(shape) for _ in range(2))
-        call = partial(_call, "edge_sum", cls._sizes(edges), edges.basis)
+        call = partial(_call, "edge_sum", cls._sizes(edges))
         call(out=by_receiver, **cls._edges(edges))
         call(out=by_sender, out_degree=in_degree, row_weight=row_weight, **cls._edges(edges, by_sender=True))
         return in_degree, by_receiver, by_sender
 
     @classmethod
     def edge_gram(cls, row_weight: Tensor, edges: _Edges) -> Tensor:
-        programs, k = _programs(edges.n_rows), edges.n_features
-        gram = row_weight.new_empty(programs, k, k)
-        sizes = cls._sizes(edges, programs=programs)
-        _call("edge_gram", sizes, edges.basis, out=gram, row_weight=row_weight, **cls._edges(edges))
+        k, sizes = edges.n_features, cls._sizes(edges)
+        gram = row_weight.new_empty(sizes["programs"], k, k)
+        _call("edge_gram", sizes, out=gram, row_weight=row_weight, **cls._edges(edges))
         return gram
 
     @classmethod
     def gate_sum(
-        cls, m: Tensor | None, out: Tensor | None, h: Tensor, linear: _Linear, layer: Layer, edges: _Edges
+        cls, m: Tensor | None, out: Tensor | None, h: Tensor, linear: Any, layer: Layer, edges: _Edges
     ) -> None:
         scale, shift, _ = _finish(layer) if out is not None else (None, None, None)
         _call(
-            "gate_sum", cls._sizes(edges, h.shape[1]), edges.basis, out_m=m, out=out, h=h, scale2=scale, shift2=shift,
+            "gate_sum", cls._sizes(edges, h.shape[1]), out_m=m, out=out, h=h, scale2=scale, shift2=shift,
             **cls._layer(linear, layer), **cls._edges(edges),
         )  # fmt: skip
 
-    @staticmethod
-    def finish(out: Tensor, h: Tensor, m: Tensor, layer: Layer) -> None:
-        scale, shift, _ = _finish(layer)
-        _call("finish", {"n_rows": len(h), "F": h.shape[1]}, out=out, h=h, m=m, scale2=scale, shift2=shift)
+    @classmethod
+    def finish(cls, out: Tensor, h: Tensor, m: Tensor, layer: Layer, row_weight: Tensor) -> tuple[Tensor, Tensor]:
+        found = h.new_empty(2, h.shape[1])
+        totals = cls._column_sums(m, row_weight)
+        more = cls._column_sums(m, row_weight, totals=totals)
+        _call(
+            "finish", {**_rows(*m.shape), "eps": layer.eps2}, out=out, out_x=found, h=h, m=m, gamma2=layer.gamma2,
+            beta2=layer.beta2, totals=totals, more_totals=more,
+        )  # fmt: skip
+        return found[0], found[1]
 
     @staticmethod
     def finish_backward(grad: Tensor, h: Tensor, m: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
-        n, width = h.shape
         scale, shift, rstd = _finish(layer)
-        sizes = {"n_rows": n, "F": width, "width": width + -width % _CHUNK, "programs": _programs(n)}
-        du, sums = torch.empty_like(h), h.new_empty(2, sizes["programs"], width)
+        sizes = _rows(*h.shape)
+        du, sums = torch.empty_like(h), h.new_empty(2, sizes["programs"], h.shape[1])
         _call(
             "finish_backward", sizes, out=du, out_x=sums, grad=grad, h=h, m=m, scale2=scale, shift2=shift,
             mean2=layer.mean2, rstd2=rstd,
@@ -165,26 +205,26 @@ class Kernels(_Kernels):
 
     @classmethod
     def backward_receivers(
-        cls, d_pq: Tensor, x_rows: Tensor | None, dy: Tensor | None, dm: Tensor, linear: _Linear, layer: Layer,
+        cls, d_pq: Tensor, x_rows: Tensor | None, dy: Tensor | None, dm: Tensor, linear: Any, layer: Layer,
         edges: _Edges,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         width, k, programs = dm.shape[1], edges.n_features, _programs(edges.n_rows)
-        d_gamma, d_filter = dm.new_empty(programs, 2 * width), dm.new_empty(programs, k, 2 * width)
+        sums, d_filter = dm.new_empty(programs, 2, 2 * width), dm.new_empty(programs, k, 2 * width)
         _call(
-            "backward_receivers", cls._sizes(edges, width, programs=programs), edges.basis, out=d_pq, out_x=x_rows,
-            out_gamma=d_gamma, out_filter=d_filter, out_edge=dy, d_m=_more(dm, 1), **cls._layer(linear, layer),
+            "backward_receivers", cls._sizes(edges, width), out=d_pq, out_x=x_rows,
+            out_gamma=sums, out_filter=d_filter, out_edge=dy, d_m=_more(dm, 1), **cls._layer(linear, layer),
             **cls._edges(edges),
         )  # fmt: skip
-        return d_gamma, d_filter
+        return (*sums.sum(0), d_filter.sum(0))
 
     @classmethod
     def backward_senders(
-        cls, d_pq: Tensor, dm: Tensor, a: Tensor, correction: tuple[Tensor | None, ...], linear: _Linear, layer: Layer,
+        cls, d_pq: Tensor, dm: Tensor, a: Tensor, correction: tuple[Tensor | None, ...], linear: Any, layer: Layer,
         edges: _Edges,
     ) -> None:  # fmt: skip
         c1, c2, row_weight, in_degree = correction
         _call(
-            "backward_senders", cls._sizes(edges, dm.shape[1]), edges.basis, out=d_pq, d_m=_more(dm, 1), a=a, c1=c1,
+            "backward_senders", cls._sizes(edges, dm.shape[1]), out=d_pq, d_m=_more(dm, 1), a=a, c1=c1,
             c2=c2, row_weight=row_weight, degree=in_degree, **cls._layer(linear, layer),
             **cls._edges(edges, by_sender=True),
         )  # fmt: skip

@@ -221,12 +221,19 @@ class _Kernels:
         return torch.bfloat16 if precision.bfloat16_is_allowed() else torch.float32
 
     @staticmethod
-    def neighbor_sum(h: Tensor, edges: _Edges) -> Tensor:
-        """sum_j h_j, (N, F)."""
-        (n, width), out = h.shape, torch.empty_like(h)
-        graph = edges.graph
-        _Launch("neighbor_sum", n, BF=width)(out, h, graph.sender, graph.row_ptr, n, edges.n_edges, F=width)
-        return out
+    def linear(h: Tensor, layer: Layer, edges: _Edges) -> _Linear:
+        return _Linear(h, layer, edges, _Kernels.storage())
+
+    @staticmethod
+    def statistics(h: Tensor, weight: Tensor, edges: _Edges, moments: Moments) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance of z = [h_i, h_j, e_ij] W^T over the edges, each (2F,), without a pass over z."""
+        return _statistics(h, weight, edges, moments)
+
+    @staticmethod
+    def filter_correction(linear: _Linear, edges: _Edges, moments: Moments, c1: Tensor, c2: Tensor) -> Tensor:
+        """sum_ij w_i e_ij (c1 + c2 x_ij), (K, 2F), from sums over rows."""
+        p, q = linear.pq.float().chunk(2, dim=1)
+        return _filter_correction(p, q, linear.of_edges, moments, c1, c2)
 
     @staticmethod
     def edge_sums(row_weight: Tensor, edges: _Edges) -> tuple[Tensor, Tensor, Tensor]:
@@ -262,9 +269,14 @@ class _Kernels:
         )  # fmt: skip
 
     @staticmethod
-    def finish(out: Tensor, h: Tensor, m: Tensor, layer: Layer) -> None:
-        scale, shift, _ = _finish(layer)
-        _Launch("finish", len(h), BF=h.shape[1])(out, h, m, scale, shift, len(h), F=h.shape[1])
+    def finish(out: Tensor, h: Tensor, m: Tensor, layer: Layer, row_weight: Tensor) -> tuple[Tensor, Tensor]:
+        """out = softplus(h + bn2(m)), and mean and biased variance of m over the rows."""
+        count, (n, width) = row_weight.sum(), h.shape
+        mean, centred = _centre(m, row_weight, count)
+        var = torch.mv(centred.square_().T, row_weight) / count
+        scale, shift, _ = _finish(layer._replace(mean2=mean, var2=var))
+        _Launch("finish", n, BF=width)(out, h, m, scale, shift, n, F=width)
+        return mean, var
 
     @staticmethod
     def finish_backward(grad: Tensor, h: Tensor, m: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
@@ -290,10 +302,10 @@ class _Kernels:
     @staticmethod
     def backward_receivers(
         d_pq: Tensor, x_rows: Tensor | None, dy: Tensor | None, dm: Tensor, linear: _Linear, layer: Layer, edges: _Edges
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """sum_j dy into the first half of ``d_pq`` (N, 4F), sum_j x into ``x_rows`` (N, 2F), dy itself (E, 2F).
 
-        Returns parts of the sums of dy x, (parts, 2F), and of e dy, (parts, K, 2F).
+        Returns the sums of dy x and of dy, (2F,), and of e dy, (K, 2F).
         """
         (n, width), k, graph = dm.shape, edges.n_features, edges.graph
         launch = _Launch("backward_rows", n, share=True, BF=width, BK=k)
@@ -303,7 +315,7 @@ class _Kernels:
             layer.gamma1, layer.beta1, edges.distance, graph.sender, graph.row_ptr, n, edges.n_edges, *edges.basis,
             **_filter("backward_rows", width, edges),
         )  # fmt: skip
-        return d_gamma, d_filter
+        return d_gamma.sum(0), d_pq[:, : 2 * width].sum(0), d_filter.sum(0)
 
     @staticmethod
     def backward_senders(
@@ -352,17 +364,14 @@ def _centre(x: Tensor, weight: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     return mean, x - mean
 
 
-def _statistics(
-    h: Tensor, weight: Tensor, edges: _Edges, moments: Moments, run: type[_Kernels]
-) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of z = [h_i, h_j, e_ij] W^T over the edges, each (2F,), without a pass over z.
-
-    Both follow from the mean and the centred second moments of [h_i, h_j, e_ij], whose blocks are sums over rows.
-    """
+def _statistics(h: Tensor, weight: Tensor, edges: _Edges, moments: Moments) -> tuple[Tensor, Tensor]:
+    """From the mean and the centred second moments of [h_i, h_j, e_ij], whose blocks are sums over rows."""
     assert moments.in_degree is not None and moments.by_receiver is not None
     assert moments.by_sender is not None and moments.sum is not None and moments.gram is not None
-    width, row_weight, in_degree = h.shape[1], moments.row_weight, moments.in_degree
-    neighbors = run.neighbor_sum(h, edges)
+    n, width = h.shape
+    graph, row_weight, in_degree = edges.graph, moments.row_weight, moments.in_degree
+    neighbors = torch.empty_like(h)
+    _Launch("neighbor_sum", n, BF=width)(neighbors, h, graph.sender, graph.row_ptr, n, edges.n_edges, F=width)
     weighted_degree = row_weight * edges.degree
     count = weighted_degree.sum()
     (own_mean, own), (other_mean, other) = (_centre(h, x, count) for x in (weighted_degree, in_degree))
@@ -386,12 +395,10 @@ def _statistics(
 class _Linear:
     """x_ij = (z_ij - mean) / std as p_i + q_j + r_ij: [p, q] by rows, and what gives r."""
 
-    def __init__(
-        self, h: Tensor, layer: Layer, edges: _Edges, out: Tensor | None = None, run: type[_Kernels] = _Kernels
-    ) -> None:
+    def __init__(self, h: Tensor, layer: Layer, edges: _Edges, storage: torch.dtype, out: Tensor | None = None) -> None:
         width = h.shape[1]
         self.rstd = torch.rsqrt(layer.var1 + layer.eps1)
-        scaled, storage = layer.weight * self.rstd[:, None], run.storage()
+        scaled = layer.weight * self.rstd[:, None]
         shift = -layer.mean1 if layer.bias is None or layer.train1 else layer.bias - layer.mean1
         self.of_rows = torch.cat([scaled[:, :width], scaled[:, width : 2 * width]])  # (4F, F)
         self.shift = torch.nn.functional.pad(shift * self.rstd, (0, 2 * width))
@@ -399,7 +406,6 @@ class _Linear:
         self.pq = torch.addmm(self.shift.to(storage), h.to(storage), self.of_rows.T.to(storage), out=out)
         features = edges.graph.features
         self.table = None if features is None else features.to(storage) @ self.of_edges
-        self.prepared: dict[str, Tensor | None] | None = None  # what the kernels of csrc/cuda make of it
 
 
 def _finish(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
@@ -442,14 +448,11 @@ def conv(
     if n == 0:
         return out, m, used[0], used[1], used[2], used[3]
     if layer.train1:
-        used[:2] = _statistics(h, layer.weight, edges, moments, run)
+        used[:2] = run.statistics(h, layer.weight, edges, moments)
     layer = layer._replace(mean1=used[0], var1=used[1])
-    run.gate_sum(m, None if layer.train2 else out, h, _Linear(h, layer, edges, run=run), layer, edges)
+    run.gate_sum(m, None if layer.train2 else out, h, run.linear(h, layer, edges), layer, edges)
     if layer.train2:
-        count = moments.row_weight.sum()
-        mean, centred = _centre(m, moments.row_weight, count)
-        used[2:] = mean, torch.mv(centred.square_().T, moments.row_weight) / count
-        run.finish(out, h, m, layer._replace(mean2=used[2], var2=used[3]))
+        used[2:] = run.finish(out, h, m, layer, moments.row_weight)
     return out, m, used[0], used[1], used[2], used[3]
 
 
@@ -501,20 +504,19 @@ def conv_backward(
     if n == 0:
         nothing = [torch.zeros_like(x) for x in (table, layer.weight, *[layer.gamma1] * 3, *[layer.gamma2] * 2)]
         return (*nothing, torch.zeros_like(graph.distance if graph.features is None else graph.features))
-    linear = _Linear(h, layer, edges, run=run)
+    linear = run.linear(h, layer, edges)
     d_pq = h.new_empty(n, 4 * width)
     x_rows = h.new_empty(n, 2 * width) if layer.train1 else None
     dy = h.new_empty(edges.n_edges, 2 * width) if edge_grad else None
     a = layer.gamma1 * linear.rstd
     du, dm, d_gamma2, d_beta2 = _backward_messages(grad, h, m, layer, moments.row_weight, run)
-    d_gamma, d_filter = run.backward_receivers(d_pq, x_rows, dy, dm, linear, layer, edges)
-    d_gamma1, d_beta1, d_filter = d_gamma.sum(0), d_pq[:, : 2 * width].sum(0), d_filter.sum(0)
+    d_gamma1, d_beta1, d_filter = run.backward_receivers(d_pq, x_rows, dy, dm, linear, layer, edges)
     correction: tuple[Tensor | None, ...] = (None,) * 4
     if x_rows is not None:
         degree = edges.degree
         c1, c2 = torch.stack([d_beta1, d_gamma1]) / (moments.row_weight @ degree)
         correction = c1, c2, moments.row_weight, moments.in_degree
-        d_filter = d_filter - _filter_correction(linear, edges, moments, c1, c2)
+        d_filter = d_filter - run.filter_correction(linear, edges, moments, c1, c2)
         run.correct(d_pq, d_pq, x_rows, degree, moments.row_weight, a, c1, c2)
     else:
         d_pq[:, : 2 * width] *= a
@@ -530,13 +532,11 @@ def conv_backward(
     return dh, d_weight, d_bias, d_gamma1, d_beta1, d_gamma2, d_beta2, d_edge
 
 
-def _filter_correction(linear: _Linear, edges: _Edges, moments: Moments, c1: Tensor, c2: Tensor) -> Tensor:
-    """sum_ij w_i e_ij (c1 + c2 x_ij), (K, 2F), from sums over rows."""
+def _filter_correction(p: Tensor, q: Tensor, of_edges: Tensor, moments: Moments, c1: Tensor, c2: Tensor) -> Tensor:
     assert moments.by_receiver is not None and moments.by_sender is not None
     assert moments.sum is not None and moments.gram is not None
-    p, q = linear.pq.float().chunk(2, dim=1)
     ex = (moments.by_receiver * moments.row_weight[:, None]).T @ p + moments.by_sender.T @ q
-    ex += (moments.gram @ linear.of_edges.double()).to(ex.dtype)
+    ex += (moments.gram @ of_edges.double()).to(ex.dtype)
     return moments.sum.to(ex.dtype)[:, None] * c1 + ex * c2
 
 
@@ -553,7 +553,7 @@ def stack(h: Tensor, layers: Sequence[Layer], graph: Graph, species: Tensor | No
     pq = h.new_empty(n, 4 * width, dtype=_Kernels.storage())
     buffers = [torch.empty_like(h) for _ in range(min(2, len(layers)))]
     for t, layer in enumerate(layers):
-        linear = _Linear(h, layer, edges, out=pq)
+        linear = _Linear(h, layer, edges, pq.dtype, out=pq)
         h, old = buffers[t % len(buffers)], h
         _Kernels.gate_sum(None, h, old, linear, layer, edges)
     return h

@@ -150,7 +150,7 @@ def test_bfloat16_rows_and_filter_are_what_is_rounded():
     problem = Problem("weighted", 16, 41, seed=6)
     h, layer, graph, _ = arguments(problem)
     with sf.use_precision("bfloat16"):
-        linear = backend._Linear(h, layer, backend._Edges(graph, 41, torch.float32, h.device))
+        linear = backend._Kernels.linear(h, layer, backend._Edges(graph, 41, torch.float32, h.device))
         out = backend.stack(h, [layer], graph)
     assert linear.pq.dtype == linear.of_edges.dtype == torch.bfloat16
     p, q = (x.double() for x in linear.pq.chunk(2, dim=1))

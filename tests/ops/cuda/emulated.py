@@ -35,8 +35,7 @@ class Conv(c.Structure):
     _fields_ = [
         *[(name, POINTER) for name in cuda_conv.FIELDS],
         *[(name, c.c_int64) for name in cuda_conv.SIZES],
-        ("dmin", c.c_float),
-        ("inverse_step", c.c_float),
+        *[(name, c.c_float) for name in ("dmin", "inverse_step", "eps")],
     ]  # fmt: skip
 
 
@@ -116,9 +115,9 @@ class Emulated:
                    POINTER(prepared), n_steps, c.c_bool(shared), features, c.c_bool(relaxed), c.byref(graph),
                    POINTER(stream))  # fmt: skip
 
-    def cuda_conv(self, name, pointers, sizes, basis, stream) -> None:
+    def cuda_conv(self, name, pointers, sizes, numbers, stream) -> None:
         function = getattr(self._library, f"srcgcnn_cuda_{name}")
         function.restype = c.c_char_p
-        error = function(c.byref(Conv(*pointers, *sizes, *basis)), POINTER(stream))
+        error = function(c.byref(Conv(*pointers, *sizes, *numbers)), POINTER(stream))
         if error is not None:
             raise RuntimeError(f"CUDA: {error.decode()}")
