@@ -239,6 +239,19 @@ SRCGCNN_DEVICE void rows_without_edges(const DeviceConv& g, const Task& task, Do
   }
 }
 
+// bn2 of one channel with given statistics.
+struct Norm {
+  float scale, shift, mean, rstd;
+  SRCGCNN_DEVICE Norm(const DeviceConv& g, int64_t c, double exact_mean, double var) {
+    const double by = 1 / sqrt(var + g.eps), scaled = g.gamma2[c] * by;
+    scale = float(scaled);
+    shift = float(g.beta2[c] - exact_mean * scaled);
+    mean = float(exact_mean);
+    rstd = float(by);
+  }
+  SRCGCNN_DEVICE Norm(const DeviceConv& g, int64_t c) : Norm(g, c, g.mean2[c], g.var2[c]) {}
+};
+
 SRCGCNN_DEVICE float finished(float h, float m, float scale, float shift) {
   return softplus<DeviceMath>(h + fmaf(m, scale, shift));
 }
@@ -251,7 +264,12 @@ __global__ void __launch_bounds__(kThreads, 4) gate_sum(const DeviceConv g) {
   const int64_t first = (int64_t(blockIdx.x / chunks) * kWarps + warp_of()) * kTaskRows;
   if (first >= g.n_rows) return;
   const bool mine = channel < g.F;
-  const float scale = g.out && mine ? g.scale2[channel] : 0.0f, shift = g.out && mine ? g.shift2[channel] : 0.0f;
+  float scale = 0.0f, shift = 0.0f;
+  if (g.out && mine) {
+    const Norm norm(g, channel);
+    scale = norm.scale;
+    shift = norm.shift;
+  }
   const auto done = [&](int64_t row, float sum) {
     const int64_t at = row * g.F + channel;
     if (!mine) return;
@@ -397,24 +415,28 @@ SRCGCNN_DEVICE void add_product(Sums& sums, const float* left, const float* righ
   for (int k = 0; k < kTile; k += 8) {
     const float* b_at = right + (k + in_group) * kTileStride + group;
     const float* a_at = left + (k + in_group) * kTermStride + group;
+    float a[kTerms / 16][4], a_low[kTerms / 16][4];
 #pragma unroll
     for (int tile = 0; tile < kTerms / 16; ++tile) {
       if (tile < from || tile >= to) continue;
-      float a[4], a_low[4];
-      split(a_at[16 * tile], a[0], a_low[0]);
-      split(a_at[16 * tile + 8], a[1], a_low[1]);
-      split(a_at[4 * kTermStride + 16 * tile], a[2], a_low[2]);
-      split(a_at[4 * kTermStride + 16 * tile + 8], a[3], a_low[3]);
+      split(a_at[16 * tile], a[tile][0], a_low[tile][0]);
+      split(a_at[16 * tile + 8], a[tile][1], a_low[tile][1]);
+      split(a_at[4 * kTermStride + 16 * tile], a[tile][2], a_low[tile][2]);
+      split(a_at[4 * kTermStride + 16 * tile + 8], a[tile][3], a_low[tile][3]);
+    }
 #pragma unroll
-      for (int n = 0; n < 8; ++n) {
-        float b[2], b_low[2];
-        split(b_at[8 * n], b[0], b_low[0]);
-        split(b_at[4 * kTileStride + 8 * n], b[1], b_low[1]);
+    for (int n = 0; n < 8; ++n) {
+      float b[2], b_low[2];
+      split(b_at[8 * n], b[0], b_low[0]);
+      split(b_at[4 * kTileStride + 8 * n], b[1], b_low[1]);
+#pragma unroll
+      for (int tile = 0; tile < kTerms / 16; ++tile) {
+        if (tile < from || tile >= to) continue;
         if (!relaxed) {
-          device::mma(sums[tile][n], a_low, b);
-          device::mma(sums[tile][n], a, b_low);
+          device::mma(sums[tile][n], a_low[tile], b);
+          device::mma(sums[tile][n], a[tile], b_low);
         }
-        device::mma(sums[tile][n], a, b);
+        device::mma(sums[tile][n], a[tile], b);
       }
     }
   }
@@ -757,11 +779,10 @@ __global__ void __launch_bounds__(kThreads) finish(const DeviceConv g) {
   const double mean = double(float(g.totals[channel] / count)) + rest;  // as column_sums rounds it
   double var = g.more_totals[2 * g.F + channel] / count - rest * rest;
   if (var < 0) var = 0;
-  const double by = g.gamma2[channel] / sqrt(var + g.eps);
-  const float scale = float(by), shift = float(g.beta2[channel] - mean * by);
+  const Norm norm(g, channel, mean, var);
   for (int64_t row = program * kWarps + warp_of(); row < g.n_rows; row += g.programs * kWarps) {
     const int64_t at = row * g.F + channel;
-    g.out[at] = finished(g.h[at], g.m[at], scale, shift);
+    g.out[at] = finished(g.h[at], g.m[at], norm.scale, norm.shift);
   }
   if (program == 0 && warp_of() == 0) {
     g.out_x[channel] = float(mean);
@@ -777,14 +798,15 @@ __global__ void __launch_bounds__(kThreads) finish_backward(const DeviceConv g) 
   const bool mine = channel < g.F;
   float sums[2] = {};
   if (mine) {
-    const float scale = g.scale2[channel], shift = g.shift2[channel], mean = g.mean2[channel], rstd = g.rstd2[channel];
+    const Norm norm(g, channel);
     for (int64_t row = program * kWarps + warp_of(); row < g.n_rows; row += g.programs * kWarps) {
       const int64_t at = row * g.F + channel;
-      const float m = g.m[at], u = g.h[at] + fmaf(m, scale, shift);
+      const float m = g.m[at], u = g.h[at] + fmaf(m, norm.scale, norm.shift);
       const float d = g.grad[at] * softplus_slope2<DeviceMath>(u * DeviceMath::log2e);
       g.out[at] = d;
+      if (g.out_m) g.out_m[at] = d * norm.scale;
       sums[0] += d;
-      sums[1] = fmaf(d, (m - mean) * rstd, sums[1]);
+      sums[1] = fmaf(d, (m - norm.mean) * norm.rstd, sums[1]);
     }
   }
   add_lanes(shared, sums, [&](int k, float sum) {
@@ -792,13 +814,24 @@ __global__ void __launch_bounds__(kThreads) finish_backward(const DeviceConv g) 
   });
 }
 
+// A block is one of `programs` for 32 columns; warp w takes every fourth row.
 __global__ void __launch_bounds__(kThreads) correct(const DeviceConv g) {
-  const int64_t threads = int64_t(gridDim.x) * blockDim.x;
-  for (int64_t k = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; k < g.n_rows * g.columns; k += threads) {
-    const int64_t row = k / g.columns, c = k % g.columns, at = row * g.stride + c;
-    const float x = g.mean2 ? (g.x[k] - g.mean2[c]) * g.rstd2[c] : g.x[k];
-    const float first = g.degree ? g.degree[row] * g.c1[c] : g.c1[c];
-    g.out[at] = g.a[c] * (g.grad[at] - g.row_weight[row] * fmaf(x, g.c2[c], first));
+  const int64_t blocks = (g.columns + kChunk - 1) / kChunk, c = blockIdx.x % blocks * kChunk + lane_of();
+  if (c >= g.columns) return;
+  const float count = g.count ? *g.count : 1.0f, c1 = g.c1[c] / count;
+  float c2 = g.c2[c] / count, a, mean = 0.0f;
+  if (g.var2) {
+    const Norm norm(g, c);
+    a = norm.scale;
+    c2 *= norm.rstd;
+    mean = norm.mean;
+  } else {
+    a = g.a[c];
+  }
+  for (int64_t row = int64_t(blockIdx.x / blocks) * kWarps + warp_of(); row < g.n_rows; row += g.programs * kWarps) {
+    const int64_t at = row * g.stride + c;
+    const float first = g.degree ? g.degree[row] * c1 : c1, x = g.x[row * g.columns + c] - mean;
+    g.out[at] = a * (g.grad[at] - g.row_weight[row] * fmaf(x, c2, first));
   }
 }
 

@@ -18,8 +18,7 @@ struct DeviceConv {
   const float *weight, *bias;     // (2F, 2F + K), (2F) or null
   const float *mean1, *var1;      // (2F)
   const float *gamma2, *beta2;    // (F)
-  const float *scale2, *shift2;   // (F)
-  const float *mean2, *rstd2;     // (F)
+  const float *mean2, *var2;      // (F)
   const float* h;                 // (N, F)
   const float* m;                 // (N, F)
   const float* grad;              // (N, F) of the output, or what `correct` corrects
@@ -27,6 +26,7 @@ struct DeviceConv {
   const float* x;                 // of `correct`
   const float *row_weight, *degree;  // (N)
   const float *a, *c1, *c2;
+  const float* count;                    // () by which c1 and c2 are divided, or null
   const float *by_receiver, *by_sender;  // (N, K): sum_j e_ij, sum_i w_i e_ij
   const float* product;                  // (F, P) = out_x^T out of gram_rows, P = 3F + 2K + 2
   const double *totals, *more_totals;    // (4, F): sums over the parts of column_sums
@@ -55,13 +55,13 @@ struct DeviceConv {
 // scale_weights  with rstd = 1 / sqrt(var1 + eps): out (4W, F) and out_x (4W), the weights and the shift of pq; out_edge
 //                (K, 2F) = w_e rstd; out_filter, the same as `filter` has it; out_gamma (2F) = rstd
 // gate_sum       out_m (N, F) = m_i = sum_j sigmoid(y[:F]) softplus(y[F:]), y = gamma1 x + beta1; out (N, F) =
-//                softplus(h + scale2 m + shift2); either may be null
+//                softplus(h + bn2(m)); either may be null
 // finish         out = softplus(h + bn2(m)), out_x (2, F): mean and biased variance of m, from totals (of m) and more_totals
 //                (of m less their mean)
-// finish_backward  out (N, F) = du, the gradient at the argument of that softplus; out_x (2, programs, F): sums of du and
-//                of du (m - mean2) rstd2
-// correct        out = a (grad - w (degree c1 + c2 (x - mean2) rstd2)): rows of `columns` numbers, `stride` apart, those
-//                of x together; degree null: 1; mean2 null: x as it is
+// finish_backward  out (N, F) = du, the gradient at h + bn2(m), out_m = scale du or null; out_x (2, programs, F): sums of du
+//                and of du times m normalised
+// correct        out = a (grad - w (degree c1 + c2 x)): rows of `columns` numbers, `stride` apart, those of x together;
+//                degree null: 1; with var2 x is normalised first, and a is the scale of bn2
 // backward_receivers  with dy = the gradient at y: out (N, 4F), its first two quarters: sum_j dy; out_x (N, 2F), or null:
 //                sum_j x; out_gamma (programs, 2, 2F): sums of dy x and of dy; out_filter (programs, K, 2F): sums of e dy; out_edge
 //                (E, 2F), or null: dy

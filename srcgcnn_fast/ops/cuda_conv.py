@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from . import triton
 from .cpu import Layer, Moments
 from .registry import core
-from .triton import _Edges, _finish, _Kernels, _precision, transposed
+from .triton import _Edges, _Kernels, _precision, transposed
 
 PROGRAMS = 264
 """Blocks that share out rows where partial sums are kept, two for each multiprocessor of an H200; a constant, so that
@@ -26,9 +26,9 @@ _CHUNK, _ROWS = 32, 64
 """Channels and rows of a block."""
 FIELDS = (
     "distance", "term", "features", "ptr", "other", "number", "pq", "filter", "gamma1", "beta1", "weight", "bias",
-    "mean1", "var1", "gamma2", "beta2", "scale2", "shift2", "mean2", "rstd2", "h", "m", "grad", "d_m", "x",
-    "row_weight", "degree", "a", "c1", "c2", "by_receiver", "by_sender", "product", "totals", "more_totals", "e_sum",
-    "e_gram", "out", "out_m", "out_x", "out_degree", "out_gamma", "out_filter", "out_edge",
+    "mean1", "var1", "gamma2", "beta2", "mean2", "var2", "h", "m", "grad", "d_m", "x", "row_weight", "degree", "a",
+    "c1", "c2", "count", "by_receiver", "by_sender", "product", "totals", "more_totals", "e_sum", "e_gram", "out",
+    "out_m", "out_x", "out_degree", "out_gamma", "out_filter", "out_edge",
 )  # fmt: skip
 """The pointers of ``DeviceConv`` in csrc/cuda/conv.h, in their order."""
 SIZES = ("n_rows", "n_edges", "n_features", "F", "width", "programs", "stride", "columns", "relaxed")
@@ -65,6 +65,10 @@ def _more(x: Tensor, parts: int) -> Tensor:
 
 def _rows(n: int, width: int) -> dict[str, Any]:
     return {"n_rows": n, "F": width, "width": width + -width % _CHUNK, "programs": _programs(n)}
+
+
+def _norm(layer: Layer) -> dict[str, Tensor]:
+    return {"gamma2": layer.gamma2, "beta2": layer.beta2, "mean2": layer.mean2, "var2": layer.var2}
 
 
 class _Scaled:
@@ -164,9 +168,8 @@ class Kernels(_Kernels):
     def gate_sum(
         cls, m: Tensor | None, out: Tensor | None, h: Tensor, linear: Any, layer: Layer, edges: _Edges
     ) -> None:
-        scale, shift, _ = _finish(layer) if out is not None else (None, None, None)
         _call(
-            "gate_sum", cls._sizes(edges, h.shape[1]), out_m=m, out=out, h=h, scale2=scale, shift2=shift,
+            "gate_sum", cls._sizes(edges, h.shape[1], eps=layer.eps2), out_m=m, out=out, h=h, **_norm(layer),
             **cls._layer(linear, layer), **cls._edges(edges),
         )  # fmt: skip
 
@@ -182,26 +185,26 @@ class Kernels(_Kernels):
         return found[0], found[1]
 
     @staticmethod
-    def finish_backward(grad: Tensor, h: Tensor, m: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
-        scale, shift, rstd = _finish(layer)
-        sizes = _rows(*h.shape)
-        du, sums = torch.empty_like(h), h.new_empty(2, sizes["programs"], h.shape[1])
-        _call(
-            "finish_backward", sizes, out=du, out_x=sums, grad=grad, h=h, m=m, scale2=scale, shift2=shift,
-            mean2=layer.mean2, rstd2=rstd,
-        )  # fmt: skip
-        return du, sums
+    def backward_messages(
+        grad: Tensor, h: Tensor, m: Tensor, layer: Layer, row_weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        sizes, norm = {**_rows(*h.shape), "eps": layer.eps2}, _norm(layer)
+        (du, dm), sums = (torch.empty_like(h) for _ in range(2)), h.new_empty(2, sizes["programs"], h.shape[1])
+        given = None if layer.train2 else dm
+        _call("finish_backward", sizes, out=du, out_m=given, out_x=sums, grad=grad, h=h, m=m, **norm)
+        d_beta, d_gamma = sums.sum(1)
+        if layer.train2:
+            sizes |= {"stride": h.shape[1], "columns": h.shape[1]}
+            _call(
+                "correct", sizes, out=dm, grad=du, x=m, row_weight=row_weight, c1=d_beta, c2=d_gamma,
+                count=row_weight.sum(), **norm,
+            )  # fmt: skip
+        return du, dm, d_gamma, d_beta
 
     @staticmethod
-    def correct(
-        out: Tensor, d: Tensor, x: Tensor, degree: Tensor | None, row_weight: Tensor, a: Tensor, c1: Tensor, c2: Tensor,
-        mean: Tensor | None = None, rstd: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        n, columns = x.shape
-        _call(
-            "correct", {"n_rows": n, "stride": d.shape[1], "columns": columns}, out=out, grad=d, x=x, degree=degree,
-            row_weight=row_weight, a=a, c1=c1, c2=c2, mean2=mean, rstd2=rstd,
-        )  # fmt: skip
+    def correct(d_pq: Tensor, x: Tensor, degree: Tensor, row_weight: Tensor, a: Tensor, c1: Tensor, c2: Tensor) -> None:
+        sizes = {**_rows(len(x), 0), "stride": d_pq.shape[1], "columns": x.shape[1]}
+        _call("correct", sizes, out=d_pq, grad=d_pq, x=x, degree=degree, row_weight=row_weight, a=a, c1=c1, c2=c2)
 
     @classmethod
     def backward_receivers(

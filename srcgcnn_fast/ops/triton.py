@@ -279,24 +279,31 @@ class _Kernels:
         return mean, var
 
     @staticmethod
-    def finish_backward(grad: Tensor, h: Tensor, m: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
-        """Gradient at h + bn2(m), (N, F), and parts of its sums and of those times normalised m, (2, parts, F)."""
+    def backward_messages(
+        grad: Tensor, h: Tensor, m: Tensor, layer: Layer, row_weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients at h + bn2(m) and at m, (N, F), and of gamma2 and beta2."""
         n, width = h.shape
         scale, shift, rstd = _finish(layer)
         launch = _Launch("backward_finish", n, share=True, BF=width)
         du, sums = torch.empty_like(h), h.new_empty(2, launch.programs, width)
         launch(du, sums[0], sums[1], grad, h, m, scale, shift, layer.mean2, rstd, n, F=width)
-        return du, sums
+        d_beta, d_gamma = sums.sum(1)
+        if not layer.train2:
+            return du, du * scale, d_gamma, d_beta
+        dm = torch.empty_like(h)
+        c1, c2 = torch.stack([d_beta, d_gamma]) / row_weight.sum()
+        _Launch("correct_rows", n, BF=width)(
+            dm, du, m, None, row_weight, scale, c1, c2, layer.mean2, rstd, n, STRIDE=width, C=width
+        )
+        return du, dm, d_gamma, d_beta
 
     @staticmethod
-    def correct(
-        out: Tensor, d: Tensor, x: Tensor, degree: Tensor | None, row_weight: Tensor, a: Tensor, c1: Tensor, c2: Tensor,
-        mean: Tensor | None = None, rstd: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        """out = a (d - w (degree c1 + c2 (x - mean) rstd)) in the first columns, as many as those of ``x``."""
+    def correct(d_pq: Tensor, x: Tensor, degree: Tensor, row_weight: Tensor, a: Tensor, c1: Tensor, c2: Tensor) -> None:
+        """d <- a (d - w (degree c1 + c2 x)), d the first half of ``d_pq`` (N, 4F)."""
         n, columns = x.shape
         _Launch("correct_rows", n, BF=columns)(
-            out, d, x, degree, row_weight, a, c1, c2, mean, rstd, n, STRIDE=d.shape[1], C=columns
+            d_pq, d_pq, x, degree, row_weight, a, c1, c2, None, None, n, STRIDE=2 * columns, C=columns
         )
 
     @staticmethod
@@ -456,21 +463,6 @@ def conv(
     return out, m, used[0], used[1], used[2], used[3]
 
 
-def _backward_messages(
-    grad: Tensor, h: Tensor, m: Tensor, layer: Layer, row_weight: Tensor, run: type[_Kernels]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients at h + bn2(m) and at m, (N, F), and of gamma2 and beta2."""
-    scale, _, rstd = _finish(layer)
-    du, sums = run.finish_backward(grad, h, m, layer)
-    d_beta, d_gamma = sums.sum(1)
-    if not layer.train2:
-        return du, du * scale, d_gamma, d_beta
-    dm = torch.empty_like(h)
-    c1, c2 = torch.stack([d_beta, d_gamma]) / row_weight.sum()
-    run.correct(dm, du, m, None, row_weight, scale, c1, c2, layer.mean2, rstd)
-    return du, dm, d_gamma, d_beta
-
-
 def _edge_gradient(dz: Tensor, layer: Layer, graph: Graph, width: int) -> Tensor:
     """Gradient of the features (E, K), or of the distances (E,), from that at z."""
     de = dz @ layer.weight[:, 2 * width :]
@@ -509,7 +501,7 @@ def conv_backward(
     x_rows = h.new_empty(n, 2 * width) if layer.train1 else None
     dy = h.new_empty(edges.n_edges, 2 * width) if edge_grad else None
     a = layer.gamma1 * linear.rstd
-    du, dm, d_gamma2, d_beta2 = _backward_messages(grad, h, m, layer, moments.row_weight, run)
+    du, dm, d_gamma2, d_beta2 = run.backward_messages(grad, h, m, layer, moments.row_weight)
     d_gamma1, d_beta1, d_filter = run.backward_receivers(d_pq, x_rows, dy, dm, linear, layer, edges)
     correction: tuple[Tensor | None, ...] = (None,) * 4
     if x_rows is not None:
@@ -517,7 +509,7 @@ def conv_backward(
         c1, c2 = torch.stack([d_beta1, d_gamma1]) / (moments.row_weight @ degree)
         correction = c1, c2, moments.row_weight, moments.in_degree
         d_filter = d_filter - run.filter_correction(linear, edges, moments, c1, c2)
-        run.correct(d_pq, d_pq, x_rows, degree, moments.row_weight, a, c1, c2)
+        run.correct(d_pq, x_rows, degree, moments.row_weight, a, c1, c2)
     else:
         d_pq[:, : 2 * width] *= a
     del x_rows

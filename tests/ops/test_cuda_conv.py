@@ -70,7 +70,7 @@ def test_convolution(kind, training):
 
 @pytest.mark.parametrize(("width", "n_features"), [(64, 41), (7, 41), (1, 3), (33, 5), (48, 9), (128, 60), (20, 130)])
 def test_any_width_and_number_of_gaussians(width, n_features):
-    kind, seeds = ("weighted", range(6 if width == 1 else 2)) if width < 8 else ("isolated", range(4))
+    kind, seeds = ("weighted", range(30 if width == 1 else 4)) if width < 8 else ("isolated", range(8))
     compare([Problem(kind, width, n_features, seed=seed) for seed in seeds], (True, True))
 
 
