@@ -442,7 +442,7 @@ SRCGCNN_DEVICE void add_product(Sums& sums, const float* left, const float* righ
   }
 }
 
-// The warps' sums added up in their order, in shared memory (48, 64), for the block.
+// The warps' sums added up in their order, in shared memory (48, 64), for the block, in the place of what it held.
 SRCGCNN_DEVICE void add_warps(float* total, const Sums& sums) {
   const int group = lane_of() / 4, in_group = lane_of() % 4;
   for (int warp = 0; warp < kWarps; ++warp) {
@@ -521,7 +521,6 @@ __global__ void __launch_bounds__(kThreads, 2) backward_receivers(const DeviceCo
       __syncwarp();
     }
   }
-  __syncthreads();
   float *total = shared + kVectors, *lanes = total + kTerms * 2 * kChunk;
   add_warps(total, sums);
   for (int k = int(threadIdx.x); k < kTerms * 2 * kChunk; k += kThreads) {
@@ -676,7 +675,7 @@ __global__ void __launch_bounds__(kThreads, 8) edge_statistics(const DeviceConv 
   if (threadIdx.x == 0) {
     const double shift = sums[kThreads], var = sums[0] / count - shift * shift;
     g.out[n] = float(sums[2 * kThreads] + shift);
-    g.out[2 * F + n] = var < 0 ? 0.0f : float(var);
+    g.out_x[n] = var < 0 ? 0.0f : float(var);
   }
 }
 
@@ -760,7 +759,6 @@ __global__ void __launch_bounds__(kThreads, 2) edge_gram(const DeviceConv g) {
       __syncwarp();
     }
   }
-  __syncthreads();
   float* total = shared + kVectors;
   add_warps(total, sums);
   for (int k = int(threadIdx.x); k < kTerms * 2 * kChunk; k += kThreads) {
@@ -785,8 +783,8 @@ __global__ void __launch_bounds__(kThreads) finish(const DeviceConv g) {
     g.out[at] = finished(g.h[at], g.m[at], norm.scale, norm.shift);
   }
   if (program == 0 && warp_of() == 0) {
-    g.out_x[channel] = float(mean);
-    g.out_x[g.F + channel] = float(var);
+    g.out_m[channel] = float(mean);
+    g.out_x[channel] = float(var);
   }
 }
 

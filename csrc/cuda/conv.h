@@ -51,13 +51,13 @@ struct DeviceConv {
 //                where those are given; u = row_weight, with ptr times the row's number of edges; v = degree, or 0
 // gram_rows      with c = totals[0] / totals[3], the mean of h_i over the edges, and e less its mean: out_x (N, F) = h - c;
 //                out (N, P): w degree (h - c), w sum_j (h_j - c), in_degree (h - c), w sum_j e, sum_i w_i e, w degree, in_degree
-// edge_statistics  out (2, 2F): mean and biased variance of z = [h_i, h_j, e_ij] weight^T over the edges
+// edge_statistics  out, out_x (2F): mean and biased variance of z = [h_i, h_j, e_ij] weight^T over the edges
 // scale_weights  with rstd = 1 / sqrt(var1 + eps): out (4W, F) and out_x (4W), the weights and the shift of pq; out_edge
 //                (K, 2F) = w_e rstd; out_filter, the same as `filter` has it; out_gamma (2F) = rstd
 // gate_sum       out_m (N, F) = m_i = sum_j sigmoid(y[:F]) softplus(y[F:]), y = gamma1 x + beta1; out (N, F) =
 //                softplus(h + bn2(m)); either may be null
-// finish         out = softplus(h + bn2(m)), out_x (2, F): mean and biased variance of m, from totals (of m) and more_totals
-//                (of m less their mean)
+// finish         out = softplus(h + bn2(m)), out_m, out_x (F): mean and biased variance of m, from totals (of m) and
+//                more_totals (of m less their mean)
 // finish_backward  out (N, F) = du, the gradient at h + bn2(m), out_m = scale du or null; out_x (2, programs, F): sums of du
 //                and of du times m normalised
 // correct        out = a (grad - w (degree c1 + c2 x)): rows of `columns` numbers, `stride` apart, those of x together;

@@ -7,7 +7,8 @@ PyTorch may; storage is float32 also where bfloat16 is allowed.
 from __future__ import annotations
 
 import contextlib
-from functools import partial
+import logging
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from . import triton
 from .cpu import Layer, Moments
 from .registry import core
 from .triton import _Edges, _Kernels, _precision, transposed
+
+logger = logging.getLogger(__name__)
 
 PROGRAMS = 264
 """Blocks that share out rows where partial sums are kept, two for each multiprocessor of an H200; a constant, so that
@@ -35,8 +38,13 @@ SIZES = ("n_rows", "n_edges", "n_features", "F", "width", "programs", "stride", 
 NUMBERS = ("dmin", "inverse_step", "eps")
 
 
+@cache
 def native() -> Any:
     """The compiled functions."""
+    logger.warning(
+        "The CUDA kernels for training compile and pass their tests on a CPU but have not been tried on a GPU yet; "
+        "SRCGCNN_FAST_BACKEND=reference avoids them."
+    )
     return core
 
 
@@ -133,14 +141,14 @@ class Kernels(_Kernels):
         given: dict[str, Tensor | None] = {"totals": cls._column_sums(h, moments.row_weight, **graph)}
         given |= {"e_sum": moments.sum, "e_gram": moments.gram}
         rows, sizes = h.new_empty(n, 3 * width + 2 * k + 2), cls._sizes(edges, width)
-        centred, found = torch.empty_like(h), h.new_empty(2, 2 * width)
+        centred, mean, var = torch.empty_like(h), *(h.new_empty(2 * width) for _ in range(2))
         _call(
             "gram_rows", sizes, out=rows, out_x=centred, h=h, row_weight=moments.row_weight,
             degree=moments.in_degree, by_receiver=moments.by_receiver, by_sender=moments.by_sender, **given, **graph,
         )  # fmt: skip
         product = centred.T @ rows
-        _call("edge_statistics", sizes, out=found, product=product, weight=weight, **given)
-        return found[0], found[1]
+        _call("edge_statistics", sizes, out=mean, out_x=var, product=product, weight=weight, **given)
+        return mean, var
 
     @staticmethod
     def filter_correction(linear: Any, edges: _Edges, moments: Moments, c1: Tensor, c2: Tensor) -> Tensor:
@@ -175,14 +183,14 @@ class Kernels(_Kernels):
 
     @classmethod
     def finish(cls, out: Tensor, h: Tensor, m: Tensor, layer: Layer, row_weight: Tensor) -> tuple[Tensor, Tensor]:
-        found = h.new_empty(2, h.shape[1])
+        mean, var = (h.new_empty(h.shape[1]) for _ in range(2))
         totals = cls._column_sums(m, row_weight)
         more = cls._column_sums(m, row_weight, totals=totals)
         _call(
-            "finish", {**_rows(*m.shape), "eps": layer.eps2}, out=out, out_x=found, h=h, m=m, gamma2=layer.gamma2,
-            beta2=layer.beta2, totals=totals, more_totals=more,
+            "finish", {**_rows(*m.shape), "eps": layer.eps2}, out=out, out_m=mean, out_x=var, h=h, m=m,
+            gamma2=layer.gamma2, beta2=layer.beta2, totals=totals, more_totals=more,
         )  # fmt: skip
-        return found[0], found[1]
+        return mean, var
 
     @staticmethod
     def backward_messages(

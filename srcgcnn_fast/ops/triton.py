@@ -451,9 +451,10 @@ def conv(
     _check("h", h, (edges.n_rows, width), h.dtype, h.device)
     _check_layer(layer, width, edges.n_features, h.device)
     out, m = torch.empty_like(h), torch.empty_like(h)
-    used = [x.clone() for x in layer[6:10]]
     if n == 0:
-        return out, m, used[0], used[1], used[2], used[3]
+        return out, m, *(x.clone() for x in layer[6:10])  # type: ignore[return-value]
+    trains = (layer.train1,) * 2 + (layer.train2,) * 2
+    used = [x if replaced else x.clone() for x, replaced in zip(layer[6:10], trains, strict=True)]
     if layer.train1:
         used[:2] = run.statistics(h, layer.weight, edges, moments)
     layer = layer._replace(mean1=used[0], var1=used[1])
