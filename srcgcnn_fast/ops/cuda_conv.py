@@ -48,15 +48,19 @@ def native() -> Any:
     return core
 
 
+_AT = {name: k for k, name in enumerate(FIELDS)}
+
+
 def _call(name: str, sizes: dict[str, Any], **tensors: Tensor | None) -> None:
     """Launch a kernel; ``tensors`` under their names in FIELDS, ``sizes`` under those in SIZES and NUMBERS."""
-    assert not tensors.keys() - set(FIELDS) and not sizes.keys() - set(SIZES + NUMBERS)
-    device = next(x.device for x in tensors.values() if x is not None)
-    given = [0 if (x := tensors.get(field)) is None else x.data_ptr() for field in FIELDS]
+    given, device = [0] * len(FIELDS), torch.device("cpu")
+    for field, x in tensors.items():
+        if x is not None:
+            given[_AT[field]], device = x.data_ptr(), x.device
+    whole, real = ([sizes.get(size, 0) for size in names] for names in (SIZES, NUMBERS))
     # a launch goes to the current device of the thread, which need not be the tensors'
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        whole, real = ([sizes.get(size, 0) for size in names] for names in (SIZES, NUMBERS))
         native().cuda_conv(name, given, whole, tuple(map(float, real)), stream)
 
 

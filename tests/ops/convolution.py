@@ -38,6 +38,7 @@ class Problem:
             "isolated": np.array([0, 3, 0, 0, 5, 0]),
             "no edges": np.zeros(3, int),
             "long": np.arange(300) % 9,
+            "large": np.full(500, 12),
             "nothing": np.zeros(0, int),
         }[kind]
         n, e, c = len(degrees), int(degrees.sum()), 2 * width

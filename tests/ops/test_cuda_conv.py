@@ -90,6 +90,10 @@ def test_more_rows_than_all_programs_take_at_once(monkeypatch, training):
     compare([problem], training)
 
 
+def test_six_thousand_edges():
+    compare([Problem("large", 64, 41)], (True, True))
+
+
 def test_bits_do_not_depend_on_the_gpu(library):
     """Nor on the order of its warps and blocks: the order would show a missing barrier."""
     for features, training in itertools.product((False, True), TRAINING[:2]):
