@@ -97,6 +97,11 @@ def _precision() -> str:
     return "tf32" if precision.tf32_is_allowed() else "tf32x3"
 
 
+def _storage() -> torch.dtype:
+    """Of rows and edge terms."""
+    return torch.bfloat16 if precision.bfloat16_is_allowed() else torch.float32
+
+
 def _blocks(n: int, size: int) -> int:
     return -(-n // size)
 
@@ -216,13 +221,8 @@ class _Kernels:
     """The launches of a convolution; ``ops/cuda_conv.py`` has others under the same names."""
 
     @staticmethod
-    def storage() -> torch.dtype:
-        """Of rows and edge terms."""
-        return torch.bfloat16 if precision.bfloat16_is_allowed() else torch.float32
-
-    @staticmethod
     def linear(h: Tensor, layer: Layer, edges: _Edges) -> _Linear:
-        return _Linear(h, layer, edges, _Kernels.storage())
+        return _Linear(h, layer, edges, _storage())
 
     @staticmethod
     def statistics(h: Tensor, weight: Tensor, edges: _Edges, moments: Moments) -> tuple[Tensor, Tensor]:
@@ -543,7 +543,7 @@ def stack(h: Tensor, layers: Sequence[Layer], graph: Graph, species: Tensor | No
         _check_layer(layer, width, edges.n_features, h.device)
     if n == 0 or not layers:
         return h.clone()
-    pq = h.new_empty(n, 4 * width, dtype=_Kernels.storage())
+    pq = h.new_empty(n, 4 * width, dtype=_storage())
     buffers = [torch.empty_like(h) for _ in range(min(2, len(layers)))]
     for t, layer in enumerate(layers):
         linear = _Linear(h, layer, edges, pq.dtype, out=pq)

@@ -170,13 +170,9 @@ def test_use_precision_sets_and_restores_what_pytorch_reads():
     with sf.use_precision("bfloat16"):
         assert matmul.allow_tf32 and precision.bfloat16_is_allowed() and backend._precision() == "tf32"
         with sf.use_precision("float32"):
-            assert (
-                not matmul.allow_tf32
-                and backend._precision() == "tf32x3"
-                and backend._Kernels.storage() == torch.float32
-            )
-        assert matmul.allow_tf32 and backend._Kernels.storage() == torch.bfloat16
-    assert matmul.allow_tf32 == before and backend._Kernels.storage() == torch.float32
+            assert not matmul.allow_tf32 and backend._precision() == "tf32x3" and backend._storage() == torch.float32
+        assert matmul.allow_tf32 and backend._storage() == torch.bfloat16
+    assert matmul.allow_tf32 == before and backend._storage() == torch.float32
     with (
         pytest.raises(sf.InputError, match="no precision 'half'; choose one of float32, tf32, bfloat16"),
         sf.use_precision("half"),
