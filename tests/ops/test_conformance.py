@@ -61,8 +61,20 @@ def problem(batch, width: int, n_features: int, dtype: torch.dtype, seed: int = 
     return batch, leaves, [b.to(dtype) for b in buffers], upstream.to(dtype)
 
 
+def where(backend: str) -> str:
+    return "cpu" if backend in ("cpu", "reference") else "cuda"
+
+
+def dtypes(backend: str) -> tuple[torch.dtype, ...]:
+    """Those that it takes."""
+    return (torch.float64, torch.float32) if where(backend) == "cpu" else (torch.float32,)
+
+
 def run(backend: str, batch, leaves, buffers, upstream, training: tuple[bool, bool]):
-    buffers = [b.clone() for b in buffers]
+    device = where(backend)
+    batch, upstream = batch.to(device), upstream.to(device)
+    leaves = {name: x.detach().to(device).requires_grad_() for name, x in leaves.items()}
+    buffers = [b.to(device, copy=True) for b in buffers]
     batch.cache.clear()
     bn1 = BatchNorm(leaves["gamma1"], leaves["beta1"], buffers[0], buffers[1], training[0])
     bn2 = BatchNorm(leaves["gamma2"], leaves["beta2"], buffers[2], buffers[3], training[1])
@@ -72,7 +84,7 @@ def run(backend: str, batch, leaves, buffers, upstream, training: tuple[bool, bo
     results = {"out": out.detach(), **{f"grad {k}": g for k, g in zip(leaves, grads, strict=True)}}
     for name, b in zip(("mean1", "var1", "mean2", "var2"), buffers, strict=True):
         results[name] = b
-    return results
+    return {name: x.cpu() for name, x in results.items()}
 
 
 def compare(backend, batch, width, n_features, dtype, training, seeds=(0,), features=False):
@@ -103,20 +115,22 @@ def compare(backend, batch, width, n_features, dtype, training, seeds=(0,), feat
 def test_gated_conv(backend, make_batch, kind, training, dtype):
     if kind in ("one atom", "no edges") and any(training):
         pytest.skip("batch norm cannot train on it; test_functional says so")
+    if dtype not in dtypes(backend):
+        pytest.skip(f"{backend} takes float32")
     compare(backend, make_batch(kind, seed=3), 16, 41, dtype, training)
 
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize(("width", "n_features"), [(64, 41), (8, 41), (7, 41), (1, 3), (33, 5), (48, 9), (128, 60)])
 def test_any_width_and_number_of_gaussians(backend, make_batch, width, n_features):
-    for dtype in (torch.float64, torch.float32):
+    for dtype in dtypes(backend):
         seeds = range(8) if width < 8 else (0,)
         compare(backend, make_batch("weighted", seed=5), width, n_features, dtype, (True, True), seeds)
 
 
 @pytest.mark.parametrize("backend", FAST)
 def test_generic_edge_features(backend, make_batch):
-    for dtype in (torch.float64, torch.float32):
+    for dtype in dtypes(backend):
         compare(backend, make_batch("weighted", seed=6), 16, 23, dtype, (True, True), features=True)
 
 
@@ -132,18 +146,20 @@ def test_a_hundred_thousand_edges(backend, make_batch):
 def test_gradient_of_the_edges(backend, make_batch, features):
     batch, leaves, buffers, upstream = problem(make_batch("ragged", seed=8), 12, 41, torch.float64, features=features)
     grads = []
-    for name in ("reference", backend):
-        edge = (batch.edge_features if features else batch.distance).detach().clone().requires_grad_()
+    for name, dtype in (("reference", torch.float64), (backend, dtypes(backend)[0])):
+        moved, to = batch.to(where(name), dtype), {"device": where(name), "dtype": dtype}
+        edge = (moved.edge_features if features else moved.distance).detach().clone().requires_grad_()
         if features:
-            batch.edge_features = edge
+            moved.edge_features = edge
         else:
-            batch.distance = edge
-        bn1 = BatchNorm(leaves["gamma1"], leaves["beta1"], *buffers[:2])
-        bn2 = BatchNorm(leaves["gamma2"], leaves["beta2"], *buffers[2:])
+            moved.distance = edge
+        h, weight, bias, *affine = (x.detach().to(**to) for x in leaves.values())
+        state = [x.to(**to) for x in buffers]
+        bn1, bn2 = BatchNorm(*affine[:2], *state[:2]), BatchNorm(*affine[2:], *state[2:])
         with sf.use_backend(name):
-            out = functional.gated_conv(leaves["h"], batch, leaves["weight"], leaves["bias"], bn1, bn2)
-            grads.append(torch.autograd.grad((out * upstream).sum(), edge)[0])
-    assert relative(grads[1], grads[0]) < 1e-12
+            out = functional.gated_conv(h, moved, weight, bias, bn1, bn2)
+            grads.append(torch.autograd.grad((out * upstream.to(**to)).sum(), edge)[0].cpu())
+    assert relative(grads[1], grads[0]) < (1e-12 if where(backend) == "cpu" else 1e-5)
 
 
 @pytest.mark.parametrize("most", [27, 700], ids=["powers", "sums"])
