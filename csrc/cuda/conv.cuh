@@ -325,19 +325,16 @@ SRCGCNN_DEVICE void gradients(float* x_tile, float* dy_tile, Values& x, const De
   for (int half = 0; half < 2; ++half) {
     int64_t own, other;
     const bool there = ends_of(task, e, half, own, other);
-    const bool live = edge_of(half) < e.count;
     const int64_t p_row = kBySender ? other : own, q_row = kBySender ? own : other;
     const float weight = kBySender && g.row_weight && there ? g.row_weight[other] : 1.0f;
 #pragma unroll
     for (int four = 0; four < 2; ++four) {
       const int c = channel_of(four), column = chunk * kChunk + c;
       auto &x_f = x.filter[half][four], &x_c = x.core[half][four];
-      Channels<4> upstream = {};
+      Channels<4> upstream = {};  // which times the NaN of an edge that must not be followed is NaN
       if (there) {
         add_ends(x_f, x_c, g, p_row, q_row, column);
         upstream = load<4>(g.d_m + p_row * g.width + column);
-      } else if (live) {
-        upstream.x[0] = upstream.x[1] = upstream.x[2] = upstream.x[3] = 1.0f;  // times the NaN of r
       }
       float y_f[4], y_c[4];
       scaled(y_f, y_c, x_f, x_c, vectors + c);
