@@ -528,7 +528,9 @@ def _parser() -> argparse.ArgumentParser:
         "--seeds", metavar="N", type=int, nargs="+", help="train with each of these: a report with deviations"
     )
     sub.add_argument(
-        "--study", metavar="FILE", help="a YAML file of variants and recipes, or one of ours by name: paper, search"
+        "--study",
+        metavar="FILE",
+        help="a YAML file of variants and recipes, or one of ours by name: paper, search, search-muon",
     )
     sub.set_defaults(defaults={action.dest: action.default for action in sub._actions})
 
