@@ -51,12 +51,21 @@ inline const StackFunctions& stack_functions(int width) {
 // graph: distance, term of the edges, sender, row_ptr, crystal_ptr.
 inline DeviceGraph device_graph(const std::vector<uintptr_t>& a, const std::tuple<int64_t, int64_t, int64_t, int>& s,
                                 const std::tuple<double, double>& basis) {
-  return {reinterpret_cast<const float*>(a.at(0)),   reinterpret_cast<const float*>(a.at(1)),
+  return {reinterpret_cast<const float*>(a.at(0)),   reinterpret_cast<const void*>(a.at(1)),
           reinterpret_cast<const int32_t*>(a.at(2)), reinterpret_cast<const int32_t*>(a.at(3)),
           reinterpret_cast<const int32_t*>(a.at(4)), std::get<0>(s),
           std::get<1>(s),                            std::get<2>(s),
           std::get<3>(s),                            float(std::get<0>(basis)),
           float(std::get<1>(basis))};
+}
+
+// F, steps, features of an edge, precision, shared, rows and columns of the table that is embedded, then of the readout F
+// and what each map gives; none of these: the rows leave.
+inline DevicePlan device_plan(const std::vector<int>& p) {
+  DevicePlan plan{p.at(0), p.at(1), p.at(2), p.at(3), p.at(4), p.at(5), p.at(6), int(p.size()) - 8, {}};
+  if (plan.n_readout > kMostReadout) throw std::runtime_error("too many layers in the readout");
+  for (int l = 0; l <= plan.n_readout; ++l) plan.readout[l] = p.at(7 + l);
+  return plan;
 }
 
 // A function of conv.h by its name; pointers, sizes and numbers in the order of DeviceConv.
@@ -84,36 +93,50 @@ inline void bind_cuda(nanobind::module_& m) {
   using Basis = std::tuple<double, double>;
   m.def("cuda_problem", &cuda_problem);
   m.def("cuda_conv", &conv_function);
-  m.def("cuda_prepared_size", [](int width, int n_features, int n_steps, bool shared) {
-    return stack_functions(width).prepared_size(n_features, n_steps, shared);
+  using Plan = std::vector<int>;
+  m.def("cuda_prepared_size", [](int width, const Plan& p) {
+    const auto plan = device_plan(p);
+    return stack_functions(width).prepared_size(&plan);
   });
-  m.def("cuda_filter_at", [](int width) { return stack_functions(width).filter_at(); });
-  m.def("cuda_scratch_size", [](int width, int64_t n_rows) {
+  m.def("cuda_filter_at", [](int width, const Plan& p) {
+    const auto plan = device_plan(p);
+    return stack_functions(width).filter_at(&plan);
+  });
+  m.def("cuda_scratch_size", [](int width, const Plan& p, int64_t n_rows) {
+    const auto plan = device_plan(p);
     int64_t size = 0;
-    raise_if(stack_functions(width).scratch_size(&size, n_rows));
+    raise_if(stack_functions(width).scratch_size(&size, &plan, n_rows));
     return size;
   });
-  m.def("cuda_prepare", [](int width, uintptr_t prepared, const std::vector<Addresses>& layers,
-                           const std::vector<Basis>& eps, bool shared, int F, const Addresses& g, Sizes s, Basis b,
+  // ends: the table, weight and bias of the embedding, then those of each map of the readout.
+  m.def("cuda_prepare", [](int width, uintptr_t prepared, const Plan& p, const std::vector<Addresses>& layers,
+                           const std::vector<Basis>& eps, const Addresses& ends, const Addresses& g, Sizes s, Basis b,
                            uintptr_t stream) {
     std::vector<DeviceLayer> given;
     for (size_t t = 0; t < layers.size(); ++t) {
-      const auto p = [&](int k) { return reinterpret_cast<const float*>(layers[t].at(k)); };
-      given.push_back({p(0), p(1), p(2), p(3), p(4), p(5), p(6), p(7), p(8), p(9), std::get<0>(eps.at(t)),
+      const auto q = [&](int k) { return reinterpret_cast<const float*>(layers[t].at(k)); };
+      given.push_back({q(0), q(1), q(2), q(3), q(4), q(5), q(6), q(7), q(8), q(9), std::get<0>(eps.at(t)),
                        std::get<1>(eps.at(t))});
     }
+    const auto at = [&](size_t k) { return reinterpret_cast<const float*>(ends.at(k)); };
+    const auto plan = device_plan(p);
+    const DeviceDense embedding{at(1), at(2)};
+    std::vector<DeviceDense> readout;
+    for (int l = 0; l < plan.n_readout; ++l) readout.push_back({at(3 + 2 * l), at(4 + 2 * l)});
     const auto graph = device_graph(g, s, b);
-    raise_if(stack_functions(width).prepare(reinterpret_cast<float*>(prepared), given.data(), int(given.size()), shared,
-                                            F, &graph, reinterpret_cast<void*>(stream)));
+    raise_if(stack_functions(width).prepare(reinterpret_cast<float*>(prepared), &plan, given.data(), at(0), &embedding,
+                                            readout.data(), &graph, reinterpret_cast<void*>(stream)));
   });
   m.def("cuda_stack", [](int width, uintptr_t out, uintptr_t scratch, std::tuple<uintptr_t, uintptr_t, int64_t> h,
-                         uintptr_t prepared, int n_steps, bool shared, int F, bool relaxed, const Addresses& g, Sizes s,
-                         Basis b, uintptr_t stream) {
+                         uintptr_t row_weight, uintptr_t prepared, const Plan& p, const Addresses& g, Sizes s, Basis b,
+                         uintptr_t stream) {
     const DeviceFeatures features{reinterpret_cast<const float*>(std::get<0>(h)),
                                   reinterpret_cast<const int32_t*>(std::get<1>(h)), std::get<2>(h)};
+    const auto plan = device_plan(p);
     const auto graph = device_graph(g, s, b);
     raise_if(stack_functions(width).stack(reinterpret_cast<float*>(out), reinterpret_cast<float*>(scratch), &features,
-                                          reinterpret_cast<const float*>(prepared), n_steps, shared, F, relaxed, &graph,
+                                          reinterpret_cast<const float*>(row_weight),
+                                          reinterpret_cast<const float*>(prepared), &plan, &graph,
                                           reinterpret_cast<void*>(stream)));
   });
 }

@@ -42,6 +42,18 @@ SRCGCNN_DEVICE void mma(float (&d)[4], const float (&a)[4], const float (&b)[2])
       : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
         "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
 }
+// Both as bfloat16, nearest, ties to even: `low` in the lower half.
+SRCGCNN_DEVICE uint32_t to_bfloat16(float low, float high) {
+  uint32_t y;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+// The same for one (16, 16) tile a and one (16, 8) tile b of bfloat16, two numbers a word.
+SRCGCNN_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
 }  // namespace device
 #endif
 
@@ -74,6 +86,19 @@ struct DeviceMath {
 SRCGCNN_DEVICE int lane_of() { return int(threadIdx.x) & 31; }
 SRCGCNN_DEVICE int warp_of() { return int(threadIdx.x) >> 5; }
 
+struct Bfloat16 {
+  uint16_t bits;
+};
+// How numbers that edges read are stored.
+template <bool kHalf>
+struct Storage {
+  using type = float;
+};
+template <>
+struct Storage<true> {
+  using type = Bfloat16;
+};
+
 // V neighbouring channels, read and written at once.
 template <int V>
 struct alignas(4 * V) Channels {
@@ -87,6 +112,32 @@ template <int V>
 SRCGCNN_DEVICE void store(float* p, const Channels<V>& v) {
   *reinterpret_cast<Channels<V>*>(p) = v;
 }
+template <int V>
+struct alignas(2 * V) Halves {
+  uint16_t x[V];
+};
+template <int V>
+SRCGCNN_DEVICE Channels<V> load(const Bfloat16* p) {
+  const auto found = *reinterpret_cast<const Halves<V>*>(p);
+  Channels<V> v;
+#pragma unroll
+  for (int k = 0; k < V; ++k) v.x[k] = __uint_as_float(uint32_t(found.x[k]) << 16);
+  return v;
+}
+template <int V>
+SRCGCNN_DEVICE void store(Bfloat16* p, const Channels<V>& v) {
+  Halves<V> to;
+#pragma unroll
+  for (int k = 0; k < V; k += 2) {
+    const uint32_t both = device::to_bfloat16(v.x[k], k + 1 < V ? v.x[k + 1] : 0.0f);
+    to.x[k] = uint16_t(both);
+    if (k + 1 < V) to.x[k + 1] = uint16_t(both >> 16);
+  }
+  *reinterpret_cast<Halves<V>*>(p) = to;
+}
+// As it is after being stored.
+SRCGCNN_DEVICE float as_stored(const float*, float x) { return x; }
+SRCGCNN_DEVICE float as_stored(const Bfloat16*, float x) { return __uint_as_float(device::to_bfloat16(0.0f, x)); }
 
 // The first place of the ascending x (n) whose number is not below `value`; n if none. All lanes ask the same.
 SRCGCNN_DEVICE int first_not_below(const int* x, int n, int64_t value) {

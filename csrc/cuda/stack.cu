@@ -8,25 +8,28 @@ constexpr int W = SRCGCNN_WIDTH;
 
 const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
-// As many rows as the shape takes, in whole tiles, and terms of half as many distances, or more.
-template <int kWarps>
-Places<W> places_in(int numbers) {
-  Places<W> p;
-  p.rows = Shape<W, kWarps>::rows;
-  for (;; p.rows -= 16) {
-    const int shells = (numbers - Places<W>::fixed - p.rows * Places<W>::per_row) / Places<W>::per_shell;
-    p.shells = shells < 0 ? 0 : shells > kMostShells ? kMostShells : shells / 2 * 2;
-    if (2 * p.shells >= p.rows || p.rows == 16) return p;
+// A block's shared memory, and the rows of it.
+template <int kWarps, class T>
+struct Room {
+  using P = Places<W, T>;
+  int words, most, together;
+
+  // A crystal may fill it with rows. Several are joined while there is room for 15 distances to 4 rows, of which real
+  // crystals need 8 and their symmetry quotients 20; a distance without a place costs more than weights read more often.
+  void take(int bytes) {
+    constexpr int least = 16 * P::per_row + P::fixed;
+    words = bytes / 16 * 4 > least ? bytes / 16 * 4 : least;
+    most = together = Shape<W, kWarps>::rows;
+    while (most > 16 && most * P::per_row + P::fixed > words) most -= 16;
+    while (together > 16 && (together > most || 4 * P::of(together, words).shells < 15 * together)) together -= 16;
   }
-}
+};
 
-int bytes(const Places<W>& p) {
-  return 4 * (p.rows * Places<W>::per_row + p.shells * Places<W>::per_shell + Places<W>::fixed);
-}
-
+template <class T>
 struct Device {
   int processors;
-  Places<W> small, large;
+  Room<kSmall, T> small;
+  Room<kLarge, T> large;
 
   const char* ask() {
     int device = 0, per_processor = 0, reserved = 0;
@@ -35,13 +38,12 @@ struct Device {
     if (!error) error = cudaDeviceGetAttribute(&per_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
     if (!error) error = cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device);
     if (error) return message(error);
-    small = places_in<kSmall>((per_processor / Shape<W, kSmall>::blocks - reserved) / 4);
-    large = places_in<kLarge>((per_processor / Shape<W, kLarge>::blocks - reserved) / 4);
+    small.take(per_processor / Shape<W, kSmall>::blocks - reserved);
+    small.most = small.together;
+    large.take(per_processor / Shape<W, kLarge>::blocks - reserved);
     return nullptr;
   }
 };
-
-Prepared<W> layout(int n_features, int n_steps, bool shared) { return {n_features, shared ? 1 : n_steps, n_steps}; }
 
 template <class Kernel, class... Arguments>
 const char* launch(Kernel kernel, int64_t blocks, int threads, int size, void* stream, Arguments... arguments) {
@@ -51,40 +53,108 @@ const char* launch(Kernel kernel, int64_t blocks, int threads, int size, void* s
   return message(cudaGetLastError());
 }
 
-// Crystals with more than `least` and at most `places.rows` rows.
-template <int kWarps>
-const char* run_whole(Stack<W> s, const Places<W>& places, int least, int processors, void* stream) {
+// Numbers of a crystal between the readout's maps, in whole vectors; the smallest blocks have room for the widest.
+int widest(const DevicePlan& plan) {
+  int most = W;
+  for (int l = 1; l < plan.n_readout; ++l) most = plan.readout[l] > most ? plan.readout[l] : most;
+  return (most + 3) / 4 * 4;
+}
+static_assert(16 * Places<W, Bfloat16>::pq_stride / 2 + 2 * kSlots >= kParts * (W + 1) + 2 * kWidestReadout, "");
+
+// Of large crystals between their steps, in the scratch, up to where the widest vectors may begin.
+int64_t features_size(const DevicePlan& plan, int64_t n_rows) { return (n_rows * plan.F + 3) / 4 * 4; }
+
+// Crystals with more than `least` rows that have room.
+template <int kWarps, bool kHalf, class T>
+const char* run_whole(Stack<W, kHalf> s, const Room<kWarps, T>& room, int least, Finding asked, int processors,
+                      void* stream) {
   const int64_t rows = s.g.n_rows, most = int64_t(processors) * Shape<W, kWarps>::blocks;
-  s.places = places;
+  s.words = room.words;
   s.least = least;
+  s.asked = asked;
+  s.most = room.most;
+  s.together = room.together;
   // Few rows: a task for every block. Many: tasks of several blocks' rows, whose last block is seldom half empty.
-  const int64_t share = (rows + most - 1) / most, large = 4 * places.rows;
-  s.rows_per_task = int(share < large ? share : large);
-  s.n_tasks = int((rows + s.rows_per_task - 1) / s.rows_per_task);
-  return launch(whole_crystals<W, kWarps>, s.n_tasks < most ? s.n_tasks : most, Shape<W, kWarps>::threads,
-                bytes(places), stream, s);
+  const int64_t share = (rows + most - 1) / most, large = 4 * room.together;
+  s.rows_per_task = int(share > large ? large : share ? share : 1);
+  s.n_tasks = int(rows ? (rows + s.rows_per_task - 1) / s.rows_per_task : 1);
+  return launch(whole_crystals<W, kWarps, kHalf>, s.n_tasks < most ? s.n_tasks : most, Shape<W, kWarps>::threads,
+                4 * room.words, stream, s);
 }
 
-// Sizes are known on the device alone: where a crystal of a class may be there, its kernels look for it.
-const char* run(Stack<W> s, const Device& device, void* stream) {
+// Sizes are known on the device alone: where a crystal of a class may be there, its kernels ask whether it is.
+template <bool kHalf, class T>
+const char* run(Stack<W, kHalf> s, const Device<T>& device, void* stream) {
   const int64_t rows = s.g.n_rows, least = s.g.n_crystals > 1 ? 0 : rows;  // the largest crystal has at least so many
+  const bool few = s.g.n_crystals <= device.processors;  // a multiprocessor for each: all of its warps
   const char* error = nullptr;
-  if (least <= device.small.rows)
-    error = run_whole<kSmall>(s, device.small, -1, device.processors, stream);
-  if (!error && rows > device.small.rows && least <= device.large.rows)
-    error = run_whole<kLarge>(s, device.large, device.small.rows, device.processors, stream);
-  if (rows <= device.large.rows) return error;
-  s.places = device.small;
-  s.least = device.large.rows;
-  const int64_t tiles = (rows + s.places.rows - 1) / s.places.rows, most = device.processors * Shape<W, kSmall>::blocks;
-  const auto layer = [&](auto kernel, int t) {
-    return launch(kernel, tiles < most ? tiles : most, Shape<W, kSmall>::threads, bytes(s.places), stream, s, t);
+  if (!few && least <= device.small.most)
+    error = run_whole<kSmall>(s, device.small, -1, kNothing, device.processors, stream);
+  if (!error && (few || rows > device.small.most) && least <= device.large.most)
+    error = run_whole<kLarge>(s, device.large, few ? -1 : device.small.most, few ? kNothing : kLargerThanSmall,
+                              device.processors, stream);
+  if (rows <= device.large.most) return error;
+  s.words = device.small.words;
+  s.together = device.small.together;
+  s.least = device.large.most;
+  s.asked = kLargerThanAny;
+  const int64_t tiles = (rows + s.together - 1) / s.together, most = device.processors * Shape<W, kSmall>::blocks;
+  const auto start = [&](auto kernel, int64_t blocks, auto... more) {
+    return launch(kernel, blocks < most ? blocks : most, Shape<W, kSmall>::threads, 4 * s.words, stream, s, more...);
   };
-  for (int t = 0; t < s.n_steps && !error; ++t) {
-    error = layer(layer_of_crystals<W, false>, t);
-    if (!error) error = layer(layer_of_crystals<W, true>, t);
+  for (int t = 0; t < s.at.plan.n_steps && !error; ++t) {
+    error = start(layer_of_crystals<W, false, kHalf>, tiles, t);
+    if (!error) error = start(layer_of_crystals<W, true, kHalf>, tiles, t);
+  }
+  if (!error && s.out) error = start(readout_of_crystals<W, kHalf>, s.g.n_crystals);
+  return error;
+}
+
+bool is_half(const DevicePlan* plan) { return plan->precision == kBfloat16; }
+
+// `what` with the type of what edges read.
+template <class What>
+auto with_storage(const DevicePlan* plan, What what) {
+  return is_half(plan) ? what(Bfloat16{}) : what(float{});
+}
+
+template <bool kHalf>
+const char* prepare_layers(float* prepared, const DevicePlan& plan, const DeviceLayer* layers, const float* table,
+                           const DeviceDense* embedding, const DeviceDense* readout, const DeviceGraph& graph,
+                           void* stream) {
+  const Prepared<W, typename Storage<kHalf>::type> at{plan};
+  Device<typename Storage<kHalf>::type> device;
+  const char* error = device.ask();
+  if (!error)
+    error = message(cudaMemsetAsync(prepared + at.findings(), 0, 4 * kFindings, static_cast<cudaStream_t>(stream)));
+  for (int first = 0; first < plan.n_steps && !error; first += kLayersAtOnce) {
+    const int count = plan.n_steps - first < kLayersAtOnce ? plan.n_steps - first : kLayersAtOnce;
+    Layers some = {};
+    for (int l = 0; l < count; ++l) some.of[l] = layers[first + l];
+    for (int l = 0; l < plan.n_readout; ++l) some.readout[l] = readout[l];
+    if (plan.n_table) some.embedding = *embedding, some.table = table;
+    SRCGCNN_LAUNCH((prepare<W, kHalf>), 64, 256, 0, stream, prepared, at, some, first, count, graph,
+                   device.small.most, device.large.most);
+    error = message(cudaGetLastError());
   }
   return error;
+}
+
+template <bool kHalf>
+const char* run_stack(float* out, float* scratch, const DeviceFeatures& h, const float* row_weight, const float* prepared,
+                      const DevicePlan& plan, const DeviceGraph& graph, void* stream) {
+  using T = typename Storage<kHalf>::type;
+  Device<T> device;
+  const char* error = device.ask();
+  if (error) return error;
+  const Prepared<W, T> at{plan};
+  const bool reads_out = plan.n_readout >= 0;
+  float* q = scratch + (reads_out ? features_size(plan, graph.n_rows) : 0);
+  DeviceFeatures features = h;
+  if (plan.n_table) features.data = prepared + at.table(), features.n_table = plan.n_table;
+  const Stack<W, kHalf> s{reads_out ? scratch : out, reinterpret_cast<T*>(q), reads_out ? out : nullptr, row_weight,
+                          prepared, features, graph, at, kNothing, 0, 0, 0, 0, widest(plan), 0, 0};
+  return run<kHalf>(s, device, stream);
 }
 
 }  // namespace
@@ -98,42 +168,38 @@ using namespace srcgcnn;
 
 extern "C" const char* SRCGCNN_NAME(image)() {
   cudaFuncAttributes found;
-  return message(cudaFuncGetAttributes(&found, whole_crystals<W, kSmall>));
+  return message(cudaFuncGetAttributes(&found, whole_crystals<W, kSmall, false>));
 }
 
-extern "C" int64_t SRCGCNN_NAME(prepared_size)(int n_features, int n_steps, bool shared) {
-  return layout(n_features, n_steps, shared).size();
+extern "C" int64_t SRCGCNN_NAME(prepared_size)(const DevicePlan* plan) {
+  return with_storage(plan, [&](auto type) { return Prepared<W, decltype(type)>{*plan}.size(); });
 }
 
-extern "C" int64_t SRCGCNN_NAME(filter_at)() { return Prepared<W>::nodes_size; }
-
-extern "C" const char* SRCGCNN_NAME(scratch_size)(int64_t* size, int64_t n_rows) {
-  Device device;
-  const char* error = device.ask();
-  if (!error) *size = n_rows > device.large.rows ? n_rows * 2 * W : 0;
-  return error;
+extern "C" int64_t SRCGCNN_NAME(filter_at)(const DevicePlan* plan) {
+  return with_storage(plan, [](auto type) { return Prepared<W, decltype(type)>::nodes_size; });
 }
 
-extern "C" const char* SRCGCNN_NAME(prepare)(float* prepared, const DeviceLayer* layers, int n_steps, bool shared, int F,
-                                             const DeviceGraph* graph, void* stream) {
-  const auto at = layout(graph->n_features, n_steps, shared);
-  const char* error = message(cudaMemsetAsync(prepared + at.bad(), 0, 4, static_cast<cudaStream_t>(stream)));
-  for (int first = 0; first < n_steps && !error; first += kLayersAtOnce) {
-    const int count = n_steps - first < kLayersAtOnce ? n_steps - first : kLayersAtOnce;
-    Layers some = {};
-    for (int l = 0; l < count; ++l) some.of[l] = layers[first + l];
-    SRCGCNN_LAUNCH(prepare<W>, 64, 256, 0, stream, prepared, at, some, first, count, F, *graph);
-    error = message(cudaGetLastError());
-  }
-  return error;
+extern "C" const char* SRCGCNN_NAME(scratch_size)(int64_t* size, const DevicePlan* plan, int64_t n_rows) {
+  return with_storage(plan, [&](auto type) {
+    using T = decltype(type);
+    Device<T> device;
+    const char* error = device.ask();
+    const int64_t features = plan->n_readout >= 0 ? features_size(*plan, n_rows) : 0;
+    if (!error) *size = n_rows > device.large.most ? features + n_rows * Places<W, T>::words(2 * W) : 0;
+    return error;
+  });
 }
 
-extern "C" const char* SRCGCNN_NAME(stack)(float* out, float* scratch, const DeviceFeatures* h, const float* prepared,
-                                           int n_steps, bool shared, int F, bool relaxed, const DeviceGraph* graph,
+extern "C" const char* SRCGCNN_NAME(prepare)(float* prepared, const DevicePlan* plan, const DeviceLayer* layers,
+                                             const float* table, const DeviceDense* embedding,
+                                             const DeviceDense* readout, const DeviceGraph* graph, void* stream) {
+  const auto prepare_them = is_half(plan) ? prepare_layers<true> : prepare_layers<false>;
+  return prepare_them(prepared, *plan, layers, table, embedding, readout, *graph, stream);
+}
+
+extern "C" const char* SRCGCNN_NAME(stack)(float* out, float* scratch, const DeviceFeatures* h, const float* row_weight,
+                                           const float* prepared, const DevicePlan* plan, const DeviceGraph* graph,
                                            void* stream) {
-  Device device;
-  const char* error = device.ask();
-  if (error) return error;
-  const Stack<W> s{out, scratch, prepared, *h, *graph, layout(graph->n_features, n_steps, shared), {}, F, n_steps, 0, relaxed, 0, 0};
-  return run(s, device, stream);
+  const auto run_it = is_half(plan) ? run_stack<true> : run_stack<false>;
+  return run_it(out, scratch, *h, row_weight, prepared, *plan, *graph, stream);
 }

@@ -4,8 +4,10 @@
 // features, p and q of its rows and r of its distinct distances stay in shared memory. Small blocks, of which a
 // multiprocessor holds two, so that one multiplies while the other gates, serve most crystals; large ones, alone, the rest. p and q come from the tensor cores
 // and leave them scaled and shifted, in the units of gate2. A warp walks the edges of a row, each lane with its channels.
-// No result depends on what else is in the block: rows of a product are independent, and a row's edges have an order.
-// An index that leaves its crystal is not followed; its row becomes NaN.
+// Where the plan has a readout, a block ends with the mean of each of its crystals and its linear maps, and no row leaves.
+// With kHalf what edges read (p, q, r and the filter) is bfloat16, and so are the factors of the rows' products.
+// No result depends on what else is in the block: rows of a product are independent, a row's edges have an order, and so
+// has a crystal's mean. An index that leaves its crystal is not followed; its row becomes NaN.
 #pragma once
 #include "device.cuh"
 #include "stack.h"
@@ -13,95 +15,170 @@
 namespace srcgcnn {
 
 constexpr int kSmall = 8, kLarge = 16;  // warps of a block
-constexpr int kMostShells = 256;
+constexpr int kMostShells = 512;
 constexpr int kSlots = 1024, kProbes = 8;  // of the hash table of distances; one that finds no slot is left out
 constexpr int kReach = 9;        // Gaussians in reach of a distance; those left out are below 2e-9
 constexpr unsigned kEmpty = 0xffffffffu;
 
-// A block of so many warps: how many a multiprocessor holds, and how many rows one takes at most. With more rows more
-// tiles share one reading of the weights; their sums fill 64 registers of a thread.
+// A block of so many warps: how many a multiprocessor holds, and how many rows one takes at most, whose sums fill up to 64
+// registers of a thread.
 template <int W, int kWarps>
 struct Shape {
-  static constexpr int threads = 32 * kWarps, blocks = 16 / kWarps, rows = (W == 32 ? 64 : 4096 / W) * kWarps / 8;
+  static constexpr int threads = 32 * kWarps, blocks = 16 / kWarps, rows = kWarps == kLarge ? (W == 128 ? 64 : 128) : W == 32 ? 64 : W == 64 ? 48 : 32;
   static constexpr int tiles = rows / 16, columns = 4 * W / 8 / kWarps;  // of a product, in tiles: of all, of a warp
 };
 
-// Places in shared memory, in numbers of 4 bytes. The strides spread rows of a tile over the banks.
-template <int W>
+// Places in shared memory, in numbers of 4 bytes, for a block with so many rows; distances take what they leave. The
+// strides spread rows of a tile over the banks.
+template <int W, class T>
 struct Places {
-  static constexpr int h_stride = W + 4, pq_stride = 4 * W + 8;
-  static constexpr int per_row = h_stride + pq_stride + 2, fixed = 2 * kSlots + 4, per_shell = 2 * W + 1;
+  static SRCGCNN_HOST_DEVICE constexpr int words(int numbers) { return numbers * int(sizeof(T)) / 4; }
+  static constexpr int h_stride = W + 16 / int(sizeof(T)), pq_stride = 4 * W + 8;  // the latter in T
+  static_assert(sizeof(T) == 2 || sizeof(T) == 4, "a row of h is W + 4 or W + 8");
+  static constexpr int per_row = h_stride + words(pq_stride) + 2, fixed = 2 * kSlots + 4, per_shell = words(2 * W) + 1;
   int rows, shells;
 
-  SRCGCNN_DEVICE int pq() const { return rows * h_stride; }
-  SRCGCNN_DEVICE int terms() const { return pq() + rows * pq_stride; }
-  SRCGCNN_DEVICE int distances() const { return terms() + shells * 2 * W; }
-  SRCGCNN_DEVICE int crystals() const { return distances() + (shells + 1) / 2 * 2; }
-  SRCGCNN_DEVICE int keys() const { return crystals() + rows * 2; }
-  SRCGCNN_DEVICE int numbers() const { return keys() + kSlots; }
-  SRCGCNN_DEVICE int count() const { return numbers() + kSlots; }
+  static SRCGCNN_HOST_DEVICE Places of(int n, int words) {
+    const int rows = n > 16 ? (n + 15) / 16 * 16 : 16, most = (words - fixed - rows * per_row) / per_shell;
+    return {rows, most < 0 ? 0 : most > kMostShells ? kMostShells : most / 2 * 2};
+  }
+  SRCGCNN_HOST_DEVICE int pq() const { return rows * h_stride; }
+  SRCGCNN_HOST_DEVICE int terms() const { return pq() + rows * words(pq_stride); }
+  SRCGCNN_HOST_DEVICE int distances() const { return terms() + shells * words(2 * W); }
+  SRCGCNN_HOST_DEVICE int crystals() const { return distances() + shells; }
+  SRCGCNN_HOST_DEVICE int keys() const { return crystals() + rows * 2; }
+  SRCGCNN_HOST_DEVICE int numbers() const { return keys() + kSlots; }
+  SRCGCNN_HOST_DEVICE int count() const { return numbers() + kSlots; }
 };
 
-// Where what prepare() writes is.
-template <int W>
+enum Finding { kBad, kLargerThanSmall, kLargerThanAny, kNothing, kFindings };
+
+// Where what prepare() writes is, in numbers of 4 bytes.
+template <int W, class T>
 struct Prepared {
-  int n_features, n_weights, n_steps;
-  static constexpr int64_t nodes_size = int64_t(4) * W * W;
+  DevicePlan plan;
+  static constexpr int64_t nodes_size = Places<W, T>::words(4 * W * W);
   static constexpr int vectors_size = 6 * W;  // scale and shift of the first norm (2W each), of the second (W each)
 
-  SRCGCNN_HOST_DEVICE int64_t weight_size() const { return nodes_size + int64_t(n_features) * 2 * W; }
-  SRCGCNN_HOST_DEVICE int64_t nodes(int t) const { return (n_weights > 1 ? t : 0) * weight_size(); }
+  SRCGCNN_HOST_DEVICE int n_weights() const { return plan.shared ? 1 : plan.n_steps; }
+  // Of the filter, with zeros up to what one distance reads.
+  SRCGCNN_HOST_DEVICE int filter_rows() const { return plan.n_features > kReach ? plan.n_features : kReach; }
+  SRCGCNN_HOST_DEVICE int64_t weight_size() const { return nodes_size + int64_t(filter_rows()) * Places<W, T>::words(2 * W); }
+  SRCGCNN_HOST_DEVICE int64_t nodes(int t) const { return (plan.shared ? 0 : t) * weight_size(); }
   SRCGCNN_HOST_DEVICE int64_t filter(int t) const { return nodes(t) + nodes_size; }
-  SRCGCNN_HOST_DEVICE int64_t vectors(int t) const { return n_weights * weight_size() + int64_t(t) * vectors_size; }
-  SRCGCNN_HOST_DEVICE int64_t bad() const { return vectors(n_steps); }  // not 0: crystal_ptr does not ascend from 0 to N
-  SRCGCNN_HOST_DEVICE int64_t size() const { return bad() + 1; }
+  SRCGCNN_HOST_DEVICE int64_t vectors(int t) const { return n_weights() * weight_size() + int64_t(t) * vectors_size; }
+  // Findings, not 0 where true: crystal_ptr does not ascend from 0 to N; a crystal has no room in a small block; in none.
+  SRCGCNN_HOST_DEVICE int64_t findings() const { return vectors(plan.n_steps); }
+  SRCGCNN_HOST_DEVICE int64_t table() const { return findings() + kFindings; }  // (n_table, F)
+  // Of each linear map its weight, (in, out) where that is wide and (out, in) where it is not, then its bias.
+  SRCGCNN_HOST_DEVICE int64_t readout() const { return table() + int64_t(plan.n_table) * plan.F; }
+  SRCGCNN_HOST_DEVICE int64_t size() const {
+    int64_t at = readout();
+    for (int l = 0; l < plan.n_readout; ++l) at += int64_t(plan.readout[l] + 1) * plan.readout[l + 1];
+    return at;
+  }
 };
+SRCGCNN_DEVICE bool is_wide(int out) { return out >= 32; }
 
-template <int W>
+template <int W, bool kHalf>
 struct Stack {
-  float* out;  // (N, F)
-  float* q;    // (N, 2W): those of large crystals
-  const float* prepared;
+  using T = typename Storage<kHalf>::type;
+  float* rows;  // (N, F): what leaves without a readout, and features of large crystals
+  T* q;         // (N, 2W): those of large crystals
+  float* out;   // (B, O), or null: no readout
+  const float *row_weight, *prepared;
   DeviceFeatures h;
   DeviceGraph g;
-  Prepared<W> at;
-  Places<W> places;
-  int F, n_steps, least;  // crystals with more rows than `least` are meant
-  bool relaxed;           // one TF32 product, not three
+  Prepared<W, T> at;
+  Finding asked;     // without which there is nothing to do
+  int words;         // of a block's shared memory
+  int least, most;   // crystals with more rows than `least` are meant, and in one block those with at most `most`
+  int together;      // crystals are joined up to so many rows
+  int wide;          // numbers that the readout keeps of a crystal, at most
   int rows_per_task, n_tasks;
+
+  SRCGCNN_DEVICE const T* nodes(int t) const { return reinterpret_cast<const T*>(prepared + at.nodes(t)); }
+  SRCGCNN_DEVICE const T* filter(int t) const { return reinterpret_cast<const T*>(prepared + at.filter(t)); }
+  SRCGCNN_DEVICE const float* vectors(int t) const { return prepared + at.vectors(t); }
+  SRCGCNN_DEVICE bool found(Finding what) const { return prepared[at.findings() + what] != 0.0f; }
+  SRCGCNN_DEVICE bool has_work() const { return asked == kNothing || found(asked); }
+  SRCGCNN_DEVICE int n_out() const { return at.plan.readout[at.plan.n_readout]; }
 };
 
 constexpr int kLayersAtOnce = 16;
 struct Layers {
   DeviceLayer of[kLayersAtOnce];
+  DeviceDense embedding, readout[kMostReadout];
+  const float* table;  // null: embedding and readout are not meant
 };
 
-// Weights to the order in which the lanes of mma read them, filters to (K, 2W), both norms to scale and shift.
-template <int W>
-__global__ void prepare(float* to, Prepared<W> at, Layers layers, int first, int count, int F, DeviceGraph g) {
+// Numbers of a lane in a tile of the weights.
+template <class T>
+struct Tile {
+  static constexpr int numbers = 8 / int(sizeof(T)), depth = 4 * numbers;
+  // Which of the tile's rows is the lane's number `x`.
+  static SRCGCNN_DEVICE int k(int lane, int x) {
+    return sizeof(T) == 4 ? lane % 4 + 4 * x : 2 * (lane % 4) + x % 2 + x / 2 * 8;
+  }
+};
+
+// Embedded table, and the readout's weights, transposed where they are wide.
+template <int W, class T>
+SRCGCNN_DEVICE void prepare_ends(float* to, const Prepared<W, T>& at, const Layers& layers, int64_t thread, int64_t threads) {
+  const DevicePlan& plan = at.plan;
+  for (int64_t x = thread; x < int64_t(plan.n_table) * plan.F; x += threads) {
+    const float* row = layers.table + x / plan.F * plan.n_atom;
+    const float* weight = layers.embedding.weight + x % plan.F * plan.n_atom;
+    float sum = layers.embedding.bias ? layers.embedding.bias[x % plan.F] : 0.0f;
+#pragma unroll 8
+    for (int a = 0; a < plan.n_atom; ++a) sum = fmaf(row[a], weight[a], sum);
+    to[at.table() + x] = sum;
+  }
+  float* next = to + at.readout();
+  for (int l = 0; l < plan.n_readout; ++l) {
+    const int in = plan.readout[l], out = plan.readout[l + 1];
+    const DeviceDense& layer = layers.readout[l];
+    for (int64_t x = thread; x < int64_t(in + 1) * out; x += threads) {
+      const int64_t from = is_wide(out) ? x % out * in + x / out : x;
+      next[x] = x < int64_t(in) * out ? layer.weight[from] : layer.bias ? layer.bias[x - int64_t(in) * out] : 0.0f;
+    }
+    next += int64_t(in + 1) * out;
+  }
+}
+
+// Weights to the order in which the lanes of mma read them, filters to (K, 2W), both norms to scale and shift; what is
+// found of the crystals, for blocks that take up to `small` and `large` rows.
+template <int W, bool kHalf>
+__global__ void prepare(float* to, const Prepared<W, typename Storage<kHalf>::type> at, const Layers layers, int first,
+                        int count, const DeviceGraph g, int small, int large) {
+  using T = typename Storage<kHalf>::type;
   const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, threads = int64_t(gridDim.x) * blockDim.x;
-  const int columns = 2 * F + at.n_features;
+  const int F = at.plan.F, columns = 2 * F + at.plan.n_features;
   for (int l = 0; l < count; ++l) {
     const DeviceLayer& layer = layers.of[l];
     const int t = first + l;
-    if (t < at.n_weights)
-      for (int64_t x = thread; x < at.weight_size(); x += threads) {
+    if (t < at.n_weights()) {
+      T* weights = reinterpret_cast<T*>(to + at.nodes(t));
+      for (int64_t x = thread; x < int64_t(4) * W * W + int64_t(at.filter_rows()) * 2 * W; x += threads) {
         int row, column;
         bool there;
-        if (x < at.nodes_size) {
-          const int pair = int(x & 1), lane = int(x >> 1) & 31, tile = int(x >> 6);
-          const int k = tile % (W / 8) * 8 + lane % 4 + 4 * pair, n = tile / (W / 8) * 8 + lane / 4;
+        if (x < int64_t(4) * W * W) {
+          constexpr int numbers = Tile<T>::numbers, deep = W / Tile<T>::depth;
+          const int lane = int(x) / numbers % 32, tile = int(x) / (32 * numbers);
+          const int k = tile % deep * Tile<T>::depth + Tile<T>::k(lane, int(x) % numbers), n = tile / deep * 8 + lane / 4;
           there = k < F && n % W < F;
           row = n / W % 2 * F + n % W;
           column = n / (2 * W) * F + k;
         } else {
-          const int n = int((x - at.nodes_size) % (2 * W));
-          there = n % W < F;
+          const int64_t y = x - int64_t(4) * W * W;
+          const int n = int(y % (2 * W));
+          there = n % W < F && y / (2 * W) < at.plan.n_features;
           row = n / W * F + n % W;
-          column = 2 * F + int((x - at.nodes_size) / (2 * W));
+          column = 2 * F + int(y / (2 * W));
         }
-        to[at.nodes(t) + x] = there ? layer.weight[int64_t(row) * columns + column] : 0.0f;
+        store<1>(weights + x, Channels<1>{{there ? layer.weight[int64_t(row) * columns + column] : 0.0f}});
       }
+    }
     float* vectors = to + at.vectors(t);
     for (int64_t x = thread; x < 3 * W; x += threads) {
       const int c = int(x % W), half = int(x / W);
@@ -120,35 +197,42 @@ __global__ void prepare(float* to, Prepared<W> at, Layers layers, int first, int
       vectors[half < 2 ? 2 * W + x : 5 * W + c] = float(shift);
     }
   }
+  if (first == 0) prepare_ends(to, at, layers, thread, threads);
+  float* findings = to + at.findings();
   for (int64_t c = thread; c <= g.n_crystals; c += threads) {
-    const int64_t p = g.crystal_ptr[c];
-    const bool good = c ? p >= g.crystal_ptr[c - 1] && p <= g.n_rows && (c < g.n_crystals || p == g.n_rows) : p == 0;
-    if (!good) to[at.bad()] = 1.0f;
+    const int64_t p = g.crystal_ptr[c], size = c ? p - g.crystal_ptr[c - 1] : 0;
+    const bool good = c ? size >= 0 && p <= g.n_rows && (c < g.n_crystals || p == g.n_rows) : p == 0;
+    if (!good) findings[kBad] = 1.0f;
+    if (size > small) findings[kLargerThanSmall] = 1.0f;
+    if (size > large) findings[kLargerThanAny] = 1.0f;
   }
 }
 
 // The part of a block of kWarps warps: `n` rows from `first` on.
-template <int W, int kWarps>
+template <int W, int kWarps, bool kHalf>
 struct Block {
+  using T = typename Storage<kHalf>::type;
+  using P = Places<W, T>;
   static constexpr int warps = kWarps, threads = 32 * kWarps;
-  const Stack<W>& s;
+  const Stack<W, kHalf>& s;
   float* shared;
   int first, n;
+  P places;
 
-  SRCGCNN_DEVICE float* h(int row) const { return shared + row * Places<W>::h_stride; }
-  SRCGCNN_DEVICE float* pq(int row) const { return shared + s.places.pq() + row * Places<W>::pq_stride; }
-  SRCGCNN_DEVICE float* term(int shell) const { return shared + s.places.terms() + shell * 2 * W; }
-  SRCGCNN_DEVICE float* distance() const { return shared + s.places.distances(); }
+  SRCGCNN_DEVICE float* h(int row) const { return shared + row * P::h_stride; }
+  SRCGCNN_DEVICE T* pq(int row) const { return reinterpret_cast<T*>(shared + places.pq()) + row * P::pq_stride; }
+  SRCGCNN_DEVICE T* term(int shell) const { return reinterpret_cast<T*>(shared + places.terms()) + shell * 2 * W; }
+  SRCGCNN_DEVICE float* distance() const { return shared + places.distances(); }
   // First row of the row's crystal, and the row after its last; the same twice: not a row of this block.
-  SRCGCNN_DEVICE int* crystal(int row) const { return reinterpret_cast<int*>(shared + s.places.crystals()) + 2 * row; }
-  SRCGCNN_DEVICE unsigned* keys() const { return reinterpret_cast<unsigned*>(shared + s.places.keys()); }
-  SRCGCNN_DEVICE int* numbers() const { return reinterpret_cast<int*>(shared + s.places.numbers()); }
-  SRCGCNN_DEVICE int* count() const { return reinterpret_cast<int*>(shared + s.places.count()); }
+  SRCGCNN_DEVICE int* crystal(int row) const { return reinterpret_cast<int*>(shared + places.crystals()) + 2 * row; }
+  SRCGCNN_DEVICE unsigned* keys() const { return reinterpret_cast<unsigned*>(shared + places.keys()); }
+  SRCGCNN_DEVICE int* numbers() const { return reinterpret_cast<int*>(shared + places.numbers()); }
+  SRCGCNN_DEVICE int* count() const { return reinterpret_cast<int*>(shared + places.count()); }
 };
 
 // Fills crystal() of the block's rows for crystals [c, end), which cover them; larger ones than `least` alone count.
-template <int W, int kWarps>
-SRCGCNN_DEVICE void find_crystals(const Block<W, kWarps>& b, int c, int end, int least) {
+template <int W, int kWarps, bool kHalf>
+SRCGCNN_DEVICE void find_crystals(const Block<W, kWarps, kHalf>& b, int c, int end, int least) {
   for (int row = threadIdx.x; row < b.n; row += b.threads) {
     int k = c;
     while (k + 1 < end && b.s.g.crystal_ptr[k + 1] <= b.first + row) ++k;
@@ -158,69 +242,137 @@ SRCGCNN_DEVICE void find_crystals(const Block<W, kWarps>& b, int c, int end, int
   }
 }
 
-// Features of the block's rows, and zeros up to whole tiles and to W.
-template <int W, int kWarps>
-SRCGCNN_DEVICE void read_features(const Block<W, kWarps>& b, const DeviceFeatures& h) {
-  const int F = b.s.F, rows = (b.n + 15) / 16 * 16;
-  for (int x = threadIdx.x; x < rows * W; x += b.threads) {
-    const int row = x / W, c = x % W;
-    float value = 0.0f;
-    if (row < b.n && c < F) {
-      const int64_t i = int64_t(b.first) + row, from = h.species ? h.species[i] : i;
-      const bool known = !h.species || (from >= 0 && from < h.n_table);
-      value = known ? h.data[from * F + c] : NAN;
+// Features of the block's rows, and zeros up to whole tiles and to W; a warp its rows, each lane with its channels.
+template <int W, int kWarps, bool kHalf>
+SRCGCNN_DEVICE void read_features(const Block<W, kWarps, kHalf>& b, const DeviceFeatures& h) {
+  static_assert(Shape<W, kWarps>::rows <= 32 * kWarps, "a lane a row");
+  const int F = b.s.at.plan.F, rows = (b.n + 15) / 16 * 16, mine = warp_of() + lane_of() * b.warps;
+  const int64_t i = int64_t(b.first) + mine;
+  int place = -1;  // in the table, or -1: no number
+  if (mine < b.n) place = h.species ? h.species[i] : mine;
+  if (h.species && place >= h.n_table) place = -1;
+  const float* data = h.species ? h.data : h.data + int64_t(b.first) * F;
+#pragma unroll 4
+  for (int k = 0; k < 32; ++k) {
+    const int row = warp_of() + k * b.warps, from = __shfl_sync(kAllLanes, place, k);
+    if (row >= rows) break;
+#pragma unroll
+    for (int c = lane_of(); c < W; c += 32) {
+      float value = row < b.n && c < F ? NAN : 0.0f;
+      if (from >= 0 && c < F) value = data[int64_t(from) * F + c];
+      b.h(row)[c] = value;
     }
-    b.h(row)[c] = value;
   }
 }
 
+// What a lane holds of a tile of the weights and of a tile of rows, and their product.
+template <class T>
+struct Factors {
+  float high[2], low[2];
+  struct Rows {
+    float high[4], low[4];
+    SRCGCNN_DEVICE void read(const float* h, int stride) {
+      const float* at = h + lane_of() / 4 * stride + lane_of() % 4;
+      split(at[0], high[0], low[0]);
+      split(at[8 * stride], high[1], low[1]);
+      split(at[4], high[2], low[2]);
+      split(at[8 * stride + 4], high[3], low[3]);
+    }
+  };
+  using Read = Channels<2>;
+  static SRCGCNN_DEVICE Read read(const float* at) { return load<2>(at); }
+  SRCGCNN_DEVICE explicit Factors(const Read& found) {
+#pragma unroll
+    for (int x = 0; x < 2; ++x) split(found.x[x], high[x], low[x]);
+  }
+  Factors() = default;
+  template <int kMany>
+  static SRCGCNN_DEVICE void multiply(float (&sum)[kMany][4], const Rows& a, const Factors (&w)[kMany], bool relaxed) {
+    if (!relaxed) {
+#pragma unroll
+      for (int x = 0; x < kMany; ++x) {
+        device::mma(sum[x], a.low, w[x].high);
+        device::mma(sum[x], a.high, w[x].low);
+      }
+    }
+#pragma unroll
+    for (int x = 0; x < kMany; ++x) device::mma(sum[x], a.high, w[x].high);
+  }
+};
+template <>
+struct Factors<Bfloat16> {
+  uint32_t both[2];
+  struct Rows {
+    uint32_t both[4];
+    SRCGCNN_DEVICE void read(const float* h, int stride) {
+      const float* at = h + lane_of() / 4 * stride + lane_of() % 4 * 2;
+#pragma unroll
+      for (int x = 0; x < 4; ++x) {
+        const auto found = load<2>(at + x % 2 * 8 * stride + x / 2 * 8);
+        both[x] = device::to_bfloat16(found.x[0], found.x[1]);
+      }
+    }
+  };
+  using Read = uint2;
+  static SRCGCNN_DEVICE Read read(const Bfloat16* at) { return *reinterpret_cast<const uint2*>(at); }
+  SRCGCNN_DEVICE explicit Factors(const Read& found) : both{found.x, found.y} {}
+  Factors() = default;
+  template <int kMany>
+  static SRCGCNN_DEVICE void multiply(float (&sum)[kMany][4], const Rows& a, const Factors (&w)[kMany], bool) {
+#pragma unroll
+    for (int x = 0; x < kMany; ++x) device::mma(sum[x], a.both, w[x].both);
+  }
+};
+
 // Rows of h times the weights, scaled and shifted, to pq: (p filter, p core, q filter, q core). A warp has its columns of
 // all rows: for each tile of the weights, read once, all tiles of rows.
-template <int W, int kWarps>
-SRCGCNN_DEVICE void multiply(const Block<W, kWarps>& b, int t) {
-  constexpr int kTiles = Shape<W, kWarps>::tiles, per_warp = Shape<W, kWarps>::columns;
-  constexpr int most = kTiles > 4 ? 16 / kTiles : 4, together = per_warp < most ? per_warp : most;
+template <int W, int kWarps, bool kHalf>
+SRCGCNN_DEVICE void multiply(const Block<W, kWarps, kHalf>& b, int t) {
+  using T = typename Storage<kHalf>::type;
+  constexpr int kTiles = Shape<W, kWarps>::tiles, per_warp = Shape<W, kWarps>::columns, depth = Tile<T>::depth;
+  constexpr int most = kTiles > 3 ? 2 : 4, together = per_warp < most ? per_warp : most;
+  constexpr int stride = Places<W, T>::h_stride;
   const int lane = lane_of(), group = lane / 4, in_group = lane % 4;
-  const float* nodes = b.s.prepared + b.s.at.nodes(t);
-  const float* scale = b.s.prepared + b.s.at.vectors(t);
+  const T* nodes = b.s.nodes(t);
+  const float* scale = b.s.vectors(t);
   const float* shift = scale + 2 * W;
+  const bool relaxed = b.s.at.plan.precision != kFloat32;
   for (int first = warp_of() * per_warp; first < (warp_of() + 1) * per_warp; first += together) {
     float sum[kTiles][together][4] = {};
 #pragma unroll 1
-    for (int k = 0; k < W; k += 8) {
-      float w[together][2], w_low[together][2];
+    for (int k = 0; k < W; k += 2 * depth) {
+      typename Factors<T>::Read read[2][together];  // of two steps, on their way together
 #pragma unroll
-      for (int x = 0; x < together; ++x) {
-        const auto read = load<2>(nodes + (((first + x) * (W / 8) + k / 8) * 32 + lane) * 2);
+      for (int step = 0; step < 2; ++step)
 #pragma unroll
-        for (int y = 0; y < 2; ++y) split(read.x[y], w[x][y], w_low[x][y]);
-      }
+        for (int x = 0; x < together; ++x)
+          read[step][x] = Factors<T>::read(
+              nodes + (((first + x) * (W / depth) + k / depth + step) * 32 + lane) * Tile<T>::numbers);
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        if (tile * 16 >= b.n) break;
-        const float* at = b.h(tile * 16 + group) + k + in_group;
-        constexpr int eight = 8 * Places<W>::h_stride;
-        float a[4], a_low[4];
-        split(at[0], a[0], a_low[0]);
-        split(at[eight], a[1], a_low[1]);
-        split(at[4], a[2], a_low[2]);
-        split(at[eight + 4], a[3], a_low[3]);
-        if (!b.s.relaxed) {
+      for (int step = 0; step < 2; ++step) {
+        Factors<T> w[together];
 #pragma unroll
-          for (int x = 0; x < together; ++x) {
-            device::mma(sum[tile][x], a_low, w[x]);
-            device::mma(sum[tile][x], a, w_low[x]);
-          }
+        for (int x = 0; x < together; ++x) w[x] = Factors<T>(read[step][x]);
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          if (tile * 16 >= b.n) break;
+          typename Factors<T>::Rows a;
+          a.read(b.h(tile * 16) + k + step * depth, stride);
+          Factors<T>::multiply(sum[tile], a, w, relaxed);
         }
-#pragma unroll
-        for (int x = 0; x < together; ++x) device::mma(sum[tile][x], a, w[x]);
       }
+    }
+    Channels<2> by[together], add[together];
+#pragma unroll
+    for (int x = 0; x < together; ++x) {
+      const int column = (first + x) * 8 + 2 * in_group;
+      by[x] = load<2>(scale + column % (2 * W));
+      add[x] = load<2>(shift + column % (2 * W));
+      if (column >= 2 * W) add[x] = {};
     }
 #pragma unroll
     for (int x = 0; x < together; ++x) {
       const int column = (first + x) * 8 + 2 * in_group;
-      const auto by = load<2>(scale + column % (2 * W));
-      const auto add = column < 2 * W ? load<2>(shift + column) : Channels<2>{};
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         if (tile * 16 >= b.n) break;
@@ -228,7 +380,7 @@ SRCGCNN_DEVICE void multiply(const Block<W, kWarps>& b, int t) {
         for (int half = 0; half < 2; ++half) {
           Channels<2> y;
 #pragma unroll
-          for (int c = 0; c < 2; ++c) y.x[c] = fmaf(sum[tile][x][2 * half + c], by.x[c], add.x[c]);
+          for (int c = 0; c < 2; ++c) y.x[c] = fmaf(sum[tile][x][2 * half + c], by[x].x[c], add[x].x[c]);
           store<2>(b.pq(tile * 16 + group + 8 * half) + column, y);
         }
       }
@@ -240,8 +392,8 @@ SRCGCNN_DEVICE int slot_of(unsigned key, int probe) { return int(((key * 0x9e377
 
 // The distinct distances of the block's edges, numbered. Which number one has, and which are left out where there are
 // too many, depends on the threads; what the number stands for does not.
-template <int W, int kWarps>
-SRCGCNN_DEVICE void find_shells(const Block<W, kWarps>& b) {
+template <int W, int kWarps, bool kHalf>
+SRCGCNN_DEVICE void find_shells(const Block<W, kWarps, kHalf>& b) {
   for (int x = threadIdx.x; x < kSlots; x += b.threads) {
     b.keys()[x] = kEmpty;
     b.numbers()[x] = -1;
@@ -259,7 +411,7 @@ SRCGCNN_DEVICE void find_shells(const Block<W, kWarps>& b) {
       if (found == key) break;
       if (found != kEmpty) continue;
       const int number = atomicAdd(b.count(), 1);
-      if (number < b.s.places.shells) {
+      if (number < b.places.shells) {
         b.distance()[number] = __uint_as_float(key);
         b.numbers()[slot] = number;
       }
@@ -267,8 +419,8 @@ SRCGCNN_DEVICE void find_shells(const Block<W, kWarps>& b) {
     }
   }
 }
-template <int W, int kWarps>
-SRCGCNN_DEVICE int shell_of(const Block<W, kWarps>& b, float distance) {
+template <int W, int kWarps, bool kHalf>
+SRCGCNN_DEVICE int shell_of(const Block<W, kWarps, kHalf>& b, float distance) {
   const unsigned key = __float_as_uint(distance);
   for (int probe = 0; probe < kProbes; ++probe) {
     const int slot = slot_of(key, probe);
@@ -281,54 +433,63 @@ template <int V>
 struct Pair {
   Channels<V> filter, core;
 };
-template <int W, int V = W / 32>
-SRCGCNN_DEVICE Pair<V> load_pair(const float* p) {
+template <int W, class T, int V = W / 32>
+SRCGCNN_DEVICE Pair<V> load_pair(const T* p) {
   return {load<V>(p + lane_of() * V), load<V>(p + W + lane_of() * V)};
 }
 
-// r of one distance: the Gaussians in reach of it times the filter, one lane a Gaussian, then one lane its channels.
-template <int W, int V = W / 32>
-SRCGCNN_DEVICE Pair<V> edge_term(const float* filter, const DeviceGraph& g, float distance) {
-  const int count = g.n_features < kReach ? g.n_features : kReach;
-  const float u = (distance - g.dmin) * g.inverse_step;
-  const int first = int(fminf(fmaxf(u + (0.5f - kReach / 2), 0.0f), float(g.n_features - count)));
+// r of one distance: the Gaussians in reach of it times the filter, one lane a Gaussian, then one lane its channels. What
+// is read of the filter is on its way together, as far as registers reach.
+template <int W, class T, int V = W / 32>
+SRCGCNN_DEVICE Pair<V> edge_term(const T* filter, const DeviceGraph& g, float distance) {
+  constexpr int together = V > 2 ? kReach / 3 : kReach;
+  const float u = (distance - g.dmin) * g.inverse_step, last = float(g.n_features > kReach ? g.n_features - kReach : 0);
+  const int first = int(fminf(fmaxf(u + (0.5f - kReach / 2), 0.0f), last));
   const float x = u - float(first + lane_of());
   const float value = device::exp2(x * x * float(-kLog2e));
   Pair<V> r = {};
+#pragma unroll 1
+  for (int k0 = 0; k0 < kReach; k0 += together) {
+    Pair<V> w[together];
 #pragma unroll
-  for (int k = 0; k < kReach; ++k) {
-    if (k == count) break;
-    const float a = __shfl_sync(kAllLanes, value, k);
-    const auto w = load_pair<W>(filter + int64_t(first + k) * 2 * W);
+    for (int k = 0; k < together; ++k) w[k] = load_pair<W>(filter + int64_t(first + k0 + k) * 2 * W);
 #pragma unroll
-    for (int v = 0; v < V; ++v) {
-      r.filter.x[v] = fmaf(a, w.filter.x[v], r.filter.x[v]);
-      r.core.x[v] = fmaf(a, w.core.x[v], r.core.x[v]);
+    for (int k = 0; k < together; ++k) {
+      const float a = __shfl_sync(kAllLanes, value, k0 + k);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        r.filter.x[v] = fmaf(a, w[k].filter.x[v], r.filter.x[v]);
+        r.core.x[v] = fmaf(a, w[k].core.x[v], r.core.x[v]);
+      }
     }
   }
+#pragma unroll
+  for (int v = 0; v < V; ++v) r.filter.x[v] = as_stored(filter, r.filter.x[v]), r.core.x[v] = as_stored(filter, r.core.x[v]);
   return r;
 }
 
-template <int W, int kWarps>
-SRCGCNN_DEVICE void fill_shells(const Block<W, kWarps>& b, int t) {
+template <int W, int kWarps, bool kHalf>
+SRCGCNN_DEVICE void fill_shells(const Block<W, kWarps, kHalf>& b, int t) {
   constexpr int V = W / 32;
-  const int count = *b.count() < b.s.places.shells ? *b.count() : b.s.places.shells;
+  const int count = *b.count() < b.places.shells ? *b.count() : b.places.shells;
   for (int shell = warp_of(); shell < count; shell += b.warps) {
-    const auto r = edge_term<W>(b.s.prepared + b.s.at.filter(t), b.s.g, b.distance()[shell]);
+    const auto r = edge_term<W>(b.s.filter(t), b.s.g, b.distance()[shell]);
     store<V>(b.term(shell) + lane_of() * V, r.filter);
     store<V>(b.term(shell) + W + lane_of() * V, r.core);
   }
 }
 
 // h <- softplus(h + scale2 sum_j gate(p_i + q_j + r_ij) + shift2), a warp a row. q of the block's rows, or, with
-// kLayer, of all. The last step leaves for `out`, and each where kLayer.
-template <int W, int kWarps, bool kLayer>
-SRCGCNN_DEVICE void gate_rows(const Block<W, kWarps>& b, int t) {
+// kLayer, of all. The last step leaves for `rows` unless a readout follows, and each where kLayer.
+template <bool kLayer, int W, int kWarps, bool kHalf>
+SRCGCNN_DEVICE void gate_rows(const Block<W, kWarps, kHalf>& b, int t) {
+  using T = typename Storage<kHalf>::type;
   constexpr int V = W / 32;
-  const Stack<W>& s = b.s;
+  const Stack<W, kHalf>& s = b.s;
   const DeviceGraph& g = s.g;
-  const float* filter = s.prepared + s.at.filter(t);
-  const float* vectors = s.prepared + s.at.vectors(t);
+  const T* filter = s.filter(t);
+  const float* vectors = s.vectors(t);
+  const T* given = static_cast<const T*>(g.edge_term);
   const auto scale = load_pair<W>(vectors);
   const auto scale2 = load<V>(vectors + 4 * W + lane_of() * V), shift2 = load<V>(vectors + 5 * W + lane_of() * V);
   for (int row = warp_of(); row < b.n; row += b.warps) {
@@ -338,39 +499,46 @@ SRCGCNN_DEVICE void gate_rows(const Block<W, kWarps>& b, int t) {
     bool good = begin >= 0 && begin <= end && end <= g.n_edges;
     const auto p = load_pair<W>(b.pq(row));
     Channels<V> sum = {};
+    const auto add = [&](int j, const Pair<V>& r) {
+      const auto q = load_pair<W>(kLayer ? s.q + int64_t(j) * 2 * W : b.pq(j - b.first) + 2 * W);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        const float f = fmaf(scale.filter.x[v], r.filter.x[v], p.filter.x[v] + q.filter.x[v]);
+        const float c = fmaf(scale.core.x[v], r.core.x[v], p.core.x[v] + q.core.x[v]);
+        sum.x[v] += gate2<DeviceMath>(f, c);
+      }
+    };
     for (int64_t e0 = begin; good && e0 < end; e0 += 32) {
       const int64_t e = e0 + lane_of();
-      int sender = -1, shell = -1;
+      int sender = low, shell = 0;
       float distance = 0.0f;
       if (e < end) {
         sender = g.sender[e];
-        sender = sender >= low && sender < high ? sender : -1;
-        if (!g.edge_term) {
+        if (!given) {
           distance = g.distance[e];
           shell = shell_of(b, distance);
         }
       }
-      const int many = end - e0 < 32 ? int(end - e0) : 32;
+      good = __ballot_sync(kAllLanes, sender < low || sender >= high) == 0;
+      const bool from_table = __ballot_sync(kAllLanes, shell < 0) == 0 && !given;
+      const int many = !good ? 0 : end - e0 < 32 ? int(end - e0) : 32;
+      if (from_table) {  // nothing to ask of an edge: several are on their way, as far as registers reach
+        [[maybe_unused]] constexpr int ahead = V > 2 ? 1 : 4;
+#pragma unroll ahead
+        for (int k = 0; k < many; ++k)
+          add(__shfl_sync(kAllLanes, sender, k), load_pair<W>(b.term(__shfl_sync(kAllLanes, shell, k))));
+        continue;
+      }
       for (int k = 0; k < many; ++k) {
-        const int j = __shfl_sync(kAllLanes, sender, k), number = __shfl_sync(kAllLanes, shell, k);
-        if (j < 0) {
-          good = false;
-          break;
-        }
-        const auto q = load_pair<W>(kLayer ? s.q + int64_t(j) * 2 * W : b.pq(j - b.first) + 2 * W);
+        const int number = __shfl_sync(kAllLanes, shell, k);
         Pair<V> r;
-        if (number >= 0)
+        if (given)
+          r = load_pair<W>(given + (e0 + k) * 2 * W);
+        else if (number >= 0)
           r = load_pair<W>(b.term(number));
-        else if (g.edge_term)
-          r = load_pair<W>(g.edge_term + (e0 + k) * 2 * W);
         else
           r = edge_term<W>(filter, g, __shfl_sync(kAllLanes, distance, k));
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-          const float f = fmaf(scale.filter.x[v], r.filter.x[v], p.filter.x[v] + q.filter.x[v]);
-          const float c = fmaf(scale.core.x[v], r.core.x[v], p.core.x[v] + q.core.x[v]);
-          sum.x[v] += gate2<DeviceMath>(f, c);
-        }
+        add(__shfl_sync(kAllLanes, sender, k), r);
       }
     }
     float* h = b.h(row) + lane_of() * V;
@@ -381,64 +549,157 @@ SRCGCNN_DEVICE void gate_rows(const Block<W, kWarps>& b, int t) {
       const float u = x.x[v] + fmaf(scale2.x[v], m, shift2.x[v]);
       x.x[v] = softplus<DeviceMath>(u);
       const int c = lane_of() * V + v;
-      if ((kLayer || t + 1 == s.n_steps) && c < s.F) s.out[i * s.F + c] = x.x[v];
+      if ((kLayer || (t + 1 == s.at.plan.n_steps && !s.out)) && c < s.at.plan.F) s.rows[i * s.at.plan.F + c] = x.x[v];
     }
     if (!kLayer) store<V>(h, x);
   }
 }
 
-template <int W>
-SRCGCNN_DEVICE void spoil(const Stack<W>& s, int64_t first, int64_t end) {
-  for (int64_t x = first * s.F + threadIdx.x; x < end * s.F; x += blockDim.x) s.out[x] = NAN;
+// The mean of crystals [c, c + count) over their atoms, then softplus and a linear map, one after the other. `row` gives
+// a lane its channels of a row. `space` holds `words` numbers. Every sum has an order of its own, whoever forms it.
+constexpr int kParts = 8;  // of a sum over rows
+template <int W, bool kHalf, class Row>
+SRCGCNN_DEVICE void read_out(const Stack<W, kHalf>& s, float* space, int words, int c, int count, const Row& row) {
+  constexpr int V = W / 32, sums = kParts * (W + 1);
+  const DevicePlan& plan = s.at.plan;
+  const int32_t* crystal_ptr = s.g.crystal_ptr;
+  const int warps = int(blockDim.x) / 32, threads = int(blockDim.x), n_out = s.n_out();
+  const int size = sums + 2 * s.wide, most = words / size;  // a crystal: its partial sums, and two lists of numbers
+  for (const int stop = c + count; c < stop; c += most) {
+    const int many = stop - c < most ? stop - c : most;
+    for (int x = warp_of(); x < many * kParts; x += warps) {
+      const int k = x / kParts, part = x % kParts, end = crystal_ptr[c + k + 1];
+      Channels<V> sum = {};
+      float atoms = 0.0f;
+      for (int i = crystal_ptr[c + k] + part; i < end; i += kParts) {
+        const float weight = s.row_weight[i];
+        const Channels<V> h = row(i);
+        atoms += weight;
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum.x[v] = fmaf(weight, h.x[v], sum.x[v]);
+      }
+      store<V>(space + k * size + part * W + lane_of() * V, sum);
+      if (lane_of() == 0) space[k * size + kParts * W + part] = atoms;
+    }
+    __syncthreads();
+    for (int x = threadIdx.x; x < many * W; x += threads) {
+      const int k = x / W, channel = x % W;
+      float sum = 0.0f, atoms = 0.0f;
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        sum += space[k * size + part * W + channel];
+        atoms += space[k * size + kParts * W + part];
+      }
+      const float mean = atoms == 0.0f ? 0.0f : sum / atoms;  // a crystal without rows, as the CPU has it
+      if (plan.n_readout)
+        space[k * size + sums + channel] = softplus<DeviceMath>(mean);
+      else if (channel < plan.F)
+        s.out[int64_t(c + k) * plan.F + channel] = mean;
+    }
+    __syncthreads();
+    const float* weight = s.prepared + s.at.readout();
+    for (int l = 0; l < plan.n_readout; ++l) {
+      const int in = plan.readout[l], out = plan.readout[l + 1], from = sums + l % 2 * s.wide, to = sums + (l + 1) % 2 * s.wide;
+      const float* bias = weight + int64_t(in) * out;
+      const auto put = [&](int k, int o, float y) {
+        if (l + 1 == plan.n_readout)
+          s.out[int64_t(c + k) * n_out + o] = y;
+        else
+          space[k * size + to + o] = softplus<DeviceMath>(y);
+      };
+      if (is_wide(out)) {  // a lane a number, of four crystals at a time
+        const int blocks = (out + 31) / 32;
+        for (int x = warp_of(); x < blocks * ((many + 3) / 4); x += warps) {
+          const int o = x % blocks * 32 + lane_of(), k = x / blocks * 4;
+          if (o >= out) continue;
+          float sum[4];
+#pragma unroll
+          for (int y = 0; y < 4; ++y) sum[y] = bias[o];
+#pragma unroll 4
+          for (int i = 0; i < in; ++i) {
+            const float w = weight[i * out + o];
+#pragma unroll
+            for (int y = 0; y < 4; ++y)
+              sum[y] = fmaf(w, space[(k + y < many ? k + y : k) * size + from + i], sum[y]);
+          }
+#pragma unroll
+          for (int y = 0; y < 4; ++y)
+            if (k + y < many) put(k + y, o, sum[y]);
+        }
+      } else {  // a warp a number
+        for (int x = warp_of(); x < many * out; x += warps) {
+          const int k = x / out, o = x % out;
+          float sum = 0.0f;
+          for (int i = lane_of(); i < in; i += 32) sum = fmaf(weight[o * in + i], space[k * size + from + i], sum);
+#pragma unroll
+          for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+          if (lane_of() == 0) put(k, o, sum + bias[o]);
+        }
+      }
+      weight = bias + out;
+      __syncthreads();
+    }
+  }
 }
 
-// All steps of the crystals that have more than `least` and at most `rows` rows. A task is the crystals that begin in its
+// NaN for whatever would leave.
+template <int W, bool kHalf>
+SRCGCNN_DEVICE void spoil(const Stack<W, kHalf>& s) {
+  const int64_t size = s.out ? s.g.n_crystals * s.n_out() : s.g.n_rows * s.at.plan.F;
+  float* to = s.out ? s.out : s.rows;
+  for (int64_t x = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; x < size; x += int64_t(gridDim.x) * blockDim.x)
+    to[x] = NAN;
+}
+
+// All steps of the crystals that have more than `least` and at most `most` rows. A task is the crystals that begin in its
 // range of rows.
-template <int W, int kWarps>
-__global__ void __launch_bounds__(Shape<W, kWarps>::threads, Shape<W, kWarps>::blocks) whole_crystals(const Stack<W> s) {
+template <int W, int kWarps, bool kHalf>
+__global__ void __launch_bounds__(Shape<W, kWarps>::threads, Shape<W, kWarps>::blocks)
+    whole_crystals(const Stack<W, kHalf> s) {
   SRCGCNN_SHARED(shared);
   const DeviceGraph& g = s.g;
-  const bool bad = s.prepared[s.at.bad()] != 0.0f;
+  if (s.found(kBad)) spoil(s);
+  if (s.found(kBad) || !s.has_work()) return;
   for (int task = int(blockIdx.x); task < s.n_tasks; task += int(gridDim.x)) {
-    const int64_t first_row = int64_t(task) * s.rows_per_task, last = first_row + s.rows_per_task;
-    const int64_t end_row = last < g.n_rows ? last : g.n_rows;
-    if (bad) {
-      spoil(s, first_row, end_row);
-      continue;
-    }
+    const int64_t first_row = int64_t(task) * s.rows_per_task;
     int c = first_not_below(g.crystal_ptr, int(g.n_crystals), first_row);
-    const int end = first_not_below(g.crystal_ptr, int(g.n_crystals), end_row);
+    const int end = task + 1 < s.n_tasks ? first_not_below(g.crystal_ptr, int(g.n_crystals), first_row + s.rows_per_task)
+                                         : int(g.n_crystals);  // with those that have no rows
     while (c < end) {
       const int mine = c + lane_of(), first = g.crystal_ptr[c];
       const int begin = mine < end ? g.crystal_ptr[mine] : 0, size = mine < end ? g.crystal_ptr[mine + 1] - begin : 0;
-      const bool wanted = mine < end && size > s.least && size <= s.places.rows;
+      const bool wanted = mine < end && size > s.least && size <= s.most;
       const int skip = __ffs(__ballot_sync(kAllLanes, wanted)) - 1;  // crystals before the first that is wanted
       if (skip) {
         c += skip < 0 ? 32 : skip;
         continue;
       }
-      const unsigned fit = __ballot_sync(kAllLanes, wanted && begin + size - first <= s.places.rows);
+      const unsigned fit = __ballot_sync(kAllLanes, wanted && (mine == c || begin + size - first <= s.together));
       const int count = ~fit ? __ffs(~fit) - 1 : 32;
-      const Block<W, kWarps> b{s, shared, first, g.crystal_ptr[c + count] - first};
+      const int n = g.crystal_ptr[c + count] - first;
+      const Block<W, kWarps, kHalf> b{s, shared, first, n, Places<W, typename Storage<kHalf>::type>::of(n, s.words)};
       find_crystals(b, c, c + count, 0);
       read_features(b, s.h);
       if (!g.edge_term) find_shells(b);
       __syncthreads();
-      for (int t = 0; t < s.n_steps; ++t) {
-        if (!g.edge_term && (t == 0 || s.at.n_weights > 1)) fill_shells(b, t);
-        multiply<W, kWarps>(b, t);
+      for (int t = 0; t < s.at.plan.n_steps; ++t) {
+        if (!g.edge_term && (t == 0 || !s.at.plan.shared)) fill_shells(b, t);
+        multiply(b, t);
         __syncthreads();
-        gate_rows<W, kWarps, false>(b, t);
+        gate_rows<false>(b, t);
         __syncthreads();
       }
+      if (s.out)
+        read_out(s, shared + b.places.pq(), s.words - b.places.pq(), c, count,
+                 [&](int i) { return load<W / 32>(b.h(i - first) + lane_of() * (W / 32)); });
       c += count;
     }
   }
 }
 
 // Marks the rows of crystals with more than `least` rows in this block; false where there are none.
-template <int W, int kWarps>
-SRCGCNN_DEVICE bool find_large(const Block<W, kWarps>& b) {
+template <int W, int kWarps, bool kHalf>
+SRCGCNN_DEVICE bool find_large(const Block<W, kWarps, kHalf>& b) {
   const DeviceGraph& g = b.s.g;
   int c = first_not_below(g.crystal_ptr, int(g.n_crystals), int64_t(b.first) + 1) - 1;  // that of the first row
   const int begin = c;
@@ -453,34 +714,58 @@ SRCGCNN_DEVICE bool find_large(const Block<W, kWarps>& b) {
 
 // One step of the crystals with more than `least` rows: with kGate the step itself, else the q of their rows, which it
 // needs.
-template <int W, bool kGate>
+template <int W, bool kGate, bool kHalf>
 __global__ void __launch_bounds__(Shape<W, kSmall>::threads, Shape<W, kSmall>::blocks)
-    layer_of_crystals(const Stack<W> s, int t) {
+    layer_of_crystals(const Stack<W, kHalf> s, int t) {
   SRCGCNN_SHARED(shared);
-  const bool bad = s.prepared[s.at.bad()] != 0.0f;
-  const int64_t rows = s.places.rows;
+  if (kGate && s.found(kBad)) spoil(s);
+  if (s.found(kBad) || !s.has_work()) return;
+  const int64_t rows = s.together;
+  const auto places = Places<W, typename Storage<kHalf>::type>::of(s.together, s.words);
   for (int64_t first = blockIdx.x * rows; first < s.g.n_rows; first += gridDim.x * rows) {
     const int64_t left = s.g.n_rows - first;
-    const Block<W, kSmall> b{s, shared, int(first), int(left < rows ? left : rows)};
-    if (bad) {
-      if (kGate) spoil(s, first, first + b.n);
-      continue;
-    }
+    const Block<W, kSmall, kHalf> b{s, shared, int(first), int(left < rows ? left : rows), places};
     if (!find_large(b)) continue;
-    read_features(b, t ? DeviceFeatures{s.out, nullptr, 0} : s.h);
+    read_features(b, t ? DeviceFeatures{s.rows, nullptr, 0} : s.h);
     if (kGate && !s.g.edge_term) find_shells(b);
     __syncthreads();
-    multiply<W, kSmall>(b, t);
+    multiply(b, t);
     if (kGate && !s.g.edge_term) fill_shells(b, t);
     __syncthreads();
     if (kGate)
-      gate_rows<W, kSmall, true>(b, t);
+      gate_rows<true>(b, t);
     else
       for (int x = threadIdx.x; x < b.n * 2 * W; x += b.threads) {
         const int row = x / (2 * W), c = x % (2 * W);
         if (b.crystal(row)[0] < b.crystal(row)[1]) s.q[(first + row) * 2 * W + c] = b.pq(row)[2 * W + c];
       }
     __syncthreads();
+  }
+}
+
+// The readout of the crystals with more than `least` rows, a block some crystals that follow each other.
+template <int W, bool kHalf>
+__global__ void __launch_bounds__(Shape<W, kSmall>::threads, Shape<W, kSmall>::blocks)
+    readout_of_crystals(const Stack<W, kHalf> s) {
+  SRCGCNN_SHARED(shared);
+  if (s.found(kBad) || !s.has_work()) return;
+  const int64_t share = (s.g.n_crystals + gridDim.x - 1) / gridDim.x, last = (blockIdx.x + 1) * share;
+  const int end = int(last < s.g.n_crystals ? last : s.g.n_crystals), F = s.at.plan.F;
+  const auto row = [&](int i) {
+    Channels<W / 32> h;
+#pragma unroll
+    for (int v = 0; v < W / 32; ++v) {
+      const int c = lane_of() * (W / 32) + v;
+      h.x[v] = c < F ? s.rows[int64_t(i) * F + c] : 0.0f;
+    }
+    return h;
+  };
+  for (int64_t c = blockIdx.x * share; c < end;) {
+    const int mine = int(c) + lane_of();
+    const bool wanted = mine < end && s.g.crystal_ptr[mine + 1] - s.g.crystal_ptr[mine] > s.least;
+    const int skip = __ffs(__ballot_sync(kAllLanes, wanted)) - 1;
+    if (skip >= 0) read_out(s, shared, s.words, int(c) + skip, 1, row);
+    c += skip < 0 ? 32 : skip + 1;
   }
 }
 

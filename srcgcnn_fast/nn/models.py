@@ -144,6 +144,8 @@ class CrystalModel(nn.Module):
 
     def features(self, batch: GraphBatch) -> Tensor:
         """The pooled crystal vector, (B, F): a descriptor of the crystal."""
+        if self._is_stack() and _is_plain_linear(self.embedding):
+            return self._network(batch, [])
         return functional.crystal_mean(self._convolve(*self._embed(batch), batch)[0], batch)
 
     def forward(self, batch: GraphBatch, return_steps: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
@@ -156,12 +158,7 @@ class CrystalModel(nn.Module):
         drops = self.dropout is not None and self.dropout.training
         plain = not drops and all(map(_is_plain_linear, hidden))
         if plain and not return_steps and self._is_stack() and _is_plain_linear(self.embedding):
-            atoms, species = self._atoms(batch)
-            embedding, *readout = (functional.Dense(x.weight, x.bias) for x in (self.embedding, *hidden))
-            p = self._hyperparameters
-            out = functional.network(
-                atoms, batch, embedding, self._layers(), readout, species=species, dmin=p["dmin"], step=p["step"]
-            )
+            out = self._network(batch, hidden)
         else:
             h, steps = self._convolve(*self._embed(batch), batch, return_steps)
             if plain:
@@ -171,6 +168,15 @@ class CrystalModel(nn.Module):
         if self.classification:
             out = log_softmax(out, dim=1)
         return (out, steps) if return_steps else out
+
+    def _network(self, batch: GraphBatch, hidden: list[nn.Linear]) -> Tensor:
+        """Everything in one call, where nothing stands between; without ``hidden`` the crystal vectors."""
+        atoms, species = self._atoms(batch)
+        embedding, *readout = (functional.Dense(x.weight, x.bias) for x in (self.embedding, *hidden))
+        p = self._hyperparameters
+        return functional.network(
+            atoms, batch, embedding, self._layers(), readout, species=species, dmin=p["dmin"], step=p["step"]
+        )
 
     def _head(self, pooled: Tensor) -> Tensor:
         """(B, F) -> (B, outputs), layer by layer, with the dropout."""

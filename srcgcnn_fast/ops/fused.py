@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding, pad
 
-from . import cpu, reference
+from . import cpu, cuda, reference
 from . import library as library  # registers the operators
 from .cpu import Graph, Layer, Moments
 from .reference import BatchNorm, Dense, Edges
@@ -232,10 +232,10 @@ class _SharedConvolutions(_Convolutions):
     backward = staticmethod(once_differentiable(_Convolutions.backward))  # type: ignore[assignment]
 
 
-def _eager(h: Tensor) -> bool:
-    """Is this a call of the CPU kernels that nobody traces?"""
+def _eager(h: Tensor, device: str = "cpu") -> bool:
+    """Is this a call on tensors of the device that nobody traces?"""
     return (
-        h.device.type == "cpu"
+        h.device.type == device
         and not torch.compiler.is_compiling()
         and type(h) in (Tensor, torch.nn.Parameter)
         and not torch._C._len_torch_dispatch_stack()
@@ -339,11 +339,11 @@ def _pairs(parameters: Sequence[Tensor | None]) -> list[Dense]:
 
 def takes_readout(h: Tensor, layers: Sequence[Dense]) -> bool:
     """Is this a call of the kernels, and can they take these layers?"""
-    return (
-        _eager(h)
-        and len(layers) <= cpu.MOST_LAYERS
-        and all(x is None or (x.dtype is h.dtype and x.is_contiguous()) for layer in layers for x in layer)
-    )
+    return _eager(h) and len(layers) <= cpu.MOST_LAYERS and _are_plain(h, layers)
+
+
+def _are_plain(h: Tensor, layers: Sequence[Dense]) -> bool:
+    return all(x is None or (x.dtype is h.dtype and x.is_contiguous()) for layer in layers for x in layer)
 
 
 def readout(h: Tensor, row_weight: Tensor, crystal_ptr: Tensor, layers: Sequence[Dense]) -> Tensor:
@@ -359,6 +359,11 @@ def takes_network(
     readout_layers: Sequence[Dense],
 ) -> bool:
     """Is this a call of the kernels, and can they take all of it at once?"""
+    if h.device.type == "cuda":
+        can = _eager(h, "cuda") and cuda.readout_refusal(readout_layers) is None
+        return can and len(layers) > 0 and _are_plain(h, [embedding, *readout_layers])
+    if not readout_layers:
+        return False
     fits = cpu.core is not None and h.dtype in cpu.DTYPES and embedding.weight.shape[0] % cpu.kernel_width(h.dtype) == 0
     return fits and len(layers) > 0 and takes_readout(h, [embedding, *readout_layers])
 
@@ -375,7 +380,8 @@ def network(
     """Embedding, convolutions with fixed statistics and readout at once, without gradients."""
     width = layers[0][0].shape[0] // 2
     folded = [_layer(*layer, width, 0) for layer in layers]
-    return cpu.network(h, species, embedding, folded, graph, row_weight, readout_layers)
+    backend = cuda if h.device.type == "cuda" else cpu
+    return backend.network(h, species, embedding, folded, graph, row_weight, readout_layers)
 
 
 def stack(

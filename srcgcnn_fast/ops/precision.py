@@ -21,9 +21,9 @@ def use_precision(name: str) -> Iterator[None]:
     * ``"float32"``: float32's digits everywhere.
     * ``"tf32"``: matrix products multiply 10-bit mantissas, as under ``torch.backends.cuda.matmul.allow_tf32``, which
       this sets for the block (so the head and everything else of PyTorch follows).
-    * ``"bfloat16"``: as "tf32", and the rows' products and the filter's weights, which the kernels along edges read,
-      are stored in bfloat16. Features between the steps, sums, statistics and gradients stay float32, and so does the
-      arithmetic along edges.
+    * ``"bfloat16"``: as "tf32", and what the kernels along edges read, rows' products and the filter's weights and
+      products, is stored in bfloat16. Features between the steps, sums, statistics and gradients stay float32, and so
+      does the arithmetic along edges.
 
     Without it, convolutions follow PyTorch's flag. It permits, and does not demand: the CPU and the reference backend
     keep float32. A backward pass follows what is in force when it runs.

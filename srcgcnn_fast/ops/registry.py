@@ -143,11 +143,14 @@ def forced_backend() -> str | None:
     return _forced or os.environ.get("SRCGCNN_FAST_BACKEND") or None
 
 
-def select(h: torch.Tensor, edge_statistics_grad: bool = False, inference: bool = False) -> str:
+def select(
+    h: torch.Tensor, edge_statistics_grad: bool = False, inference: bool = False, width: int | None = None
+) -> str:
     """The backend for a call on ``h``: the forced one, or the fastest that can take its device and dtype.
 
     ``edge_statistics_grad``: gradients with respect to distances are wanted through statistics of the batch.
     ``inference``: no gradients are wanted, and no statistics of the batch.
+    ``width``: F, where it is not the columns of ``h``.
 
     Raises:
         InputError: a backend is forced that cannot take this input.
@@ -163,7 +166,7 @@ def select(h: torch.Tensor, edge_statistics_grad: bool = False, inference: bool 
     name = {"cpu": "cpu", "cuda": "triton"}.get(device, "reference")
     no_cuda = None
     if device == "cuda" and forced in (None, "cuda"):
-        no_cuda = _cuda_refusal(h, inference)
+        no_cuda = _cuda_refusal(h, inference, width)
         name = "cuda" if no_cuda is None or forced else name
     reason = no_cuda if name == "cuda" else _refusal(device, h.dtype)
     if _is_transformed():
@@ -199,11 +202,11 @@ def _refusal(device: str, dtype: torch.dtype) -> str | None:
     return core_problem or None
 
 
-def _cuda_refusal(h: torch.Tensor, inference: bool) -> str | None:
+def _cuda_refusal(h: torch.Tensor, inference: bool, width: int | None = None) -> str | None:
     if h.dtype != torch.float32:
         return f"the CUDA kernels take float32, not {h.dtype}"
-    if inference and h.shape[1] > MOST_FEATURES:
-        return f"the CUDA kernels take up to {MOST_FEATURES} features in inference, not {h.shape[1]}"
+    if inference and (features := width or h.shape[1]) > MOST_FEATURES:
+        return f"the CUDA kernels take up to {MOST_FEATURES} features in inference, not {features}"
     return cuda_problem()
 
 

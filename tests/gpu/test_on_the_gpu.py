@@ -19,6 +19,8 @@ import srcgcnn_fast as sf
 from srcgcnn_fast import functional
 from srcgcnn_fast.functional import BatchNorm
 from srcgcnn_fast.graph import GraphBatch, GraphStore
+from srcgcnn_fast.ops import cpu as cpu_backend
+from srcgcnn_fast.ops import cuda as cuda_backend
 from srcgcnn_fast.ops import triton as triton_backend
 
 DRY = os.environ.get("SRCGCNN_GPU_DRY_RUN") == "1"
@@ -142,6 +144,62 @@ def test_inference_of_whole_models(backend, make_batch, model_type, kind):
             batch.cache.clear()
             exact = model.double().features(batch)
     assert difference(ours, exact) <= 2 * difference(plain, exact) + 3e-7
+
+
+@each_for_inference
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("brings", ["nothing", "atoms", "edges"])
+@pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
+def test_predictions_of_whole_models(backend, make_batch, monkeypatch, model_type, brings, kind):
+    """From atomic numbers to predictions: in one call of the compiled kernels, part by part elsewhere."""
+    torch.manual_seed(0)
+    model = model_type(2, 48, 40, 3, n_targets=5).to(DEVICE)
+    with torch.no_grad():
+        model.train()(make_batch("large", seed=1).to(DEVICE))
+    model.eval()
+    batch, calls = make_batch(kind, seed=2), []
+    if brings == "atoms":
+        batch.atom_features = torch.rand(batch.num_rows, 92)
+    if brings == "edges":
+        batch.edge_features = torch.rand(batch.num_edges, 41)
+    batch, native = batch.to(DEVICE), cpu_backend if DRY else cuda_backend
+    at_once = native.network
+    monkeypatch.setattr(native, "network", lambda *a: calls.append(1) or at_once(*a))
+    with torch.no_grad():
+        ours = model(batch)
+        batch.cache.clear()
+        with sf.use_backend("reference"):
+            plain = model(batch)
+            exact = copy.deepcopy(model).double()(batch.to(dtype=torch.float64))
+    assert calls == [1] * (backend != "triton")
+    assert difference(ours, exact) <= 3 * difference(plain, exact) + 1e-6
+
+
+@cuda_only
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+@pytest.mark.parametrize(("name", "least", "most"), [("tf32", 1e-6, 2e-3), ("bfloat16", 1e-5, 2e-2)])
+@pytest.mark.parametrize("kind", ["weighted", "one crystal", "large"])
+@pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
+def test_less_exact_inference_by_choice(backend, make_batch, model_type, kind, name, least, most):
+    model, _ = model_and_batch(model_type, make_batch)
+    batch = make_batch(kind, seed=2).to(DEVICE)
+    with torch.no_grad(), sf.use_precision(name):
+        ours = model.eval().features(batch)
+    with torch.no_grad(), sf.use_backend("reference"):
+        exact = model.double().features(batch.to(dtype=torch.float64))
+    assert least < difference(ours, exact) < most
+
+
+@each_for_inference
+def test_crystals_without_rows(backend, make_batch):
+    """As a captured batch is padded with: they change nothing else."""
+    model, batch = model_and_batch(sf.SRCGCNN, make_batch, "plain")
+    with torch.no_grad():
+        expected = model.eval()(batch)
+        batch.cache.clear()
+        ends = batch.crystal_ptr[-1:].expand(3)
+        batch.crystal_ptr = torch.cat([batch.crystal_ptr, ends]).contiguous()
+        assert torch.equal(model(batch)[: len(expected)], expected)
 
 
 @each_for_inference

@@ -19,88 +19,14 @@ from srcgcnn_fast.ops import reference, registry
 from srcgcnn_fast.ops.cpu import Graph, Layer
 from srcgcnn_fast.ops.reference import BatchNorm, Edges
 
-_spec = importlib.util.spec_from_file_location("emulated", Path(__file__).parent / "cuda" / "emulated.py")
+_spec = importlib.util.spec_from_file_location("problem", Path(__file__).parent / "cuda" / "problem.py")
 assert _spec is not None and _spec.loader is not None
-emulated = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(emulated)
+problem_module = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(problem_module)
+A100, H100, MIDDLE, TINY = (getattr(problem_module, name) for name in ("A100", "H100", "MIDDLE", "TINY"))
+KINDS_OF_WEIGHTS, Problem, relative = problem_module.KINDS_OF_WEIGHTS, problem_module.Problem, problem_module.relative
 
-pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="the emulation needs g++")
-H100, A100, MIDDLE, TINY = (132, 228 << 10), (108, 164 << 10), (3, 60 << 10), (2, 30 << 10)
-"""Multiprocessors, and shared memory of each. At width 32, small blocks have 64, 64, 16, 16 rows, large ones 128, 128,
-48 and 16; the last have no room for terms of distances."""
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory):
-    return emulated.Emulated(emulated.build(tmp_path_factory.mktemp("emulated")))
-
-
-@pytest.fixture(autouse=True)
-def on_the_emulation(library, monkeypatch: pytest.MonkeyPatch):
-    """The kernels on tensors of the CPU; whatever one forgets to write is NaN, not an old right answer."""
-
-    def poison(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    new_empty = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
-    monkeypatch.setattr(backend, "native", lambda: library)
-    library.gpu(3, H100[1])
-
-
-KINDS_OF_WEIGHTS = pytest.mark.parametrize("shared", [True, False], ids=["recurrent", "stacked"])
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    assert a.shape == b.shape
-    assert torch.isfinite(a).all()
-    return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
-
-
-class Problem:
-    """Convolutions with fixed statistics on a batch of graphs, in float64."""
-
-    def __init__(self, batch, width: int, n_features: int, n_steps: int, shared: bool, features: bool = False) -> None:
-        g = torch.Generator().manual_seed(width + n_steps)
-        rand = lambda *s: torch.rand(*s, generator=g, dtype=torch.float64)  # noqa: E731
-        c, batch = 2 * width, batch.to(dtype=torch.float64)
-        given = rand(batch.num_edges, n_features) if features else None
-        self.edges = Edges(batch.distance, given, batch.sender, batch.row_ptr, batch.crystal_ptr)
-        self.h, self.weight = rand(batch.num_rows, width) * 2, batch.weight
-        weights = [((rand(c, c + n_features) - 0.5) / 3, rand(c) - 0.5) for _ in range(1 if shared else n_steps)]
-        self.shared = shared
-        self.layers = [
-            [
-                *weights[0 if shared else t], rand(c) + 0.5, rand(c) - 0.5, rand(width) + 0.5, rand(width) - 0.5,
-                rand(c) - 0.5, rand(c) + 0.5, rand(width) + 4, rand(width) * 20 + 5,
-            ]
-            for t in range(n_steps)
-        ]  # fmt: skip
-
-    def expected(self, dtype: torch.dtype) -> torch.Tensor:
-        h, edges = self.h.to(dtype), self.edges._replace(distance=self.edges.distance.to(dtype))
-        for layer in self.layers:
-            w, b, g1, b1, g2, b2, m1, v1, m2, v2 = (x.to(dtype) for x in layer)
-            h = reference.gated_conv(h, edges, self.weight, w, b, BatchNorm(g1, b1, m1, v1), BatchNorm(g2, b2, m2, v2))
-        return h
-
-    def graph(self) -> Graph:
-        features = None if self.edges.features is None else self.edges.features.float()
-        return Graph(self.edges.distance.float(), features, *self.edges[2:5], None, None, None, 0.0, 0.2)
-
-    def float_layers(self) -> list[Layer]:
-        layers = [Layer(*(x.float() for x in layer), 1e-5, 1e-5, False, False) for layer in self.layers]
-        one = layers[0]
-        return [layer._replace(weight=one.weight, bias=one.bias) if self.shared else layer for layer in layers]
-
-    def found(self, graph: Graph | None = None) -> torch.Tensor:
-        return backend.stack(self.h.float(), self.float_layers(), graph or self.graph())
-
-    def check(self) -> torch.Tensor:
-        truth, ours = self.expected(torch.float64), self.found()
-        limit = 2 * relative(self.expected(torch.float32), truth) + 3e-7
-        assert relative(ours, truth) < limit
-        return ours
+pytestmark = pytest.mark.usefixtures("on_the_emulation")
 
 
 @KINDS_OF_WEIGHTS
@@ -145,7 +71,7 @@ def test_crystals_too_large_for_a_block(library, make_batch, kind, gpu, shared):
     library.gpu(*gpu)
     problem = Problem(make_batch(kind), 16, 41, 3, shared)
     largest = int(problem.edges.crystal_ptr.diff().max())
-    assert library.cuda_scratch_size(32, largest) > 0  # it fits no block
+    assert library.cuda_scratch_size(32, [16, 3, 41, 0, int(shared), 0, 0], largest) > 0  # it fits no block
     problem.check()
 
 
@@ -189,8 +115,9 @@ def test_a_sender_outside_its_crystal_gives_nan_in_its_row_alone(library, make_b
 
 
 @pytest.mark.parametrize("gpu", [H100, TINY], ids=["small", "large"])
-def test_bad_pointers_give_nan(library, make_batch, gpu):
+def test_bad_pointers_give_nan(library, make_batch, monkeypatch, gpu):
     library.gpu(*gpu)
+    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)  # so that NaN is what a kernel wrote
     problem = Problem(make_batch("plain"), 16, 41, 1, True)
     sound, graph = problem.found(), problem.graph()
     row_ptr = graph.row_ptr.clone()

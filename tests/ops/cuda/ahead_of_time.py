@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[3]
 ENTRY = re.compile(
     r"Compiling entry function '_ZN7srcgcnn\d+(?P<name>[a-z_]+)"
-    r"(?:ILi(?P<width>\d+)E(?:Li(?P<warps>\d+)E)?(?:Lb(?P<gate>\d)E)?)?"
+    r"(?:ILi(?P<width>\d+)E(?:Li(?P<warps>\d+)E)?(?:Lb(?P<gate>\d)E)?Lb(?P<half>\d)EE)?"
     r".*?' for 'sm_(?P<sm>\w+)'.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores"
     r".*?Used (?P<registers>\d+) registers",
     re.DOTALL,
@@ -33,8 +33,9 @@ def compiled(source: str, width: int, architecture: str) -> list[dict[str, str |
     found: list[dict[str, str | int]] = []
     for m in ENTRY.finditer(done.stdout + done.stderr):
         kind = f"{m['warps']} warps" if m["warps"] else {"1": "gate", "0": "q", None: ""}[m["gate"]]
+        storage = "bfloat16" if m["half"] == "1" else "float32"
         numbers = {"registers": int(m["registers"]), "spilled": int(m["stores"]), "stack": int(m["stack"])}
-        found.append({"kernel": m["name"], "kind": kind, "width": width, "sm": m["sm"]} | numbers)
+        found.append({"kernel": m["name"], "kind": kind, "storage": storage, "width": width, "sm": m["sm"]} | numbers)
     return found
 
 

@@ -43,6 +43,21 @@ class Features(c.Structure):
     _fields_ = [("data", POINTER), ("species", POINTER), ("n_table", c.c_int64)]
 
 
+class Dense(c.Structure):
+    _fields_ = [("weight", POINTER), ("bias", POINTER)]
+
+
+MOST_READOUT = 16
+
+
+class Plan(c.Structure):
+    _fields_ = [*[(f"number{k}", c.c_int32) for k in range(8)], ("readout", c.c_int32 * (MOST_READOUT + 1))]
+
+    @classmethod
+    def of(cls, numbers: list[int]) -> Plan:
+        return cls(*numbers[:7], len(numbers) - 8, (c.c_int32 * (MOST_READOUT + 1))(*numbers[7:]))
+
+
 def compiler() -> str | None:
     return shutil.which("g++")
 
@@ -54,6 +69,7 @@ def build(folder: Path, source: str = "stack") -> Path:
         objects.append(folder / f"{source}{width}.o")
         command = [
             compiler(), "-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror",
+            "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error",  # a GPU refuses them too
             f"-DSRCGCNN_WIDTH={width}", "-include", HERE / "emulation.h", "-x", "c++", "-c",
             ROOT / "csrc" / "cuda" / f"{source}.cu", "-o", objects[-1],
         ]  # fmt: skip
@@ -75,6 +91,9 @@ class Emulated:
         self._library.emulated_gpu(processors, shared_per_processor)
         self._library.emulated_order(int(descending))
 
+    def launches(self) -> int:
+        return self._library.emulated_launches()
+
     def only(self, last_blocks: int = 2**32 - 1) -> None:
         """Launches run their last blocks alone."""
         self._library.emulated_blocks(c.c_uint(last_blocks))
@@ -90,29 +109,29 @@ class Emulated:
             raise RuntimeError(f"CUDA: {found.decode()}")
         return found
 
-    def cuda_prepared_size(self, width: int, n_features: int, n_steps: int, shared: bool) -> int:
-        return self._call("prepared_size", width, c.c_int64, n_features, n_steps, c.c_bool(shared))
+    def cuda_prepared_size(self, width, plan) -> int:
+        return self._call("prepared_size", width, c.c_int64, c.byref(Plan.of(plan)))
 
-    def cuda_filter_at(self, width: int) -> int:
-        return self._call("filter_at", width, c.c_int64)
+    def cuda_filter_at(self, width, plan) -> int:
+        return self._call("filter_at", width, c.c_int64, c.byref(Plan.of(plan)))
 
-    def cuda_scratch_size(self, width: int, n_rows: int) -> int:
+    def cuda_scratch_size(self, width, plan, n_rows: int) -> int:
         size = c.c_int64()
-        self._call("scratch_size", width, c.c_char_p, c.byref(size), c.c_int64(n_rows))
+        self._call("scratch_size", width, c.c_char_p, c.byref(size), c.byref(Plan.of(plan)), c.c_int64(n_rows))
         return size.value
 
-    def cuda_prepare(self, width, prepared, layers, eps, shared, features, index, sizes, basis, stream) -> None:
+    def cuda_prepare(self, width, prepared, plan, layers, eps, ends, index, sizes, basis, stream) -> None:
         given = (Layer * len(layers))(*(Layer(*x, *e) for x, e in zip(layers, eps, strict=True)))
+        first, *others = [Dense(*x) for x in zip(ends[1::2], ends[2::2], strict=True)]
         graph = Graph(*index, *sizes, *basis)
-        self._call("prepare", width, c.c_char_p, POINTER(prepared), given, len(layers), c.c_bool(shared), features,
-                   c.byref(graph), POINTER(stream))  # fmt: skip
+        self._call("prepare", width, c.c_char_p, POINTER(prepared), c.byref(Plan.of(plan)), given, POINTER(ends[0]),
+                   c.byref(first), (Dense * len(others))(*others), c.byref(graph), POINTER(stream))  # fmt: skip
 
-    def cuda_stack(
-        self, width, out, scratch, rows, prepared, n_steps, shared, features, relaxed, index, sizes, basis, stream
-    ) -> None:
+    def cuda_stack(self, width, out, scratch, rows, row_weight, prepared, plan, index, sizes, basis, stream) -> None:
+        self.launched = plan
         graph = Graph(*index, *sizes, *basis)
         self._call("stack", width, c.c_char_p, POINTER(out), POINTER(scratch), c.byref(Features(*rows)),
-                   POINTER(prepared), n_steps, c.c_bool(shared), features, c.c_bool(relaxed), c.byref(graph),
+                   POINTER(row_weight), POINTER(prepared), c.byref(Plan.of(plan)), c.byref(graph),
                    POINTER(stream))  # fmt: skip
 
     def cuda_conv(self, name, pointers, sizes, numbers, stream) -> None:

@@ -2,9 +2,10 @@
 // threads are fibers, which meet at __syncthreads and at every operation of a warp. Included before the kernels.
 //
 // What it finds: wrong indices, layouts and orders (results), numbers that nobody wrote (shared memory begins as NaN),
-// overruns of shared memory (the page after it cannot be touched), lanes that do not meet where they must (abort), and
-// missing barriers (results that depend on the order of warps, see emulation_order). What it does not: speed, the
-// rounding of the GPU's approximate exponentials and of its tensor cores' sums, the memory model between blocks.
+// overruns of shared memory (the page after it cannot be touched), vectors that are not aligned (a trap), lanes that do
+// not meet where they must (abort), and missing barriers (results that depend on the order of warps, see
+// emulation_order). What it does not: speed, the rounding of the GPU's approximate exponentials and of its tensor cores'
+// sums, the memory model between blocks.
 #pragma once
 #include <math.h>
 #include <setjmp.h>
@@ -37,6 +38,9 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 struct Index {
   unsigned x = 0;
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 inline Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
@@ -44,6 +48,7 @@ namespace emulation {
 constexpr int kMostThreads = 1024, kStack = 256 << 10;
 inline int processors = 4, shared_per_processor = 228 << 10;
 inline bool descending = false;
+inline int launches = 0;
 inline unsigned last_blocks = ~0u;  // only so many blocks run, the last ones
 inline cudaError_t last_error = cudaSuccess;
 inline float* shared_memory;
@@ -51,6 +56,7 @@ inline float* shared_memory;
 enum State { kReady, kAtWarp, kAtBlock, kDone };
 struct Warp {
   float a[2][32][4], b[2][32][2];
+  uint32_t half_a[2][32][4], half_b[2][32][2];
   uint32_t words[2][32];
 };
 struct Thread {
@@ -147,6 +153,7 @@ inline void launch(unsigned grid, int n_threads, int shared, std::function<void(
   if (size) mprotect(memory, size, PROT_READ | PROT_WRITE);
   shared_memory = reinterpret_cast<float*>(memory + size - size_t(shared) / 16 * 16);
   body = kernel;
+  ++launches;
   gridDim.x = grid;
   blockDim.x = unsigned(n_threads);
   const unsigned some = grid < last_blocks ? grid : last_blocks;
@@ -233,6 +240,25 @@ inline void mma(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
       d[x] += warp.a[turn][row % 8 * 4 + k % 4][row / 8 + k / 4 * 2] * warp.b[turn][column * 4 + k % 4][k / 4];
   }
 }
+inline uint32_t to_bfloat16(float x) {
+  const uint32_t bits = __float_as_uint(x);
+  return x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline uint32_t to_bfloat16(float low, float high) { return to_bfloat16(high) << 16 | to_bfloat16(low); }
+inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  const int turn = emulation::next_turn(), lane = emulation::lane();
+  auto& warp = emulation::my_warp();
+  memcpy(warp.half_a[turn][lane], a, sizeof a);
+  memcpy(warp.half_b[turn][lane], b, sizeof b);
+  emulation::meet(5);
+  const auto number = [](uint32_t both, int which) { return __uint_as_float(which ? both & 0xffff0000 : both << 16); };
+  for (int x = 0; x < 4; ++x) {
+    const int row = lane / 4 + x / 2 * 8, column = lane % 4 * 2 + x % 2;
+    for (int k = 0; k < 16; ++k)
+      d[x] += number(warp.half_a[turn][row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2) *
+              number(warp.half_b[turn][column * 4 + k % 8 / 2][k / 8], k % 2);
+  }
+}
 }  // namespace srcgcnn::device
 
 inline cudaError_t cudaGetDevice(int* device) {
@@ -265,13 +291,15 @@ inline cudaError_t cudaGetLastError() {
 }
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid value"; }
 
-// Of the tests: the emulated GPU, the order of its warps and blocks, which blocks run, whether the next launch fails.
+// Of the tests: the emulated GPU, the order of its warps and blocks, launches so far, which blocks run, whether the next
+// launch fails.
 extern "C" {
 __attribute__((weak)) void emulated_gpu(int processors, int shared_per_processor) {
   emulation::processors = processors;
   emulation::shared_per_processor = shared_per_processor;
 }
 __attribute__((weak)) void emulated_order(int descending) { emulation::descending = descending; }
+__attribute__((weak)) int emulated_launches() { return emulation::launches; }
 __attribute__((weak)) void emulated_blocks(unsigned last) { emulation::last_blocks = last; }
 __attribute__((weak)) void emulated_error() { emulation::last_error = cudaErrorInvalidValue; }
 }

@@ -1,0 +1,100 @@
+"""The CUDA kernels through the compiler of another toolkit, without a GPU and without that toolkit's nvcc.
+
+PyPI has NVRTC of CUDA 12.4 to 12.9, which is their compiler for device code. Unpack the wheel and name the library:
+
+    python -m pip download --no-deps nvidia-cuda-nvrtc-cu12==12.4.127 && unzip -d nvrtc nvidia_cuda_nvrtc_cu12-*.whl
+    python tests/ops/cuda/other_toolkits.py nvrtc/nvidia/cuda_nvrtc/lib/libnvrtc.so.12
+
+Prints a line for each architecture. Launchers are not compiled: NVRTC knows no host code.
+"""
+
+from __future__ import annotations
+
+import ctypes as c
+import re
+import sys
+from pathlib import Path
+
+CSRC = Path(__file__).parents[3] / "csrc"
+FOUND = re.compile(r"'(\S+)' for '(sm_\d+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", re.DOTALL)
+STDINT = """
+typedef signed int int32_t; typedef unsigned int uint32_t; typedef unsigned short uint16_t; typedef long long int64_t;
+typedef unsigned long long uint64_t;
+#define NAN __int_as_float(0x7fffffff)
+"""
+
+
+def source() -> str:
+    """The device code of stack.cuh, every kernel of every width."""
+    text = '#include "cuda/stack.cuh"\nnamespace srcgcnn {\n'
+    for width in (32, 64, 128):
+        for half in ("false", "true"):
+            stack = f"const Stack<{width}, {half}>"
+            text += "".join(
+                f"template __global__ void whole_crystals<{width}, {warps}, {half}>({stack});\n" for warps in (8, 16)
+            )
+            text += "".join(
+                f"template __global__ void layer_of_crystals<{width}, {gate}, {half}>({stack}, int);\n"
+                for gate in ("false", "true")
+            )
+            text += f"template __global__ void readout_of_crystals<{width}, {half}>({stack});\n"
+            text += (
+                f"template __global__ void prepare<{width}, {half}>(float*, const Prepared<{width}, "
+                f"typename Storage<{half}>::type>, const Layers, int, int, const DeviceGraph, int, int);\n"
+            )
+    return text + "}\n"
+
+
+class Compiler:
+    """NVRTC."""
+
+    def __init__(self, library: str) -> None:
+        self._library = c.CDLL(library)
+        self._library.nvrtcGetErrorString.restype = c.c_char_p
+
+    def _call(self, name: str, *arguments: object) -> None:
+        code = getattr(self._library, f"nvrtc{name}")(*arguments)
+        if code:
+            raise RuntimeError(f"nvrtc{name}: {self._library.nvrtcGetErrorString(code).decode()}")
+
+    @property
+    def version(self) -> str:
+        major, minor = c.c_int(), c.c_int()
+        self._call("Version", c.byref(major), c.byref(minor))
+        return f"{major.value}.{minor.value}"
+
+    def compiled(self, architecture: str) -> str:
+        """What the compiler says about the kernels.
+
+        Raises:
+            RuntimeError: they do not compile.
+        """
+        program = c.c_void_p()
+        headers = {"stdint.h": STDINT}
+        contents, names = ((c.c_char_p * len(headers))(*(x.encode() for x in y)) for y in (headers.values(), headers))
+        self._call("CreateProgram", c.byref(program), source().encode(), b"stack.cu", len(headers), contents, names)
+        flags = ["--std=c++17", f"--gpu-architecture={architecture}", f"--include-path={CSRC}"]
+        flags += [f"--include-path={CSRC / 'cuda'}", "--device-as-default-execution-space", "--ptxas-options=-v"]
+        try:
+            self._call("CompileProgram", program, len(flags), (c.c_char_p * len(flags))(*(x.encode() for x in flags)))
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}\n{self._log(program)}") from None
+        return self._log(program)
+
+    def _log(self, program: c.c_void_p) -> str:
+        size = c.c_size_t()
+        self._call("GetProgramLogSize", program, c.byref(size))
+        log = c.create_string_buffer(size.value)
+        self._call("GetProgramLog", program, log)
+        return log.value.decode()
+
+
+if __name__ == "__main__":
+    compiler = Compiler(sys.argv[1])
+    for architecture in ("sm_80", "sm_90", "compute_90"):
+        log = compiler.compiled(architecture)
+        found = [(name, int(spilled), int(registers)) for name, _, spilled, registers in FOUND.findall(log)]
+        spills = {name: spilled for name, spilled, _ in found if spilled}
+        most = max((registers for *_, registers in found), default=0)
+        said = f", {len(found)} kernels, up to {most} registers, spills: {spills or 'none'}" if found else ""
+        print(f"CUDA {compiler.version}, {architecture}: compiles{said}", flush=True)

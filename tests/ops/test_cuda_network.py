@@ -1,0 +1,339 @@
+"""Whole networks in the CUDA kernels, from atomic numbers to predictions, and their precisions, without a GPU.
+
+As in test_cuda.py: the kernels' source on an emulation of CUDA, against the reference in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import math
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import srcgcnn_fast as sf
+from srcgcnn_fast import functional
+from srcgcnn_fast.ops import cpu, fused, reference, registry
+from srcgcnn_fast.ops import cuda as backend
+from srcgcnn_fast.ops.cpu import Graph
+from srcgcnn_fast.ops.reference import Dense
+
+_spec = importlib.util.spec_from_file_location("problem", Path(__file__).parent / "cuda" / "problem.py")
+assert _spec is not None and _spec.loader is not None
+problem_module = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(problem_module)
+A100, H100, MIDDLE, TINY = (getattr(problem_module, name) for name in ("A100", "H100", "MIDDLE", "TINY"))
+KINDS_OF_WEIGHTS, Problem, relative = problem_module.KINDS_OF_WEIGHTS, problem_module.Problem, problem_module.relative
+
+pytestmark = pytest.mark.usefixtures("on_the_emulation")
+
+
+class Whole:
+    """A network on a batch of graphs, in float64: a table of 10 elements of 7 numbers, convolutions, a readout."""
+
+    def __init__(self, batch, width=16, n_steps=2, shared=True, sizes=(20, 1), features=False, by_species=True) -> None:
+        self.convolutions = Problem(batch, width, 41, n_steps, shared, features)
+        g = torch.Generator().manual_seed(len(sizes))
+        self.rand = lambda *s: torch.rand(*s, generator=g, dtype=torch.float64)
+        self.embedding = Dense(self.rand(width, 7), self.rand(width) - 0.5)
+        n = len(self.convolutions.h)
+        self.species = (torch.arange(n, dtype=torch.int32) * 7 % 10).contiguous() if by_species else None
+        self.table = self.rand(10 if by_species else n, 7)
+        ends = (width, *sizes)
+        pairs = zip(ends, sizes, strict=False)
+        self.readout = [Dense((self.rand(out, i) - 0.5) * 2 / math.sqrt(i), self.rand(out) - 0.5) for i, out in pairs]
+        self.graph, self.weight = self.convolutions.graph(), batch.weight.float()
+
+    def expected(self, dtype: torch.dtype) -> torch.Tensor:
+        to = lambda layer: Dense(*(None if x is None else x.to(dtype) for x in layer))  # noqa: E731
+        h = torch.nn.functional.linear(self.table.to(dtype), *to(self.embedding))
+        self.convolutions.h = h if self.species is None else h[self.species.long()]
+        rows = self.convolutions.expected(dtype)
+        layers = [to(layer) for layer in self.readout]
+        return reference.readout(rows, self.weight.to(dtype), self.graph.crystal_ptr, layers)
+
+    def found(self, graph: Graph | None = None, species: torch.Tensor | None = None, weight=None) -> torch.Tensor:
+        to = lambda layer: Dense(*(None if x is None else x.float() for x in layer))  # noqa: E731
+        table, embedding = self.table.float(), to(self.embedding)
+        species = self.species if species is None else species
+        if species is None:
+            table, embedding = torch.nn.functional.linear(table, *embedding), None
+        return backend.network(
+            table, species, embedding, self.convolutions.float_layers(), graph or self.graph,
+            self.weight if weight is None else weight, [to(layer) for layer in self.readout],
+        )  # fmt: skip
+
+    def check(self) -> torch.Tensor:
+        truth, ours = self.expected(torch.float64), self.found()
+        assert relative(ours, truth) < 2 * relative(self.expected(torch.float32), truth) + 3e-7
+        return ours
+
+
+KINDS = ["plain", "weighted", "ragged", "one atom", "isolated", "no edges", "many crystals"]
+
+
+@KINDS_OF_WEIGHTS
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_network(make_batch, kind, shared):
+    Whole(make_batch(kind, seed=3), shared=shared).check()
+
+
+@pytest.mark.parametrize("sizes", [(), (1,), (33,), (40, 128, 31, 2), (1024, 5)], ids=str)
+@pytest.mark.parametrize("gpu", [H100, TINY], ids=["in blocks", "layered"])
+def test_readouts_of_any_shape(library, make_batch, gpu, sizes):
+    """None: the crystals' vectors. The smallest blocks take the widest readout."""
+    library.gpu(*gpu)
+    Whole(make_batch("weighted"), n_steps=1, sizes=sizes).check()
+
+
+def test_maps_without_bias(make_batch):
+    problem = Whole(make_batch("weighted"), sizes=(40, 2))
+    problem.readout = [Dense(layer.weight, None) for layer in problem.readout]
+    problem.embedding = Dense(problem.embedding.weight, None)
+    problem.check()
+
+
+@pytest.mark.parametrize("width", [7, 64, 128])
+def test_any_width(make_batch, width):
+    Whole(make_batch("isolated", seed=5), width, sizes=(128, 1)).check()
+
+
+def test_a_width_whose_rows_do_not_end_where_vectors_begin(library, make_batch):
+    """122 rows of 65 numbers in the scratch, before what lanes read four at a time."""
+    library.gpu(*MIDDLE)
+    Whole(make_batch("plain"), 65, n_steps=1, sizes=()).check()
+
+
+@KINDS_OF_WEIGHTS
+def test_features_of_atoms_and_edges(make_batch, shared):
+    Whole(make_batch("weighted"), shared=shared, by_species=False).check()
+    Whole(make_batch("weighted"), shared=shared, features=True).check()
+
+
+@KINDS_OF_WEIGHTS
+@pytest.mark.parametrize("kind", ["one crystal", "plain"])
+def test_crystals_too_large_for_a_block(library, make_batch, kind, shared):
+    for gpu in (MIDDLE, TINY):
+        library.gpu(*gpu)
+        Whole(make_batch(kind), shared=shared).check()
+
+
+@pytest.mark.parametrize("how", [0, 2], ids=["float32", "bfloat16"])
+def test_bits_depend_neither_on_the_gpu_nor_on_the_rest_of_the_batch(library, make_batch, monkeypatch, how):
+    with_precision(monkeypatch, how)
+    batch = make_batch("weighted", seed=4)
+    batch.distance[::2] = (batch.distance[::2] * 3).round() / 3
+    problem = Whole(batch, 40, sizes=(40, 3))
+    library.gpu(*H100)
+    first = problem.found()
+    for gpu, descending in ((H100, True), (A100, False), (MIDDLE, False), (TINY, True)):
+        library.gpu(*gpu, descending)
+        assert torch.equal(problem.found(), first)
+    library.gpu(*MIDDLE)
+    graph, c = problem.graph, 2  # of 40 rows
+    rows = slice(*graph.crystal_ptr[c : c + 2].tolist())
+    begin, stop = graph.row_ptr[rows.start], graph.row_ptr[rows.stop]
+    alone = graph._replace(
+        distance=graph.distance[begin:stop].clone(),
+        sender=graph.sender[begin:stop] - rows.start,
+        row_ptr=graph.row_ptr[rows.start : rows.stop + 1] - begin,
+        crystal_ptr=graph.crystal_ptr[c : c + 2] - rows.start,
+    )
+    assert torch.equal(
+        problem.found(alone, problem.species[rows].clone(), problem.weight[rows].clone()), first[c : c + 1]
+    )
+
+
+@pytest.mark.parametrize("gpu", [H100, MIDDLE, TINY], ids=["large blocks", "all", "layered"])
+def test_crystals_without_rows(library, make_batch, gpu):
+    """Between others and at both ends; they give what the CPU gives, and change nothing else."""
+    library.gpu(*gpu)
+    problem = Whole(make_batch("plain"), sizes=(20, 2))
+    sound, at = problem.found(), torch.tensor([0, 0, 1, 2, 2, 2, 3, 4, 5, 6, 7, 7])
+    out = problem.found(problem.graph._replace(crystal_ptr=problem.graph.crystal_ptr[at].contiguous()))
+    filled = at.diff() > 0
+    assert torch.equal(out[filled], sound)
+    zero = torch.zeros(16)
+    for layer in problem.readout:
+        zero = torch.nn.functional.linear(torch.nn.functional.softplus(zero), *(x.float() for x in layer))
+    torch.testing.assert_close(out[~filled], zero.expand(4, 2), rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_without_rows_or_crystals(make_batch):
+    problem = Whole(make_batch("isolated"), sizes=(20, 2))
+    none = torch.zeros(0, dtype=torch.int32)
+    for n_crystals in (0, 3):
+        graph = Graph(
+            torch.zeros(0), None, none, none.new_zeros(1), none.new_zeros(n_crystals + 1), *[None] * 3, 0.0, 0.2
+        )
+        out = problem.found(graph, none, torch.zeros(0))
+        assert out.shape == (n_crystals, 2) and torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("gpu", [H100, MIDDLE, TINY], ids=["large blocks", "all", "layered"])
+def test_bad_indices_give_nan_in_their_crystal_alone(library, make_batch, monkeypatch, gpu):
+    library.gpu(*gpu)
+    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)  # so that NaN is what a kernel wrote
+    problem = Whole(make_batch("plain"))
+    sound, graph = problem.found(), problem.graph
+    others = torch.arange(len(sound)) != 3
+    sender = graph.sender.clone()
+    sender[graph.row_ptr[30] + 5] = 120  # of another crystal
+    species = problem.species.clone()
+    species[30] = 10
+    for out in (problem.found(graph._replace(sender=sender)), problem.found(species=species)):
+        assert out[3].isnan().all() and torch.equal(out[others], sound[others])
+    for at, value in ((3, 10**6), (0, 1), (-1, 5), (2, -7)):
+        crystal_ptr = graph.crystal_ptr.clone()
+        crystal_ptr[at] = value
+        assert problem.found(graph._replace(crystal_ptr=crystal_ptr)).isnan().all()
+
+
+def test_a_bad_pointer_of_one_large_crystal_gives_nan(make_batch, monkeypatch):
+    """Which no block takes whole: its steps and its readout alone see the pointer."""
+    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
+    problem = Whole(make_batch("one crystal"))
+    bad = problem.graph._replace(crystal_ptr=torch.tensor([0, 149], dtype=torch.int32))
+    assert problem.found().isfinite().all() and problem.found(bad).isnan().all()
+    assert problem.convolutions.found(bad).isnan().all()
+
+
+def with_precision(monkeypatch, how: int) -> None:
+    monkeypatch.setattr(backend, "_precision", lambda: "tf32" if how else "tf32x3")
+    monkeypatch.setattr(backend, "_storage", lambda: torch.bfloat16 if how == 2 else torch.float32)
+
+
+@KINDS_OF_WEIGHTS
+@pytest.mark.parametrize(("how", "least", "most"), [(1, 1e-5, 1e-3), (2, 1e-4, 1e-2)], ids=["tf32", "bfloat16"])
+def test_less_exact_by_choice(library, make_batch, monkeypatch, how, least, most, shared):
+    """Both within their digits, on all paths; a number that is stored twice, or read from the wrong place, is not."""
+    with_precision(monkeypatch, how)
+    for gpu, kind in ((H100, "weighted"), (MIDDLE, "plain"), (TINY, "ragged")):
+        library.gpu(*gpu)
+        problem = Problem(make_batch(kind), 32, 41, 2, shared)
+        assert least < relative(problem.found(), problem.expected(torch.float64)) < most
+    for whole in (
+        Whole(make_batch("weighted"), 64, shared=shared, sizes=()),
+        Whole(make_batch("weighted"), 7, features=True, sizes=()),
+    ):
+        assert relative(whole.found(), whole.expected(torch.float64)) < most
+
+
+def test_the_precision_in_force_is_what_the_kernels_are_told(library, make_batch):
+    problem, told = Whole(make_batch("isolated")), []
+    for name in ("float32", "tf32", "bfloat16"):
+        with sf.use_precision(name):
+            problem.found()
+            told.append(library.launched[3])
+    assert told == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", ["weighted", "one crystal"])
+@pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
+def test_models_arrive_at_the_kernels(make_batch, monkeypatch, model_type, kind):
+    """By the way of a CUDA tensor from the model on, in place of the CPU's kernels."""
+    torch.manual_seed(0)
+    model = model_type(2, 32, 20, 2, n_targets=3)
+    model.train()(make_batch("plain"))
+    model.eval()
+    batch, given = make_batch(kind), []
+    monkeypatch.setattr(cpu, "network", lambda *a: given.append(a) or backend.network(*a))
+    with torch.no_grad():
+        found = model(batch)
+        with sf.use_backend("reference"):
+            truth = copy.deepcopy(model).double()(batch.to(dtype=torch.float64))
+    assert len(given) == 1 and given[0][1] is batch.numbers and given[0][2] is not None
+    assert relative(found, truth) < 1e-6
+
+
+def test_vectors_of_crystals_by_the_network(make_batch, monkeypatch):
+    """What a descriptor asks of it: no map after the mean."""
+    model, batch = sf.SRCGCNN(2, 32).eval(), make_batch("weighted")
+    with torch.no_grad():
+        plain = model.features(batch)
+        monkeypatch.setattr(fused, "takes_network", lambda *_: True)
+        monkeypatch.setattr(cpu, "network", backend.network)
+        found = model.features(batch)
+    assert 0 < relative(found, plain) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("kind", "launches"), [("one atom", 2), ("plain", 2), ("many crystals", 6), ("one crystal", 4)]
+)
+def test_launches(library, make_batch, kind, launches):
+    """Of one step: prepare; one size of blocks where every crystal may have a multiprocessor, two where not; q, step
+    and readout where there are more rows than the largest block takes. What a captured graph replays."""
+    library.gpu(132, 228 << 10)
+    problem, before = Whole(make_batch(kind), n_steps=1), library.launches()
+    problem.found()
+    assert library.launches() - before == launches
+
+
+class Blind(TorchDispatchMode):
+    """Refuses to tell the host what a tensor holds."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        assert function._opname not in ("_local_scalar_dense", "nonzero", "equal", "_to_copy"), function
+        return function(*arguments, **(options or {}))
+
+
+@KINDS_OF_WEIGHTS
+@pytest.mark.parametrize("features", [False, True])
+def test_nothing_of_a_call_depends_on_values(make_batch, shared, features):
+    """So that it neither waits for the GPU nor breaks a capture; the launchers could not wait in the emulation."""
+    problem = Whole(make_batch("isolated"), shared=shared, features=features)
+    to = lambda layer: Dense(*(x.float() for x in layer))  # noqa: E731
+    given = (
+        problem.table.float(), problem.species, to(problem.embedding), problem.convolutions.float_layers(),
+        problem.graph, problem.weight, [to(layer) for layer in problem.readout],
+    )  # fmt: skip
+    with Blind():
+        backend.network(*given)
+
+
+def test_bad_input_is_refused(make_batch):
+    problem = Whole(make_batch("isolated"), sizes=(20, 1))
+    with pytest.raises(sf.InputError, match="row_weight must be a contiguous"):
+        problem.found(weight=problem.weight[1:])
+    with pytest.raises(sf.InputError, match="species must be a contiguous"):
+        problem.found(species=problem.species.long())
+    wide = Whole(make_batch("isolated"), sizes=(1025, 1))
+    with pytest.raises(sf.InputError, match="The CUDA kernels take readouts up to 1024, not 1025"):
+        wide.found()
+    deep = Whole(make_batch("isolated"), sizes=(1,) * 17)
+    with pytest.raises(sf.InputError, match="up to 16 layers of a readout, not 17"):
+        deep.found()
+    problem.readout[0] = Dense(problem.rand(20, 15), None)
+    with pytest.raises(sf.InputError, match="readout's weight must be a contiguous"):
+        problem.found()
+
+
+def test_the_choice_for_a_network(make_batch, monkeypatch):
+    """All at once where the kernels take it, part by part where not; on a machine that need not have a GPU."""
+    like = lambda width: types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape=(5, width))  # noqa: E731
+    monkeypatch.setattr(registry, "triton_problem", lambda: None)
+    monkeypatch.setattr(registry, "cuda_problem", lambda: None)
+    assert registry.select(like(200), inference=True, width=64) == "cuda"
+    assert registry.select(like(92), inference=True, width=129) == "triton"
+    monkeypatch.setattr(fused, "_eager", lambda h, device="cpu": h.device.type == device)
+    layer = Dense(torch.zeros(64, 92), None)
+    for sizes, taken in (((128, 1), True), ((), True), ((1024, 1), True), ((1025, 1), False), ((8,) * 17, False)):
+        readout = [Dense(torch.zeros(o, i), None) for i, o in zip((64, *sizes), sizes, strict=False)]
+        assert fused.takes_network(like(92), layer, [None], readout) is taken
+    assert not fused.takes_network(like(92), layer, [], [])
+    assert not fused.takes_network(like(92), Dense(torch.zeros(92, 64).T, None), [None], [])
+
+
+def test_a_network_that_is_not_taken_goes_part_by_part(make_batch, monkeypatch):
+    model, batch = sf.SRCGCNN(2, 32).eval(), make_batch("weighted")
+    called: list[int] = []
+    monkeypatch.setattr(fused, "network", lambda *a: called.append(1))
+    with torch.no_grad():
+        at_once = model(batch)
+        monkeypatch.setattr(functional.registry, "select", lambda *a, **k: "reference")
+        model(batch)
+    assert at_once is None and called == [1]
