@@ -4,18 +4,20 @@
 
 With ``SRCGCNN_TEST_DATA``: both published checkpoints on crystals of the Materials Project's test part, and the change
 of their mean absolute errors. Without, or where that cannot be read: models with random weights on made-up crystals.
-Without a GPU the kernels run in Triton's interpreter, and the operands of products of rows are rounded as TF32 rounds
-them: an emulation, which the output says.
+Without a GPU the kernels of csrc/cuda run in the emulation of CUDA that their tests use, or, with ``--triton``, those
+of Triton in its interpreter with the operands of products of rows rounded as TF32 rounds them; the output says so.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 from crystals import batches  # noqa: E402
 
 import srcgcnn_fast as sf  # noqa: E402
-from srcgcnn_fast.ops import cpu, fused, precision  # noqa: E402
+from srcgcnn_fast.ops import cpu, cuda, fused, precision  # noqa: E402
 from srcgcnn_fast.ops import triton as backend  # noqa: E402
 
 Case = tuple[str, Any, Any, torch.Tensor | None]
@@ -68,6 +70,24 @@ def published(folder: Path, n_crystals: int) -> list[Case]:
         values = torch.tensor([r.targets[target] for r in records], dtype=torch.float64)
         found.append((f"CGCNN published for {target}, Materials Project", model, sf.collate(graphs), values))
     return found
+
+
+@contextmanager
+def emulated_cuda() -> Iterator[None]:
+    """The CUDA backend for CPU tensors: the kernels' source, compiled for the CPU."""
+    path = HERE.parents[1] / "tests" / "ops" / "cuda" / "emulated.py"
+    spec = importlib.util.spec_from_file_location("emulated", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with tempfile.TemporaryDirectory() as folder:
+        library, before = module.Emulated(module.build(Path(folder))), (cuda.native, cpu.network)
+        library.gpu(132, 228 << 10)
+        cuda.native, cpu.network = lambda: library, cuda.network
+        try:
+            yield
+        finally:
+            cuda.native, cpu.network = before
 
 
 @contextmanager
@@ -130,13 +150,16 @@ def table(lines: list[dict[str, Any]]) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--crystals", type=int, default=300)
+    parser.add_argument("--triton", action="store_true", help="on a GPU too")
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
     options = parser.parse_args()
     if torch.cuda.is_available():
-        lines = effects("cuda", options.crystals)
+        with sf.use_backend("triton") if options.triton else nullcontext():
+            lines = effects("cuda", options.crystals)
     else:
-        with emulated():
+        with emulated() if options.triton else emulated_cuda():
             lines = effects("cpu", options.crystals)
     print(json.dumps(lines) if options.json else table(lines))
     if not torch.cuda.is_available():
-        print("\nEmulated on the CPU: kernels in Triton's interpreter, operands of products rounded as TF32 rounds.")
+        how = "Triton's kernels in its interpreter" if options.triton else "those of csrc/cuda in an emulation of CUDA"
+        print(f"\nEmulated on the CPU: {how}.")

@@ -1,6 +1,6 @@
 """What compute-sanitizer watches: of both models, on a small batch, one training step, one evaluation with gradients of
-the edges and one inference, and a training step and an inference of crystals of 100 and 300 atoms; on a GPU by the
-compiled kernels and by Triton's. Usage: python small.py DEVICE"""
+the edges and one inference, and a training step and inferences (float32 and bfloat16) of crystals of 100 and 300 atoms;
+on a GPU by the compiled kernels and by Triton's. Usage: python small.py DEVICE"""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ def steps() -> None:
             model.train()(batch).sum().backward()
         with torch.no_grad():
             out = [model.eval()(batch) for batch in (native, one_crystal(100), one_crystal(300))]
+            with sf.use_precision("bfloat16"):
+                out += [model(batch) for batch in (native, one_crystal(300))]
         edges = native.distance.clone().requires_grad_()
         native.distance = edges
         slopes = torch.autograd.grad(model(native).sum(), edges)[0]
