@@ -26,7 +26,7 @@ from srcgcnn_fast.graph import GraphParameters
 from srcgcnn_fast.graph.build import build_packed
 from srcgcnn_fast.graph.neighbors import search
 from srcgcnn_fast.graph.store import open_store, prepare
-from srcgcnn_fast.graph.symmetry import reduce
+from srcgcnn_fast.graph.symmetry import build
 
 FULL = GraphParameters(symmetry_tolerance=None, isolated="keep")
 NATIVE = GraphParameters(isolated="keep")
@@ -110,20 +110,18 @@ def test_cost_of_the_quotient(benchmark, record):
     arrays = packed([c for c in workload.draw(8000) if 5 <= len(c[2]) <= 24][:512])
     lattices, frac_coords, numbers, ptr = arrays[0], arrays[1], arrays[2].astype(np.int32), arrays[3].astype(np.int64)
     with one_core():
-        status, detail, _, *candidates = search(lattices, frac_coords, ptr, 8.0, 12, 1e-5, False)
         runs = {
             "neighbour search": lambda: search(lattices, frac_coords, ptr, 8.0, 12, 1e-5, False),
-            "choice and quotient": lambda: reduce(
-                numbers, ptr, status, detail, candidates[0], candidates[1].copy(), *candidates[2:], 8.0, 12, 1e-5,
-                True, False, True,
-            ),
-        }  # fmt: skip
+            "graphs": lambda: build(lattices, frac_coords, numbers, ptr, 8.0, 12, 1e-5, True, False, True),
+        }
         seconds = measure.alternate(runs)
-        benchmark.pedantic(runs["choice and quotient"], rounds=3)
+        benchmark.pedantic(runs["graphs"], rounds=3)
     took = measure.medians(seconds)
-    row = {f"{name}, µs a crystal": 1e6 * value / 512 for name, value in took.items()}
-    row["ratio"] = took["choice and quotient"] / took["neighbour search"]
-    record("what the quotient costs", row, "The same 512 crystals, both kernels alone; one core.")
+    search_alone, whole = (1e6 * value / 512 for value in took.values())
+    row = {"neighbour search, µs a crystal": search_alone, "choice and quotient, µs a crystal": whole - search_alone}
+    row["ratio"] = (whole - search_alone) / search_alone
+    note = "The same 512 crystals, one core: the search alone, and what the kernel that makes graphs takes beyond that."
+    record("what the quotient costs", row, note)
 
 
 def rattled(atoms: int, seed: int = 0):

@@ -22,10 +22,10 @@ from .parameters import GraphParameters
 logger = logging.getLogger(__name__)
 
 _TIE_TOLERANCE = 1e-5  # Å; distances of a full graph that count as equal when neighbours are chosen
-_CHUNK_ATOMS = 4096  # atoms per kernel call: what the caches hold
+_CHUNK_ATOMS = 4096  # atoms per kernel call where there are several threads, at least
 _BATCH_ATOMS = 100_000  # atoms that build_graphs collects before it calls the kernels
 _MAX_COORDINATE = 1e9
-_COMPILE_SECONDS = 20
+_COMPILE_SECONDS = 30
 
 
 class Mixture(NamedTuple):
@@ -104,19 +104,19 @@ class PackedGraphs(NamedTuple):
             if b in self.errors:
                 made.append(InputError(self.errors[b]))
                 continue
-            made.append(
-                CrystalGraph(
-                    self.numbers[r0:r1],
-                    self.weight[r0:r1],
-                    self.sender[e0:e1],
-                    distance[e0:e1],
-                    row_ptr[r0 + b : r1 + b + 1],
-                    self.atom_class[a0:a1],
-                    self._features(b),
-                    None,
-                    None if self.image is None else self.image[e0:e1],
-                )
+            graph = CrystalGraph.__new__(CrystalGraph)  # a frozen class sets its fields one by one, which takes longer
+            graph.__dict__.update(
+                numbers=self.numbers[r0:r1],
+                weight=self.weight[r0:r1],
+                sender=self.sender[e0:e1],
+                distance=distance[e0:e1],
+                row_ptr=row_ptr[r0 + b : r1 + b + 1],
+                atom_class=self.atom_class[a0:a1],
+                atom_features=self._features(b),
+                edge_features=None,
+                image=None if self.image is None else self.image[e0:e1],
             )
+            made.append(graph)
         return made
 
 
@@ -177,9 +177,10 @@ def build_packed(
                 species[ptr[k] : ptr[k + 1]] = np.where(
                     kind > 0, MAX_ATOMIC_NUMBER + kind, numbers[ptr[k] : ptr[k + 1]]
                 )
-    chunks = _chunks(ptr)
+    threads = torch.get_num_threads()
+    chunks = _chunks(ptr, threads)
+    threads = min(len(chunks), threads)
     _announce_compilation()
-    threads = min(len(chunks), torch.get_num_threads())
 
     def run(chunk: tuple[int, int]) -> tuple[np.ndarray, ...]:
         return _run_kernels(lattices, frac_coords, species, ptr, chunk, parameters)
@@ -214,12 +215,18 @@ def _kernel_array(array: np.ndarray, dtype: Any) -> np.ndarray:
 def _unusable(lattices: np.ndarray, frac_coords: np.ndarray, numbers: np.ndarray, ptr: np.ndarray) -> dict[int, str]:
     """What native code must not see, by crystal."""
     errors: dict[int, str] = {}
+    if (
+        numbers.dtype.kind in "iu"
+        and (ptr[1:] > ptr[:-1]).all()
+        and (not len(numbers) or (numbers.min() >= 1 and numbers.max() <= MAX_ATOMIC_NUMBER))
+        and _bounded(frac_coords)
+        and _bounded(lattices)
+    ):
+        return errors
     with np.errstate(invalid="ignore"):  # comparisons with NaN are False, as they should be
         known = (numbers >= 1) & (numbers <= MAX_ATOMIC_NUMBER) & (numbers == np.trunc(numbers))
         inside = (np.abs(frac_coords) < _MAX_COORDINATE).all(axis=1)
         fine = (np.abs(lattices) < _MAX_COORDINATE).all(axis=(1, 2))
-    if known.all() and inside.all() and fine.all() and (ptr[1:] > ptr[:-1]).all():
-        return errors
     for b in np.flatnonzero(np.diff(ptr) == 0).tolist():
         errors[b] = "The crystal has no atoms; give it at least one."
     for b, atom in _first_of_each(~known, ptr):
@@ -238,6 +245,10 @@ def _unusable(lattices: np.ndarray, frac_coords: np.ndarray, numbers: np.ndarray
             f"{_MAX_COORDINATE:g} Å; mend the lattice."
         )
     return errors
+
+
+def _bounded(array: np.ndarray) -> bool:
+    return not array.size or bool(array.min() > -_MAX_COORDINATE and array.max() < _MAX_COORDINATE)  # NaN is neither
 
 
 def _first_of_each(bad: np.ndarray, ptr: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -263,11 +274,13 @@ def _without(
     return lattices[keep], frac_coords[atoms], numbers[atoms], kept_ptr
 
 
-def _chunks(ptr: np.ndarray) -> list[tuple[int, int]]:
-    """Runs of whole crystals of about ``_CHUNK_ATOMS`` atoms."""
+def _chunks(ptr: np.ndarray, threads: int) -> list[tuple[int, int]]:
+    """Runs of whole crystals: all of them for one thread, else some four for each thread that are not too short."""
     if len(ptr) == 1:
         return []
-    group = ptr[:-1] // _CHUNK_ATOMS
+    if threads == 1:
+        return [(0, len(ptr) - 1)]
+    group = ptr[:-1] // max(_CHUNK_ATOMS, int(ptr[-1]) // (4 * threads) + 1)
     first = np.flatnonzero(np.diff(group, prepend=-1))
     return list(zip(first.tolist(), [*first[1:].tolist(), len(ptr) - 1], strict=True))
 
@@ -283,7 +296,7 @@ def _announce_compilation() -> None:
         said = False
 
         def on_start(self, event: Any) -> None:
-            if not self.said and event.data["dispatcher"] in (neighbors.search, symmetry.reduce):
+            if not self.said and event.data["dispatcher"] in (neighbors.search, symmetry.build):
                 self.said = True
                 logger.warning("Compiling the neighbour search (about %d s, once).", _COMPILE_SECONDS)
 
@@ -301,8 +314,8 @@ def _run_kernels(
     chunk: tuple[int, int],
     parameters: GraphParameters,
 ) -> tuple[np.ndarray, ...]:
-    """status (b,), detail (b, 2), gap (b,), then what ``symmetry.reduce`` returns."""
-    from . import neighbors, symmetry
+    """What ``symmetry.build`` returns for a run of crystals."""
+    from . import symmetry
 
     begin, end = chunk
     atoms = slice(ptr[begin], ptr[end])
@@ -310,14 +323,10 @@ def _run_kernels(
     tolerance = parameters.symmetry_tolerance
     slack = _TIE_TOLERANCE if tolerance is None else float(tolerance)
     radius, count = float(parameters.radius), int(parameters.max_neighbors)
-    status, detail, gap, *candidates = neighbors.search(
-        lattices[begin:end], frac_coords[atoms], local_ptr, radius, count, slack, tolerance is None
-    )
-    graphs = symmetry.reduce(
-        numbers[atoms], local_ptr, status, detail, *candidates, radius, count, slack, tolerance is not None,
-        bool(parameters.padded), parameters.isolated != "error",
+    return symmetry.build(
+        lattices[begin:end], frac_coords[atoms], numbers[atoms], local_ptr, radius, count, slack,
+        tolerance is not None, bool(parameters.padded), parameters.isolated != "error",
     )  # fmt: skip
-    return (status, detail, gap, *graphs)
 
 
 def _nothing() -> tuple[np.ndarray, ...]:

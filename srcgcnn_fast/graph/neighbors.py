@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numba
 import numpy as np
-from llvmlite import ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic
-from numba.np.arrayobj import populate_array
+from numba.core import types
 
 from ..errors import InputError
-
-logger = logging.getLogger(__name__)
+from .vectors import (
+    FEW,
+    ROW,
+    WIDTH,
+    append_near,
+    borrowed,
+    count_at_most,
+    inlined,
+    jit,
+    kernel,
+    move_cells,
+    on_stack,
+    place_images,
+    rank_block,
+    sort_few,
+    store_image,
+    store_roots,
+    translate_cell,
+)
 
 COINCIDENT_DISTANCE = 1e-3
 """Å; two sites nearer than this are two atoms on one site."""
@@ -26,146 +37,17 @@ OK, DEGENERATE_LATTICE, COINCIDENT_ATOMS, TOO_MANY_IMAGES, DISTANT_IMAGES = rang
 
 EDGE_SLACK = 1e-8  # Å; a neighbour at the cutoff radius up to rounding is inside
 _BINNED_ATOMS = 96  # from here on a crystal is searched through bins
-_BLOCK = 64  # ghosts in one comparison; arrays that are compared are longer by this
-_PADDING = np.uint64(_BLOCK)
-_RANKED = 2 * _BLOCK  # up to here a rank sort (vectorised, quadratic) is the fastest
+_GROUP = 32  # atoms that go through each step of the search together, so that none waits for what was just written
+RANKED = 128  # up to here a rank sort (vectorised, quadratic) is the fastest
+_PADDING = 2 * ROW  # places behind what is compared, read and written in whole vectors
 _MAX_GHOSTS = 100_000_000
 _MAX_IMAGE = 2**31 - 1
-_ATOMS, _GHOSTS, _BINNED, _BINS, _PAIRS = range(5)  # what the search needs room for
+_ATOMS, _CELLS, _GHOSTS, _BINNED, _BINS, _PAIRS = range(6)  # what the search needs room for
 
-
-_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
-jit = numba.njit(**_OPTIONS)
-inlined = numba.njit(forceinline=True, **_OPTIONS)
-
-
-def kernel(function: Callable[..., Any]) -> Any:
-    """Compile an entry point and keep it on disk; only in memory where no directory is writable."""
-    try:
-        return numba.njit(cache=True, **_OPTIONS)(function)
-    except RuntimeError as error:
-        logger.warning("The compiled neighbour search cannot be kept on disk (%s).", error)
-        return jit(function)
-
-
-def _vector_kernels(width: int) -> tuple[Any, Any]:
-    """Comparisons of ``width`` doubles at once that yield a bit each; LLVM makes them for every processor.
-
-    Loops over some 20 candidates are too short for a compiler to vectorise, and appending by a branch or a
-    conditional increment costs more than the distances themselves.
-    """
-    vector, bits = ir.VectorType(ir.DoubleType(), width), ir.IntType(width)
-
-    def load(context: Any, builder: Any, kind: Any, array: Any, start: Any) -> tuple[Any, Any]:
-        data = context.make_array(kind)(context, builder, array).data
-        pointer = builder.bitcast(builder.gep(data, [start]), vector.as_pointer())
-        return pointer, builder.load(pointer, align=8, typ=vector)
-
-    def splat(builder: Any, scalar: Any) -> Any:
-        one = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
-        zeros = ir.Constant(ir.VectorType(ir.IntType(32), width), [0] * width)
-        return builder.shuffle_vector(one, one, zeros)
-
-    def mask(builder: Any, values: Any, operator: str, limit: Any) -> Any:
-        packed = builder.bitcast(builder.fcmp_ordered(operator, values, splat(builder, limit)), bits)
-        return packed if width == 64 else builder.zext(packed, ir.IntType(64))
-
-    @intrinsic
-    def below(_: Any, array: Any, start: Any, limit: Any) -> Any:
-        """Bit k: array[start + k] < limit."""
-
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            _, values = load(context, builder, signature.args[0], args[0], args[1])
-            return mask(builder, values, "<", args[2])
-
-        return types.uint64(array, types.int64, types.float64), generate
-
-    @intrinsic
-    def near(_: Any, xs: Any, ys: Any, zs: Any, start: Any, x: Any, y: Any, z: Any, limit: Any, square: Any) -> Any:
-        """square[k] = |(xs, ys, zs)[start + k] - (x, y, z)|^2; bit k: that is at most ``limit``."""
-
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            total = None
-            for axis in range(3):
-                _, values = load(context, builder, signature.args[axis], args[axis], args[3])
-                difference = builder.fsub(values, splat(builder, args[4 + axis]))
-                term = builder.fmul(difference, difference)
-                total = term if total is None else builder.fadd(total, term)
-            pointer, _ = load(context, builder, signature.args[8], args[8], ir.Constant(ir.IntType(64), 0))
-            builder.store(total, pointer, align=8)
-            return mask(builder, total, "<=", args[7])
-
-        real = types.float64
-        return types.uint64(xs, ys, zs, types.int64, real, real, real, real, square), generate
-
-    return below, near
-
-
-_below, _near = _vector_kernels(_BLOCK)
-_below_short, _ = _vector_kernels(32)
-_, _near_short = _vector_kernels(16)
-
-
-@intrinsic
-def _borrowed(_: Any, array: Any) -> Any:
-    """The array without its owner: passing it on counts no references, which took a third of the time.
-
-    The owner must be bound for as long; an argument is, by the caller, and what a loop uses is while it lasts.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        made = context.make_array(array)(context, builder, args[0])
-        made.meminfo = ir.Constant(made.meminfo.type, None)
-        made.parent = ir.Constant(made.parent.type, None)
-        return made._getvalue()
-
-    return array(array), generate
-
-
-borrowed: Any = _borrowed
-
-
-def _on_stack(dtype: Any, *shape: int) -> Any:
-    """A function that makes a small array on the stack, which likewise has no owner."""
-
-    @intrinsic
-    def make(_: Any) -> Any:
-        array = types.Array(dtype, len(shape), "C")
-
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            size = context.get_abi_sizeof(context.get_data_type(dtype))
-            strides = [size * math.prod(shape[k + 1 :]) for k in range(len(shape))]
-            made = context.make_array(array)(context, builder)
-            populate_array(
-                made,
-                data=cgutils.alloca_once(builder, context.get_data_type(dtype), size=math.prod(shape)),
-                shape=[ir.Constant(ir.IntType(64), n) for n in shape],
-                strides=[ir.Constant(ir.IntType(64), n) for n in strides],
-                itemsize=ir.Constant(ir.IntType(64), size),
-                meminfo=None,
-            )
-            return made._getvalue()
-
-        return array(), generate
-
-    return make
-
-
-_matrix, _whole_matrix = _on_stack(types.float64, 3, 3), _on_stack(types.int64, 3, 3)
-_triple, _whole_triple = _on_stack(types.float64, 3), _on_stack(types.int64, 3)
-_square_block = _on_stack(types.float64, _BLOCK)
-
-
-def _bit_instruction(build: Callable[[Any, Any], Any]) -> Any:
-    @intrinsic
-    def instruction(_: Any, bits: Any) -> Any:
-        return types.uint64(types.uint64), lambda context, builder, signature, args: build(builder, args[0])
-
-    return instruction
-
-
-_lowest_bit = _bit_instruction(lambda builder, bits: builder.cttz(bits, ir.Constant(ir.IntType(1), 1)))
-_count_bits = _bit_instruction(lambda builder, bits: builder.ctpop(bits))
+_matrix, _whole_matrix = on_stack(types.float64, 3, 3), on_stack(types.int64, 3, 4)
+_triple, _whole_triple = on_stack(types.float64, 3), on_stack(types.int64, 3)
+_ranks = on_stack(types.int64, WIDTH)
+_group = on_stack(types.int64, _GROUP)
 
 
 @jit
@@ -239,71 +121,84 @@ def _invert(matrix, inverse):
     return det
 
 
-@jit
-def _wrap(frac, to_reduced, transform, inside, shift):
-    """Fractional coordinates in [0, 1] of the reduced cell, and the lattice translation taken off (own basis)."""
-    for i in range(frac.shape[0]):
-        f0, f1, f2 = math.floor(frac[i, 0]), math.floor(frac[i, 1]), math.floor(frac[i, 2])
+@inlined
+def _wrap(frac, to_reduced, transform, lattice, inside, shift, position, lowest, highest):
+    """Fractional coordinates in [0, 1] of the reduced cell, their range, and Cartesian ones.
+
+    ``shift`` is the lattice translation that was taken off, in the own basis.
+    """
+    a0, a1, a2 = to_reduced[0, 0], to_reduced[0, 1], to_reduced[0, 2]
+    b0, b1, b2 = to_reduced[1, 0], to_reduced[1, 1], to_reduced[1, 2]
+    c0, c1, c2 = to_reduced[2, 0], to_reduced[2, 1], to_reduced[2, 2]
+    x0 = x1 = x2 = 2.0
+    y0 = y1 = y2 = -1.0
+    for i in range(np.uint64(frac.shape[0])):
+        f0, f1, f2 = np.floor(frac[i, 0]), np.floor(frac[i, 1]), np.floor(frac[i, 2])
         u0, u1, u2 = frac[i, 0] - f0, frac[i, 1] - f1, frac[i, 2] - f2
-        shift[i, 0], shift[i, 1], shift[i, 2] = np.int64(f0), np.int64(f1), np.int64(f2)
-        for k in range(3):
-            v = u0 * to_reduced[0, k] + u1 * to_reduced[1, k] + u2 * to_reduced[2, k]
-            w = math.floor(v)
-            inside[i, k] = v - w
-            for a in range(3):
-                shift[i, a] += np.int64(w) * transform[k, a]
-
-
-@jit
-def _to_cartesian(frac, lattice, position):
-    for i in range(frac.shape[0]):
-        for a in range(3):
-            position[i, a] = frac[i, 0] * lattice[0, a] + frac[i, 1] * lattice[1, a] + frac[i, 2] * lattice[2, a]
+        v0, v1, v2 = u0 * a0 + u1 * b0 + u2 * c0, u0 * a1 + u1 * b1 + u2 * c1, u0 * a2 + u1 * b2 + u2 * c2
+        w0, w1, w2 = np.floor(v0), np.floor(v1), np.floor(v2)
+        v0, v1, v2 = v0 - w0, v1 - w1, v2 - w2
+        n0, n1, n2 = np.int64(w0), np.int64(w1), np.int64(w2)
+        shift[i, 0] = np.int64(f0) + n0 * transform[0, 0] + n1 * transform[1, 0] + n2 * transform[2, 0]
+        shift[i, 1] = np.int64(f1) + n0 * transform[0, 1] + n1 * transform[1, 1] + n2 * transform[2, 1]
+        shift[i, 2] = np.int64(f2) + n0 * transform[0, 2] + n1 * transform[1, 2] + n2 * transform[2, 2]
+        position[i, 0] = v0 * lattice[0, 0] + v1 * lattice[1, 0] + v2 * lattice[2, 0]
+        position[i, 1] = v0 * lattice[0, 1] + v1 * lattice[1, 1] + v2 * lattice[2, 1]
+        position[i, 2] = v0 * lattice[0, 2] + v1 * lattice[1, 2] + v2 * lattice[2, 2]
+        inside[i, 0], inside[i, 1], inside[i, 2] = v0, v1, v2
+        x0, x1, x2 = min(x0, v0), min(x1, v1), min(x2, v2)
+        y0, y1, y2 = max(y0, v0), max(y1, v1), max(y2, v2)
+    lowest[0], lowest[1], lowest[2] = x0, x1, x2
+    highest[0], highest[1], highest[2] = y0, y1, y2
 
 
 @jit
 def _count_ghosts(frac, low, high):
-    """Periodic images in the box low..high (fractional), as a float so that it cannot overflow."""
+    """Periodic images in the box low..high (fractional) or on its faces, as a float so that it cannot overflow."""
     total = 0.0
     for j in range(frac.shape[0]):
         product = 1.0
         for k in range(3):
-            product *= math.floor(high[k] - frac[j, k]) - math.ceil(low[k] - frac[j, k]) + 1
+            product *= np.floor(high[k] - frac[j, k] + 1e-12) - np.ceil(low[k] - frac[j, k] - 1e-12) + 1
         total += product
     return total
 
 
-@jit
-def _fill_ghosts(frac, lattice, transform, shift, low, high, images, xs, ys, zs, atom, image, home):
-    """Every image in the box: Cartesian position, atom and (``images``) translation in the original basis."""
+@inlined
+def _list_cells(first, last, box, steps):
+    """Cells of the box ``first``..``last``; returns how many. ``box`` says what ``steps`` holds already."""
+    known = True
+    for k in range(3):
+        known &= box[k] == first[k] and box[3 + k] == last[k]
+        box[k], box[3 + k] = first[k], last[k]
+    if not known:
+        c = 0
+        for n0 in range(first[0], last[0] + 1):
+            for n1 in range(first[1], last[1] + 1):
+                for n2 in range(first[2], last[2] + 1):
+                    steps[0, c], steps[1, c], steps[2, c] = n0, n1, n2
+                    c += 1
+        for k in range(WIDTH):
+            steps[0, c + k] = np.inf  # of no cell
+    return (last[0] - first[0] + 1) * (last[1] - first[1] + 1) * (last[2] - first[2] + 1)
+
+
+@inlined
+def _fill_ghosts(frac, position, low, high, steps, moves, cells, half, xs, ys, zs, atom, cell):
+    """Every image in the box low..high (fractional): its position, atom and cell; returns how many."""
     g = 0
+    for k in range(3):
+        half[k] = 0.5 * (high[k] - low[k])
     for j in range(frac.shape[0]):
-        f0, f1, f2 = frac[j, 0], frac[j, 1], frac[j, 2]
-        b0, e0 = math.ceil(low[0] - f0), math.floor(high[0] - f0)
-        b1, e1 = math.ceil(low[1] - f1), math.floor(high[1] - f1)
-        b2, e2 = math.ceil(low[2] - f2), math.floor(high[2] - f2)
-        for n0 in range(b0, e0 + 1):
-            v0 = f0 + n0
-            for n1 in range(b1, e1 + 1):
-                v1 = f1 + n1
-                x = v0 * lattice[0, 0] + v1 * lattice[1, 0] + f2 * lattice[2, 0]
-                y = v0 * lattice[0, 1] + v1 * lattice[1, 1] + f2 * lattice[2, 1]
-                z = v0 * lattice[0, 2] + v1 * lattice[1, 2] + f2 * lattice[2, 2]
-                t0 = n0 * transform[0, 0] + n1 * transform[1, 0] - shift[j, 0]
-                t1 = n0 * transform[0, 1] + n1 * transform[1, 1] - shift[j, 1]
-                t2 = n0 * transform[0, 2] + n1 * transform[1, 2] - shift[j, 2]
-                if n0 == 0 and n1 == 0:
-                    home[j] = g - b2
-                for n2 in range(b2, e2 + 1):
-                    xs[g] = x + n2 * lattice[2, 0]
-                    ys[g] = y + n2 * lattice[2, 1]
-                    zs[g] = z + n2 * lattice[2, 2]
-                    atom[g] = j
-                    if images:
-                        image[g, 0] = t0 + n2 * transform[2, 0]
-                        image[g, 1] = t1 + n2 * transform[2, 1]
-                        image[g, 2] = t2 + n2 * transform[2, 2]
-                    g += 1
+        f0 = 0.5 * (low[0] + high[0]) - frac[j, 0]
+        f1 = 0.5 * (low[1] + high[1]) - frac[j, 1]
+        f2 = 0.5 * (low[2] + high[2]) - frac[j, 2]
+        for c in range(0, cells, WIDTH):
+            g += place_images(
+                steps, moves, steps.shape[1], c, f0, f1, f2, half,
+                position[j, 0], position[j, 1], position[j, 2], j, xs, ys, zs, atom, cell, g,
+            )  # fmt: skip
+    return g
 
 
 @jit
@@ -317,9 +212,42 @@ def _bin_of(x, y, z, inverse, low, scale, bins):
 
 
 @jit
-def _sort_into_bins(ghosts, images, xs, ys, zs, atom, image, home, inverse, low, scale, bins, bin_ptr, where,
-                    new_xs, new_ys, new_zs, new_atom, new_image):  # fmt: skip
-    """Counting sort of the ghosts by bin, into the arrays new_*; home is renumbered in place."""
+def _choose_bins(low, high, reach, ghosts, bins):
+    """Bins along each axis, at least as wide as the reach; returns how many there are."""
+    for k in range(3):
+        bins[k] = max(1, int(min((high[k] - low[k]) / reach[k], 1e4)))
+    while bins[0] * bins[1] * bins[2] > 4 * ghosts:
+        widest = int(np.argmax(bins))
+        bins[widest] = (bins[widest] + 1) // 2
+    return bins[0] * bins[1] * bins[2]
+
+
+@jit
+def _may_be_distant(shift, cell_image, cells):
+    """Whether a translation to a neighbour can be out of range."""
+    most = np.int64(0)
+    for j in range(shift.shape[0]):
+        for k in range(3):
+            most = max(most, abs(shift[j, k]))
+    farthest = np.int64(0)
+    for c in range(cells):
+        for k in range(3):
+            farthest = max(farthest, abs(cell_image[c, k]))
+    return farthest + 2 * most > _MAX_IMAGE
+
+
+@jit
+def _is_distant(cell_image, shift, own_shift):
+    distant = False
+    for k in range(3):
+        distant |= abs(cell_image[k] - shift[k] + own_shift[k]) > _MAX_IMAGE
+    return distant
+
+
+@jit
+def _sort_into_bins(ghosts, xs, ys, zs, atom, cell, inverse, low, scale, bins, bin_ptr, where,
+                    new_xs, new_ys, new_zs, new_atom, new_cell):  # fmt: skip
+    """Counting sort of the ghosts by bin, into the arrays new_*."""
     for g in range(ghosts):
         where[g] = _bin_of(xs[g], ys[g], zs[g], inverse, low, scale, bins)
         bin_ptr[where[g] + 2] += 1
@@ -328,62 +256,7 @@ def _sort_into_bins(ghosts, images, xs, ys, zs, atom, image, home, inverse, low,
     for g in range(ghosts):
         t = bin_ptr[where[g] + 1]
         bin_ptr[where[g] + 1] = t + 1
-        new_xs[t], new_ys[t], new_zs[t], new_atom[t] = xs[g], ys[g], zs[g], atom[g]
-        if images:
-            for a in range(3):
-                new_image[t, a] = image[g, a]
-        where[g] = t
-    for j in range(home.shape[0]):
-        home[j] = where[home[j]]
-
-
-@inlined
-def _all_within(xs, ys, zs, ghosts, home, x, y, z, limit, square, key, index):
-    """The ghosts within sqrt(limit) of (x, y, z) but ``home``, in order; returns how many."""
-    m = np.uint64(0)  # unsigned: no test for a negative index
-    for begin in range(0, ghosts, _BLOCK):
-        near = _near(xs, ys, zs, begin, x, y, z, limit, square)
-        if ghosts - begin < _BLOCK:
-            near &= (np.uint64(1) << np.uint64(ghosts - begin)) - np.uint64(1)
-        if begin <= home < begin + _BLOCK:
-            near &= ~(np.uint64(1) << np.uint64(home - begin))
-        while near != 0:
-            k = _lowest_bit(near)
-            key[m] = square[k]
-            index[m] = begin + np.int64(k)
-            m += np.uint64(1)
-            near &= near - np.uint64(1)
-    return np.int64(m)
-
-
-@inlined
-def _some_within(xs, ys, zs, first, last, home, x, y, z, limit, square, key, index, m):
-    """The same for the few ghosts first..last of a run of bins, appended."""
-    m = np.uint64(m)
-    for begin in range(first, last, 16):
-        near = _near_short(xs, ys, zs, begin, x, y, z, limit, square)
-        if last - begin < 16:
-            near &= (np.uint64(1) << np.uint64(last - begin)) - np.uint64(1)
-        if begin <= home < begin + 16:
-            near &= ~(np.uint64(1) << np.uint64(home - begin))
-        while near != 0:
-            k = _lowest_bit(near)
-            key[m] = square[k]
-            index[m] = begin + np.int64(k)
-            m += np.uint64(1)
-            near &= near - np.uint64(1)
-    return np.int64(m)
-
-
-@inlined
-def _count_below(key, m, limit):
-    """How many of the first m keys are below the limit; the keys behind them are infinite."""
-    if m <= 32:
-        return np.int64(_count_bits(_below_short(key, 0, limit)))
-    count: Any = 0
-    for begin in range(0, m, _BLOCK):
-        count += np.int64(_count_bits(_below(key, begin, limit)))
-    return count
+        new_xs[t], new_ys[t], new_zs[t], new_atom[t], new_cell[t] = xs[g], ys[g], zs[g], atom[g], cell[g]
 
 
 @jit
@@ -395,62 +268,97 @@ def _sort_many(key, index, sorted_key, sorted_index):
 
 
 @inlined
-def _sort(key, index, m, sorted_key, sorted_index, taken):
-    """Sort the first m (key, index) pairs by key; the keys behind them are infinite."""
-    if m > _RANKED:
-        _sort_many(key[:m], index, sorted_key, sorted_index)
+def _sort(key, index, start, m, sorted_key, sorted_index, place, rank):
+    """Sort m (key, index) pairs from ``start`` into the arrays from ``place`` on; those behind them, up to 24
+    or a multiple of 8, are (infinite, 0)."""
+    if m > RANKED:
+        _sort_many(key[start : start + m], index[start : start + m], sorted_key[place:], sorted_index[place:])
         return
-    for a in range(np.uint64(m)):
-        taken[a] = 0
-    for a in range(np.uint64(m)):
-        rank = np.uint64(_count_below(key, m, key[a]))
-        place = rank + taken[rank]  # equal keys follow one another
-        taken[rank] += np.uint64(1)
-        sorted_key[place] = key[a]
-        sorted_index[place] = index[a]
+    if m <= FEW:
+        sort_few(key, index, start, sorted_key, sorted_index, place)
+        return
+    blocks = (m + WIDTH - 1) // WIDTH
+    for block in range(blocks):
+        rank_block(key, start, block, blocks, rank)
+        for lane in range(WIDTH):
+            a = np.uint64(start + WIDTH * block + lane)  # unsigned: no test for a negative index
+            to = np.uint64(place + rank[lane])
+            sorted_key[to], sorted_index[to] = key[a], index[a]
+
+
+@inlined
+def _count_kept(square, row, count, m, slack):
+    """How many of m sorted squared distances are those up to the ``count``-th distance + ``slack``; all if 0."""
+    keep = m
+    if 0 < count < m:
+        bound = (math.sqrt(square[row + count - 1]) + slack) ** 2
+        keep = count
+        while keep < m:
+            more = count_at_most(square, row + keep, row + m, bound)
+            keep += more
+            if more < ROW:
+                break
+    return keep
 
 
 @jit
-def _workspace(room):
-    """Arrays of the search for so many atoms, ghosts, ghosts in bins, and bins (and one pair of ends)."""
-    atoms, ghosts, binned, bins = room[_ATOMS], room[_GHOSTS], room[_BINNED], room[_BINS]
-    by_atom = (np.empty((atoms, 3)), np.empty((atoms, 3)), np.empty((atoms, 3), np.int64))
-    lists = (np.empty(atoms, np.int64), np.empty(atoms, np.int64))
-    made = (np.empty((3, ghosts + _BLOCK)), np.empty(ghosts, np.int32), np.empty((ghosts, 3), np.int64))
-    sorted_into = (np.empty((3, binned + _BLOCK)), np.empty(binned, np.int32), np.empty((binned, 3), np.int64))
+def workspace(room):
+    """Arrays of the search with room for so many atoms, cells, ghosts, ghosts in bins, and bins."""
+    atoms, cells, ghosts = room[_ATOMS], room[_CELLS] + _PADDING, room[_GHOSTS] + _PADDING
+    binned, bins = room[_BINNED] + _PADDING, room[_BINS]
+    by_atom = (np.empty((atoms, 3)), np.empty((atoms, 3)), np.zeros((atoms, 4), np.int64), np.empty(atoms, np.int64))
+    by_cell = (np.empty((3, cells)), np.empty((3, cells)), np.zeros((cells, 4), np.int64), np.ones(6, np.int64))
+    # the axes do not lie a multiple of 4096 bytes apart: what is read then waits for what is being written there
+    stride = (ghosts + 335) // 512 * 512 + 176
+    made = (np.empty((3, stride)), np.empty(ghosts, np.int32), np.empty(ghosts, np.int32))
+    sorted_into = (np.empty((3, binned)), np.empty(binned, np.int32), np.empty(binned, np.int32))
     places = (np.empty(binned, np.int64), np.empty(bins, np.int64))
-    keys = (np.empty(ghosts + _BLOCK), np.empty(ghosts, np.int64), np.empty(ghosts), np.empty(ghosts, np.int64))
-    return by_atom + lists + made + sorted_into + places + keys + (np.empty(ghosts, np.uint64),)
+    pairs = ghosts + 2 * _GROUP * FEW
+    keys = (np.empty(pairs), np.zeros(pairs, np.int32), np.empty(pairs), np.zeros(pairs, np.int32))
+    return by_atom + by_cell + made + sorted_into + places + keys
 
 
 @jit
-def _search_from(begin, used, room, work, lattices, frac_coords, ptr, radius, count, slack, images,
-                 status, detail, gap, first, size, sender, image, distance):  # fmt: skip
-    """The search from crystal ``begin`` on, until the arrays are too small: then ``room`` says what is needed.
+def candidate_arrays(room, images):
+    """sender, image and distance for the pairs of a search; the first row begins behind an unused one."""
+    pairs = room[_PAIRS]
+    return np.zeros(pairs, np.int32), np.empty(4 * pairs if images else 0, np.int32), np.empty(pairs)
 
-    Returns the crystal to go on with and the pairs of those before it. No array is bound anew in here, since that
-    counts references for every crystal.
+
+@jit
+def first_room(atoms, count):
+    """Room to begin with, for the candidates of so many atoms."""
+    return np.array([64, 512, 4096, 0, 0, (atoms + 8) * (min(count, 64) + ROW) // ROW * ROW * 5 // 4 + 2 * _PADDING])
+
+
+@jit
+def search_some(begin, end, used, room, work, lattices, frac_coords, ptr, radius, count, slack, images,
+                 status, detail, gap, first, size, sender, image, distance):  # fmt: skip
+    """The search of the crystals ``begin`` … ``end`` - 1, until the arrays are too small: ``room`` says what is needed.
+
+    Returns the crystal to go on with and the places used. No array is bound anew in here, since that counts references
+    for every crystal.
     """
     lattices, frac_coords, ptr = borrowed(lattices), borrowed(frac_coords), borrowed(ptr)
     sender, image, distance = borrowed(sender), borrowed(image), borrowed(distance)
     all_frac, all_position, all_shift = borrowed(work[0]), borrowed(work[1]), borrowed(work[2])
-    all_home, all_pending = borrowed(work[3]), borrowed(work[4])
-    made, made_atom, made_image = borrowed(work[5]), borrowed(work[6]), borrowed(work[7])
-    binned_at, bin_atom, bin_image = borrowed(work[8]), borrowed(work[9]), borrowed(work[10])
-    where, bin_ptr = borrowed(work[11]), borrowed(work[12])
-    key, index, sorted_key = borrowed(work[13]), borrowed(work[14]), borrowed(work[15])
-    sorted_index, taken = borrowed(work[16]), borrowed(work[17])
-    square = _square_block()
+    all_pending = borrowed(work[3])
+    steps, moves, cell_image, box = borrowed(work[4]), borrowed(work[5]), borrowed(work[6]), borrowed(work[7])
+    made, made_atom, made_cell = borrowed(work[8]), borrowed(work[9]), borrowed(work[10])
+    binned_at, bin_atom, bin_cell = borrowed(work[11]), borrowed(work[12]), borrowed(work[13])
+    where, bin_ptr, key, index = borrowed(work[14]), borrowed(work[15]), borrowed(work[16]), borrowed(work[17])
+    near_key, near_index = borrowed(work[18]), borrowed(work[19])
+    rank, key_begin, key_end, row, places = _ranks(), _group(), _group(), _group(), _group()
     reduced, transform = _matrix(), _whole_matrix()
     inverse, to_reduced, real_transform = _matrix(), _matrix(), _matrix()
     low, high, lowest, highest = _triple(), _triple(), _triple(), _triple()
-    reach, scale, height = _triple(), _triple(), _triple()
-    bins = _whole_triple()
-    for b in range(begin, ptr.shape[0] - 1):
+    reach, scale, height, half = _triple(), _triple(), _triple(), _triple()
+    bins, first_cell, last_cell = _whole_triple(), _whole_triple(), _whole_triple()
+    for b in range(begin, end):
         atoms, start = ptr[b + 1] - ptr[b], used
         if atoms == 0:
             continue
-        if atoms > all_home.shape[0]:
+        if atoms > all_pending.shape[0]:
             room[_ATOMS] = 2 * atoms
             return b, start
         if not _reduce_lattice(lattices[b], reduced, transform):
@@ -470,15 +378,9 @@ def _search_from(begin, used, room, work, lattices, frac_coords, ptr, radius, co
             for j in range(3):
                 to_reduced[i, j] = math.floor(to_reduced[i, j] + 0.5)
         frac, position, shift = all_frac[:atoms], all_position[:atoms], all_shift[:atoms]
-        home, pending = all_home[:atoms], all_pending[:atoms]
-        _wrap(frac_coords[ptr[b] : ptr[b + 1]], to_reduced, transform, frac, shift)
-        _to_cartesian(frac, reduced, position)
-        for k in range(3):
-            lowest[k], highest[k] = 2.0, -1.0
+        pending = all_pending[:atoms]
+        _wrap(frac_coords[ptr[b] : ptr[b + 1]], to_reduced, transform, reduced, frac, shift, position, lowest, highest)
         for i in range(atoms):
-            for k in range(3):
-                lowest[k] = min(lowest[k], frac[i, k])
-                highest[k] = max(highest[k], frac[i, k])
             pending[i] = i
         left = atoms
         r = radius
@@ -487,109 +389,138 @@ def _search_from(begin, used, room, work, lattices, frac_coords, ptr, radius, co
         while left > 0:
             last = r >= radius
             limit = r + EDGE_SLACK if last else r
+            expected = 1.0
             for k in range(3):
                 reach[k] = limit / height[k] + 1e-9
                 low[k], high[k] = lowest[k] - reach[k], highest[k] + reach[k]
-            expected = _count_ghosts(frac, low, high)
-            if expected > _MAX_GHOSTS:
-                status[b] = TOO_MANY_IMAGES
-                break
-            ghosts = int(expected)
-            if ghosts > made_atom.shape[0]:
-                room[_GHOSTS] = 2 * ghosts
-                return b, start
-            xs, ys, zs, ghost_atom, ghost_image = made[0], made[1], made[2], made_atom, made_image
-            _fill_ghosts(frac, reduced, transform, shift, low, high, images, xs, ys, zs, ghost_atom, ghost_image, home)
+                expected *= np.floor(high[k] - lowest[k]) - np.ceil(low[k] - highest[k]) + 1
             binned = atoms >= _BINNED_ATOMS
+            if not (expected <= room[_CELLS] and expected * atoms <= room[_GHOSTS]):
+                counted = _count_ghosts(frac, low, high)
+                if max(counted, expected) > _MAX_GHOSTS:
+                    status[b] = TOO_MANY_IMAGES
+                    break
+                if expected > room[_CELLS] or counted > room[_GHOSTS]:
+                    room[_CELLS] = max(room[_CELLS], int(2 * expected))
+                    room[_GHOSTS] = max(room[_GHOSTS], int(2 * counted))
+                    if binned:
+                        room[_BINNED] = room[_GHOSTS]
+                        room[_BINS] = max(room[_BINS], 2 * _choose_bins(low, high, reach, int(counted), bins) + 2)
+                    return b, start
+            for k in range(3):
+                first_cell[k] = math.ceil(low[k] - highest[k])
+                last_cell[k] = math.floor(high[k] - lowest[k])
+            cells = _list_cells(first_cell, last_cell, box, steps)
+            for c in range(0, cells, WIDTH):
+                move_cells(steps, steps.shape[1], c, reduced, moves)
+            xs, ys, zs, ghost_atom, ghost_cell = made[0], made[1], made[2], made_atom, made_cell
+            ghosts = _fill_ghosts(
+                frac, position, low, high, steps, moves, cells, half, xs, ys, zs, ghost_atom, ghost_cell
+            )
+            far = False
+            if images:
+                for c in range(cells):
+                    translate_cell(steps, steps.shape[1], c, transform, cell_image)
+                far = _may_be_distant(shift, cell_image, cells)
             if binned:
-                for k in range(3):
-                    bins[k] = max(1, int(min((high[k] - low[k]) / reach[k], 1e4)))
-                while bins[0] * bins[1] * bins[2] > 4 * ghosts:
-                    widest = int(np.argmax(bins))
-                    bins[widest] = (bins[widest] + 1) // 2
-                for k in range(3):
-                    scale[k] = bins[k] / (high[k] - low[k])
-                ends = bins[0] * bins[1] * bins[2] + 2
-                if ghosts > where.shape[0] or ends > bin_ptr.shape[0]:
+                ends = _choose_bins(low, high, reach, ghosts, bins) + 2
+                if ghosts > room[_BINNED] or ends > room[_BINS]:
                     room[_BINNED] = max(room[_BINNED], 2 * ghosts)
                     room[_BINS] = max(room[_BINS], 2 * ends)
                     return b, start
+                for k in range(3):
+                    scale[k] = bins[k] / (high[k] - low[k])
                 bin_ptr[:ends] = 0
-                xs, ys, zs, ghost_atom, ghost_image = binned_at[0], binned_at[1], binned_at[2], bin_atom, bin_image
+                xs, ys, zs, ghost_atom, ghost_cell = binned_at[0], binned_at[1], binned_at[2], bin_atom, bin_cell
                 _sort_into_bins(
-                    ghosts, images, made[0], made[1], made[2], made_atom, made_image, home, inverse, low, scale, bins,
-                    bin_ptr[:ends], where, xs, ys, zs, bin_atom, bin_image,
+                    ghosts, made[0], made[1], made[2], made_atom, made_cell, inverse, low, scale, bins,
+                    bin_ptr[:ends], where, xs, ys, zs, bin_atom, bin_cell,
                 )  # fmt: skip
-            still = 0
-            for p in range(left):
-                i = pending[p]
-                x, y, z = position[i, 0], position[i, 1], position[i, 2]
-                m = 0
-                if binned:
-                    b0 = max(0, int((frac[i, 0] - reach[0] - low[0]) * scale[0] - 1e-6))
-                    e0 = min(bins[0] - 1, int((frac[i, 0] + reach[0] - low[0]) * scale[0] + 1e-6))
-                    b1 = max(0, int((frac[i, 1] - reach[1] - low[1]) * scale[1] - 1e-6))
-                    e1 = min(bins[1] - 1, int((frac[i, 1] + reach[1] - low[1]) * scale[1] + 1e-6))
-                    b2 = max(0, int((frac[i, 2] - reach[2] - low[2]) * scale[2] - 1e-6))
-                    e2 = min(bins[2] - 1, int((frac[i, 2] + reach[2] - low[2]) * scale[2] + 1e-6))
-                    for t0 in range(b0, e0 + 1):
-                        for t1 in range(b1, e1 + 1):
-                            q = (t0 * bins[1] + t1) * bins[2]
-                            m = _some_within(
-                                xs, ys, zs, bin_ptr[q + b2], bin_ptr[q + e2 + 1], home[i],
-                                x, y, z, limit * limit, square, key, index, m,
-                            )  # fmt: skip
-                else:
-                    m = _all_within(xs, ys, zs, ghosts, home[i], x, y, z, limit * limit, square, key, index)
-                end = np.uint64(m)  # unsigned: no test for a negative index
-                for a in range(_PADDING):
-                    key[end + a] = np.inf
-                if not last:
-                    certain = (r - slack - EDGE_SLACK) ** 2 if r > slack + EDGE_SLACK else 0.0
-                    if _count_below(key, m, certain) < count:
+            still = p = 0
+            while p < left and status[b] == OK:
+                group, ends = 0, 0
+                while group < _GROUP and p + group < left and (group == 0 or ends + ghosts + _PADDING <= key.shape[0]):
+                    i = pending[p + group]
+                    x, y, z = position[i, 0], position[i, 1], position[i, 2]
+                    m = ends  # the atom itself is found, too
+                    if binned:
+                        b0 = max(0, int((frac[i, 0] - reach[0] - low[0]) * scale[0] - 1e-6))
+                        e0 = min(bins[0] - 1, int((frac[i, 0] + reach[0] - low[0]) * scale[0] + 1e-6))
+                        b1 = max(0, int((frac[i, 1] - reach[1] - low[1]) * scale[1] - 1e-6))
+                        e1 = min(bins[1] - 1, int((frac[i, 1] + reach[1] - low[1]) * scale[1] + 1e-6))
+                        b2 = max(0, int((frac[i, 2] - reach[2] - low[2]) * scale[2] - 1e-6))
+                        e2 = min(bins[2] - 1, int((frac[i, 2] + reach[2] - low[2]) * scale[2] + 1e-6))
+                        for t0 in range(b0, e0 + 1):
+                            for t1 in range(b1, e1 + 1):
+                                q = (t0 * bins[1] + t1) * bins[2]
+                                stop = bin_ptr[q + e2 + 1]
+                                for g in range(bin_ptr[q + b2], stop, WIDTH):
+                                    m += append_near(xs, ys, zs, g, stop, x, y, z, limit * limit, key, index, m)
+                    else:
+                        for g in range(0, ghosts, WIDTH):
+                            m += append_near(xs, ys, zs, g, ghosts, x, y, z, limit * limit, key, index, m)
+                    for a in range(np.uint64(m), np.uint64(m + FEW)):
+                        key[a], index[a] = np.inf, 0
+                    key_begin[group], key_end[group] = ends, m
+                    ends = max(ends + FEW, (m + WIDTH - 1) // WIDTH * WIDTH)
+                    group += 1
+                accepted = 0
+                for n in range(group):
+                    i, m = pending[p + n], key_end[n] - key_begin[n]
+                    if m <= count and not last:
                         pending[still] = i
                         still += 1
                         continue
-                _sort(key, index, m, sorted_key, sorted_index, taken)
-                keep = m
-                if 0 < count < m:
-                    bound = (math.sqrt(sorted_key[count - 1]) + slack) ** 2
-                    keep = count
-                    while keep < m and sorted_key[keep] <= bound:
-                        keep += 1
-                if keep > 0 and sorted_key[0] < COINCIDENT_DISTANCE**2:
-                    status[b] = COINCIDENT_ATOMS
-                    detail[b, 0], detail[b, 1] = i, ghost_atom[sorted_index[0]]
-                    gap[b] = math.sqrt(sorted_key[0])
+                    nearest = key_begin[n] + 1  # behind the atom itself
+                    _sort(key, index, key_begin[n], m, near_key, near_index, nearest - 1, rank)
+                    if not last and not (
+                        r > slack + EDGE_SLACK and near_key[nearest + count - 1] < (r - slack - EDGE_SLACK) ** 2
+                    ):
+                        pending[still] = i
+                        still += 1
+                        continue
+                    if m > 1 and near_key[nearest] < COINCIDENT_DISTANCE**2:
+                        status[b] = COINCIDENT_ATOMS
+                        other = ghost_atom[near_index[nearest - 1]]  # equal distances are in no order
+                        detail[b, 0], detail[b, 1] = i, other if other != i else ghost_atom[near_index[nearest]]
+                        gap[b] = math.sqrt(near_key[nearest])
+                        break
+                    row[accepted], places[accepted], key_begin[accepted] = i, m - 1, nearest
+                    accepted += 1
+                p += group
+                if status[b] != OK:
                     break
-                if used + keep > sender.shape[0]:
-                    room[_PAIRS] = 2 * (used + keep)
-                    return b, start
-                first[ptr[b] + i], size[ptr[b] + i] = used, keep
-                for a in range(keep):
-                    sender[used + a] = ghost_atom[sorted_index[a]]
-                    distance[used + a] = math.sqrt(sorted_key[a])
-                if images:
-                    farthest = np.int64(0)
-                    for a in range(keep):
-                        g = sorted_index[a]
-                        for k in range(3):
-                            translation = ghost_image[g, k] + shift[i, k]
-                            farthest = max(farthest, abs(translation))
-                            image[3 * (used + a) + k] = translation
-                    if farthest > _MAX_IMAGE:
-                        status[b] = DISTANT_IMAGES
-                used += keep
+                for n in range(accepted):
+                    i, nearest = row[n], key_begin[n]
+                    keep = _count_kept(near_key, nearest, count, places[n], slack)
+                    if used + keep + _PADDING > sender.shape[0]:
+                        room[_PAIRS] = 2 * (used + keep + _PADDING)
+                        return b, start
+                    first[ptr[b] + i], size[ptr[b] + i] = used, keep
+                    if images:
+                        for a in range(np.uint64(keep)):
+                            g = near_index[np.uint64(nearest) + a]
+                            c, j = ghost_cell[g], ghost_atom[g]
+                            store_image(cell_image, c, shift, j, i, image, used + np.int64(a))
+                            if far and _is_distant(cell_image[c], shift[j], shift[i]):
+                                status[b] = DISTANT_IMAGES
+                    for begin_row in range(0, keep, ROW):
+                        store_roots(near_key, nearest + begin_row, distance, used + begin_row)
+                        for a in range(np.uint64(begin_row), np.uint64(begin_row + ROW)):
+                            sender[np.uint64(used) + a] = (
+                                ghost_atom[near_index[np.uint64(nearest) + a]] if a < keep else 0
+                            )
+                    used += (keep + ROW - 1) // ROW * ROW
             if status[b] != OK:
                 break
             left = still
             r = min(radius, 1.26 * r)
-    return ptr.shape[0] - 1, used
+    return end, used
 
 
 @jit
 def _grown(array, used, length):
-    longer = np.empty(length, array.dtype)
+    longer = np.zeros(length, array.dtype)
     longer[:used] = array[:used]
     return longer
 
@@ -611,19 +542,19 @@ def search(lattices, frac_coords, ptr, radius, count, slack, images):
 
     Returns:
         status (B,), detail (B, 2) and gap (B,): outcome, the two atoms concerned and their distance;
-        first (N,), size (N,): where an atom's candidates lie in the arrays that follow;
-        sender (C,) int32 (atom of the same crystal), image (3 C,) int32, distance (C,) float64, by distance.
+        first (N,), size (N,): where an atom's candidates lie in the arrays that follow, in rows of ``ROW`` places;
+        sender (C,) int32 (atom of the same crystal), image (4 C,) int32 (three used), distance (C,) float64, by
+        distance.
     """
     crystals, atoms = ptr.shape[0] - 1, ptr[-1]
     status, detail, gap = np.zeros(crystals, np.int64), np.zeros((crystals, 2), np.int64), np.zeros(crystals)
     first, size = np.zeros(atoms, np.int64), np.zeros(atoms, np.int64)
-    room = np.array([64, 1024, 0, 0, atoms * (min(count, 64) + 6) + 64])
-    sender, distance = np.empty(room[_PAIRS], np.int32), np.empty(room[_PAIRS])
-    image = np.empty(3 * room[_PAIRS] if images else 0, np.int32)
-    b, used = 0, 0
+    room = first_room(atoms, count)
+    sender, image, distance = candidate_arrays(room, images)
+    b, used = 0, ROW
     while True:
-        b, used = _search_from(
-            b, used, room, _workspace(room), lattices, frac_coords, ptr, radius, count, slack, images,
+        b, used = search_some(
+            b, crystals, used, room, workspace(room), lattices, frac_coords, ptr, radius, count, slack, images,
             status, detail, gap, first, size, sender, image, distance,
         )  # fmt: skip
         if b == crystals:
@@ -631,8 +562,8 @@ def search(lattices, frac_coords, ptr, radius, count, slack, images):
         if room[_PAIRS] > sender.shape[0]:
             sender, distance = _grown(sender, used, room[_PAIRS]), _grown(distance, used, room[_PAIRS])
             if images:
-                image = _grown(image, 3 * used, 3 * room[_PAIRS])
-    return status, detail, gap, first, size, sender[:used], image[: 3 * used], distance[:used]
+                image = _grown(image, 4 * used, 4 * room[_PAIRS])
+    return status, detail, gap, first, size, sender, image, distance
 
 
 class NeighborList(NamedTuple):
@@ -729,4 +660,4 @@ def neighbor_list(
     receiver = np.repeat(np.arange(n, dtype=np.int32), size)
     start = np.cumsum(size) - size
     edge = np.arange(len(receiver)) + np.repeat(first - start, size)
-    return NeighborList(receiver, sender[edge], image.reshape(-1, 3)[edge], distance[edge])
+    return NeighborList(receiver, sender[edge], image.reshape(-1, 4)[edge, :3], distance[edge])

@@ -1,6 +1,6 @@
 """Canonical choice among equidistant neighbours, and the symmetry quotient by colour refinement (1-WL).
 
-Each crystal starts from its candidates (``neighbors.search``): all within the shell of an atom's M-th neighbour.
+Each crystal starts from its candidates (``neighbors``): all within the shell of an atom's M-th neighbour.
 Colours start from the atomic number. An atom takes its M neighbours by (distance shell, colour); its signature is
 their colours and distances, place by place; a class is split until all its members agree: colours exactly, every
 distance within the tolerance. Colours are renumbered in the order of the signatures, so they depend on the crystal
@@ -13,77 +13,83 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba.core import types
 
-from .neighbors import OK, borrowed, inlined, jit, kernel, symbol
+from .neighbors import OK, RANKED, candidate_arrays, first_room, search_some, symbol, workspace
+from .vectors import (
+    ROW,
+    WIDTH,
+    borrowed,
+    copy_row,
+    descents,
+    differences,
+    inlined,
+    jit,
+    kernel,
+    lowest_bit,
+    on_stack,
+    rank_block,
+    steps_above,
+)
 
 ISOLATED_ATOMS = 100
 """Status of a crystal with atoms that have no neighbour; the search's own codes lie below."""
 
 _WIDTH = 0.98317  # of the tolerance; unround, so that rounded coordinates do not meet the edge of a shell
+_BLOCK_ATOMS = 256  # atoms that are searched before they are reduced: what the nearest cache holds
+
+_row_of_distances = on_stack(types.float64, ROW)
+_run_of_keys, _run_of_members = on_stack(types.float64, RANKED + WIDTH), on_stack(types.int64, RANKED)
+_ranks = on_stack(types.int64, WIDTH)
 
 
 @jit
-def _split(members, begin, end, starts, value, column, width):
-    """Split each run of members[begin:end] where values in one column spread wider than ``width``.
+def _sort_run(members, keys, begin, end):
+    """Sort members and keys of begin … end - 1 by key; equal ones stay in order where there are few."""
+    if end - begin > RANKED:
+        order = np.argsort(keys[begin:end])
+        members[begin:end] = members[begin:end][order]
+        keys[begin:end] = keys[begin:end][order]
+        return
+    old_keys, old_members, rank = _run_of_keys(), _run_of_members(), _ranks()
+    count = end - begin
+    for k in range(count):
+        old_keys[k], old_members[k] = keys[begin + k], members[begin + k]
+    for k in range(count, count + WIDTH):
+        old_keys[k] = np.inf
+    blocks = (count + WIDTH - 1) // WIDTH
+    for block in range(blocks):
+        rank_block(old_keys, 0, block, blocks, rank)
+        for k in range(WIDTH * block, min(WIDTH * block + WIDTH, count)):
+            place = begin + rank[k - WIDTH * block]
+            keys[place], members[place] = old_keys[k], old_members[k]
 
-    A run is sorted by value and cut greedily from its smallest one. Returns whether anything was cut.
+
+@jit
+def _split(members, begin, end, starts, keys, width):
+    """Split each run of members[begin:end] where their ``keys`` spread wider than ``width``.
+
+    A run is sorted by key and cut greedily from its smallest one. Returns whether anything was cut.
     """
     changed = False
     k = begin
     while k < end:
         stop = k + 1
-        least = most = value[members[k], column]
+        least = most = keys[k]
         while stop < end and not starts[stop]:
-            v = value[members[stop], column]
+            v = keys[stop]
             least, most = min(least, v), max(most, v)
             stop += 1
         if most - least > width:
             changed = True
-            run = members[k:stop]
-            if stop - k > 24:
-                keys = np.empty(stop - k)
-                for a in range(stop - k):
-                    keys[a] = value[run[a], column]
-                run[:] = run[np.argsort(keys)]
-            else:
-                for a in range(1, stop - k):
-                    atom = run[a]
-                    v = value[atom, column]
-                    c = a
-                    while c > 0 and value[run[c - 1], column] > v:
-                        run[c] = run[c - 1]
-                        c -= 1
-                    run[c] = atom
-            least = value[run[0], column]
-            for a in range(1, stop - k):
-                v = value[run[a], column]
-                if v - least > width:
-                    starts[k + a] = True
-                    least = v
+            _sort_run(members, keys, k, stop)
+            least = keys[k]
+            for a in range(k + 1, stop):
+                if keys[a] - least > width:
+                    starts[a] = True
+                    least = keys[a]
         k = stop
     return changed
-
-
-@inlined
-def _compare(members, begin, end, value, slack, outside):
-    """Mark the columns in which a row of a class is not within ``slack`` of its first row; whether there are any."""
-    columns = slack.shape[0]
-    reference = value[members[begin]]
-    for column in range(columns):
-        outside[column] = 0.0
-    for k in range(begin + 1, end):
-        row = value[members[k]]
-        for column in range(columns):
-            outside[column] += abs(row[column] - reference[column]) > slack[column]
-    total = 0.0
-    for column in range(columns):
-        total += outside[column]
-    return total > 0
-
-
-@inlined
-def _all_alone(starts, begin, end):
-    return starts[begin + 1 : end].all()
 
 
 @inlined
@@ -98,47 +104,103 @@ def _number(members, starts, colour):
 
 
 @inlined
+def _low_bits(count):
+    return (1 << max(0, min(count, ROW))) - 1
+
+
+@inlined
 def _find_shells(distance, first, size, degree, width, opens):
-    """Shells of one atom: runs no wider than ``width``. Returns the end of the shell that holds the last place."""
+    """Shells of one atom: runs no wider than ``width``. Returns the end of the shell that holds the last place.
+
+    ``opens`` holds a bit for each place that opens a shell.
+    """
+    if size <= ROW:
+        # steps below width / 16 do not add up to a shell's width, so only steps between the two need care
+        steps = steps_above(distance, first, width / ROW, width)
+        bits = steps & _low_bits(size)
+        if (steps >> ROW) & _low_bits(size) & ~bits == 0:
+            opens[first // ROW] = bits
+            after = bits >> degree
+            return degree + lowest_bit(after) if after else size
     least = -1.0
-    for k in range(size):
-        d = distance[first + k]
-        opens[first + k] = least < 0 or d - least > width
-        if opens[first + k]:
-            if k >= degree:
-                return k
-            least = d
+    for k in range(first, first + size):
+        if k % ROW == 0:
+            opens[k // ROW] = 0
+        if least < 0 or distance[k] - least > width:
+            if k >= first + degree:
+                return k - first
+            least = distance[k]
+            opens[k // ROW] |= 1 << (k % ROW)
     return size
 
 
 @inlined
-def _order_shells(order, opens, first, size, sender, colour):
-    """Sort an atom's candidates by colour inside each shell; stable, so equal colours stay in order of distance."""
-    one: Any = np.uint64(1)  # unsigned indices need no test for a negative one
-    begin: Any = np.uint64(first)
-    end: Any = np.uint64(first + size)
-    previous = colour[sender[order[begin]]] if size > 0 else colour[0]
-    for k in range(begin + one, end):
-        candidate = order[k]
-        c = colour[sender[candidate]]
-        if opens[k]:
-            begin = k
-        elif previous > c:
-            q = k
-            while q > begin and colour[sender[order[q - one]]] > c:
-                order[q] = order[q - one]
-                q -= one
-            order[q] = candidate
-            continue
-        previous = c
+def _paint(first, size, sender, tint, colour):
+    """The colours of an atom's candidates."""
+    for begin in range(first, first + size, ROW):
+        for k in range(np.uint64(begin), np.uint64(begin + ROW)):
+            tint[k] = colour[np.uint64(sender[k])]
 
 
 @inlined
-def _refine(numbers, first, size, sender, distance, count, width, opens, order, degree, members, starts, colour,
-            all_values, slack, outside):  # fmt: skip
-    """Colours of one crystal and, in ``order``, its choice of neighbours; returns the number of colours.
+def _order_shells(opens, first, size, sender, distance, image, images, tint):
+    """Sort an atom's candidates by colour inside each shell; stable, so equal colours stay in order of distance.
 
-    ``members`` lists the atoms by colour; ``starts`` marks the first of each class.
+    ``tint`` are the candidates' colours.
+    """
+    unordered: Any = 0
+    for begin in range(first, first + size, ROW):
+        unordered |= descents(tint, begin) & ~opens[begin // ROW] & _low_bits(first + size - begin)
+    if unordered == 0:
+        return
+    start: Any = np.uint64(first)
+    one: Any = np.uint64(1)  # unsigned indices need no test for a negative one
+    for k in range(start + one, np.uint64(first + size)):
+        if (opens[k // np.uint64(ROW)] >> (k % np.uint64(ROW))) & 1:
+            start = k
+            continue
+        c = tint[k]
+        if tint[k - one] <= c:
+            continue
+        q = k
+        j, d = sender[k], distance[k]
+        while q > start and tint[q - one] > c:
+            tint[q], sender[q], distance[q] = tint[q - one], sender[q - one], distance[q - one]
+            q -= one
+        tint[q], sender[q], distance[q] = c, j, d
+        if images:
+            for a in range(4):
+                moved = image[4 * k + a]
+                t = k
+                while t > q:
+                    image[4 * t + a] = image[4 * (t - one) + a]
+                    t -= one
+                image[4 * q + a] = moved
+
+
+@inlined
+def _is_alone(starts, k):
+    return starts[k] and (k + 1 == starts.shape[0] or starts[k + 1])
+
+
+@jit
+def _order_atoms(classes, singles, members, starts, first, size, opens, sender, distance, image, images, tint, colour):
+    """Sort the candidates of atoms in classes of several, of those alone in their class, or of all."""
+    for k in range(members.shape[0]):
+        if singles if _is_alone(starts, k) else classes:
+            _paint(first[members[k]], size[members[k]], sender, tint, colour)
+    for k in range(members.shape[0]):  # not in the same loop, so that nothing waits for what was just written
+        if singles if _is_alone(starts, k) else classes:
+            i = members[k]
+            _order_shells(opens, first[i], size[i], sender, distance, image, images, tint)
+
+
+@inlined
+def _refine(numbers, first, size, sender, distance, image, images, count, width, opens, tint, degree, members, starts,
+            colour, keys):  # fmt: skip
+    """Colours of one crystal; sorts its candidates so that each atom's first ones are its choice.
+
+    Returns the number of colours. ``members`` lists the atoms by colour; ``starts`` marks the first of each class.
     """
     atoms = numbers.shape[0]
     most = 0
@@ -146,35 +208,12 @@ def _refine(numbers, first, size, sender, distance, count, width, opens, order, 
         degree[i] = min(size[i], count)
         most = max(most, degree[i])
         size[i] = _find_shells(distance, first[i], size[i], degree[i], width, opens)
-        for k in range(first[i], first[i] + size[i]):
-            order[k] = k
-        members[i] = i
-        starts[i] = i == 0
-    columns = 2 * most + 1
-    value, slack, outside = all_values[: atoms * columns].reshape(atoms, columns), slack[:columns], outside[:columns]
-    value[:] = 0
-    for i in range(atoms):
-        value[i, 0] = numbers[i]
-    _split(members, 0, atoms, starts, value, 0, 0.0)
+        members[i], keys[i], starts[i] = i, numbers[i], i == 0
+    _split(members, 0, atoms, starts, keys, 0.0)
     colours = _number(members, starts, colour)
-    for i in range(atoms):
-        value[i, 0] = degree[i]
-    # columns of a signature: degree, then (colour, distance) place by place
-    for column in range(columns):
-        slack[column] = width / 2 if column > 0 and column % 2 == 0 else 0.0
-    one, two = np.uint64(1), np.uint64(2)
     changed = True
     while changed and colours < atoms:
-        for k in range(atoms):
-            if starts[k] and (k + 1 == atoms or starts[k + 1]):
-                continue  # alone in its class
-            i = members[k]
-            _order_shells(order, opens, first[i], size[i], sender, colour)
-            row, own = value[i], np.uint64(first[i])
-            for p in range(np.uint64(degree[i])):
-                candidate = order[own + p]
-                row[two * p + one] = colour[sender[candidate]]
-                row[two * p + two] = distance[candidate]
+        _order_atoms(True, False, members, starts, first, size, opens, sender, distance, image, images, tint, colour)
         changed = False
         start = 0
         while start < atoms:
@@ -182,32 +221,83 @@ def _refine(numbers, first, size, sender, distance, count, width, opens, order, 
             while end < atoms and not starts[end]:
                 end += 1
             start = end
-            if end - begin > 1 and _compare(members, begin, end, value, slack, outside):
-                for column in range(columns):
-                    if outside[column] > 0 and _split(members, begin, end, starts, value, column, 2 * slack[column]):
-                        changed = True
-                        if _all_alone(starts, begin, end):
-                            break
+            if end - begin > 1 and not _agree(members, begin, end, starts, first, degree, most, tint, distance, width):
+                changed |= _split_class(members, begin, end, starts, keys, first, degree, most, tint, distance, width)
         colours = _number(members, starts, colour)
-    for k in range(atoms):  # by the final colours, which the others are in order of already
-        if changed or (starts[k] and (k + 1 == atoms or starts[k + 1])):
-            _order_shells(order, opens, first[members[k]], size[members[k]], sender, colour)
+    _order_atoms(  # by the final colours, which the others are in order of already
+        changed, True, members, starts, first, size, opens, sender, distance, image, images, tint, colour
+    )
     return colours
 
 
+@inlined
+def _differences(members, begin, end, starts, first, degree, tint, distance, row, slack):
+    """Bits of the places (colours, then distances) in which an atom is not as the first one of its run."""
+    differ: Any = 0
+    reference, places = first[members[begin]] + row, _low_bits(degree[members[begin]] - row)
+    for k in range(begin + 1, end):
+        place = first[members[k]] + row
+        if starts[k]:
+            reference, places = place, _low_bits(degree[members[k]] - row)
+        else:
+            differ |= differences(tint, distance, reference, place, slack) & (places | (places << ROW))
+    return differ
+
+
+@inlined
+def _agree(members, begin, end, starts, first, degree, most, tint, distance, width):
+    """Whether all signatures of a class are surely within the tolerance of the first one."""
+    differ: Any = 0
+    for k in range(begin + 1, end):
+        differ |= degree[members[k]] - degree[members[begin]]
+    for row in range(0, most, ROW):
+        differ |= _differences(members, begin, end, starts, first, degree, tint, distance, row, width / 2)
+    return differ == 0
+
+
 @jit
-def _reduce_each(numbers, ptr, status, detail, first, size, sender, image, distance, radius, count, tolerance, quotient,
-                 padded, keep_isolated, opens, order, degree, all_members, all_starts, all_values, slack, outside, rows,
-                 edges, atom_class, row_numbers, weight, row_size, edge_sender, edge_distance, edge_image):  # fmt: skip
-    """``reduce`` with arrays for all that it makes; returns how many rows and edges there are."""
+def _split_class(members, begin, end, starts, keys, first, degree, most, tint, distance, width):
+    """Split a class where its signatures differ: degree, then (colour, distance) place by place."""
+    changed = unequal = False
+    for k in range(begin + 1, end):
+        unequal |= degree[members[k]] != degree[members[begin]]
+    if unequal:
+        for k in range(begin, end):
+            keys[k] = degree[members[k]]
+        changed = _split(members, begin, end, starts, keys, 0.0)
+    for row in range(0, most, ROW):
+        ahead: Any = (1 << (2 * ROW)) - 1
+        while True:
+            differ = ahead & _differences(members, begin, end, starts, first, degree, tint, distance, row, width / 2)
+            if differ == 0:
+                break
+            p = lowest_bit((differ | (differ >> ROW)) & _low_bits(ROW))
+            by_distance = (differ >> p) & 1 == 0
+            passed = (1 << (p + 1)) - 1
+            ahead &= ~(passed | ((passed if by_distance else passed >> 1) << ROW))
+            for k in range(begin, end):
+                i = members[k]
+                keys[k] = 0.0
+                if row + p < degree[i]:
+                    keys[k] = distance[first[i] + row + p] if by_distance else tint[first[i] + row + p]
+            changed |= _split(members, begin, end, starts, keys, width if by_distance else 0.0)
+    return changed
+
+
+@jit
+def _reduce_some(b0, b1, r, e, numbers, ptr, status, detail, first, size, sender, image, distance, radius, count,
+                 width, quotient, padded, keep_isolated, work, rows, edges, atom_class, row_numbers, weight, row_size,
+                 edge_sender, edge_distance, edge_image):  # fmt: skip
+    """Graphs of the crystals b0 … b1 - 1, appended to R rows and E edges; returns R and E."""
     numbers, ptr, first, size = borrowed(numbers), borrowed(ptr), borrowed(first), borrowed(size)
     sender, image, distance = borrowed(sender), borrowed(image), borrowed(distance)
-    opens, order, degree = borrowed(opens), borrowed(order), borrowed(degree)
-    all_members, all_starts, all_values = borrowed(all_members), borrowed(all_starts), borrowed(all_values)
-    slack, outside, atom_class = borrowed(slack), borrowed(outside), borrowed(atom_class)
-    r = 0
-    e = 0
-    for b in range(ptr.shape[0] - 1):
+    opens, tint, all_degrees = borrowed(work[0]), borrowed(work[1]), borrowed(work[2])
+    all_members, all_starts, all_keys = borrowed(work[3]), borrowed(work[4]), borrowed(work[5])
+    rows, edges, atom_class = borrowed(rows), borrowed(edges), borrowed(atom_class)
+    row_numbers, weight, row_size = borrowed(row_numbers), borrowed(weight), borrowed(row_size)
+    edge_sender, edge_distance, edge_image = borrowed(edge_sender), borrowed(edge_distance), borrowed(edge_image)
+    total = _row_of_distances()
+    for b in range(b0, b1):
         if status[b] != OK:
             continue
         lo, hi = ptr[b], ptr[b + 1]
@@ -219,27 +309,31 @@ def _reduce_each(numbers, ptr, status, detail, first, size, sender, image, dista
         if detail[b, 0] > 0 and not keep_isolated:
             status[b] = ISOLATED_ATOMS
             continue
-        members, starts, colour = all_members[lo:hi], all_starts[lo:hi], atom_class[lo:hi]
+        members, starts, colour = all_members[:atoms], all_starts[:atoms], atom_class[lo:hi]
+        degree, own_first = all_degrees[:atoms], first[lo:hi]
         before = e
         colours = _refine(
-            numbers[lo:hi], first[lo:hi], size[lo:hi], sender, distance, count, _WIDTH * tolerance, opens, order,
-            degree[lo:hi], members, starts, colour, all_values, slack, outside,
+            numbers[lo:hi], own_first, size[lo:hi], sender, distance, image, not quotient, count, width, opens, tint,
+            degree, members, starts, colour, all_keys[:atoms],
         )  # fmt: skip
         if not quotient:
             rows[b] = atoms
             for i in range(atoms):
                 colour[i] = i
                 row_numbers[r], weight[r] = numbers[lo + i], 1
-                taken = degree[lo + i]
+                taken, place = degree[i], own_first[i]
                 row_size[r] = count if padded else taken
-                for p in range(taken):
-                    candidate = order[first[lo + i] + p]
-                    edge_sender[e + p], edge_distance[e + p] = sender[candidate], distance[candidate]
-                    for a in range(3):
-                        edge_image[e + p, a] = image[3 * candidate + a]
+                for p in range(0, taken, ROW):
+                    copy_row(sender, place + p, edge_sender, e + p)
+                    copy_row(distance, place + p, edge_distance, e + p)
+                for p in range(np.uint64(taken)):
+                    from_, to = np.uint64(4 * place) + 4 * p, np.uint64(3 * e) + 3 * p
+                    for a in range(np.uint64(3)):
+                        edge_image[to + a] = image[from_ + a]
                 for p in range(taken, row_size[r]):
                     edge_sender[e + p], edge_distance[e + p] = 0, radius + 1.0
-                    edge_image[e + p] = 0
+                    for a in range(3):
+                        edge_image[3 * (e + p) + a] = 0
                 e += row_size[r]
                 r += 1
             edges[b] = e - before
@@ -251,29 +345,37 @@ def _reduce_each(numbers, ptr, status, detail, first, size, sender, image, dista
             while end < atoms and not starts[end]:
                 end += 1
             i = members[begin]
+            taken, place = degree[i], own_first[i]
             row_numbers[r], weight[r] = numbers[lo + i], end - begin
-            row_size[r] = count if padded else degree[lo + i]
-            for p in range(degree[lo + i]):
-                candidate = order[first[lo + i] + p]
-                edge_sender[e] = colour[sender[candidate]]
-                mean = 0.0
+            row_size[r] = count if padded else taken
+            for p in range(0, taken, ROW):
+                copy_row(tint, place + p, edge_sender, e + p)
+                for a in range(ROW):
+                    total[a] = 0.0
                 for k in range(begin, end):
-                    mean += distance[order[first[lo + members[k]] + p]]
-                edge_distance[e] = mean / (end - begin)
-                e += 1
-            for _ in range(row_size[r] - degree[lo + i]):
-                edge_sender[e], edge_distance[e] = colour[0], radius + 1.0
-                e += 1
+                    for a in range(ROW):
+                        total[a] += distance[own_first[members[k]] + p + a]
+                for a in range(ROW):
+                    edge_distance[e + p + a] = total[a] / (end - begin)
+            for p in range(taken, row_size[r]):
+                edge_sender[e + p], edge_distance[e + p] = colour[0], radius + 1.0
+            e += row_size[r]
             r += 1
             begin = end
         edges[b] = e - before
     return r, e
 
 
+@jit
+def _grown(array, used, length):
+    longer = np.empty(length, array.dtype)
+    longer[:used] = array[:used]
+    return longer
+
+
 @kernel
-def reduce(numbers, ptr, status, detail, first, size, sender, image, distance, radius, count, tolerance, quotient,
-           padded, keep_isolated):  # fmt: skip
-    """Graphs of B crystals from their candidates: one row per class (``quotient``) or per atom.
+def build(lattices, frac_coords, numbers, ptr, radius, count, tolerance, quotient, padded, keep_isolated):
+    """Graphs of B crystals: one row per class (``quotient``) or per atom.
 
     A class's distances are the float64 means over its members, place by place. Crystals whose ``status`` is not OK
     are left out; a crystal with isolated atoms (``detail``: how many, the first) gets the status ISOLATED_ATOMS unless
@@ -281,41 +383,75 @@ def reduce(numbers, ptr, status, detail, first, size, sender, image, distance, r
     are filled to ``count`` edges with (row of atom 0, radius + 1).
 
     Args:
-        numbers, ptr, count: as for ``neighbors.search``; status, detail, first … distance: what it returned.
+        lattices, frac_coords, ptr, radius, count: as for ``neighbors.search``; count at least 1.
+        numbers: (N,) int32, kinds of the atoms.
         tolerance: Å; distances nearer than this are one shell.
 
     Returns:
+        status (B,), detail (B, 2) and gap (B,): as from ``neighbors.search``;
         rows (B,), edges (B,): size of each graph; atom_class (N,) int32;
         row_numbers (R,) int32, weight (R,) float32, row_size (R,) int32;
         edge_sender (E,) int32 (row of the same crystal), edge_distance (E,) float64,
         edge_image (E, 3) int32 (empty for quotients).
     """
-    crystals = ptr.shape[0] - 1
-    total = ptr[-1]
-    capacity = 0
-    most = 0
-    for i in range(total):
-        capacity += count if padded else min(size[i], count)
-        most = max(most, min(size[i], count))
-    largest = 0
-    for b in range(crystals):
-        largest = max(largest, ptr[b + 1] - ptr[b])
+    crystals, total = ptr.shape[0] - 1, ptr[-1]
+    status, detail, gap = np.zeros(crystals, np.int64), np.zeros((crystals, 2), np.int64), np.zeros(crystals)
+    first, size = np.zeros(total, np.int64), np.zeros(total, np.int64)
     rows, edges = np.zeros(crystals, np.int64), np.zeros(crystals, np.int64)
     atom_class = np.zeros(total, np.int32)
     row_numbers, weight, row_size = np.empty(total, np.int32), np.empty(total, np.float32), np.empty(total, np.int32)
+    capacity = total * min(count, 64) + ROW
     edge_sender, edge_distance = np.empty(capacity, np.int32), np.empty(capacity)
-    edge_image = np.empty((0 if quotient else capacity, 3), np.int32)
-    r, e = _reduce_each(
-        numbers, ptr, status, detail, first, size, sender.view(np.uint32), image, distance, radius, count, tolerance,
-        quotient, padded, keep_isolated, np.empty(sender.shape[0], np.bool_), np.empty(sender.shape[0], np.uint32),
-        np.empty(total, np.int64), np.empty(total, np.int64), np.empty(total, np.bool_),
-        np.empty(largest * (2 * most + 1)), np.empty(2 * most + 1), np.empty(2 * most + 1), rows, edges, atom_class,
-        row_numbers, weight, row_size, edge_sender, edge_distance, edge_image,
-    )  # fmt: skip
+    edge_image = np.empty(0 if quotient else 3 * capacity, np.int32)
+    largest = 0
+    for b in range(crystals):
+        largest = max(largest, ptr[b + 1] - ptr[b])
+    room = first_room(max(_BLOCK_ATOMS, largest), count)
+    work = workspace(room)
+    sender, image, distance = candidate_arrays(room, not quotient)
+    scratch = _scratch(largest, sender.shape[0])
+    width = _WIDTH * tolerance
+    r, e, b = 0, 0, 0
+    while b < crystals:
+        end = b + 1
+        while end < crystals and ptr[end + 1] - ptr[b] <= _BLOCK_ATOMS:
+            end += 1
+        done, used = search_some(
+            b, end, ROW, room, work, lattices, frac_coords, ptr, radius, count, tolerance, not quotient,
+            status, detail, gap, first, size, sender, image, distance,
+        )  # fmt: skip
+        most = e + used if count > 64 else 0
+        if padded and count > 64:
+            most = e + count * (ptr[done] - ptr[b]) + ROW
+        if most + ROW > edge_sender.shape[0]:
+            edge_sender, edge_distance = (
+                _grown(edge_sender, e, 2 * most + ROW),
+                _grown(edge_distance, e, 2 * most + ROW),
+            )
+            if not quotient:
+                edge_image = _grown(edge_image, 3 * e, 3 * (2 * most + ROW))
+        r, e = _reduce_some(
+            b, done, r, e, numbers, ptr, status, detail, first, size, sender, image, distance, radius, count, width,
+            quotient, padded, keep_isolated, scratch, rows, edges, atom_class, row_numbers, weight, row_size,
+            edge_sender, edge_distance, edge_image,
+        )  # fmt: skip
+        if done < end:
+            work = workspace(room)
+            sender, image, distance = candidate_arrays(room, not quotient)
+            scratch = _scratch(largest, sender.shape[0])
+        b = done
     return (
-        rows, edges, atom_class, row_numbers[:r], weight[:r], row_size[:r],
-        edge_sender[:e], edge_distance[:e], edge_image[:e],
+        status, detail, gap, rows, edges, atom_class, row_numbers[:r], weight[:r], row_size[:r],
+        edge_sender[:e], edge_distance[:e], edge_image[: 0 if quotient else 3 * e].reshape(-1, 3),
     )  # fmt: skip
+
+
+@jit
+def _scratch(atoms, pairs):
+    """Arrays of the refinement, for a crystal of so many atoms and its candidates."""
+    opens, tint = np.empty(pairs // ROW + 1, np.int64), np.empty(pairs, np.int32)
+    degree, members, starts = np.empty(atoms, np.int64), np.empty(atoms, np.int64), np.empty(atoms, np.bool_)
+    return opens, tint, degree, members, starts, np.empty(atoms)
 
 
 def isolated_failure(detail: np.ndarray, numbers: np.ndarray, radius: float) -> str:
