@@ -192,6 +192,14 @@ def test_image_of_itself_counts_and_the_atom_does_not():
     assert np.allclose(found.distance, 3.0)
 
 
+def test_a_cluster_far_from_its_images():
+    """The only cell that counts is the one at home."""
+    found = neighbor_list(np.diag([30.0, 40, 50]), [[0.5, 0.5, 0.5], [0.55, 0.5, 0.5]], [8, 8], 3.0)
+    assert found.sender.tolist() == [1, 0]
+    assert not found.image.any()
+    assert np.allclose(found.distance, 1.5)
+
+
 def test_far_away_coordinates_wrap():
     lattice = np.array([[4.0, 0, 0], [1, 5, 0], [0, 1, 6]])
     frac = np.array([[1e6, -1e6, 3e5], [0.5, 0.5, 0.25], [-2e6 + 0.25, 7, 0.75]])

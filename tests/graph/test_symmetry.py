@@ -246,6 +246,24 @@ def test_classes_are_sound():
     assert_quotient_is_sound(made_up_crystals())
 
 
+@pytest.mark.parametrize("count", [5, 16, 17, 30, 90])
+def test_classes_are_sound_whatever_the_number_of_neighbours(count):
+    """Rows of candidates are stored by sixteen; from 64 neighbours on the arrays of edges grow."""
+    assert_quotient_is_sound(made_up_crystals()[2:], count=count)
+
+
+@pytest.mark.parametrize("tolerance", [None, TOLERANCE])
+def test_many_neighbours_are_padded(tolerance):
+    crystals = made_up_crystals()
+    packed = pack(crystals, max_neighbors=300, radius=5.0, padded=True, symmetry_tolerance=tolerance)
+    bare = pack(crystals, max_neighbors=300, radius=5.0, symmetry_tolerance=tolerance)
+    assert (np.diff(packed.row_ptr) == 300).all()
+    kept = packed.distance < 5.5
+    assert np.array_equal(packed.distance[kept], bare.distance)
+    assert np.array_equal(packed.sender[kept], bare.sender)
+    assert (packed.distance[~kept] == 6.0).all()
+
+
 def test_classes_are_sound_mp(mp_crystals):
     assert_quotient_is_sound(mp_crystals[3::40])
 
