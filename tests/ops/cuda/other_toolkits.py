@@ -5,7 +5,7 @@ PyPI has NVRTC of CUDA 12.4 to 12.9, which is their compiler for device code. Un
     python -m pip download --no-deps nvidia-cuda-nvrtc-cu12==12.4.127 && unzip -d nvrtc nvidia_cuda_nvrtc_cu12-*.whl
     python tests/ops/cuda/other_toolkits.py nvrtc/nvidia/cuda_nvrtc/lib/libnvrtc.so.12
 
-Prints a line for each architecture. Launchers are not compiled: NVRTC knows no host code.
+Prints a line for each group of kernels and architecture. Launchers are not compiled: NVRTC knows no host code.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ typedef unsigned long long uint64_t;
 """
 
 
-def source() -> str:
+def inference() -> str:
     """The device code of stack.cuh, every kernel of every width."""
     text = '#include "cuda/stack.cuh"\nnamespace srcgcnn {\n'
     for width in (32, 64, 128):
@@ -45,6 +45,9 @@ def source() -> str:
     return text + "}\n"
 
 
+PROGRAMS = {"inference": inference(), "training": '#include "cuda/conv.cuh"\n'}
+
+
 class Compiler:
     """NVRTC."""
 
@@ -63,8 +66,8 @@ class Compiler:
         self._call("Version", c.byref(major), c.byref(minor))
         return f"{major.value}.{minor.value}"
 
-    def compiled(self, architecture: str) -> str:
-        """What the compiler says about the kernels.
+    def compiled(self, source: str, architecture: str) -> str:
+        """What the compiler says about the kernels of ``source``.
 
         Raises:
             RuntimeError: they do not compile.
@@ -72,7 +75,7 @@ class Compiler:
         program = c.c_void_p()
         headers = {"stdint.h": STDINT}
         contents, names = ((c.c_char_p * len(headers))(*(x.encode() for x in y)) for y in (headers.values(), headers))
-        self._call("CreateProgram", c.byref(program), source().encode(), b"stack.cu", len(headers), contents, names)
+        self._call("CreateProgram", c.byref(program), source.encode(), b"kernels.cu", len(headers), contents, names)
         flags = ["--std=c++17", f"--gpu-architecture={architecture}", f"--include-path={CSRC}"]
         flags += [f"--include-path={CSRC / 'cuda'}", "--device-as-default-execution-space", "--ptxas-options=-v"]
         try:
@@ -91,10 +94,11 @@ class Compiler:
 
 if __name__ == "__main__":
     compiler = Compiler(sys.argv[1])
-    for architecture in ("sm_80", "sm_90", "compute_90"):
-        log = compiler.compiled(architecture)
-        found = [(name, int(spilled), int(registers)) for name, _, spilled, registers in FOUND.findall(log)]
-        spills = {name: spilled for name, spilled, _ in found if spilled}
-        most = max((registers for *_, registers in found), default=0)
-        said = f", {len(found)} kernels, up to {most} registers, spills: {spills or 'none'}" if found else ""
-        print(f"CUDA {compiler.version}, {architecture}: compiles{said}", flush=True)
+    for name, source in PROGRAMS.items():
+        for architecture in ("sm_80", "sm_90", "compute_90"):
+            log = compiler.compiled(source, architecture)
+            found = [(kernel, int(spilled), int(registers)) for kernel, _, spilled, registers in FOUND.findall(log)]
+            spills = {kernel: spilled for kernel, spilled, _ in found if spilled}
+            most = max((registers for *_, registers in found), default=0)
+            said = f", {len(found)} kernels, up to {most} registers, spills: {spills or 'none'}" if found else ""
+            print(f"CUDA {compiler.version}, {name}, {architecture}: compiles{said}", flush=True)
