@@ -68,7 +68,8 @@ class _Code:
 
     def __init__(self, builder: Any, features: str) -> None:
         self.builder = builder
-        self.compresses = "+avx512f" in features and "+avx512vl" in features
+        known = numba.version_info.short >= (0, 62)  # by its LLVM
+        self.compresses = known and "+avx512f" in features and "+avx512vl" in features
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.builder, name)
