@@ -103,7 +103,9 @@ def in_write(name, *where):
     cut(name, work)
 
 
+started = time.perf_counter()
 assert not forked(lambda: train("whole"))
+whole = time.perf_counter() - started
 if plan != "times":
     for number, where in enumerate(eval(plan)):
         name = f"run_{number}"
@@ -122,7 +124,7 @@ else:
                     again(name)()
                 finally:
                     os._exit(0)
-            time.sleep(random.uniform(0.02, 0.4) * (1 + kills / 4))
+            time.sleep(random.uniform(0.05, 1) * whole * (1 + kills / 4))
             if os.waitpid(child, os.WNOHANG)[0]:
                 break
             os.kill(child, signal.SIGKILL)
