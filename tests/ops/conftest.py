@@ -30,9 +30,9 @@ def library(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture
-def on_the_emulation(library, monkeypatch: pytest.MonkeyPatch):
-    """Three multiprocessors of an H100. What a kernel forgets to write is NaN, not an old right answer; what it writes
-    beside its tensors is found at the end."""
+def fenced(monkeypatch: pytest.MonkeyPatch):
+    """Tensors for kernels to write: what is forgotten is NaN, not an old right answer; what is written beside them is
+    found at the end."""
     fence, blocks = 32, []
 
     def new_empty(like: torch.Tensor, *size, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -42,7 +42,13 @@ def on_the_emulation(library, monkeypatch: pytest.MonkeyPatch):
         return inside.fill_(float("nan")) if inside.is_floating_point() else inside
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    monkeypatch.setattr(backend, "native", lambda: library)
-    library.gpu(3, 228 << 10)
+    monkeypatch.setattr(torch, "empty_like", lambda x: x.new_empty(x.shape))
     yield
     assert all((block[:fence] == 7).all() and (block[-fence:] == 7).all() for block in blocks)
+
+
+@pytest.fixture
+def on_the_emulation(library, fenced, monkeypatch: pytest.MonkeyPatch):
+    """Three multiprocessors of an H100."""
+    monkeypatch.setattr(backend, "native", lambda: library)
+    library.gpu(3, 228 << 10)
