@@ -108,7 +108,7 @@ def test_the_studies_of_the_package_are_fair():
     """As many trials for either model, on the validation crystals; recipes differ only where they are said to."""
     trials = [*read_study("search").sections, *read_study("search-muon").sections]
     assert {section.scored for section in trials} == {"val"}
-    assert [len(section.variants) for section in trials] == [12, 12, 8, 8]
+    assert [len(section.variants) for section in trials] == [12, 12, 8, 8, 10, 10]
     paper = read_study("paper").sections
     for section in paper:
         assert len({(v.recipe.epochs, v.recipe.schedule) for v in section.variants}) == 1
