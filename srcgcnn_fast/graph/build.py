@@ -296,7 +296,7 @@ def _announce_compilation() -> None:
         said = False
 
         def on_start(self, event: Any) -> None:
-            if not self.said and event.data["dispatcher"] in (neighbors.search, symmetry.build):
+            if not self.said and event.data["dispatcher"] in (neighbors._search, symmetry._build):
                 self.said = True
                 logger.warning("Compiling the neighbour search (about %d s, once).", _COMPILE_SECONDS)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba.core import types
@@ -16,6 +16,7 @@ from .vectors import (
     append_near,
     borrowed,
     count_at_most,
+    end_few,
     inlined,
     jit,
     kernel,
@@ -24,6 +25,8 @@ from .vectors import (
     place_images,
     rank_block,
     sort_few,
+    store_atoms,
+    store_cells,
     store_image,
     store_roots,
     translate_cell,
@@ -42,8 +45,9 @@ RANKED = 128  # up to here a rank sort (vectorised, quadratic) is the fastest
 _PADDING = 2 * ROW  # places behind what is compared, read and written in whole vectors
 _MAX_GHOSTS = 100_000_000
 _MAX_IMAGE = 2**31 - 1
-_ATOMS, _CELLS, _GHOSTS, _BINNED, _BINS, _PAIRS = range(6)  # what the search needs room for
-
+_LOWER = 2**32 - 1  # the bits that hold the atom of an image
+ATOMS, CELLS, GHOSTS, BINNED, BINS, TRANSLATIONS, PAIRS, EDGES = range(8)
+"""What kernels need room for; an array of so many numbers says how much there is, and what was needed if too little."""
 _matrix, _whole_matrix = on_stack(types.float64, 3, 3), on_stack(types.int64, 3, 4)
 _triple, _whole_triple = on_stack(types.float64, 3), on_stack(types.int64, 3)
 _ranks = on_stack(types.int64, WIDTH)
@@ -184,7 +188,7 @@ def _list_cells(first, last, box, steps):
 
 
 @inlined
-def _fill_ghosts(frac, position, low, high, steps, moves, cells, half, xs, ys, zs, atom, cell):
+def _fill_ghosts(frac, position, low, high, steps, moves, cells, half, xs, ys, zs, ghost):
     """Every image in the box low..high (fractional): its position, atom and cell; returns how many."""
     g = 0
     for k in range(3):
@@ -196,7 +200,7 @@ def _fill_ghosts(frac, position, low, high, steps, moves, cells, half, xs, ys, z
         for c in range(0, cells, WIDTH):
             g += place_images(
                 steps, moves, steps.shape[1], c, f0, f1, f2, half,
-                position[j, 0], position[j, 1], position[j, 2], j, xs, ys, zs, atom, cell, g,
+                position[j, 0], position[j, 1], position[j, 2], j, xs, ys, zs, ghost, g,
             )  # fmt: skip
     return g
 
@@ -223,30 +227,33 @@ def _choose_bins(low, high, reach, ghosts, bins):
 
 
 @jit
-def _may_be_distant(shift, cell_image, cells):
+def _may_be_distant(shift, first, last, transform):
     """Whether a translation to a neighbour can be out of range."""
-    most = np.int64(0)
+    farthest = 0.0
+    for k in range(3):
+        for a in range(3):
+            farthest += max(abs(first[k]), abs(last[k])) * abs(float(transform[k, a]))
+    most = 0.0
     for j in range(shift.shape[0]):
-        for k in range(3):
-            most = max(most, abs(shift[j, k]))
-    farthest = np.int64(0)
-    for c in range(cells):
-        for k in range(3):
-            farthest = max(farthest, abs(cell_image[c, k]))
+        for a in range(3):
+            most = max(most, abs(float(shift[j, a])))
     return farthest + 2 * most > _MAX_IMAGE
 
 
 @jit
-def _is_distant(cell_image, shift, own_shift):
+def _is_distant(steps, cell, transform, shift, own_shift):
     distant = False
-    for k in range(3):
-        distant |= abs(cell_image[k] - shift[k] + own_shift[k]) > _MAX_IMAGE
+    for a in range(3):
+        moved = own_shift[a] - shift[a]
+        for k in range(3):
+            moved += np.int64(steps[k, cell]) * transform[k, a]
+        distant |= abs(moved) > _MAX_IMAGE
     return distant
 
 
 @jit
-def _sort_into_bins(ghosts, xs, ys, zs, atom, cell, inverse, low, scale, bins, bin_ptr, where,
-                    new_xs, new_ys, new_zs, new_atom, new_cell):  # fmt: skip
+def _sort_into_bins(ghosts, xs, ys, zs, ghost, inverse, low, scale, bins, bin_ptr, where,
+                    new_xs, new_ys, new_zs, new_ghost):  # fmt: skip
     """Counting sort of the ghosts by bin, into the arrays new_*."""
     for g in range(ghosts):
         where[g] = _bin_of(xs[g], ys[g], zs[g], inverse, low, scale, bins)
@@ -256,7 +263,7 @@ def _sort_into_bins(ghosts, xs, ys, zs, atom, cell, inverse, low, scale, bins, b
     for g in range(ghosts):
         t = bin_ptr[where[g] + 1]
         bin_ptr[where[g] + 1] = t + 1
-        new_xs[t], new_ys[t], new_zs[t], new_atom[t], new_cell[t] = xs[g], ys[g], zs[g], atom[g], cell[g]
+        new_xs[t], new_ys[t], new_zs[t], new_ghost[t] = xs[g], ys[g], zs[g], ghost[g]
 
 
 @jit
@@ -269,21 +276,24 @@ def _sort_many(key, index, sorted_key, sorted_index):
 
 @inlined
 def _sort(key, index, start, m, sorted_key, sorted_index, place, rank):
-    """Sort m (key, index) pairs from ``start`` into the arrays from ``place`` on; those behind them, up to 24
-    or a multiple of 8, are (infinite, 0)."""
-    if m > RANKED:
-        _sort_many(key[start : start + m], index[start : start + m], sorted_key[place:], sorted_index[place:])
-        return
+    """Sort m (key, index) pairs from ``start`` into the arrays from ``place`` on; those that fill up its rows
+    are (infinite, 0)."""
     if m <= FEW:
         sort_few(key, index, start, sorted_key, sorted_index, place)
+        if m > ROW:
+            end_few(sorted_key, sorted_index, place + FEW)
         return
-    blocks = (m + WIDTH - 1) // WIDTH
-    for block in range(blocks):
-        rank_block(key, start, block, blocks, rank)
-        for lane in range(WIDTH):
-            a = np.uint64(start + WIDTH * block + lane)  # unsigned: no test for a negative index
-            to = np.uint64(place + rank[lane])
-            sorted_key[to], sorted_index[to] = key[a], index[a]
+    if m > RANKED:
+        _sort_many(key[start : start + m], index[start : start + m], sorted_key[place:], sorted_index[place:])
+    else:
+        blocks = (m + WIDTH - 1) // WIDTH
+        for block in range(blocks):
+            rank_block(key, start, block, blocks, rank)
+            for lane in range(WIDTH):
+                a = np.uint64(start + WIDTH * block + lane)  # unsigned: no test for a negative index
+                to = np.uint64(place + rank[lane])
+                sorted_key[to], sorted_index[to] = key[a], index[a]
+    end_few(sorted_key, sorted_index, place + m)
 
 
 @inlined
@@ -301,65 +311,150 @@ def _count_kept(square, row, count, m, slack):
     return keep
 
 
-@jit
-def workspace(room):
-    """Arrays of the search with room for so many atoms, cells, ghosts, ghosts in bins, and bins."""
-    atoms, cells, ghosts = room[_ATOMS], room[_CELLS] + _PADDING, room[_GHOSTS] + _PADDING
-    binned, bins = room[_BINNED] + _PADDING, room[_BINS]
-    by_atom = (np.empty((atoms, 3)), np.empty((atoms, 3)), np.zeros((atoms, 4), np.int64), np.empty(atoms, np.int64))
-    by_cell = (np.empty((3, cells)), np.empty((3, cells)), np.zeros((cells, 4), np.int64), np.ones(6, np.int64))
+class Workspace(NamedTuple):
+    """What the kernels work in; its size is that of a block of crystals, not of a batch."""
+
+    frac: np.ndarray  # by atom
+    position: np.ndarray
+    shift: np.ndarray
+    pending: np.ndarray
+    steps: np.ndarray  # by cell
+    moves: np.ndarray
+    box: np.ndarray
+    translation: np.ndarray
+    made: np.ndarray  # images, as they are made
+    made_ghost: np.ndarray
+    binned: np.ndarray  # images, sorted into bins
+    binned_ghost: np.ndarray
+    where: np.ndarray
+    bin_ptr: np.ndarray
+    key: np.ndarray  # what is near an atom
+    key_index: np.ndarray
+    near_key: np.ndarray
+    near_index: np.ndarray
+    sender: np.ndarray  # candidates; the first row begins behind an unused one
+    place: np.ndarray
+    distance: np.ndarray
+    opens: np.ndarray  # refinement, by candidate
+    tint: np.ndarray
+    degree: np.ndarray  # refinement, by atom
+    members: np.ndarray
+    starts: np.ndarray
+    keys: np.ndarray
+
+
+def workspace(room: np.ndarray) -> Workspace:
+    """Arrays with this room."""
+    atoms, cells, ghosts, binned, bins, translations, pairs = (int(n) for n in room[:EDGES])
+    cells, ghosts, binned = cells + _PADDING, ghosts + _PADDING, binned + _PADDING
     # the axes do not lie a multiple of 4096 bytes apart: what is read then waits for what is being written there
     stride = (ghosts + 335) // 512 * 512 + 176
-    made = (np.empty((3, stride)), np.empty(ghosts, np.int32), np.empty(ghosts, np.int32))
-    sorted_into = (np.empty((3, binned)), np.empty(binned, np.int32), np.empty(binned, np.int32))
-    places = (np.empty(binned, np.int64), np.empty(bins, np.int64))
-    pairs = ghosts + 2 * _GROUP * FEW
-    keys = (np.empty(pairs), np.zeros(pairs, np.int32), np.empty(pairs), np.zeros(pairs, np.int32))
-    return by_atom + by_cell + made + sorted_into + places + keys
+    near = ghosts + 2 * _GROUP * FEW
+    return Workspace(
+        frac=_aligned((atoms, 3)),
+        position=_aligned((atoms, 3)),
+        shift=_aligned((atoms, 4), np.int64),
+        pending=_aligned(atoms, np.int64),
+        steps=_aligned((3, cells)),
+        moves=_aligned((3, cells)),
+        box=np.ones(6, np.int64),
+        translation=_aligned((translations, 4), np.int32),
+        made=_aligned((3, stride)),
+        made_ghost=_aligned(ghosts, np.int64),
+        binned=_aligned((3, binned)),
+        binned_ghost=_aligned(binned, np.int64),
+        where=_aligned(binned, np.int64),
+        bin_ptr=_aligned(bins, np.int64),
+        key=_aligned(near),
+        key_index=_aligned(near, np.int32),
+        near_key=_aligned(near),
+        near_index=_aligned(near, np.int32),
+        sender=_aligned(pairs, np.int32),
+        place=_aligned(pairs, np.int32),
+        distance=_aligned(pairs),
+        opens=_aligned(pairs // ROW + 1, np.int64),
+        tint=_aligned(pairs, np.int32),
+        degree=_aligned(atoms, np.int64),
+        members=_aligned(atoms, np.int64),
+        starts=_aligned(atoms, np.bool_),
+        keys=_aligned(atoms),
+    )
 
 
-@jit
-def candidate_arrays(room, images):
-    """sender, image and distance for the pairs of a search; the first row begins behind an unused one."""
-    pairs = room[_PAIRS]
-    return np.zeros(pairs, np.int32), np.empty(4 * pairs if images else 0, np.int32), np.empty(pairs)
+def _aligned(shape: int | tuple[int, ...], dtype: Any = np.float64) -> np.ndarray:
+    """Zeros from the start of a cache line on: vectors that lie across two take twice as long to load."""
+    size = math.prod(shape if isinstance(shape, tuple) else (shape,)) * np.dtype(dtype).itemsize
+    memory = np.zeros(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
-@jit
-def first_room(atoms, count):
-    """Room to begin with, for the candidates of so many atoms."""
-    return np.array([64, 512, 4096, 0, 0, (atoms + 8) * (min(count, 64) + ROW) // ROW * ROW * 5 // 4 + 2 * _PADDING])
+_IDLE_GHOSTS, _IDLE_PAIRS = 2**17, 2**20  # workspaces up to this size, 34 MB, are kept
+_idle: list[tuple[np.ndarray, Workspace]] = []  # at most one for each thread that has searched at a time
+
+
+def take_workspace(atoms: int, count: int) -> tuple[np.ndarray, Workspace]:
+    """Room and arrays for the candidates of so many atoms, to be left with ``leave_workspace`` afterwards.
+
+    Memory that was used before spares the first touch, which takes longer than the search.
+    """
+    pairs = (atoms + 8) * (min(count, 64) + ROW) // ROW * ROW * 5 // 4 + 2 * _PADDING
+    needed = np.array([atoms, 512, 4096, 0, 0, 1024, pairs, 0])
+    if _idle:
+        room, work = _idle.pop()
+        if room[ATOMS] >= atoms and room[PAIRS] >= pairs:
+            return room, work
+        needed = np.maximum(room, needed)
+    return needed, workspace(needed)
+
+
+def leave_workspace(room: np.ndarray, work: Workspace) -> None:
+    """For the next call."""
+    if room[GHOSTS] <= _IDLE_GHOSTS and room[PAIRS] <= _IDLE_PAIRS:
+        _idle.append((room, work))
 
 
 @jit
 def search_some(begin, end, used, room, work, lattices, frac_coords, ptr, radius, count, slack, images,
-                 status, detail, gap, first, size, sender, image, distance):  # fmt: skip
+                 status, detail, gap, first, size):  # fmt: skip
     """The search of the crystals ``begin`` … ``end`` - 1, until the arrays are too small: ``room`` says what is needed.
 
-    Returns the crystal to go on with and the places used. No array is bound anew in here, since that counts references
-    for every crystal.
+    Returns the crystal to go on with and the places used. The images of what was found are for ``write_images`` to
+    make. No array is bound anew in here, since that counts references for every crystal.
     """
     lattices, frac_coords, ptr = borrowed(lattices), borrowed(frac_coords), borrowed(ptr)
-    sender, image, distance = borrowed(sender), borrowed(image), borrowed(distance)
-    all_frac, all_position, all_shift = borrowed(work[0]), borrowed(work[1]), borrowed(work[2])
-    all_pending = borrowed(work[3])
-    steps, moves, cell_image, box = borrowed(work[4]), borrowed(work[5]), borrowed(work[6]), borrowed(work[7])
-    made, made_atom, made_cell = borrowed(work[8]), borrowed(work[9]), borrowed(work[10])
-    binned_at, bin_atom, bin_cell = borrowed(work[11]), borrowed(work[12]), borrowed(work[13])
-    where, bin_ptr, key, index = borrowed(work[14]), borrowed(work[15]), borrowed(work[16]), borrowed(work[17])
-    near_key, near_index = borrowed(work[18]), borrowed(work[19])
+    sender, place, distance = borrowed(work.sender), borrowed(work.place), borrowed(work.distance)
+    all_frac, all_position, all_shift = borrowed(work.frac), borrowed(work.position), borrowed(work.shift)
+    all_pending = borrowed(work.pending)
+    steps, moves, box, translation = (
+        borrowed(work.steps),
+        borrowed(work.moves),
+        borrowed(work.box),
+        borrowed(work.translation),
+    )
+    made, made_ghost = borrowed(work.made), borrowed(work.made_ghost)
+    binned_at, binned_ghost = borrowed(work.binned), borrowed(work.binned_ghost)
+    where, bin_ptr, key, index = (
+        borrowed(work.where),
+        borrowed(work.bin_ptr),
+        borrowed(work.key),
+        borrowed(work.key_index),
+    )
+    near_key, near_index = borrowed(work.near_key), borrowed(work.near_index)
     rank, key_begin, key_end, row, places = _ranks(), _group(), _group(), _group(), _group()
     reduced, transform = _matrix(), _whole_matrix()
     inverse, to_reduced, real_transform = _matrix(), _matrix(), _matrix()
     low, high, lowest, highest = _triple(), _triple(), _triple(), _triple()
     reach, scale, height, half = _triple(), _triple(), _triple(), _triple()
     bins, first_cell, last_cell = _whole_triple(), _whole_triple(), _whole_triple()
+    translations = 0
     for b in range(begin, end):
         atoms, start = ptr[b + 1] - ptr[b], used
+        before = ptr[b] - ptr[begin] if images else 0  # what images are made of is kept for all crystals
         if atoms == 0:
             continue
-        if atoms > all_pending.shape[0]:
-            room[_ATOMS] = 2 * atoms
+        if before + atoms > all_pending.shape[0]:
+            room[ATOMS] = 2 * (before + atoms)
             return b, start
         if not _reduce_lattice(lattices[b], reduced, transform):
             status[b] = DEGENERATE_LATTICE
@@ -377,7 +472,7 @@ def search_some(begin, end, used, room, work, lattices, frac_coords, ptr, radius
         for i in range(3):
             for j in range(3):
                 to_reduced[i, j] = math.floor(to_reduced[i, j] + 0.5)
-        frac, position, shift = all_frac[:atoms], all_position[:atoms], all_shift[:atoms]
+        frac, position, shift = all_frac[:atoms], all_position[:atoms], all_shift[before : before + atoms]
         pending = all_pending[:atoms]
         _wrap(frac_coords[ptr[b] : ptr[b + 1]], to_reduced, transform, reduced, frac, shift, position, lowest, highest)
         for i in range(atoms):
@@ -395,17 +490,17 @@ def search_some(begin, end, used, room, work, lattices, frac_coords, ptr, radius
                 low[k], high[k] = lowest[k] - reach[k], highest[k] + reach[k]
                 expected *= np.floor(high[k] - lowest[k]) - np.ceil(low[k] - highest[k]) + 1
             binned = atoms >= _BINNED_ATOMS
-            if not (expected <= room[_CELLS] and expected * atoms <= room[_GHOSTS]):
+            if not (expected <= room[CELLS] and expected * atoms <= room[GHOSTS]):
                 counted = _count_ghosts(frac, low, high)
                 if max(counted, expected) > _MAX_GHOSTS:
                     status[b] = TOO_MANY_IMAGES
                     break
-                if expected > room[_CELLS] or counted > room[_GHOSTS]:
-                    room[_CELLS] = max(room[_CELLS], int(2 * expected))
-                    room[_GHOSTS] = max(room[_GHOSTS], int(2 * counted))
+                if expected > room[CELLS] or counted > room[GHOSTS]:
+                    room[CELLS] = max(room[CELLS], int(2 * expected))
+                    room[GHOSTS] = max(room[GHOSTS], int(2 * counted))
                     if binned:
-                        room[_BINNED] = room[_GHOSTS]
-                        room[_BINS] = max(room[_BINS], 2 * _choose_bins(low, high, reach, int(counted), bins) + 2)
+                        room[BINNED] = room[GHOSTS]
+                        room[BINS] = max(room[BINS], 2 * _choose_bins(low, high, reach, int(counted), bins) + 2)
                     return b, start
             for k in range(3):
                 first_cell[k] = math.ceil(low[k] - highest[k])
@@ -413,28 +508,28 @@ def search_some(begin, end, used, room, work, lattices, frac_coords, ptr, radius
             cells = _list_cells(first_cell, last_cell, box, steps)
             for c in range(0, cells, WIDTH):
                 move_cells(steps, steps.shape[1], c, reduced, moves)
-            xs, ys, zs, ghost_atom, ghost_cell = made[0], made[1], made[2], made_atom, made_cell
-            ghosts = _fill_ghosts(
-                frac, position, low, high, steps, moves, cells, half, xs, ys, zs, ghost_atom, ghost_cell
-            )
-            far = False
+            xs, ys, zs, ghost = made[0], made[1], made[2], made_ghost
+            ghosts = _fill_ghosts(frac, position, low, high, steps, moves, cells, half, xs, ys, zs, ghost)
+            far = images and _may_be_distant(shift, first_cell, last_cell, transform)
             if images:
+                if translations + cells > translation.shape[0]:
+                    room[TRANSLATIONS] = 2 * (translations + cells)
+                    return b, start
                 for c in range(cells):
-                    translate_cell(steps, steps.shape[1], c, transform, cell_image)
-                far = _may_be_distant(shift, cell_image, cells)
+                    translate_cell(steps, steps.shape[1], c, transform, translation, translations + c)
             if binned:
                 ends = _choose_bins(low, high, reach, ghosts, bins) + 2
-                if ghosts > room[_BINNED] or ends > room[_BINS]:
-                    room[_BINNED] = max(room[_BINNED], 2 * ghosts)
-                    room[_BINS] = max(room[_BINS], 2 * ends)
+                if ghosts > room[BINNED] or ends > room[BINS]:
+                    room[BINNED] = max(room[BINNED], 2 * ghosts)
+                    room[BINS] = max(room[BINS], 2 * ends)
                     return b, start
                 for k in range(3):
                     scale[k] = bins[k] / (high[k] - low[k])
                 bin_ptr[:ends] = 0
-                xs, ys, zs, ghost_atom, ghost_cell = binned_at[0], binned_at[1], binned_at[2], bin_atom, bin_cell
+                xs, ys, zs, ghost = binned_at[0], binned_at[1], binned_at[2], binned_ghost
                 _sort_into_bins(
-                    ghosts, made[0], made[1], made[2], made_atom, made_cell, inverse, low, scale, bins,
-                    bin_ptr[:ends], where, xs, ys, zs, bin_atom, bin_cell,
+                    ghosts, made[0], made[1], made[2], made_ghost, inverse, low, scale, bins, bin_ptr[:ends], where,
+                    xs, ys, zs, ghost,
                 )  # fmt: skip
             still = p = 0
             while p < left and status[b] == OK:
@@ -459,8 +554,7 @@ def search_some(begin, end, used, room, work, lattices, frac_coords, ptr, radius
                     else:
                         for g in range(0, ghosts, WIDTH):
                             m += append_near(xs, ys, zs, g, ghosts, x, y, z, limit * limit, key, index, m)
-                    for a in range(np.uint64(m), np.uint64(m + FEW)):
-                        key[a], index[a] = np.inf, 0
+                    end_few(key, index, m)
                     key_begin[group], key_end[group] = ends, m
                     ends = max(ends + FEW, (m + WIDTH - 1) // WIDTH * WIDTH)
                     group += 1
@@ -481,8 +575,8 @@ def search_some(begin, end, used, room, work, lattices, frac_coords, ptr, radius
                         continue
                     if m > 1 and near_key[nearest] < COINCIDENT_DISTANCE**2:
                         status[b] = COINCIDENT_ATOMS
-                        other = ghost_atom[near_index[nearest - 1]]  # equal distances are in no order
-                        detail[b, 0], detail[b, 1] = i, other if other != i else ghost_atom[near_index[nearest]]
+                        other = ghost[near_index[nearest - 1]] & _LOWER  # equal distances are in no order
+                        detail[b, 0], detail[b, 1] = i, other if other != i else ghost[near_index[nearest]] & _LOWER
                         gap[b] = math.sqrt(near_key[nearest])
                         break
                     row[accepted], places[accepted], key_begin[accepted] = i, m - 1, nearest
@@ -494,23 +588,22 @@ def search_some(begin, end, used, room, work, lattices, frac_coords, ptr, radius
                     i, nearest = row[n], key_begin[n]
                     keep = _count_kept(near_key, nearest, count, places[n], slack)
                     if used + keep + _PADDING > sender.shape[0]:
-                        room[_PAIRS] = 2 * (used + keep + _PADDING)
+                        room[PAIRS] = 2 * (used + keep + _PADDING)
                         return b, start
                     first[ptr[b] + i], size[ptr[b] + i] = used, keep
-                    if images:
-                        for a in range(np.uint64(keep)):
-                            g = near_index[np.uint64(nearest) + a]
-                            c, j = ghost_cell[g], ghost_atom[g]
-                            store_image(cell_image, c, shift, j, i, image, used + np.int64(a))
-                            if far and _is_distant(cell_image[c], shift[j], shift[i]):
-                                status[b] = DISTANT_IMAGES
                     for begin_row in range(0, keep, ROW):
                         store_roots(near_key, nearest + begin_row, distance, used + begin_row)
-                        for a in range(np.uint64(begin_row), np.uint64(begin_row + ROW)):
-                            sender[np.uint64(used) + a] = (
-                                ghost_atom[near_index[np.uint64(nearest) + a]] if a < keep else 0
-                            )
+                        store_atoms(ghost, near_index, nearest + begin_row, sender, used + begin_row)
+                        if images:
+                            store_cells(ghost, near_index, nearest + begin_row, place, used + begin_row, translations)
+                    if far:
+                        for a in range(nearest, nearest + keep):
+                            c, j = ghost[near_index[a]] >> 32, ghost[near_index[a]] & _LOWER
+                            if _is_distant(steps, c, transform, shift[j], shift[i]):
+                                status[b] = DISTANT_IMAGES
                     used += (keep + ROW - 1) // ROW * ROW
+            if images:
+                translations += cells
             if status[b] != OK:
                 break
             left = still
@@ -518,15 +611,45 @@ def search_some(begin, end, used, room, work, lattices, frac_coords, ptr, radius
     return end, used
 
 
-@jit
-def _grown(array, used, length):
-    longer = np.zeros(length, array.dtype)
-    longer[:used] = array[:used]
-    return longer
+@inlined
+def write_images(atom, start, first, taken, sender, place, shift, translation, image, edge):
+    """image[3 edge …] of the first ``taken`` candidates of an atom; ``start`` is its crystal's first atom.
+
+    Atoms count from the ``begin`` of ``search_some``. One number behind the last is written, too.
+    """
+    for p in range(np.uint64(taken)):
+        at = np.uint64(first) + p
+        store_image(translation, place[at], shift, start + sender[at], atom, image, np.uint64(edge) + p)
 
 
 @kernel
-def search(lattices, frac_coords, ptr, radius, count, slack, images):
+def _search(b, used, room, work, lattices, frac_coords, ptr, radius, count, slack, images,
+            status, detail, gap, first, size, image):  # fmt: skip
+    """``search_some`` of all crystals from ``b`` on, with their images."""
+    done, used = search_some(
+        b, ptr.shape[0] - 1, used, room, work, lattices, frac_coords, ptr, radius, count, slack, images,
+        status, detail, gap, first, size,
+    )  # fmt: skip
+    if images:
+        for n in range(b, done):
+            start = ptr[n] - ptr[b]
+            for i in range(ptr[n], ptr[n + 1]):
+                write_images(
+                    i - ptr[b], start, first[i], size[i], work.sender, work.place, work.shift, work.translation,
+                    image, first[i],
+                )  # fmt: skip
+    return done, used
+
+
+def search(
+    lattices: np.ndarray,
+    frac_coords: np.ndarray,
+    ptr: np.ndarray,
+    radius: float,
+    count: int,
+    slack: float,
+    images: bool,
+) -> tuple[np.ndarray, ...]:
     """Neighbours of every atom: all within ``radius``, or those up to the ``count``-th distance + ``slack``.
 
     A crystal is taken through its reduced cell; the radius starts where about 1.5 ``count`` neighbours lie and
@@ -543,27 +666,29 @@ def search(lattices, frac_coords, ptr, radius, count, slack, images):
     Returns:
         status (B,), detail (B, 2) and gap (B,): outcome, the two atoms concerned and their distance;
         first (N,), size (N,): where an atom's candidates lie in the arrays that follow, in rows of ``ROW`` places;
-        sender (C,) int32 (atom of the same crystal), image (4 C,) int32 (three used), distance (C,) float64, by
-        distance.
+        sender (C,) int32 (atom of the same crystal), image (C, 3) int32, distance (C,) float64, by distance.
     """
-    crystals, atoms = ptr.shape[0] - 1, ptr[-1]
+    crystals, atoms = len(ptr) - 1, int(ptr[-1])
     status, detail, gap = np.zeros(crystals, np.int64), np.zeros((crystals, 2), np.int64), np.zeros(crystals)
     first, size = np.zeros(atoms, np.int64), np.zeros(atoms, np.int64)
-    room = first_room(atoms, count)
-    sender, image, distance = candidate_arrays(room, images)
+    room, work = take_workspace(atoms, count)
+    image = np.empty(0, np.int32)
     b, used = 0, ROW
     while True:
-        b, used = search_some(
-            b, crystals, used, room, workspace(room), lattices, frac_coords, ptr, radius, count, slack, images,
-            status, detail, gap, first, size, sender, image, distance,
+        if images and len(image) <= 3 * len(work.place):
+            image = np.concatenate([image, np.empty(3 * len(work.place) + 1 - len(image), np.int32)])
+        b, used = _search(
+            b, used, room, work, lattices, frac_coords, ptr, radius, count, slack, images,
+            status, detail, gap, first, size, image,
         )  # fmt: skip
         if b == crystals:
             break
-        if room[_PAIRS] > sender.shape[0]:
-            sender, distance = _grown(sender, used, room[_PAIRS]), _grown(distance, used, room[_PAIRS])
-            if images:
-                image = _grown(image, 4 * used, 4 * room[_PAIRS])
-    return status, detail, gap, first, size, sender, image, distance
+        found, work = work, workspace(room)
+        for name in ("sender", "place", "distance"):
+            getattr(work, name)[:used] = getattr(found, name)[:used]
+    sender, distance = work.sender[:used].copy(), work.distance[:used].copy()
+    leave_workspace(room, work)
+    return status, detail, gap, first, size, sender, image[: 3 * used if images else 0].reshape(-1, 3), distance
 
 
 class NeighborList(NamedTuple):
@@ -660,4 +785,4 @@ def neighbor_list(
     receiver = np.repeat(np.arange(n, dtype=np.int32), size)
     start = np.cumsum(size) - size
     edge = np.arange(len(receiver)) + np.repeat(first - start, size)
-    return NeighborList(receiver, sender[edge], image.reshape(-1, 4)[edge, :3], distance[edge])
+    return NeighborList(receiver, sender[edge], image[edge], distance[edge])

@@ -15,14 +15,26 @@ from typing import Any
 import numpy as np
 from numba.core import types
 
-from .neighbors import OK, RANKED, candidate_arrays, first_room, search_some, symbol, workspace
+from .neighbors import (
+    EDGES,
+    OK,
+    RANKED,
+    leave_workspace,
+    search_some,
+    symbol,
+    take_workspace,
+    workspace,
+    write_images,
+)
 from .vectors import (
     ROW,
     WIDTH,
+    add_row,
     borrowed,
     copy_row,
     descents,
     differences,
+    divide_row,
     inlined,
     jit,
     kernel,
@@ -143,7 +155,7 @@ def _paint(first, size, sender, tint, colour):
 
 
 @inlined
-def _order_shells(opens, first, size, sender, distance, image, images, tint):
+def _order_shells(opens, first, size, sender, distance, place, images, tint):
     """Sort an atom's candidates by colour inside each shell; stable, so equal colours stay in order of distance.
 
     ``tint`` are the candidates' colours.
@@ -169,13 +181,12 @@ def _order_shells(opens, first, size, sender, distance, image, images, tint):
             q -= one
         tint[q], sender[q], distance[q] = c, j, d
         if images:
-            for a in range(4):
-                moved = image[4 * k + a]
-                t = k
-                while t > q:
-                    image[4 * t + a] = image[4 * (t - one) + a]
-                    t -= one
-                image[4 * q + a] = moved
+            moved = place[k]
+            t = k
+            while t > q:
+                place[t] = place[t - one]
+                t -= one
+            place[q] = moved
 
 
 @inlined
@@ -184,7 +195,7 @@ def _is_alone(starts, k):
 
 
 @jit
-def _order_atoms(classes, singles, members, starts, first, size, opens, sender, distance, image, images, tint, colour):
+def _order_atoms(classes, singles, members, starts, first, size, opens, sender, distance, place, images, tint, colour):
     """Sort the candidates of atoms in classes of several, of those alone in their class, or of all."""
     for k in range(members.shape[0]):
         if singles if _is_alone(starts, k) else classes:
@@ -192,11 +203,11 @@ def _order_atoms(classes, singles, members, starts, first, size, opens, sender, 
     for k in range(members.shape[0]):  # not in the same loop, so that nothing waits for what was just written
         if singles if _is_alone(starts, k) else classes:
             i = members[k]
-            _order_shells(opens, first[i], size[i], sender, distance, image, images, tint)
+            _order_shells(opens, first[i], size[i], sender, distance, place, images, tint)
 
 
 @inlined
-def _refine(numbers, first, size, sender, distance, image, images, count, width, opens, tint, degree, members, starts,
+def _refine(numbers, first, size, sender, distance, place, images, count, width, opens, tint, degree, members, starts,
             colour, keys):  # fmt: skip
     """Colours of one crystal; sorts its candidates so that each atom's first ones are its choice.
 
@@ -213,7 +224,7 @@ def _refine(numbers, first, size, sender, distance, image, images, count, width,
     colours = _number(members, starts, colour)
     changed = True
     while changed and colours < atoms:
-        _order_atoms(True, False, members, starts, first, size, opens, sender, distance, image, images, tint, colour)
+        _order_atoms(True, False, members, starts, first, size, opens, sender, distance, place, images, tint, colour)
         changed = False
         start = 0
         while start < atoms:
@@ -225,7 +236,7 @@ def _refine(numbers, first, size, sender, distance, image, images, count, width,
                 changed |= _split_class(members, begin, end, starts, keys, first, degree, most, tint, distance, width)
         colours = _number(members, starts, colour)
     _order_atoms(  # by the final colours, which the others are in order of already
-        changed, True, members, starts, first, size, opens, sender, distance, image, images, tint, colour
+        changed, True, members, starts, first, size, opens, sender, distance, place, images, tint, colour
     )
     return colours
 
@@ -285,14 +296,15 @@ def _split_class(members, begin, end, starts, keys, first, degree, most, tint, d
 
 
 @jit
-def _reduce_some(b0, b1, r, e, numbers, ptr, status, detail, first, size, sender, image, distance, radius, count,
-                 width, quotient, padded, keep_isolated, work, rows, edges, atom_class, row_numbers, weight, row_size,
-                 edge_sender, edge_distance, edge_image):  # fmt: skip
+def _reduce_some(b0, b1, r, e, work, numbers, ptr, status, detail, first, size, radius, count, width, quotient, padded,
+                 keep_isolated, rows, edges, atom_class, row_numbers, weight, row_size, edge_sender, edge_distance,
+                 edge_image):  # fmt: skip
     """Graphs of the crystals b0 … b1 - 1, appended to R rows and E edges; returns R and E."""
     numbers, ptr, first, size = borrowed(numbers), borrowed(ptr), borrowed(first), borrowed(size)
-    sender, image, distance = borrowed(sender), borrowed(image), borrowed(distance)
-    opens, tint, all_degrees = borrowed(work[0]), borrowed(work[1]), borrowed(work[2])
-    all_members, all_starts, all_keys = borrowed(work[3]), borrowed(work[4]), borrowed(work[5])
+    sender, place, distance = borrowed(work.sender), borrowed(work.place), borrowed(work.distance)
+    shift, translation = borrowed(work.shift), borrowed(work.translation)
+    opens, tint, all_degrees = borrowed(work.opens), borrowed(work.tint), borrowed(work.degree)
+    all_members, all_starts, all_keys = borrowed(work.members), borrowed(work.starts), borrowed(work.keys)
     rows, edges, atom_class = borrowed(rows), borrowed(edges), borrowed(atom_class)
     row_numbers, weight, row_size = borrowed(row_numbers), borrowed(weight), borrowed(row_size)
     edge_sender, edge_distance, edge_image = borrowed(edge_sender), borrowed(edge_distance), borrowed(edge_image)
@@ -313,7 +325,7 @@ def _reduce_some(b0, b1, r, e, numbers, ptr, status, detail, first, size, sender
         degree, own_first = all_degrees[:atoms], first[lo:hi]
         before = e
         colours = _refine(
-            numbers[lo:hi], own_first, size[lo:hi], sender, distance, image, not quotient, count, width, opens, tint,
+            numbers[lo:hi], own_first, size[lo:hi], sender, distance, place, not quotient, count, width, opens, tint,
             degree, members, starts, colour, all_keys[:atoms],
         )  # fmt: skip
         if not quotient:
@@ -321,15 +333,14 @@ def _reduce_some(b0, b1, r, e, numbers, ptr, status, detail, first, size, sender
             for i in range(atoms):
                 colour[i] = i
                 row_numbers[r], weight[r] = numbers[lo + i], 1
-                taken, place = degree[i], own_first[i]
+                taken, at = degree[i], own_first[i]
                 row_size[r] = count if padded else taken
                 for p in range(0, taken, ROW):
-                    copy_row(sender, place + p, edge_sender, e + p)
-                    copy_row(distance, place + p, edge_distance, e + p)
-                for p in range(np.uint64(taken)):
-                    from_, to = np.uint64(4 * place) + 4 * p, np.uint64(3 * e) + 3 * p
-                    for a in range(np.uint64(3)):
-                        edge_image[to + a] = image[from_ + a]
+                    copy_row(sender, at + p, edge_sender, e + p)
+                    copy_row(distance, at + p, edge_distance, e + p)
+                write_images(
+                    lo - ptr[b0] + i, lo - ptr[b0], at, taken, sender, place, shift, translation, edge_image, e
+                )
                 for p in range(taken, row_size[r]):
                     edge_sender[e + p], edge_distance[e + p] = 0, radius + 1.0
                     for a in range(3):
@@ -345,18 +356,15 @@ def _reduce_some(b0, b1, r, e, numbers, ptr, status, detail, first, size, sender
             while end < atoms and not starts[end]:
                 end += 1
             i = members[begin]
-            taken, place = degree[i], own_first[i]
+            taken, at = degree[i], own_first[i]
             row_numbers[r], weight[r] = numbers[lo + i], end - begin
             row_size[r] = count if padded else taken
             for p in range(0, taken, ROW):
-                copy_row(tint, place + p, edge_sender, e + p)
-                for a in range(ROW):
-                    total[a] = 0.0
-                for k in range(begin, end):
-                    for a in range(ROW):
-                        total[a] += distance[own_first[members[k]] + p + a]
-                for a in range(ROW):
-                    edge_distance[e + p + a] = total[a] / (end - begin)
+                copy_row(tint, at + p, edge_sender, e + p)
+                copy_row(distance, at + p, total, 0)
+                for k in range(begin + 1, end):
+                    add_row(distance, own_first[members[k]] + p, total, 0)
+                divide_row(total, 0, float(end - begin), edge_distance, e + p)
             for p in range(taken, row_size[r]):
                 edge_sender[e + p], edge_distance[e + p] = colour[0], radius + 1.0
             e += row_size[r]
@@ -366,21 +374,52 @@ def _reduce_some(b0, b1, r, e, numbers, ptr, status, detail, first, size, sender
     return r, e
 
 
-@jit
-def _grown(array, used, length):
-    longer = np.empty(length, array.dtype)
-    longer[:used] = array[:used]
-    return longer
-
-
 @kernel
-def build(lattices, frac_coords, numbers, ptr, radius, count, tolerance, quotient, padded, keep_isolated):
+def _build(b, r, e, room, work, lattices, frac_coords, numbers, ptr, radius, count, tolerance, quotient, padded,
+           keep_isolated, status, detail, gap, first, size, rows, edges, atom_class, row_numbers, weight, row_size,
+           edge_sender, edge_distance, edge_image):  # fmt: skip
+    """Graphs of the crystals from ``b`` on, until ``room`` says that arrays are too small; where it stands."""
+    crystals = ptr.shape[0] - 1
+    while b < crystals:
+        end = b + 1
+        while end < crystals and ptr[end + 1] - ptr[b] <= _BLOCK_ATOMS:
+            end += 1
+        done, used = search_some(
+            b, end, ROW, room, work, lattices, frac_coords, ptr, radius, count, tolerance, not quotient,
+            status, detail, gap, first, size,
+        )  # fmt: skip
+        most = 0 if count <= 64 else e + count * (ptr[done] - ptr[b]) if padded else e + used
+        if most + ROW > edge_sender.shape[0]:
+            room[EDGES] = 2 * (most + ROW)
+            break
+        r, e = _reduce_some(
+            b, done, r, e, work, numbers, ptr, status, detail, first, size, radius, count, _WIDTH * tolerance,
+            quotient, padded, keep_isolated, rows, edges, atom_class, row_numbers, weight, row_size,
+            edge_sender, edge_distance, edge_image,
+        )  # fmt: skip
+        b = done
+        if done < end:
+            break
+    return b, r, e
+
+
+def build(
+    lattices: np.ndarray,
+    frac_coords: np.ndarray,
+    numbers: np.ndarray,
+    ptr: np.ndarray,
+    radius: float,
+    count: int,
+    tolerance: float,
+    quotient: bool,
+    padded: bool,
+    keep_isolated: bool,
+) -> tuple[np.ndarray, ...]:
     """Graphs of B crystals: one row per class (``quotient``) or per atom.
 
     A class's distances are the float64 means over its members, place by place. Crystals whose ``status`` is not OK
     are left out; a crystal with isolated atoms (``detail``: how many, the first) gets the status ISOLATED_ATOMS unless
-    ``keep_isolated``. Padded rows
-    are filled to ``count`` edges with (row of atom 0, radius + 1).
+    ``keep_isolated``. Padded rows are filled to ``count`` edges with (row of atom 0, radius + 1).
 
     Args:
         lattices, frac_coords, ptr, radius, count: as for ``neighbors.search``; count at least 1.
@@ -394,64 +433,48 @@ def build(lattices, frac_coords, numbers, ptr, radius, count, tolerance, quotien
         edge_sender (E,) int32 (row of the same crystal), edge_distance (E,) float64,
         edge_image (E, 3) int32 (empty for quotients).
     """
-    crystals, total = ptr.shape[0] - 1, ptr[-1]
+    crystals, total = len(ptr) - 1, int(ptr[-1])
     status, detail, gap = np.zeros(crystals, np.int64), np.zeros((crystals, 2), np.int64), np.zeros(crystals)
     first, size = np.zeros(total, np.int64), np.zeros(total, np.int64)
     rows, edges = np.zeros(crystals, np.int64), np.zeros(crystals, np.int64)
     atom_class = np.zeros(total, np.int32)
     row_numbers, weight, row_size = np.empty(total, np.int32), np.empty(total, np.float32), np.empty(total, np.int32)
-    capacity = total * min(count, 64) + ROW
-    edge_sender, edge_distance = np.empty(capacity, np.int32), np.empty(capacity)
-    edge_image = np.empty(0 if quotient else 3 * capacity, np.int32)
-    largest = 0
-    for b in range(crystals):
-        largest = max(largest, ptr[b + 1] - ptr[b])
-    room = first_room(max(_BLOCK_ATOMS, largest), count)
-    work = workspace(room)
-    sender, image, distance = candidate_arrays(room, not quotient)
-    scratch = _scratch(largest, sender.shape[0])
-    width = _WIDTH * tolerance
-    r, e, b = 0, 0, 0
-    while b < crystals:
-        end = b + 1
-        while end < crystals and ptr[end + 1] - ptr[b] <= _BLOCK_ATOMS:
-            end += 1
-        done, used = search_some(
-            b, end, ROW, room, work, lattices, frac_coords, ptr, radius, count, tolerance, not quotient,
-            status, detail, gap, first, size, sender, image, distance,
+    found = _edge_arrays(total * min(count, 64) + ROW, not quotient)
+    largest = _BLOCK_ATOMS if total <= _BLOCK_ATOMS else max(_BLOCK_ATOMS, int(np.diff(ptr).max()))
+    room, work = take_workspace(largest, count)
+    b, r, e = 0, 0, 0
+    while True:
+        b, r, e = _build(
+            b, r, e, room, work, lattices, frac_coords, numbers, ptr, radius, count, tolerance, quotient, padded,
+            keep_isolated, status, detail, gap, first, size, rows, edges, atom_class, row_numbers, weight, row_size,
+            *found,
         )  # fmt: skip
-        most = e + used if count > 64 else 0
-        if padded and count > 64:
-            most = e + count * (ptr[done] - ptr[b]) + ROW
-        if most + ROW > edge_sender.shape[0]:
-            edge_sender, edge_distance = (
-                _grown(edge_sender, e, 2 * most + ROW),
-                _grown(edge_distance, e, 2 * most + ROW),
-            )
-            if not quotient:
-                edge_image = _grown(edge_image, 3 * e, 3 * (2 * most + ROW))
-        r, e = _reduce_some(
-            b, done, r, e, numbers, ptr, status, detail, first, size, sender, image, distance, radius, count, width,
-            quotient, padded, keep_isolated, scratch, rows, edges, atom_class, row_numbers, weight, row_size,
-            edge_sender, edge_distance, edge_image,
-        )  # fmt: skip
-        if done < end:
+        if b == crystals:
+            break
+        if room[EDGES] > len(found[0]):
+            shorter, found = found, _edge_arrays(int(room[EDGES]), not quotient)
+            for old, new in zip(shorter, found, strict=True):
+                new[: len(old)] = old
+            room[EDGES] = 0
+        else:
             work = workspace(room)
-            sender, image, distance = candidate_arrays(room, not quotient)
-            scratch = _scratch(largest, sender.shape[0])
-        b = done
+    leave_workspace(room, work)
+    edge_sender, edge_distance, edge_image = found
     return (
         status, detail, gap, rows, edges, atom_class, row_numbers[:r], weight[:r], row_size[:r],
         edge_sender[:e], edge_distance[:e], edge_image[: 0 if quotient else 3 * e].reshape(-1, 3),
     )  # fmt: skip
 
 
-@jit
-def _scratch(atoms, pairs):
-    """Arrays of the refinement, for a crystal of so many atoms and its candidates."""
-    opens, tint = np.empty(pairs // ROW + 1, np.int64), np.empty(pairs, np.int32)
-    degree, members, starts = np.empty(atoms, np.int64), np.empty(atoms, np.int64), np.empty(atoms, np.bool_)
-    return opens, tint, degree, members, starts, np.empty(atoms)
+def _edge_arrays(edges: int, images: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """sender, distance and image of so many edges (and one number more), in one piece.
+
+    NumPy asks for large pages where a piece is large: with small ones the first touch takes longer than the graph.
+    """
+    edges += edges % 2 + 2
+    memory = np.empty(edges * (24 if images else 12), np.uint8)
+    integers = memory[8 * edges :].view(np.int32)
+    return integers[:edges], memory[: 8 * edges].view(np.float64), integers[edges:]
 
 
 def isolated_failure(detail: np.ndarray, numbers: np.ndarray, radius: float) -> str:

@@ -97,7 +97,7 @@ class _Code:
         """
         if self.compresses:
             for array, value in pairs:
-                kind, bits = value.type, {_REAL: "f64", _INT: "i32"}[value.type.element]
+                kind, bits = value.type, {_REAL: "f64", _INT: "i32", _LONG: "i64"}[value.type.element]
                 name = f"llvm.experimental.vector.compress.v{kind.count}{bits}"
                 array.store(place, self.call(name, kind, value, mask, ir.Constant(kind, ir.Undefined)))
             return self.count(mask)
@@ -123,6 +123,10 @@ class _Code:
 
     def both(self, low: Any, high: Any, shift: int) -> Any:
         return self.builder.or_(low, self.builder.shl(high, ir.Constant(_LONG, shift)))
+
+
+def _long(number: int) -> Any:
+    return ir.Constant(_LONG, number)
 
 
 def _places(indices: Any, element: Any = _INT) -> Any:
@@ -171,25 +175,26 @@ def move_cells(code, steps, stride, c, lattice, moves):
 
 
 @_instruction(types.void)
-def translate_cell(code, steps, stride, c, transform, cell_image):
-    """cell_image[4 c + a] = sum_k steps[k] transform[4 k + a]."""
+def translate_cell(code, steps, stride, c, transform, translation, place):
+    """translation[4 place + a] = sum_k steps[k] transform[4 k + a] for cell c, in 32 bits."""
     total = None
     for k in range(3):
-        place = code.add(c, code.mul(stride, ir.Constant(_LONG, k)))
-        step = code.splat(code.fptosi(code.load(code.gep(steps.data, [place]), typ=_REAL), _LONG), 4)
-        term = code.mul(step, transform.load(ir.Constant(_LONG, 4 * k), 4))
+        start = code.add(c, code.mul(stride, _long(k)))
+        step = code.splat(code.fptosi(code.load(code.gep(steps.data, [start]), typ=_REAL), _LONG), 4)
+        term = code.mul(step, transform.load(_long(4 * k), 4))
         total = term if total is None else code.add(total, term)
-    cell_image.store(code.mul(c, ir.Constant(_LONG, 4)), total)
+    translation.store(code.mul(place, _long(4)), code.trunc(total, ir.VectorType(_INT, 4)))
 
 
 @_instruction(types.int64)
-def place_images(code, steps, moves, stride, c, middle0, middle1, middle2, half, x, y, z, j, xs, ys, zs, atom, cell, g):
+def place_images(code, steps, moves, stride, c, middle0, middle1, middle2, half, x, y, z, j, xs, ys, zs, ghost, g):
     """Images of atom j in the cells c … c + 7 that are inside the box, appended from ``g`` on; how many.
 
-    A cell counts if |steps[k] - middle_k| <= half[k] on the three axes; the image lies at (x, y, z) + moves.
+    A cell counts if |steps[k] - middle_k| <= half[k] on the three axes; the image lies at (x, y, z) + moves. ``ghost``
+    holds the atom in its lower 32 bits and the cell in the upper ones.
     """
     inside = None
-    starts = [code.add(c, code.mul(stride, ir.Constant(_LONG, k))) for k in range(3)]
+    starts = [code.add(c, code.mul(stride, _long(k))) for k in range(3)]
     for k, middle in enumerate((middle0, middle1, middle2)):
         away = code.absolute(code.fsub(steps.load(starts[k]), code.splat(middle)))
         near = code.fcmp_ordered("<=", away, code.splat(half.number(k)))
@@ -198,8 +203,8 @@ def place_images(code, steps, moves, stride, c, middle0, middle1, middle2, half,
         (at, code.fadd(code.splat(centre), moves.load(start)))
         for start, centre, at in zip(starts, (x, y, z), (xs, ys, zs), strict=True)
     ]
-    number = code.add(code.splat(code.trunc(c, _INT)), _places(range(WIDTH)))
-    return code.append(inside, g, *placed, (cell, number), (atom, code.splat(code.trunc(j, _INT))))
+    first = code.splat(code.both(j, c, 32))
+    return code.append(inside, g, *placed, (ghost, code.add(first, _places((k << 32 for k in range(WIDTH)), _LONG))))
 
 
 @_instruction(types.int64)
@@ -223,13 +228,18 @@ FEW = _FEW * WIDTH
 _LONGS = ir.VectorType(_LONG, WIDTH)
 
 
-def _long(number: int) -> Any:
-    return ir.Constant(_LONG, number)
-
-
 def _key(code, key, place):
     """A key as an integer, which has the same order."""
     return code.load(code.bitcast(code.gep(key.data, [place]), _LONG.as_pointer()), typ=_LONG)
+
+
+@_instruction(types.void)
+def end_few(code, key, index, start):
+    """24 pairs (infinite, 0) from ``start`` on."""
+    for k in range(_FEW):
+        place = code.add(start, _long(WIDTH * k))
+        key.store(place, ir.Constant(ir.VectorType(_REAL, WIDTH), [math.inf] * WIDTH))
+        index.store(place, _places([0] * WIDTH))
 
 
 @_instruction(types.void)
@@ -284,6 +294,27 @@ def count_at_most(code, key, start, end, limit):
     return code.count(code.and_(near, code.icmp_signed("<", number, code.splat(end, ROW))))
 
 
+def _load_int(code, array, place, k):
+    return code.load(code.gep(array.data, [code.add(place, _long(k))]), typ=array.element)
+
+
+@_instruction(types.void)
+def store_atoms(code, ghost, index, start, sender, row):
+    """sender[row + k] = the atom (lower half) of ghost[index[start + k]], for 16 places."""
+    for k in range(ROW):
+        found = code.load(code.gep(ghost.data, [code.sext(_load_int(code, index, start, k), _LONG)]), typ=_LONG)
+        code.store(code.trunc(found, _INT), code.gep(sender.data, [code.add(row, _long(k))]))
+
+
+@_instruction(types.void)
+def store_cells(code, ghost, index, start, place, row, base):
+    """place[row + k] = base + the cell (upper half) of ghost[index[start + k]], for 16 places."""
+    for k in range(ROW):
+        found = code.load(code.gep(ghost.data, [code.sext(_load_int(code, index, start, k), _LONG)]), typ=_LONG)
+        cell = code.trunc(code.add(code.lshr(found, _long(32)), base), _INT)
+        code.store(cell, code.gep(place.data, [code.add(row, _long(k))]))
+
+
 @_instruction(types.void)
 def store_roots(code, square, start, root, row):
     """root[row + k] = sqrt(square[start + k]) for 16 places."""
@@ -292,12 +323,12 @@ def store_roots(code, square, start, root, row):
 
 
 @_instruction(types.void)
-def store_image(code, cell_image, cell, shift, j, i, image, edge):
-    """image[4 edge + k] = cell_image[4 cell + k] - shift[4 j + k] + shift[4 i + k] in 32 bits, for 4 places."""
-    four = ir.Constant(_LONG, 4)
-    moved = code.sub(cell_image.load(code.mul(cell, four), 4), shift.load(code.mul(j, four), 4))
-    moved = code.add(moved, shift.load(code.mul(i, four), 4))
-    image.store(code.mul(edge, four), code.trunc(moved, ir.VectorType(_INT, 4)))
+def store_image(code, translation, place, shift, j, i, image, edge):
+    """image[3 edge + k] = translation[4 place + k] - shift[4 j + k] + shift[4 i + k] in 32 bits, for 4 places."""
+    four = _long(4)
+    moved = code.sub(shift.load(code.mul(i, four), 4), shift.load(code.mul(j, four), 4))
+    moved = code.add(code.trunc(moved, ir.VectorType(_INT, 4)), translation.load(code.mul(place, four), 4))
+    image.store(code.mul(edge, _long(3)), moved)
 
 
 @_instruction(types.int64)
@@ -332,6 +363,18 @@ def differences(code, colour, distance, a, b, slack):
 def copy_row(code, source, a, target, b):
     """target[b + k] = source[a + k] for 16 places."""
     target.store(b, source.load(a, ROW))
+
+
+@_instruction(types.void)
+def add_row(code, source, a, target, b):
+    """target[b + k] += source[a + k] for 16 places."""
+    target.store(b, code.fadd(target.load(b, ROW), source.load(a, ROW)))
+
+
+@_instruction(types.void)
+def divide_row(code, source, a, divisor, target, b):
+    """target[b + k] = source[a + k] / divisor for 16 places."""
+    target.store(b, code.fdiv(source.load(a, ROW), code.splat(divisor, ROW)))
 
 
 @_instruction(types.int64)
