@@ -350,43 +350,46 @@ def workspace(room: np.ndarray) -> Workspace:
     # the axes do not lie a multiple of 4096 bytes apart: what is read then waits for what is being written there
     stride = (ghosts + 335) // 512 * 512 + 176
     near = ghosts + 2 * _GROUP * FEW
+    kinds: dict[str, tuple[tuple[int, ...], Any]] = {
+        "frac": ((atoms, 3), np.float64),
+        "position": ((atoms, 3), np.float64),
+        "shift": ((atoms, 4), np.int64),
+        "pending": ((atoms,), np.int64),
+        "steps": ((3, cells), np.float64),
+        "moves": ((3, cells), np.float64),
+        "box": ((6,), np.int64),
+        "translation": ((translations, 4), np.int32),
+        "made": ((3, stride), np.float64),
+        "made_ghost": ((ghosts,), np.int64),
+        "binned": ((3, binned), np.float64),
+        "binned_ghost": ((binned,), np.int64),
+        "where": ((binned,), np.int64),
+        "bin_ptr": ((bins,), np.int64),
+        "key": ((near,), np.float64),
+        "key_index": ((near,), np.int32),
+        "near_key": ((near,), np.float64),
+        "near_index": ((near,), np.int32),
+        "sender": ((pairs,), np.int32),
+        "place": ((pairs,), np.int32),
+        "distance": ((pairs,), np.float64),
+        "opens": ((pairs // ROW + 1,), np.int64),
+        "tint": ((pairs,), np.int32),
+        "degree": ((atoms,), np.int64),
+        "members": ((atoms,), np.int64),
+        "starts": ((atoms,), np.bool_),
+        "keys": ((atoms,), np.float64),
+    }
+    sizes = [math.prod(shape) * np.dtype(kind).itemsize for shape, kind in kinds.values()]
+    # from the start of a cache line on: a vector that lies across two takes twice as long to load
+    starts = np.cumsum([0, *((size + 63) // 64 * 64 for size in sizes)])
+    memory = np.zeros(starts[-1] + 64, np.uint8)
+    memory = memory[-memory.ctypes.data % 64 :]
     return Workspace(
-        frac=_aligned((atoms, 3)),
-        position=_aligned((atoms, 3)),
-        shift=_aligned((atoms, 4), np.int64),
-        pending=_aligned(atoms, np.int64),
-        steps=_aligned((3, cells)),
-        moves=_aligned((3, cells)),
-        box=np.ones(6, np.int64),
-        translation=_aligned((translations, 4), np.int32),
-        made=_aligned((3, stride)),
-        made_ghost=_aligned(ghosts, np.int64),
-        binned=_aligned((3, binned)),
-        binned_ghost=_aligned(binned, np.int64),
-        where=_aligned(binned, np.int64),
-        bin_ptr=_aligned(bins, np.int64),
-        key=_aligned(near),
-        key_index=_aligned(near, np.int32),
-        near_key=_aligned(near),
-        near_index=_aligned(near, np.int32),
-        sender=_aligned(pairs, np.int32),
-        place=_aligned(pairs, np.int32),
-        distance=_aligned(pairs),
-        opens=_aligned(pairs // ROW + 1, np.int64),
-        tint=_aligned(pairs, np.int32),
-        degree=_aligned(atoms, np.int64),
-        members=_aligned(atoms, np.int64),
-        starts=_aligned(atoms, np.bool_),
-        keys=_aligned(atoms),
+        **{
+            name: memory[start : start + size].view(kind).reshape(shape)
+            for (name, (shape, kind)), start, size in zip(kinds.items(), starts, sizes, strict=False)
+        }
     )
-
-
-def _aligned(shape: int | tuple[int, ...], dtype: Any = np.float64) -> np.ndarray:
-    """Zeros from the start of a cache line on: vectors that lie across two take twice as long to load."""
-    size = math.prod(shape if isinstance(shape, tuple) else (shape,)) * np.dtype(dtype).itemsize
-    memory = np.zeros(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 _IDLE_GHOSTS, _IDLE_PAIRS = 2**17, 2**20  # workspaces up to this size, 34 MB, are kept
