@@ -6,7 +6,9 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
+from itertools import repeat
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -98,26 +100,38 @@ class PackedGraphs(NamedTuple):
         rows = np.diff(self.crystal_ptr)
         crystal = np.repeat(np.arange(len(rows)), rows + 1)
         row_ptr = (self.row_ptr[np.arange(len(crystal)) - crystal] - self.edge_ptr[crystal]).astype(np.int32)
-        bounds = (self.crystal_ptr.tolist(), self.edge_ptr.tolist(), self.atom_ptr.tolist())
-        made: list[CrystalGraph | InputError] = []
-        for b, (r0, r1, e0, e1, a0, a1) in enumerate(zip(*(x for p in bounds for x in (p, p[1:])), strict=False)):
-            if b in self.errors:
-                made.append(InputError(self.errors[b]))
-                continue
-            graph = CrystalGraph.__new__(CrystalGraph)  # a frozen class sets its fields one by one, which takes longer
-            graph.__dict__.update(
-                numbers=self.numbers[r0:r1],
-                weight=self.weight[r0:r1],
-                sender=self.sender[e0:e1],
-                distance=distance[e0:e1],
-                row_ptr=row_ptr[r0 + b : r1 + b + 1],
-                atom_class=self.atom_class[a0:a1],
-                atom_features=self._features(b),
-                edge_features=None,
-                image=None if self.image is None else self.image[e0:e1],
-            )
-            made.append(graph)
+        of_rows, of_edges, of_atoms = (_slices(x) for x in (self.crystal_ptr, self.edge_ptr, self.atom_ptr))
+        of_bounds = _slices(self.crystal_ptr + np.arange(len(rows) + 1))
+        images: Iterable[Any] = repeat(None) if self.image is None else map(self.image.__getitem__, of_edges)
+        arrays = zip(
+            map(self.numbers.__getitem__, of_rows),
+            map(self.weight.__getitem__, of_rows),
+            map(self.sender.__getitem__, of_edges),
+            map(distance.__getitem__, of_edges),
+            map(row_ptr.__getitem__, of_bounds),
+            map(self.atom_class.__getitem__, of_atoms),
+            images,
+            strict=False,
+        )
+        graphs = []
+        for numbers, weight, sender, distances, bounds, atom_class, image in arrays:
+            graph = CrystalGraph.__new__(CrystalGraph)
+            held = graph.__dict__  # the constructor of a frozen class takes three times as long
+            held["numbers"], held["weight"], held["sender"], held["distance"] = numbers, weight, sender, distances
+            held["row_ptr"], held["atom_class"], held["image"] = bounds, atom_class, image
+            held["atom_features"] = held["edge_features"] = None
+            graphs.append(graph)
+        for b in self.mixtures:
+            graphs[b] = replace(graphs[b], atom_features=self._features(b))
+        made: list[CrystalGraph | InputError] = [*graphs]
+        for b, error in self.errors.items():
+            made[b] = InputError(error)
         return made
+
+
+def _slices(ptr: np.ndarray) -> list[slice]:
+    bounds = ptr.tolist()
+    return list(map(slice, bounds, bounds[1:]))
 
 
 def build_packed(
@@ -453,7 +467,7 @@ def build_graphs(
     batch: list[tuple[int, Arrays]] = []
     waiting = 0
     for position, structure in enumerate(structures):
-        if isinstance(structure, str | os.PathLike):
+        if not isinstance(structure, tuple) and isinstance(structure, str | os.PathLike):
             paths[position] = str(structure)
         graphs.append(None)
         try:
