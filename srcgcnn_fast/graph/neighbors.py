@@ -483,7 +483,7 @@ def search_some(begin, end, used, room, work, lattices, frac_coords, ptr, radius
         left = atoms
         r = radius
         if count > 0:
-            r = min(radius, (3 * 1.5 * count * volume / (4 * math.pi * atoms)) ** (1 / 3) + 2 * slack)
+            r = min(radius, (3 * 1.65 * count * volume / (4 * math.pi * atoms)) ** (1 / 3) + 2 * slack)
         while left > 0:
             last = r >= radius
             limit = r + EDGE_SLACK if last else r
