@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
-from itertools import repeat
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -102,7 +101,6 @@ class PackedGraphs(NamedTuple):
         row_ptr = (self.row_ptr[np.arange(len(crystal)) - crystal] - self.edge_ptr[crystal]).astype(np.int32)
         of_rows, of_edges, of_atoms = (_slices(x) for x in (self.crystal_ptr, self.edge_ptr, self.atom_ptr))
         of_bounds = _slices(self.crystal_ptr + np.arange(len(rows) + 1))
-        images: Iterable[Any] = repeat(None) if self.image is None else map(self.image.__getitem__, of_edges)
         arrays = zip(
             map(self.numbers.__getitem__, of_rows),
             map(self.weight.__getitem__, of_rows),
@@ -110,17 +108,18 @@ class PackedGraphs(NamedTuple):
             map(distance.__getitem__, of_edges),
             map(row_ptr.__getitem__, of_bounds),
             map(self.atom_class.__getitem__, of_atoms),
-            images,
-            strict=False,
+            strict=True,
         )
         graphs = []
-        for numbers, weight, sender, distances, bounds, atom_class, image in arrays:
+        for numbers, weight, sender, distances, bounds, atom_class in arrays:
             graph = CrystalGraph.__new__(CrystalGraph)
             held = graph.__dict__  # the constructor of a frozen class takes three times as long
             held["numbers"], held["weight"], held["sender"], held["distance"] = numbers, weight, sender, distances
-            held["row_ptr"], held["atom_class"], held["image"] = bounds, atom_class, image
-            held["atom_features"] = held["edge_features"] = None
+            held["row_ptr"], held["atom_class"] = bounds, atom_class  # the others are None, by default
             graphs.append(graph)
+        if self.image is not None:
+            for graph, edges in zip(graphs, of_edges, strict=True):
+                graph.__dict__["image"] = self.image[edges]
         for b in self.mixtures:
             graphs[b] = replace(graphs[b], atom_features=self._features(b))
         made: list[CrystalGraph | InputError] = [*graphs]
@@ -519,8 +518,8 @@ def _as_arrays(structure: Any, disorder: str) -> Arrays:
         if isinstance(structure, MixedCrystal):
             return (*structure[:3], Mixture(structure.kind, structure.compositions))
     try:
-        lattice = np.asarray(structure[0], dtype=np.float64)
-        frac_coords = np.asarray(structure[1], dtype=np.float64)
+        lattice = np.asarray(structure[0], np.float64)
+        frac_coords = np.asarray(structure[1], np.float64)
         numbers = np.asarray(structure[2])
         if numbers.dtype.kind not in "iuf":
             raise ValueError("atomic numbers are not numbers")
