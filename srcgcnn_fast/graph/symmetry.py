@@ -28,6 +28,7 @@ from .neighbors import (
 )
 from .vectors import (
     ROW,
+    SMALL,
     WIDTH,
     add_row,
     borrowed,
@@ -38,6 +39,7 @@ from .vectors import (
     inlined,
     jit,
     kernel,
+    look_up,
     lowest_bit,
     on_stack,
     rank_block,
@@ -150,6 +152,9 @@ def _find_shells(distance, first, size, degree, width, opens):
 def _paint(first, size, sender, tint, colour):
     """The colours of an atom's candidates."""
     for begin in range(first, first + size, ROW):
+        if colour.shape[0] <= SMALL:
+            look_up(sender, begin, colour, tint)
+            continue
         for k in range(np.uint64(begin), np.uint64(begin + ROW)):
             tint[k] = colour[np.uint64(sender[k])]
 
@@ -437,7 +442,7 @@ def build(
     status, detail, gap = np.zeros(crystals, np.int64), np.zeros((crystals, 2), np.int64), np.zeros(crystals)
     first, size = np.zeros(total, np.int64), np.zeros(total, np.int64)
     rows, edges = np.zeros(crystals, np.int64), np.zeros(crystals, np.int64)
-    atom_class = np.zeros(total, np.int32)
+    atom_class = np.zeros(total + SMALL, np.int32)  # the last crystal's are loaded as a whole table, too
     row_numbers, weight, row_size = np.empty(total, np.int32), np.empty(total, np.float32), np.empty(total, np.int32)
     found = _edge_arrays(total * min(count, 64) + ROW, not quotient)
     largest = _BLOCK_ATOMS if total <= _BLOCK_ATOMS else max(_BLOCK_ATOMS, int(np.diff(ptr).max()))
@@ -461,7 +466,7 @@ def build(
     leave_workspace(room, work)
     edge_sender, edge_distance, edge_image = found
     return (
-        status, detail, gap, rows, edges, atom_class, row_numbers[:r], weight[:r], row_size[:r],
+        status, detail, gap, rows, edges, atom_class[:total], row_numbers[:r], weight[:r], row_size[:r],
         edge_sender[:e], edge_distance[:e], edge_image[: 0 if quotient else 3 * e].reshape(-1, 3),
     )  # fmt: skip
 

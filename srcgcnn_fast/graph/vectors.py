@@ -41,6 +41,10 @@ def kernel(function: Callable[..., Any]) -> Any:
         return jit(function)
 
 
+SMALL = 32
+"""Numbers in a table that is looked up in two registers."""
+
+
 class _Array:
     """An array argument in LLVM code."""
 
@@ -70,6 +74,7 @@ class _Code:
         self.builder = builder
         known = numba.version_info.short >= (0, 62)  # by its LLVM
         self.compresses = known and "+avx512f" in features and "+avx512vl" in features
+        self.permutes = "+avx512f" in features
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.builder, name)
@@ -363,6 +368,19 @@ def differences(code, colour, distance, a, b, slack):
 def copy_row(code, source, a, target, b):
     """target[b + k] = source[a + k] for 16 places."""
     target.store(b, source.load(a, ROW))
+
+
+@_instruction(types.void)
+def look_up(code, place, row, table, found):
+    """found[row + k] = table[place[row + k]] for 16 places; the table holds ``SMALL`` numbers."""
+    if code.permutes:
+        halves = [table.load(_long(ROW * k), ROW) for k in range(2)]
+        name = "llvm.x86.avx512.vpermi2var.d.512"
+        found.store(row, code.call(name, halves[0].type, halves[0], place.load(row, ROW), halves[1]))
+        return
+    for k in range(ROW):
+        value = code.load(code.gep(table.data, [code.sext(_load_int(code, place, row, k), _LONG)]), typ=_INT)
+        code.store(value, code.gep(found.data, [code.add(row, _long(k))]))
 
 
 @_instruction(types.void)
