@@ -27,9 +27,9 @@ from .vectors import (
     sort_few,
     store_atoms,
     store_cells,
-    store_image,
     store_roots,
     translate_cell,
+    write_images,
 )
 
 COINCIDENT_DISTANCE = 1e-3
@@ -612,17 +612,6 @@ def search_some(begin, end, used, room, work, lattices, frac_coords, ptr, radius
             left = still
             r = min(radius, 1.26 * r)
     return end, used
-
-
-@inlined
-def write_images(atom, start, first, taken, sender, place, shift, translation, image, edge):
-    """image[3 edge …] of the first ``taken`` candidates of an atom; ``start`` is its crystal's first atom.
-
-    Atoms count from the ``begin`` of ``search_some``. One number behind the last is written, too.
-    """
-    for p in range(np.uint64(taken)):
-        at = np.uint64(first) + p
-        store_image(translation, place[at], shift, start + sender[at], atom, image, np.uint64(edge) + p)
 
 
 @kernel

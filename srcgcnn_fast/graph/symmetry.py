@@ -24,7 +24,6 @@ from .neighbors import (
     symbol,
     take_workspace,
     workspace,
-    write_images,
 )
 from .vectors import (
     ROW,
@@ -44,6 +43,7 @@ from .vectors import (
     on_stack,
     rank_block,
     steps_above,
+    write_images,
 )
 
 ISOLATED_ATOMS = 100

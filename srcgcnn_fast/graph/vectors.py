@@ -328,12 +328,20 @@ def store_roots(code, square, start, root, row):
 
 
 @_instruction(types.void)
-def store_image(code, translation, place, shift, j, i, image, edge):
-    """image[3 edge + k] = translation[4 place + k] - shift[4 j + k] + shift[4 i + k] in 32 bits, for 4 places."""
-    four = _long(4)
-    moved = code.sub(shift.load(code.mul(i, four), 4), shift.load(code.mul(j, four), 4))
-    moved = code.add(code.trunc(moved, ir.VectorType(_INT, 4)), translation.load(code.mul(place, four), 4))
-    image.store(code.mul(edge, _long(3)), moved)
+def write_images(code, atom, start, first, taken, sender, place, shift, translation, image, edge):
+    """image[3 (edge + p) + k] of the first ``taken`` candidates p of an atom; ``start`` is its crystal's first atom.
+
+    It is translation[4 place + k] - shift[4 (start + sender) + k] + shift[4 atom + k] in 32 bits. Atoms count from the
+    first one of the search. One number behind the last is written, too.
+    """
+    own = shift.load(code.mul(atom, _long(4)), 4)
+    with cgutils.for_range(code.builder, taken, intp=_LONG) as loop:
+        at = code.add(first, loop.index)
+        other = code.add(start, code.sext(_load_int(code, sender, at, 0), _LONG))
+        cell = code.sext(_load_int(code, place, at, 0), _LONG)
+        moved = code.trunc(code.sub(own, shift.load(code.mul(other, _long(4)), 4)), ir.VectorType(_INT, 4))
+        moved = code.add(moved, translation.load(code.mul(cell, _long(4)), 4))
+        image.store(code.mul(code.add(edge, loop.index), _long(3)), moved)
 
 
 @_instruction(types.int64)
