@@ -141,8 +141,11 @@ def _expand(ptr: torch.Tensor, length: int) -> torch.Tensor:
     return torch.repeat_interleave(index, (ptr[1:] - ptr[:-1]).long(), output_size=length)
 
 
-def _offsets(counts: Sequence[int]) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(np.asarray(counts, dtype=np.int64))])
+def offsets(counts: Sequence[int] | np.ndarray) -> np.ndarray:
+    """(n + 1,) int64, where each of n runs begins; the last is the end."""
+    begins = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, dtype=np.int64, out=begins[1:])
+    return begins
 
 
 def with_element_vectors(graphs: Sequence[CrystalGraph]) -> list[np.ndarray]:
@@ -164,8 +167,8 @@ def collate(graphs: Sequence[CrystalGraph], distance_dtype: torch.dtype = torch.
     """
     if not graphs:
         raise InputError("A batch needs at least one crystal graph; collate() was given none.")
-    rows = _offsets([g.n_rows for g in graphs])
-    edges = _offsets([g.n_edges for g in graphs])
+    rows = offsets([g.n_rows for g in graphs])
+    edges = offsets([g.n_edges for g in graphs])
     if max(rows[-1], edges[-1]) > np.iinfo(np.int32).max:
         raise InputError(f"A batch of {edges[-1]} edges is beyond 2^31 - 1; use smaller batches.")
 

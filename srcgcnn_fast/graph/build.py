@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..errors import InputError
-from .batch import CrystalGraph
+from .batch import CrystalGraph, offsets
 from .crystal import Composition, MixedCrystal, mixed_features
 from .elements import MAX_ATOMIC_NUMBER
 from .parameters import GraphParameters
@@ -283,7 +283,7 @@ def _without(
     keep = np.ones(len(lattices), dtype=bool)
     keep[list(errors)] = False
     atoms = np.repeat(keep, np.diff(ptr))
-    kept_ptr = np.concatenate([[0], np.cumsum(np.diff(ptr)[keep])])
+    kept_ptr = offsets(np.diff(ptr)[keep])
     return lattices[keep], frac_coords[atoms], numbers[atoms], kept_ptr
 
 
@@ -384,13 +384,13 @@ def _join(
         atom_class = atom_class[np.repeat(accepted, np.diff(ptr))]
     counts = np.zeros((3, crystals), dtype=np.int64)
     counts[:, good] = rows, edges, np.where(accepted, np.diff(ptr), 0)
-    crystal_ptr, edge_ptr, atom_ptr = (np.concatenate([[0], np.cumsum(c)]) for c in counts)
+    crystal_ptr, edge_ptr, atom_ptr = (offsets(c) for c in counts)
     return PackedGraphs(
         numbers=row_numbers,
         weight=weight,
         sender=sender,
         distance=distance,
-        row_ptr=np.concatenate([[0], np.cumsum(row_size, dtype=np.int64)]),
+        row_ptr=offsets(row_size),
         crystal_ptr=crystal_ptr,
         edge_ptr=edge_ptr,
         atom_class=atom_class,
@@ -498,7 +498,7 @@ def _build_batch(
         return
     positions, crystals = zip(*batch, strict=True)
     lattices, frac_coords, numbers, mixtures = zip(*crystals, strict=True)
-    ptr = np.concatenate([[0], np.cumsum([len(n) for n in numbers])])
+    ptr = offsets([len(n) for n in numbers])
     cells = np.concatenate(lattices).reshape(-1, 3, 3)
     mixed = {b: mixture for b, mixture in enumerate(mixtures) if mixture is not None}
     packed = build_packed(cells, np.concatenate(frac_coords), np.concatenate(numbers), ptr, parameters, mixed)
