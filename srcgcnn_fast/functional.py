@@ -220,7 +220,9 @@ def network(
         atom_fea, first = torch.nn.functional.linear(atom_fea, *embedding), None
     dtype = atom_fea.dtype
     edges = _edges(batch, dtype, dmin, step)
-    of, distance, count = batch.cache.get(("shells", dtype), (None, None, None))
+    tracing = torch.compiler.is_compiling()  # a traced graph must not hold what this batch's cache has
+    none = (None, None, None)
+    of, distance, count = none if tracing else batch.cache.get(("shells", dtype), none)
     graph = fused.Graph(*edges[:5], of, distance, count, edges.dmin, edges.step)
     return fused.network(atom_fea, species, first, graph, layers, batch.weight.to(dtype), readout_layers)
 

@@ -358,14 +358,13 @@ def takes_network(
     layers: Sequence[tuple[Tensor, Tensor | None, BatchNorm, BatchNorm]],
     readout_layers: Sequence[Dense],
 ) -> bool:
-    """Is this a call of the kernels, and can they take all of it at once?"""
+    """Can the kernels take all of a call at once?"""
     if h.device.type == "cuda":
-        can = _eager(h, "cuda") and cuda.readout_refusal(readout_layers) is None
-        return can and len(layers) > 0 and _are_plain(h, [embedding, *readout_layers])
-    if not readout_layers:
-        return False
-    fits = cpu.core is not None and h.dtype in cpu.DTYPES and embedding.weight.shape[0] % cpu.kernel_width(h.dtype) == 0
-    return fits and len(layers) > 0 and takes_readout(h, [embedding, *readout_layers])
+        can = cuda.readout_refusal(readout_layers) is None
+    else:
+        can = cpu.core is not None and h.dtype in cpu.DTYPES and 0 < len(readout_layers) <= cpu.MOST_LAYERS
+        can = can and embedding.weight.shape[0] % cpu.kernel_width(h.dtype) == 0
+    return can and len(layers) > 0 and _are_plain(h, [embedding, *readout_layers])
 
 
 def network(
@@ -380,8 +379,26 @@ def network(
     """Embedding, convolutions with fixed statistics and readout at once, without gradients."""
     width = layers[0][0].shape[0] // 2
     folded = [_layer(*layer, width, 0) for layer in layers]
-    backend = cuda if h.device.type == "cuda" else cpu
-    return backend.network(h, species, embedding, folded, graph, row_weight, readout_layers)
+    if _eager(h, h.device.type):
+        backend = cuda if h.device.type == "cuda" else cpu
+        return backend.network(h, species, embedding, folded, graph, row_weight, readout_layers)
+    dense: list[Tensor | None] = [None, None] if embedding is None else [*embedding]
+    dense += [x for layer in readout_layers for x in layer]
+    shared = all(layer[0] is layers[0][0] for layer in layers)
+    out: Tensor = _ops.gated_conv_network(h, species, row_weight, dense, *_lists(folded, shared), *graph)
+    return out
+
+
+def _lists(layers: list[Layer], shared: bool) -> tuple[Any, ...]:
+    """Layers with fixed statistics as an operator takes them; ``shared``: they have one weight."""
+    own = layers[:1] if shared else layers
+    return (
+        [layer.weight for layer in own],
+        [layer.bias for layer in own if layer.bias is not None],
+        [x for layer in layers for x in tuple(layer)[2:10]],
+        [x for layer in layers for x in tuple(layer)[10:12]],
+        shared,
+    )
 
 
 def stack(
@@ -400,14 +417,6 @@ def stack(
     if _eager(h):
         out = cpu.stack(wide, folded, graph, species)
     else:
-        own = folded[:1] if shared else folded
-        out = _ops.gated_conv_stack(
-            wide if species is None else embedding(species, wide),
-            [layer.weight for layer in own],
-            [layer.bias for layer in own if layer.bias is not None],
-            [x for layer in folded for x in tuple(layer)[2:10]],
-            [x for layer in folded for x in tuple(layer)[10:12]],
-            shared,
-            *graph,
-        )
+        rows = wide if species is None else embedding(species, wide)
+        out = _ops.gated_conv_stack(rows, *_lists(folded, shared), *graph)
     return out[:, :width] if more else out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from . import cpu, cuda, cuda_conv, reference, registry, triton
 from .cpu import Graph, Layer, Moments
-from .reference import BatchNorm, Edges
+from .reference import BatchNorm, Dense, Edges
 
 _GRAPH = (
     "Tensor distance, Tensor? features, Tensor sender, Tensor row_ptr, Tensor crystal_ptr, Tensor? shell_of, "
@@ -39,6 +40,10 @@ _library.define(
 _library.define(
     "gated_conv_stack(Tensor h, Tensor[] weights, Tensor[] biases, Tensor[] vectors, float[] eps, bool shared, "
     f"{_GRAPH}) -> Tensor"
+)
+_library.define(
+    "gated_conv_network(Tensor h, Tensor? species, Tensor row_weight, Tensor?[] dense, Tensor[] weights, "
+    f"Tensor[] biases, Tensor[] vectors, float[] eps, bool shared, {_GRAPH}) -> Tensor"
 )
 
 
@@ -75,6 +80,18 @@ _library.impl("gated_conv_backward", _conv_backward_cpu, "CPU")
 _library.impl("gated_conv_stack", lambda h, *a: cpu.stack(h, _stack_layers(*a[:5]), Graph(*a[5:])), "CPU")
 
 
+def _network(backend: Any, h: Tensor, species: Tensor | None, row_weight: Tensor, *arguments: Any) -> Tensor:
+    """``dense``: weight and bias of the embedding, which may be absent, then of each map of the readout."""
+    dense, *layers = arguments[:6]
+    first, *readout = [Dense(w, b) for w, b in zip(dense[::2], dense[1::2], strict=True)]
+    embedding, graph = None if first.weight is None else first, Graph(*arguments[6:])
+    found: Tensor = backend.network(h, species, embedding, _stack_layers(*layers), graph, row_weight, readout)
+    return found
+
+
+_library.impl("gated_conv_network", partial(_network, cpu), "CPU")
+
+
 @torch.library.register_fake("srcgcnn_fast::edge_shells", lib=_library)
 def _(distance: Tensor, sender: Tensor, row_ptr: Tensor, crystal_ptr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(sender), torch.empty_like(distance), sender.new_empty(crystal_ptr.shape[0] - 1)
@@ -106,6 +123,13 @@ def _(grad: Tensor, h: Tensor, m: Tensor, *arguments: Any) -> tuple[Tensor, ...]
 @torch.library.register_fake("srcgcnn_fast::gated_conv_stack", lib=_library)
 def _(h: Tensor, *arguments: Any) -> Tensor:
     return torch.empty_like(h)
+
+
+@torch.library.register_fake("srcgcnn_fast::gated_conv_network", lib=_library)
+def _(h: Tensor, *arguments: Any) -> Tensor:
+    dense, weights, graph = arguments[2], arguments[3], Graph(*arguments[8:])
+    n_out = dense[-2].shape[0] if len(dense) > 2 else weights[0].shape[0] // 2
+    return h.new_empty(graph.crystal_ptr.shape[0] - 1, n_out)
 
 
 class _Saved:
@@ -216,3 +240,12 @@ def _stack_cuda(h: Tensor, *arguments: Any) -> Tensor:
 
 
 _library.impl("gated_conv_stack", _stack_cuda, "CUDA")
+
+
+def _network_cuda(h: Tensor, species: Tensor | None, row_weight: Tensor, *arguments: Any) -> Tensor:
+    width = arguments[1][0].shape[0] // 2
+    backend = cuda if registry.select(h, inference=True, width=width) == "cuda" else triton
+    return _network(backend, h, species, row_weight, *arguments)
+
+
+_library.impl("gated_conv_network", _network_cuda, "CUDA")

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..errors import InputError
 from . import precision
 from .cpu import Graph, Layer, Moments
+from .reference import Dense
 
 logger = logging.getLogger(__name__)
 
@@ -550,3 +551,27 @@ def stack(h: Tensor, layers: Sequence[Layer], graph: Graph, species: Tensor | No
         h, old = buffers[t % len(buffers)], h
         _Kernels.gate_sum(None, h, old, linear, layer, edges)
     return h
+
+
+def network(
+    h: Tensor,
+    species: Tensor | None,
+    embedding: Dense | None,
+    layers: Sequence[Layer],
+    graph: Graph,
+    row_weight: Tensor,
+    readout_layers: Sequence[Dense],
+) -> Tensor:
+    """As ``cuda.network``, part by part: a program that was traced for the compiled kernels runs without them, too."""
+    if embedding is not None:
+        h = torch.nn.functional.linear(h, *embedding)
+    h, rows, ends = stack(h, layers, graph, species), torch.arange(len(row_weight), device=h.device), graph.crystal_ptr
+
+    def sums(x: Tensor) -> Tensor:  # in the order of the rows
+        how: dict[str, Any] = {"mode": "sum", "per_sample_weights": row_weight, "include_last_offset": True}
+        return torch.nn.functional.embedding_bag(rows, x, ends.long(), **how)
+
+    x = sums(h) / sums(torch.ones_like(row_weight)[:, None])
+    for layer in readout_layers:
+        x = torch.nn.functional.linear(torch.nn.functional.softplus(x), *layer)
+    return x

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import srcgcnn_fast as sf
 from srcgcnn_fast import functional
-from srcgcnn_fast.ops import cpu, fused, reference, registry
+from srcgcnn_fast.ops import cpu, fused, reference, registry, triton
 from srcgcnn_fast.ops import cuda as backend
+from srcgcnn_fast.ops import library as library_of_operators
 from srcgcnn_fast.ops.cpu import Graph
 from srcgcnn_fast.ops.reference import Dense
 
@@ -319,13 +321,63 @@ def test_the_choice_for_a_network(make_batch, monkeypatch):
     monkeypatch.setattr(registry, "cuda_problem", lambda: None)
     assert registry.select(like(200), inference=True, width=64) == "cuda"
     assert registry.select(like(92), inference=True, width=129) == "triton"
-    monkeypatch.setattr(fused, "_eager", lambda h, device="cpu": h.device.type == device)
     layer = Dense(torch.zeros(64, 92), None)
     for sizes, taken in (((128, 1), True), ((), True), ((1024, 1), True), ((1025, 1), False), ((8,) * 17, False)):
         readout = [Dense(torch.zeros(o, i), None) for i, o in zip((64, *sizes), sizes, strict=False)]
         assert fused.takes_network(like(92), layer, [None], readout) is taken
     assert not fused.takes_network(like(92), layer, [], [])
     assert not fused.takes_network(like(92), Dense(torch.zeros(92, 64).T, None), [None], [])
+
+
+def fake_on_cuda(mode: FakeTensorMode, x: torch.Tensor) -> torch.Tensor:
+    return FakeTensor(mode, x.detach().to("meta"), torch.device("cuda:0"))
+
+
+class Exported(torch.nn.Module):
+    """A model as a function of a batch's tensors, all of them on a GPU that need not be there."""
+
+    def __init__(self, model: torch.nn.Module, mode: FakeTensorMode) -> None:
+        super().__init__()
+        self.model = model.eval()
+        for module in model.modules():
+            for name, x in list(module.named_parameters(recurse=False)):
+                setattr(module, name, torch.nn.Parameter(fake_on_cuda(mode, x), requires_grad=False))
+            for name, x in list(module.named_buffers(recurse=False)):
+                setattr(module, name, fake_on_cuda(mode, x))
+
+    def forward(self, *tensors):
+        return self.model(sf.GraphBatch(*tensors))
+
+
+@pytest.mark.parametrize(("model_type", "width"), [(sf.CGCNN, 20), (sf.SRCGCNN, 64)])
+def test_an_exported_network_of_cuda_tensors_is_one_operator(make_batch, monkeypatch, model_type, width):
+    monkeypatch.undo()
+    monkeypatch.setattr(registry, "triton_problem", lambda: None)
+    monkeypatch.setattr(registry, "cuda_problem", lambda: None)
+    names = ("numbers", "weight", "sender", "distance", "row_ptr", "crystal_ptr", "atom_class")
+    batch, mode = make_batch("weighted"), FakeTensorMode(allow_non_fake_inputs=True)
+    given = tuple(fake_on_cuda(mode, getattr(batch, name)) for name in names)
+    program = torch.export.export(Exported(model_type(2, width, n_targets=3), mode), given, strict=False)
+    calls = [node for node in program.graph.nodes if "srcgcnn_fast" in str(node.target)]
+    assert [str(node.target) for node in calls] == ["srcgcnn_fast.gated_conv_network.default"]
+    out = next(node for node in program.graph.nodes if node.op == "output").args[0][0].meta["val"]
+    assert out.device.type == "cuda" and out.shape == (batch.num_crystals, 3)
+
+
+@pytest.mark.parametrize("selected", ["cuda", "triton"])
+def test_the_operator_of_a_network_calls_the_kernels_of_the_machine(make_batch, monkeypatch, selected):
+    """A program may have been traced where there were others."""
+    problem, told = Whole(make_batch("weighted")), []
+    to = lambda layer: [x.float() for x in layer]  # noqa: E731
+    monkeypatch.setattr(registry, "select", lambda _h, **how: told.append(how) or selected)
+    monkeypatch.setattr(triton, "stack", backend.stack)  # whose own kernels are not tested here
+    layers = problem.convolutions.float_layers()
+    dense = [x for layer in (problem.embedding, *problem.readout) for x in to(layer)]
+    lists = fused._lists(layers, True)
+    given = problem.table.float(), problem.species, problem.weight, dense, *lists, *problem.graph
+    found, expected = library_of_operators._network_cuda(*given), problem.found()
+    assert told == [{"inference": True, "width": 16}]
+    assert (torch.equal if selected == "cuda" else torch.allclose)(found, expected)
 
 
 def test_a_network_that_is_not_taken_goes_part_by_part(make_batch, monkeypatch):

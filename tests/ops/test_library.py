@@ -49,6 +49,37 @@ def test_opcheck(make_batch, training, features):
     torch.library.opcheck(
         ops.gated_conv_stack.default, (h.detach(), frozen[:1], frozen[1:2], frozen[2:], [1e-5] * 2, True, *graph)
     )
+    readout = [torch.rand(3, h.shape[1], dtype=h.dtype), None, torch.rand(2, 3, dtype=h.dtype), torch.rand(2).double()]
+    layers = (frozen[:1], frozen[1:2], frozen[2:], [1e-5] * 2, True)
+    for species, table, dense in (
+        (None, h.detach(), [None, None]),
+        (batch.numbers, torch.rand(101, 5, dtype=h.dtype), [torch.rand(h.shape[1], 5, dtype=h.dtype), None]),
+    ):
+        given = (table, species, moments.row_weight, [*dense, *readout], *layers, *graph)
+        torch.library.opcheck(ops.gated_conv_network.default, given)
+
+
+@pytest.mark.parametrize(("model_type", "biased"), [(sf.CGCNN, True), (sf.SRCGCNN, False)])
+def test_a_traced_network_is_one_operator(make_batch, model_type, biased):
+    """In inference; with the numbers of the call that nobody traces, bit by bit, and for other batches, too."""
+    torch._dynamo.reset()
+    model = model_type(2, atom_fea_len=16, h_fea_len=8, n_targets=3).eval()
+    if not biased:
+        model.conv_to_fc.bias = None
+    found = []
+
+    def seen(module, _inputs):
+        found.append([str(node.target) for node in module.graph.nodes if node.op == "call_function"])
+        return module.forward
+
+    call = torch.compile(model, fullgraph=True, backend=seen, dynamic=True)
+    with torch.no_grad():
+        for batch in (make_batch("weighted"), make_batch("plain")):
+            assert torch.equal(call(batch), model(batch))
+    for names in found:
+        assert [name for name in names if "srcgcnn_fast" in name] == ["srcgcnn_fast.gated_conv_network"]
+    call(make_batch("weighted")).sum().backward()  # gradients take the operators that have some
+    assert model.embedding.weight.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("features", [False, True])
