@@ -4,6 +4,8 @@
 
 #include <cstring>
 #include <stdexcept>
+#include <string>
+#include <tuple>
 
 #include "conv.h"
 #include "stack.h"
@@ -14,19 +16,18 @@ inline void raise_if(const char* error) {
   if (error) throw std::runtime_error(std::string("CUDA: ") + error);
 }
 
-// Why kernels built with this runtime cannot run on the current device; empty if they can.
-inline std::string cuda_problem() {
+// CUDA that the driver supports (0: there is none) and that the kernels were built with, as 1000 major + 10 minor.
+inline std::tuple<int, int> cuda_versions() {
   int driver = 0, runtime = 0;
   cudaDriverGetVersion(&driver);
   cudaRuntimeGetVersion(&runtime);
-  const auto version = [](int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); };
-  if (driver / 1000 < runtime / 1000)
-    return "the driver supports CUDA up to " + version(driver) + ", but the kernels were built with " + version(runtime) +
-           "; update the driver, or reinstall with an older CUDA toolkit";
+  return {driver, runtime};
+}
+
+// Why there are no kernels for the current device; empty if there are.
+inline std::string cuda_image_problem() {
   const char* error = srcgcnn_cuda_image_64();
-  return error ? std::string("the kernels were not built for this GPU (") + error +
-                     "); set CMAKE_CUDA_ARCHITECTURES and reinstall"
-               : std::string();
+  return error ? error : "";
 }
 
 struct StackFunctions {
@@ -91,7 +92,8 @@ inline void bind_cuda(nanobind::module_& m) {
   using Addresses = std::vector<uintptr_t>;
   using Sizes = std::tuple<int64_t, int64_t, int64_t, int>;
   using Basis = std::tuple<double, double>;
-  m.def("cuda_problem", &cuda_problem);
+  m.def("cuda_versions", &cuda_versions);
+  m.def("cuda_image_problem", &cuda_image_problem);
   m.def("cuda_conv", &conv_function);
   using Plan = std::vector<int>;
   m.def("cuda_prepared_size", [](int width, const Plan& p) {

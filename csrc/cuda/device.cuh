@@ -5,6 +5,9 @@
 
 #include "../gate.h"
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error "the kernels need compute capability 8.0: set CMAKE_CUDA_ARCHITECTURES to 80 or newer"
+#endif
 #ifdef __CUDACC__
 #define SRCGCNN_DEVICE __device__ __forceinline__
 #define SRCGCNN_HOST_DEVICE __host__ __device__ __forceinline__

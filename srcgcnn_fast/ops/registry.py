@@ -84,8 +84,22 @@ def cuda_problem() -> str | None:
 
 @cache
 def _device_problem(device: int) -> str | None:
+    driver, built = core.cuda_versions()
+    if driver // 1000 < built // 1000:
+        supported, needed = (f"{x // 1000}.{x % 1000 // 10}" for x in (driver, built))
+        return (
+            f"the driver supports CUDA up to {supported}, but the kernels were built with {needed}; update the driver, "
+            "or reinstall with an older CUDA toolkit"
+        )
     with torch.cuda.device(device):
-        return core.cuda_problem() or None
+        problem = core.cuda_image_problem()
+    if not problem:
+        return None
+    name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    return (
+        f"the kernels were not built for {name}, sm_{major}{minor} ({problem}); reinstall with "
+        f"-C cmake.define.CMAKE_CUDA_ARCHITECTURES={major}{minor}"
+    )
 
 
 def triton_problem() -> str | None:
