@@ -149,8 +149,9 @@ SRCGCNN_DEVICE void prepare_ends(float* to, const Prepared<W, T>& at, const Laye
 // Weights to the order in which the lanes of mma read them, filters to (K, 2W), both norms to scale and shift; what is
 // found of the crystals, for blocks that take up to `small` and `large` rows.
 template <int W, bool kHalf>
-__global__ void prepare(float* to, const Prepared<W, typename Storage<kHalf>::type> at, const Layers layers, int first,
-                        int count, const DeviceGraph g, int small, int large) {
+__global__ void prepare(float* to, const __grid_constant__ Prepared<W, typename Storage<kHalf>::type> at,
+                        const __grid_constant__ Layers layers, int first, int count, const DeviceGraph g, int small,
+                        int large) {
   using T = typename Storage<kHalf>::type;
   const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, threads = int64_t(gridDim.x) * blockDim.x;
   const int F = at.plan.F, columns = 2 * F + at.plan.n_features;

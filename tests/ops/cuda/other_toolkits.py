@@ -38,14 +38,22 @@ def inference() -> str:
                 for gate in ("false", "true")
             )
             text += f"template __global__ void readout_of_crystals<{width}, {half}>({stack});\n"
-            text += (
-                f"template __global__ void prepare<{width}, {half}>(float*, const Prepared<{width}, "
-                f"typename Storage<{half}>::type>, const Layers, int, int, const DeviceGraph, int, int);\n"
-            )
+            prepared = f"const __grid_constant__ Prepared<{width}, typename Storage<{half}>::type>"
+            rest = "const __grid_constant__ Layers, int, int, const DeviceGraph, int, int"
+            text += f"template __global__ void prepare<{width}, {half}>(float*, {prepared}, {rest});\n"
     return text + "}\n"
 
 
-PROGRAMS = {"inference": inference(), "training": '#include "cuda/conv.cuh"\n'}
+def training() -> str:
+    """That of conv.cuh."""
+    kernels = (
+        (name, half) for name in ("gate_sum", "backward_receivers", "backward_senders") for half in ("false", "true")
+    )
+    text = "".join(f"template __global__ void {name}<{half}>(const DeviceConv);\n" for name, half in kernels)
+    return '#include "cuda/conv.cuh"\nnamespace srcgcnn {\n' + text + "}\n"
+
+
+PROGRAMS = {"inference": inference(), "training": training()}
 
 
 class Compiler:
