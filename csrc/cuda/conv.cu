@@ -31,20 +31,23 @@ static_assert(kTerms * 2 * kChunk + 4 * kWarps * kChunk <= kWarps * (2 * kTileSi
 
 using namespace srcgcnn;
 
-#define SRCGCNN_LAUNCHER(name, blocks, numbers)                                              \
-  extern "C" const char* srcgcnn_cuda_##name(const DeviceConv* given, void* stream) {        \
-    const DeviceConv& g = *given;                                                            \
-    return launch(name, blocks, numbers, g, stream);                                         \
+#define SRCGCNN_LAUNCHER_OF(name, kernel, blocks, numbers)                             \
+  extern "C" const char* srcgcnn_cuda_##name(const DeviceConv* given, void* stream) { \
+    const DeviceConv& g = *given;                                                     \
+    return launch(kernel, blocks, numbers, g, stream);                                \
   }
+#define SRCGCNN_LAUNCHER(name, blocks, numbers) SRCGCNN_LAUNCHER_OF(name, name, blocks, numbers)
+#define SRCGCNN_LAUNCHER_BY_STORAGE(name, blocks, numbers) \
+  SRCGCNN_LAUNCHER_OF(name, (g.half ? name<true> : name<false>), blocks, numbers)
 SRCGCNN_LAUNCHER(edge_sum, threads(32 * g.n_rows), 0)
 SRCGCNN_LAUNCHER(edge_gram, parts(g.n_features, 2 * kChunk) * g.programs * parts(g.n_features, kTerms), kBackward)
 SRCGCNN_LAUNCHER(column_sums, chunks(g) * g.programs, 4 * kWarps * 32)
 SRCGCNN_LAUNCHER(gram_rows, threads(32 * g.n_rows), int(g.F + g.n_features))
 SRCGCNN_LAUNCHER(edge_statistics, 2 * g.F, 2 * kSums * kThreads + int(2 * g.F + g.n_features))
 SRCGCNN_LAUNCHER(scale_weights, threads(4 * g.width * g.F), 0)
-SRCGCNN_LAUNCHER(gate_sum, chunks(g) * tasks(g), kVectors + kWarps * kMessageSize)
+SRCGCNN_LAUNCHER_BY_STORAGE(gate_sum, chunks(g) * tasks(g), kVectors + kWarps * kMessageSize)
 SRCGCNN_LAUNCHER(finish, chunks(g) * g.programs, 0)
 SRCGCNN_LAUNCHER(finish_backward, chunks(g) * g.programs, 2 * kWarps * 32)
 SRCGCNN_LAUNCHER(correct, parts(g.columns, kChunk) * g.programs, 0)
-SRCGCNN_LAUNCHER(backward_receivers, chunks(g) * g.programs * parts(g.n_features, kTerms), kBackward)
-SRCGCNN_LAUNCHER(backward_senders, chunks(g) * tasks(g), kVectors + kWarps * 2 * kTileSize)
+SRCGCNN_LAUNCHER_BY_STORAGE(backward_receivers, chunks(g) * g.programs * parts(g.n_features, kTerms), kBackward)
+SRCGCNN_LAUNCHER_BY_STORAGE(backward_senders, chunks(g) * tasks(g), kVectors + kWarps * 2 * kTileSize)

@@ -124,7 +124,8 @@ struct Values {
   float filter[2][2][4], core[2][2][4];  // edge, four, channel
 };
 
-// r of 16 edges for the chunk's channels; poisoned.
+// r of 16 edges for the chunk's channels; poisoned. T: how pq and term are stored.
+template <class T>
 SRCGCNN_DEVICE void edge_terms(Values& r, const DeviceConv& g, const Edges& e, const Reach& reach, int chunk) {
   float poison[2], u[2];
   int number[2];
@@ -139,7 +140,7 @@ SRCGCNN_DEVICE void edge_terms(Values& r, const DeviceConv& g, const Edges& e, c
     for (int half = 0; half < 2; ++half)
 #pragma unroll
       for (int four = 0; four < 2; ++four) {
-        const float* at = g.term + int64_t(number[half]) * 2 * g.width + chunk * kChunk + channel_of(four);
+        const T* at = static_cast<const T*>(g.term) + int64_t(number[half]) * 2 * g.width + chunk * kChunk + channel_of(four);
         const bool there = number[half] >= 0;
         const auto f = there ? load<4>(at) : Channels<4>{}, c = there ? load<4>(at + g.width) : Channels<4>{};
 #pragma unroll
@@ -194,10 +195,11 @@ SRCGCNN_DEVICE bool ends_of(const Task& task, const Edges& e, int half, int64_t&
 }
 
 // x = p_i + q_j + r_ij of edge `half`, four channels of it, in place of r.
+template <class T>
 SRCGCNN_DEVICE void add_ends(float (&filter)[4], float (&core)[4], const DeviceConv& g, int64_t p_row, int64_t q_row,
                              int channel) {
-  const float* p = g.pq + p_row * 4 * g.width + channel;
-  const float* q = g.pq + (q_row * 4 + 2) * g.width + channel;
+  const T* p = static_cast<const T*>(g.pq) + p_row * 4 * g.width + channel;
+  const T* q = static_cast<const T*>(g.pq) + (q_row * 4 + 2) * g.width + channel;
   const auto pf = load<4>(p), pc = load<4>(p + g.width), qf = load<4>(q), qc = load<4>(q + g.width);
 #pragma unroll
   for (int v = 0; v < 4; ++v) {
@@ -256,7 +258,9 @@ SRCGCNN_DEVICE float finished(float h, float m, float scale, float shift) {
   return softplus<DeviceMath>(h + fmaf(m, scale, shift));
 }
 
+template <bool kHalf>
 __global__ void __launch_bounds__(kThreads, 4) gate_sum(const DeviceConv g) {
+  using T = typename Storage<kHalf>::type;
   SRCGCNN_SHARED(shared);
   const int chunks = int(g.width / kChunk), chunk = int(blockIdx.x % chunks), channel = chunk * kChunk + lane_of();
   float* messages = shared + kVectors + warp_of() * kMessageSize;
@@ -282,7 +286,7 @@ __global__ void __launch_bounds__(kThreads, 4) gate_sum(const DeviceConv g) {
   for (int tile = 0; tile * kTile < task.total; ++tile) {
     const Edges e(g, task, tile);
     Values x;
-    edge_terms(x, g, e, Reach(g, e), chunk);
+    edge_terms<T>(x, g, e, Reach(g, e), chunk);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int64_t own, other;
@@ -290,7 +294,7 @@ __global__ void __launch_bounds__(kThreads, 4) gate_sum(const DeviceConv g) {
 #pragma unroll
       for (int four = 0; four < 2; ++four) {
         const int c = channel_of(four);
-        if (there) add_ends(x.filter[half][four], x.core[half][four], g, own, other, chunk * kChunk + c);
+        if (there) add_ends<T>(x.filter[half][four], x.core[half][four], g, own, other, chunk * kChunk + c);
         float y_f[4], y_c[4];
         scaled(y_f, y_c, x.filter[half][four], x.core[half][four], shared + c);
         Channels<4> message;
@@ -318,7 +322,7 @@ __global__ void __launch_bounds__(kThreads, 4) gate_sum(const DeviceConv g) {
 }
 
 // x and dy of 16 edges, (filter, core), to shared memory. Edges that are not there leave zeros in dy.
-template <bool kBySender>
+template <bool kBySender, class T>
 SRCGCNN_DEVICE void gradients(float* x_tile, float* dy_tile, Values& x, const DeviceConv& g, const Task& task,
                               const Edges& e, int chunk, const float* vectors) {
 #pragma unroll
@@ -333,7 +337,7 @@ SRCGCNN_DEVICE void gradients(float* x_tile, float* dy_tile, Values& x, const De
       auto &x_f = x.filter[half][four], &x_c = x.core[half][four];
       Channels<4> upstream = {};  // which times the NaN of an edge that must not be followed is NaN
       if (there) {
-        add_ends(x_f, x_c, g, p_row, q_row, column);
+        add_ends<T>(x_f, x_c, g, p_row, q_row, column);
         upstream = load<4>(g.d_m + p_row * g.width + column);
       }
       float y_f[4], y_c[4];
@@ -472,7 +476,9 @@ SRCGCNN_DEVICE void add_lanes(float* shared, const float (&sums)[kNumbers], Done
 }
 
 // A block is one of `programs`, for one chunk of channels and one block of 48 Gaussians.
+template <bool kHalf>
 __global__ void __launch_bounds__(kThreads, 2) backward_receivers(const DeviceConv g) {
+  using T = typename Storage<kHalf>::type;
   SRCGCNN_SHARED(shared);
   const int chunks = int(g.width / kChunk), chunk = int(blockIdx.x % chunks), channel = chunk * kChunk + lane_of();
   const int program = int(blockIdx.x / chunks % g.programs), first_term = int(blockIdx.x / chunks / g.programs) * kTerms;
@@ -502,8 +508,8 @@ __global__ void __launch_bounds__(kThreads, 2) backward_receivers(const DeviceCo
       const Edges e(g, task, tile);
       const Reach reach(g, e);
       Values x;
-      edge_terms(x, g, e, reach, chunk);
-      gradients<false>(x_tile, dy_tile, x, g, task, e, chunk, shared);
+      edge_terms<T>(x, g, e, reach, chunk);
+      gradients<false, T>(x_tile, dy_tile, x, g, task, e, chunk, shared);
       const int from = g.distance ? (8 * reach.from - first_term) / 16 : 0;
       const int to = g.distance ? (8 * reach.to - first_term + 15) / 16 : kTerms / 16;
       write_terms(terms, g, e, first_term, from, to);
@@ -530,7 +536,9 @@ __global__ void __launch_bounds__(kThreads, 2) backward_receivers(const DeviceCo
   });
 }
 
+template <bool kHalf>
 __global__ void __launch_bounds__(kThreads, 4) backward_senders(const DeviceConv g) {
+  using T = typename Storage<kHalf>::type;
   SRCGCNN_SHARED(shared);
   const int chunks = int(g.width / kChunk), chunk = int(blockIdx.x % chunks), channel = chunk * kChunk + lane_of();
   float* x_tile = shared + kVectors + warp_of() * 2 * kTileSize;
@@ -555,8 +563,8 @@ __global__ void __launch_bounds__(kThreads, 4) backward_senders(const DeviceConv
   for (int tile = 0; tile * kTile < task.total; ++tile) {
     const Edges e(g, task, tile);
     Values x;
-    edge_terms(x, g, e, Reach(g, e), chunk);
-    gradients<true>(x_tile, dy_tile, x, g, task, e, chunk, shared);
+    edge_terms<T>(x, g, e, Reach(g, e), chunk);
+    gradients<true, T>(x_tile, dy_tile, x, g, task, e, chunk, shared);
     __syncwarp();
     walk(x_tile, dy_tile, task, e, d, x_sum, done, [](int, int, float, float) {});
     __syncwarp();

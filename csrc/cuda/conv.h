@@ -9,10 +9,10 @@ namespace srcgcnn {
 // sender (ptr, other = col_ptr, receiver; number of each edge in the other order). ops/cuda_conv.py has the same order.
 struct DeviceConv {
   const float* distance;  // (E), or null: then term and features are given
-  const float* term;      // (E, 2W) = features w_e
+  const void* term;       // (E, 2W) = features w_e, stored as `half` says
   const float* features;  // (E, K)
   const int32_t *ptr, *other, *number;
-  const float* pq;                // (N, 4W): x_ij = p_i + q_j + r_ij
+  const void* pq;                 // (N, 4W): x_ij = p_i + q_j + r_ij, stored as `half` says
   const float* filter;            // (W / 32, K / 8 up to whole, 8, 32, 2): w_e as the lanes of a product read it
   const float *gamma1, *beta1;    // (2F)
   const float *weight, *bias;     // (2F, 2F + K), (2F) or null
@@ -35,6 +35,7 @@ struct DeviceConv {
   float *out_m, *out_x, *out_degree, *out_gamma, *out_filter, *out_edge;
   int64_t n_rows, n_edges, n_features, F, width, programs, stride, columns;
   int64_t relaxed;  // one TF32 product, not three
+  int64_t half;     // pq and term are bfloat16, not float32
   float dmin, inverse_step;
   float eps;
 };

@@ -7,7 +7,6 @@ graph. An index that leaves its crystal makes its row NaN. Results do not depend
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from . import triton
 from .cpu import MOST_LAYERS, Graph, Layer
 from .reference import Dense
 from .registry import MOST_FEATURES, core
@@ -124,14 +124,16 @@ class _Call:
         batches = [self.layers]
         if self.graph.features is not None and not shared:  # r is a product made before, of one layer at a time
             batches, shared = [[layer] for layer in self.layers], True
-        with torch.cuda.device(self.h.device) if self.h.device.type == "cuda" else contextlib.nullcontext():
+        with triton.launching(self.h.device) as stream:
             for some in batches[:-1]:
-                self.h = self._launch(some, shared, None, [], (self.edges.n_rows, self.features))
+                self.h = self._launch(stream, some, shared, None, [], (self.edges.n_rows, self.features))
                 self.species = self.embedding = None
-            return self._launch(batches[-1], shared, row_weight, [] if row_weight is None else widths, size, readout)
+            widths = [] if row_weight is None else widths
+            return self._launch(stream, batches[-1], shared, row_weight, widths, size, readout)
 
     def _launch(
         self,
+        stream: int,
         layers: Sequence[Layer],
         shared: bool,
         row_weight: Tensor | None,
@@ -141,7 +143,6 @@ class _Call:
     ) -> Tensor:
         call, h, edges, graph, width = native(), self.h, self.edges, self.graph, self.width
         n, k = edges.n_rows, edges.n_features
-        stream = torch.cuda.current_stream(h.device).cuda_stream if h.device.type == "cuda" else 0
         embedding = self.embedding or Dense(None, None)  # type: ignore[arg-type]
         table = (0, 0) if self.embedding is None else h.shape
         plan = [self.features, len(layers), k, _exactness(), int(shared), *table, *widths]

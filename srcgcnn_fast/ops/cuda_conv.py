@@ -1,12 +1,12 @@
 """Training on CUDA tensors, float32, in the compiled kernels of ``csrc/cuda/conv.cuh``: any number of features.
 
 Nodes, statistics and checks are those of ``ops/triton.py``, which takes the kernels from here. Products use TF32 where
-PyTorch may; storage is float32 also where bfloat16 is allowed.
+PyTorch may. Where bfloat16 is allowed, rows' products and those of given edge features are stored so, but not the
+filter, whose product TF32 has more digits for.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from functools import cache, partial
 from typing import Any
@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from . import triton
 from .cpu import Layer, Moments
 from .registry import core
-from .triton import _Edges, _Kernels, _precision, transposed
+from .triton import _Edges, _Kernels, _precision, _storage, transposed
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ FIELDS = (
     "out_m", "out_x", "out_degree", "out_gamma", "out_filter", "out_edge",
 )  # fmt: skip
 """The pointers of ``DeviceConv`` in csrc/cuda/conv.h, in their order."""
-SIZES = ("n_rows", "n_edges", "n_features", "F", "width", "programs", "stride", "columns", "relaxed")
+SIZES = ("n_rows", "n_edges", "n_features", "F", "width", "programs", "stride", "columns", "relaxed", "half")
 NUMBERS = ("dmin", "inverse_step", "eps")
 
 
@@ -58,9 +58,7 @@ def _call(name: str, sizes: dict[str, Any], **tensors: Tensor | None) -> None:
         if x is not None:
             given[_AT[field]], device = x.data_ptr(), x.device
     whole, real = ([sizes.get(size, 0) for size in names] for names in (SIZES, NUMBERS))
-    # a launch goes to the current device of the thread, which need not be the tensors'
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    with triton.launching(device) as stream:
         native().cuda_conv(name, given, whole, tuple(map(float, real)), stream)
 
 
@@ -97,9 +95,9 @@ class _Scaled:
             bias=None if layer.train1 else layer.bias, mean1=layer.mean1, var1=layer.var1, out=of_rows, out_x=shift,
             out_edge=self.of_edges, out_filter=self.filter, out_gamma=self.rstd,
         )  # fmt: skip
-        self.pq = torch.addmm(shift, h, of_rows.T)
-        features = edges.graph.features
-        self.table = None if features is None else _more(features @ self.of_edges, 2)
+        storage, features = _storage(), edges.graph.features
+        self.pq = torch.addmm(shift.to(storage), h.to(storage), of_rows.T.to(storage))
+        self.table = None if features is None else _more(features.to(storage) @ self.of_edges.to(storage), 2)
 
 
 class Kernels(_Kernels):
@@ -114,8 +112,9 @@ class Kernels(_Kernels):
         return {**found, "ptr": graph.row_ptr, "other": graph.sender}
 
     @staticmethod
-    def _sizes(edges: _Edges, width: int = 0, **more: Any) -> dict[str, Any]:
+    def _sizes(edges: _Edges, width: int = 0, linear: Any = None, **more: Any) -> dict[str, Any]:
         found = {"n_edges": edges.n_edges, "n_features": edges.n_features, "relaxed": int(_precision() != "tf32x3")}
+        found["half"] = int(linear is not None and linear.pq.dtype == torch.bfloat16)
         basis = dict(zip(NUMBERS, edges.basis, strict=False))
         return {**_rows(edges.n_rows, width), **found, **basis, **more}
 
@@ -157,7 +156,7 @@ class Kernels(_Kernels):
     @staticmethod
     def filter_correction(linear: Any, edges: _Edges, moments: Moments, c1: Tensor, c2: Tensor) -> Tensor:
         width = len(c1) // 2
-        p, q = (x.unflatten(1, (2, -1))[..., :width].flatten(1) for x in linear.pq.chunk(2, dim=1))
+        p, q = (x.unflatten(1, (2, -1))[..., :width].flatten(1) for x in linear.pq.float().chunk(2, dim=1))
         return triton._filter_correction(p, q, linear.of_edges, moments, c1, c2)
 
     @classmethod
@@ -181,7 +180,7 @@ class Kernels(_Kernels):
         cls, m: Tensor | None, out: Tensor | None, h: Tensor, linear: Any, layer: Layer, edges: _Edges
     ) -> None:
         _call(
-            "gate_sum", cls._sizes(edges, h.shape[1], eps=layer.eps2), out_m=m, out=out, h=h, **_norm(layer),
+            "gate_sum", cls._sizes(edges, h.shape[1], linear, eps=layer.eps2), out_m=m, out=out, h=h, **_norm(layer),
             **cls._layer(linear, layer), **cls._edges(edges),
         )  # fmt: skip
 
@@ -226,7 +225,7 @@ class Kernels(_Kernels):
         width, k, programs = dm.shape[1], edges.n_features, _programs(edges.n_rows)
         sums, d_filter = dm.new_empty(programs, 2, 2 * width), dm.new_empty(programs, k, 2 * width)
         _call(
-            "backward_receivers", cls._sizes(edges, width), out=d_pq, out_x=x_rows,
+            "backward_receivers", cls._sizes(edges, width, linear), out=d_pq, out_x=x_rows,
             out_gamma=sums, out_filter=d_filter, out_edge=dy, d_m=_more(dm, 1), **cls._layer(linear, layer),
             **cls._edges(edges),
         )  # fmt: skip
@@ -239,7 +238,7 @@ class Kernels(_Kernels):
     ) -> None:  # fmt: skip
         c1, c2, row_weight, in_degree = correction
         _call(
-            "backward_senders", cls._sizes(edges, dm.shape[1]), out=d_pq, d_m=_more(dm, 1), a=a, c1=c1,
+            "backward_senders", cls._sizes(edges, dm.shape[1], linear), out=d_pq, d_m=_more(dm, 1), a=a, c1=c1,
             c2=c2, row_weight=row_weight, degree=in_degree, **cls._layer(linear, layer),
             **cls._edges(edges, by_sender=True),
         )  # fmt: skip

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -103,6 +103,16 @@ def _storage() -> torch.dtype:
     return torch.bfloat16 if precision.bfloat16_is_allowed() else torch.float32
 
 
+@contextlib.contextmanager
+def launching(device: torch.device) -> Iterator[int]:
+    """Where launches go that work on tensors of ``device``: makes it the thread's current one, and gives its stream."""
+    if device.type != "cuda":
+        yield 0
+        return
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream(device).cuda_stream
+
+
 def _blocks(n: int, size: int) -> int:
     return -(-n // size)
 
@@ -128,8 +138,7 @@ class _Launch:
 
     def __call__(self, *arguments: Any, **more: Any) -> None:
         device = next(x.device for x in arguments if isinstance(x, Tensor))
-        # a launch goes to the current device of the thread, which need not be the tensors'
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        with launching(device):  # Triton takes the current device's current stream itself
             self.kernel(*arguments, **self.options, **more)
 
 

@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
 from srcgcnn_fast.ops import cuda as backend
+from srcgcnn_fast.ops import cuda_conv
+
+_spec = importlib.util.spec_from_file_location("emulated", Path(__file__).parent / "cuda" / "emulated.py")
+assert _spec is not None and _spec.loader is not None
+emulated = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(emulated)
 
 
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "cuda" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def _built(folder: Path, source: str):
+    if emulated.compiler() is None:
+        pytest.skip("the emulation needs g++")
+    return emulated.Emulated(emulated.build(folder, source))
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory):
     """The kernels for inference, compiled for the CPU (cuda/emulation.h)."""
-    emulated = _load("emulated")
-    if emulated.compiler() is None:
-        pytest.skip("the emulation needs g++")
-    return emulated.Emulated(emulated.build(tmp_path_factory.mktemp("emulated")))
+    return _built(tmp_path_factory.mktemp("emulated"), "stack")
+
+
+@pytest.fixture(scope="session")
+def training_library(tmp_path_factory: pytest.TempPathFactory):
+    """Those for training."""
+    return _built(tmp_path_factory.mktemp("emulated"), "conv")
 
 
 @pytest.fixture
@@ -52,3 +58,9 @@ def on_the_emulation(library, fenced, monkeypatch: pytest.MonkeyPatch):
     """Three multiprocessors of an H100."""
     monkeypatch.setattr(backend, "native", lambda: library)
     library.gpu(3, 228 << 10)
+
+
+@pytest.fixture
+def training_on_the_emulation(training_library, fenced, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cuda_conv, "native", lambda: training_library)
+    training_library.gpu(3, 228 << 10)

@@ -1,14 +1,22 @@
-"""One convolution and its gradients on random graphs, by a backend's operators and by the reference."""
+"""One convolution and its gradients on random graphs, by a backend's operators and by the reference.
+
+The functions below hold whatever the backend; test_triton.py and test_cuda_conv.py call them.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from srcgcnn_fast.ops import reference
+import srcgcnn_fast as sf
+from srcgcnn_fast.ops import reference, triton
 from srcgcnn_fast.ops.cpu import Graph, Layer, Moments
 from srcgcnn_fast.ops.reference import BatchNorm, Edges
 
@@ -26,6 +34,7 @@ class Problem:
     """A layer on a graph, in float64; ``kind`` says what is odd about the graph. A subclass says whose operators."""
 
     backend: Any
+    kernels: Any = triton._Kernels
     device = "cpu"
 
     def __init__(self, kind: str, width: int, n_features: int, features: bool = False, seed: int = 0) -> None:
@@ -137,3 +146,145 @@ def compare(problems: list[Problem], training: tuple[bool, bool]) -> None:
     for name, (of_ours, of_plain, size) in squares.items():
         ours, theirs = (math.sqrt(x / max(size, 1e-60)) for x in (of_ours, of_plain))
         assert ours <= 2 * theirs + 3e-7, f"{name}: relative L2 error {ours:.1e}, {theirs:.1e} of the formula"
+
+
+def arguments(problem: Problem) -> tuple[torch.Tensor, Layer, Graph, Moments]:
+    """Of a call with fixed statistics."""
+    graph = problem.graph()
+    h = problem.parameters[0].float().to(problem.device)
+    return h, problem.layer((False, False)), graph, problem.moments(graph, False)
+
+
+def moments_of_the_edges(problem: Problem) -> None:
+    in_degree, by_receiver, by_sender, total, gram = problem.moments(problem.graph(), True)[1:]
+    expected = reference.edge_moments(problem.row_weight, problem.edges, problem.n_features, torch.float64)
+    for ours, truth in zip((by_receiver, by_sender, gram), expected, strict=True):
+        assert relative(ours, truth) < 2e-6
+    assert relative(total, problem.row_weight @ expected[0]) < 2e-6
+    weight, zero = problem.row_weight[reference.receivers(problem.edges)], torch.zeros_like(problem.row_weight)
+    assert relative(in_degree, zero.index_add(0, problem.edges.sender.long(), weight)) < 1e-7
+
+
+def gate_at_both_ends(make: type[Problem]) -> None:
+    """c for large c, exp(c) for very negative c, no overflow, no NaN; the gradient too."""
+    ends = torch.tensor([-700.0, -80, -30, -10, -1, -1e-6, 0, 1e-6, 1, 10, 19.9, 30, 90, 700], dtype=torch.float64)
+    f, c = (x.reshape(-1) for x in torch.meshgrid(ends, ends, indexing="ij"))
+    problem = make("one atom", len(f), 1)
+    layer, device = problem.layer((False, False)), problem.device
+    layer = layer._replace(gamma1=torch.zeros_like(layer.gamma1), beta1=torch.cat([f, c]).float().to(device))
+    layer = layer._replace(gamma2=torch.ones_like(layer.gamma2), beta2=torch.zeros_like(layer.beta2))
+    layer = layer._replace(mean2=torch.zeros_like(layer.mean2), var2=torch.ones_like(layer.var2), eps2=0.0)
+    index = lambda *x: torch.tensor(x, dtype=torch.int32, device=device)  # noqa: E731
+    one = torch.ones(1, device=device)
+    graph = Graph(one, None, index(0), index(0, 1), index(0, 1), None, None, None, 0.0, 0.2)
+    h, moments = torch.zeros(1, len(f), device=device), Moments(one, *[None] * 5)
+    _out, m, *_ = make.backend.conv(h, layer, graph, moments)
+    f, c = f.float().double(), c.float().double()
+    expected = torch.sigmoid(f) * torch.where(c > 40, c, torch.log1p(torch.exp(c.clamp_max(40))))
+    gradients = make.backend.conv_backward(torch.ones_like(h), h, m, layer, graph, moments, False)
+    du, limit = torch.sigmoid(expected), torch.finfo(torch.float32).eps * (8 + f.abs() + c.abs())
+    slopes = (du * expected * torch.sigmoid(-f), du * torch.sigmoid(f) * torch.sigmoid(c))
+    found = (m[0].cpu(), *gradients[4].cpu().chunk(2))
+    for ours, truth, most in zip(found, (expected, *slopes), (limit, 2 * limit, 2 * limit), strict=True):
+        normal = truth > 1e-32
+        assert torch.isfinite(ours).all()
+        assert (((ours - truth).abs() / truth) < most)[normal].all()
+        assert (ours - truth).abs()[~normal].max() < 1e-32
+
+
+def rows_by_species(make: type[Problem]) -> None:
+    """Features as a table, and the row of it that each row of the graph takes."""
+    problem, species = make("weighted", 12, 41, seed=3), torch.arange(60, dtype=torch.int32) % 7
+    table = problem.parameters[0][:7]
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        problem.parameters[0] = table[species.long()]
+        results.append(problem.expected(dtype, (True, True)))
+    sums = [torch.zeros_like(table).index_add(0, species.long(), x["grad h"].double()) for x in results]
+    graph, layer = problem.graph(), problem.layer((True, True))
+    h, species = table.float().to(problem.device), species.to(problem.device)
+    moments, upstream = problem.moments(graph, True), problem.upstream.float().to(problem.device)
+    out, m, *used = make.backend.conv(h, layer, graph, moments, species)
+    layer = layer._replace(mean1=used[0], var1=used[1], mean2=used[2], var2=used[3])
+    dh = make.backend.conv_backward(upstream, h, m, layer, graph, moments, False, species)[0]
+    assert relative(out, results[0]["out"]) <= 2 * relative(results[1]["out"], results[0]["out"]) + 3e-7
+    assert relative(dh, sums[0]) <= 2 * relative(sums[1], sums[0]) + 3e-7
+
+
+def no_rows(make: type[Problem]) -> None:
+    results = make("nothing", 16, 41).found((False, False))
+    assert results["out"].shape == (0, 16)
+    assert all(not results[f"grad {name}"].any() for name in NAMES)
+
+
+def bad_indices(make: type[Problem], array: str, value: int) -> None:
+    """A wrong sender, distance or pointer makes its row NaN (a pointer the one before, too), and no other."""
+    problem = make("weighted", 16, 41)
+    row = int((problem.edges.row_ptr.diff() > 2).nonzero()[3])
+    sound = make.backend.conv(*arguments(problem))[0]
+    getattr(problem.edges, array)[row if array == "row_ptr" else problem.edges.row_ptr[row]] = value
+    h, layer, graph, moments = arguments(problem)
+    out, m, *_ = make.backend.conv(h, layer, graph, moments)
+    bad = torch.zeros(60, dtype=torch.bool)
+    bad[row - (array == "row_ptr") : row + 1] = True
+    assert out[bad].isnan().all() and torch.equal(out[~bad], sound[~bad])
+    if array == "sender":
+        gradients = make.backend.conv_backward(torch.ones_like(h), h, m.nan_to_num(), layer, graph, moments, False)
+        assert all(gradients[k].isnan().any() for k in (0, 1, 3, 4))  # not in numbers that look like others
+
+
+BAD_INDICES = [("sender", -1), ("sender", 60), ("sender", 10**6), ("row_ptr", 10**6)]
+
+
+def waits(mode: FakeTensorMode, make: type[Problem], also: Callable[..., None] = lambda *_: None) -> None:
+    """Training and evaluation on tensors without values, so that whatever reads one back raises."""
+    for features, training in itertools.product((False, True), (True, False)):
+        problem = make("weighted", 20, 41, features=features)
+        fake = lambda x: None if x is None else mode.from_tensor(x) if isinstance(x, torch.Tensor) else x  # noqa: E731
+        graph, layer = Graph(*map(fake, problem.graph())), Layer(*map(fake, problem.layer((training, training))))
+        h, weight = fake(problem.parameters[0].float()), fake(problem.row_weight.float())
+        moments = Moments(weight, *make.backend.edge_moments(weight, graph, 41))
+        out, m, *_ = make.backend.conv(h, layer, graph, moments)
+        make.backend.conv_backward(out, h, m, layer, graph, moments, not training)
+        also(h, layer, graph)
+
+
+def bad_input(make: type[Problem]) -> None:
+    h, layer, graph, moments = arguments(make("weighted", 16, 41))
+    with pytest.raises(sf.InputError, match=r"float32, not torch\.float64"):
+        make.backend.conv(h.double(), layer, graph, moments)
+    with pytest.raises(sf.InputError, match="sender must be a contiguous"):
+        make.backend.conv(h, layer, graph._replace(sender=graph.sender.long()), moments)
+    with pytest.raises(sf.InputError, match="gamma2 must be"):
+        make.backend.conv(h, layer._replace(gamma2=layer.gamma1), graph, moments)
+    with pytest.raises(sf.InputError, match="fixed statistics only"):
+        make.backend.conv_backward(h, h, h, layer._replace(train1=True), graph, moments, True)
+
+
+def bfloat16_storage(problem: Problem) -> None:
+    """Rounds what it stores, and nothing else: far from float32, no farther than the roundings of a sum of three."""
+    for training in TRAINING[:2]:
+        truth = problem.expected(torch.float64, training)
+        with sf.use_precision("bfloat16"):
+            found = problem.found(training)
+        errors = {name: relative(found[name], x) for name, x in truth.items() if name != "grad bias" or not training[0]}
+        assert all(found[name].dtype == torch.float32 for name in truth)
+        assert 1e-4 < errors["out"] < 3e-3
+        assert 5e-4 < errors["grad weight"] < 2e-2
+
+
+def rounded_rows(problem: Problem) -> Any:
+    """The rows' products, and the output that follows from them and the filter in exact arithmetic."""
+    run, (h, layer, graph, moments) = problem.kernels, arguments(problem)
+    linear = run.linear(h, layer, triton._Edges(graph, problem.n_features, torch.float32, h.device))
+    out = problem.backend.conv(h, layer, graph, moments)[0]
+    p, q = (x.double().unflatten(1, (2, -1))[..., : problem.width].flatten(1) for x in linear.pq.chunk(2, dim=1))
+    k = torch.arange(problem.n_features, dtype=torch.float64, device=h.device)
+    e = torch.exp(-((graph.distance.double()[:, None] / 0.2 - k) ** 2))
+    receiver = reference.receivers(problem.edges).to(h.device)
+    x = p[receiver] + q[graph.sender.long()] + e @ linear.of_edges.double()
+    f, c = (x * layer.gamma1.double() + layer.beta1.double()).chunk(2, dim=1)
+    m = torch.zeros_like(h, dtype=torch.float64).index_add(0, receiver, f.sigmoid() * torch.nn.functional.softplus(c))
+    m = (m - layer.mean2.double()) / (layer.var2.double() + 1e-5).sqrt() * layer.gamma2.double() + layer.beta2.double()
+    assert relative(out, torch.nn.functional.softplus(h.double() + m).cpu()) < 1e-6
+    return linear

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import mmap
+
 import pytest
 import torch
 
@@ -16,6 +19,15 @@ H100, A100, MIDDLE, TINY = (132, 228 << 10), (108, 164 << 10), (3, 50 << 10), (2
 
 
 KINDS_OF_WEIGHTS = pytest.mark.parametrize("shared", [True, False], ids=["recurrent", "stacked"])
+
+
+def sparse(size, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros of which only pages that are touched take memory, however many there are."""
+    count = math.prod(size) if isinstance(size, tuple) else size
+    unreserved = 0x4000  # MAP_NORESERVE
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | unreserved
+    memory = mmap.mmap(-1, max(count, 1) * dtype.itemsize, flags=flags)
+    return torch.frombuffer(memory, dtype=dtype, count=max(count, 1))[:count].view(size)
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

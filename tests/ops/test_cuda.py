@@ -6,25 +6,18 @@ are tested so; speed and the GPU itself are not.
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import types
-from pathlib import Path
 
 import pytest
 import torch
+from cuda_problem import A100, H100, KINDS_OF_WEIGHTS, MIDDLE, TINY, Problem, relative, sparse
 
 import srcgcnn_fast as sf
 from srcgcnn_fast.ops import cuda as backend
-from srcgcnn_fast.ops import reference, registry
+from srcgcnn_fast.ops import reference, registry, triton
 from srcgcnn_fast.ops.cpu import Graph, Layer
 from srcgcnn_fast.ops.reference import BatchNorm, Edges
-
-_spec = importlib.util.spec_from_file_location("problem", Path(__file__).parent / "cuda" / "problem.py")
-assert _spec is not None and _spec.loader is not None
-problem_module = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(problem_module)
-A100, H100, MIDDLE, TINY = (getattr(problem_module, name) for name in ("A100", "H100", "MIDDLE", "TINY"))
-KINDS_OF_WEIGHTS, Problem, relative = problem_module.KINDS_OF_WEIGHTS, problem_module.Problem, problem_module.relative
 
 pytestmark = pytest.mark.usefixtures("on_the_emulation")
 
@@ -253,6 +246,142 @@ def test_the_choice_of_a_backend(monkeypatch):
     assert registry.select(like()) == "cuda"
     with pytest.raises(sf.InputError, match="exist in the reference only"):
         registry.select(like(), edge_statistics_grad=True)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_launches_go_to_the_device_of_the_tensors_and_its_current_stream(monkeypatch, index):
+    """Also where the thread's current device is another; on the CPU there is no stream."""
+    entered: list[str] = []
+
+    @contextlib.contextmanager
+    def device(given):
+        entered.append(f"enter {given}")
+        yield
+        entered.append("leave")
+
+    streams = {torch.device("cuda", k): types.SimpleNamespace(cuda_stream=100 + k) for k in (0, 1)}
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda given=None: streams[given])
+    with triton.launching(torch.device("cuda", index)) as stream:
+        assert stream == 100 + index and entered == [f"enter cuda:{index}"]
+    assert entered == [f"enter cuda:{index}", "leave"]
+    with triton.launching(torch.device("cpu")) as stream:
+        assert stream == 0 and len(entered) == 2
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_every_launch_goes_to_that_stream(library, make_batch, monkeypatch, features):
+    """Those of large crystals, too, and what clears the findings."""
+    library.gpu(*MIDDLE)
+    problem, on = Problem(make_batch("plain"), 16, 41, 2, False, features=features), []
+    monkeypatch.setattr(
+        triton, "launching", lambda device: contextlib.nullcontext(0xABC0 + len(on.append(device) or on))
+    )
+    library.on_stream(0xABC1)
+    before = library.launches()
+    problem.found()
+    assert on == [torch.device("cpu")]  # once for all layers
+    memsets = 2 if features else 1  # as many as calls of `prepare`
+    assert library.on_stream(0) == library.launches() - before + memsets > 5
+
+
+@pytest.mark.parametrize("reads_out", [False, True], ids=["rows", "means"])
+@pytest.mark.parametrize("given", [False, True], ids=["distance", "edge features"])
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
+def test_offsets_beyond_two_to_the_31(library, reads_out, given, half):
+    """The last crystals of 2^24 rows and more, in a block and layer by layer, against the same crystals alone."""
+    width, k, n, large = 128, 41, 45, 40  # a crystal that no block has room for, and one of five rows
+    library.gpu(1 << 24, (80 if half else 110) << 10)  # so many blocks that each has one task
+    rand = lambda *s: torch.rand(*s, generator=torch.Generator().manual_seed(3))  # noqa: E731
+    index = lambda x: torch.as_tensor(x, dtype=torch.int32)  # noqa: E731
+    sender = torch.where(
+        torch.arange(3 * n) < 3 * large, torch.arange(3 * n) * 7 % large, large + torch.arange(3 * n) % 5
+    )
+    vectors = [rand(256), rand(256) + 0.5, rand(256) - 0.5, rand(128) + 0.5, rand(128) - 0.5, rand(256) - 0.5]
+    vectors += [rand(256) + 0.5, rand(128) + 4, rand(128) * 20 + 5]
+    weight, h, distance = (rand(256, 256 + k) - 0.5) / 3, rand(n, width) * 2, rand(3 * n) * 7 + 1
+    term = (rand(3 * n, 2 * width) - 0.5).to(torch.bfloat16 if half else torch.float32)
+    plan = [width, 1, k, 2 if half else 0, 1, 0, 0, *([width] if reads_out else [])]
+    found = []
+    for before, first in ((0, 0), (2**24 + 3, (2**23 if given else 2**24) + 1)):  # rows and edges before these
+        rows, edges = before + n, first + 3 * n
+        row_ptr = sparse(rows + 1, torch.int32)
+        row_ptr[max(before - 100, 0) :] = first  # no row that is computed has all the edges before
+        row_ptr[before:] = index(torch.arange(n + 1) * 3 + first)
+        tensors = {
+            "h": (h, rows), "distance": (distance, edges), "sender": (index(sender) + before, edges),
+            "term": (term, edges), "weight": (torch.ones(n), rows),
+        }  # fmt: skip
+        far = {}
+        for name, (x, size) in tensors.items():
+            far[name] = sparse((size, *x.shape[1:]), x.dtype)
+            far[name][-len(x) :] = x
+        crystal_ptr = index(([0, before - 3] if before else []) + [before, before + large, rows])
+        graph = [0 if given else far["distance"].data_ptr(), far["term"].data_ptr() if given else 0]
+        graph += [x.data_ptr() for x in (far["sender"], row_ptr, crystal_ptr)]
+        given_graph = (graph, (rows, edges, len(crystal_ptr) - 1, k), (0.0, 5.0))
+        prepared = torch.zeros(library.cuda_prepared_size(width, plan))
+        layer = [x.data_ptr() for x in (weight, *vectors)]
+        library.cuda_prepare(width, prepared.data_ptr(), plan, [layer], [(1e-5, 1e-5)], [0, 0, 0], *given_graph, 0)
+        scratch = sparse(library.cuda_scratch_size(width, plan, rows), torch.float32)
+        out = sparse((len(crystal_ptr) - 1 if reads_out else rows, width), torch.float32)
+        try:
+            if before:
+                library.only(last_blocks=3)  # of rows: 48; of crystals: these two, and one of three rows
+            row_weight = far["weight"].data_ptr() if reads_out else 0
+            library.cuda_stack(
+                width, out.data_ptr(), scratch.data_ptr(), (far["h"].data_ptr(), 0, rows), row_weight,
+                prepared.data_ptr(), plan, *given_graph, 0,
+            )  # fmt: skip
+        finally:
+            library.only()
+        found.append(out[-2 if reads_out else -n :].clone())
+    assert found[0].abs().min() > 1e-3 and torch.equal(*found)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine(driver, built, image) pretends that there is a GPU, and says which CUDA it and the kernels have."""
+
+    def pretend(driver: int, built: int, image: str = "") -> None:
+        names = {"cuda": "nvcc 13.0", "openmp": 1, "simd_level": lambda: "x86-64-v3"}
+        facts = {"cuda_versions": lambda: (driver, built), "cuda_image_problem": lambda: image}
+        monkeypatch.setattr(registry, "core", types.SimpleNamespace(**names, **facts))
+        for name, value in (("is_available", True), ("current_device", 0), ("get_device_capability", (8, 6))):
+            monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA RTX A4000")
+        monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+        registry._device_problem.cache_clear()
+
+    monkeypatch.setattr(registry, "triton_problem", lambda: None)
+    yield pretend
+    registry._device_problem.cache_clear()
+
+
+def test_a_driver_that_is_too_old_falls_back_to_triton_and_says_so(machine, monkeypatch):
+    said: list[tuple[str, str]] = []
+    monkeypatch.setattr(registry, "_say_once", lambda reason, instead="reference": said.append((reason, instead)))
+    reason = (
+        "the driver supports CUDA up to 12.4, but the kernels were built with 13.0; update the driver, or reinstall "
+        "with an older CUDA toolkit"
+    )
+    machine(12040, 13000)
+    like = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape=(5, 64))
+    assert sf.backends()["cuda"].reason == reason and not sf.backends()["cuda"].available
+    assert registry.select(like, inference=True) == "triton" and said == [(reason, "Triton")]
+    assert not registry.trains_compiled(like)
+    machine(13000, 12040)
+    assert registry.cuda_problem() is None  # drivers take what older toolkits built
+    machine(12040, 12090)
+    assert registry.cuda_problem() is None  # and other minor versions
+
+
+def test_kernels_that_were_not_built_for_the_gpu_say_how_to_build_them(machine):
+    machine(13000, 13000, "no kernel image is available for execution on the device")
+    assert sf.backends()["cuda"].reason == (
+        "the kernels were not built for NVIDIA RTX A4000, sm_86 (no kernel image is available for execution on the "
+        "device); reinstall with -C cmake.define.CMAKE_CUDA_ARCHITECTURES=86"
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -5,15 +5,16 @@ cuda/emulation.h supplies CUDA's execution model; what it shows, and what not, i
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import itertools
+import math
 import types
-from pathlib import Path
-from types import ModuleType
 
-import numpy as np
+import convolution
 import pytest
 import torch
+from convolution import NAMES, TRAINING, arguments, compare, relative
+from cuda_problem import sparse
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import srcgcnn_fast as sf
@@ -23,34 +24,11 @@ from srcgcnn_fast.ops import library as library_of_operators
 from srcgcnn_fast.ops.cpu import Graph, Layer, Moments
 from srcgcnn_fast.ops.reference import BatchNorm, Edges
 
-
-def load(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, Path(__file__).parent / path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-emulated, convolution = load("cuda/emulated.py"), load("convolution.py")
-compare, relative, NAMES, TRAINING = convolution.compare, convolution.relative, convolution.NAMES, convolution.TRAINING
-pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="the emulation needs g++")
+pytestmark = pytest.mark.usefixtures("training_on_the_emulation")
 
 
 class Problem(convolution.Problem):
-    backend = backend
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory):
-    return emulated.Emulated(emulated.build(tmp_path_factory.mktemp("emulated"), "conv"))
-
-
-@pytest.fixture(autouse=True)
-def on_the_emulation(library, fenced, monkeypatch: pytest.MonkeyPatch):
-    """The kernels for training on tensors of the CPU."""
-    monkeypatch.setattr(backend, "native", lambda: library)
-    library.gpu(3, 228 << 10)
+    backend, kernels = backend, backend.Kernels
 
 
 @pytest.mark.parametrize("training", TRAINING, ids=["train", "eval", "frozen bn1"])
@@ -87,19 +65,14 @@ def test_six_thousand_edges():
     compare([Problem("large", 64, 41)], (True, True))
 
 
-def test_bits_do_not_depend_on_the_gpu(library):
+def test_bits_do_not_depend_on_the_gpu(training_library):
     """Nor on the order of its warps and blocks: the order would show a missing barrier."""
     for features, training in itertools.product((False, True), TRAINING[:2]):
         problem = Problem("weighted", 40, 41, features=features)
-        library.gpu(132, 228 << 10)
+        training_library.gpu(132, 228 << 10)
         first = problem.found(training)
-        library.gpu(3, 228 << 10, True)
+        training_library.gpu(3, 228 << 10, True)
         assert all(torch.equal(first[name], x) for name, x in problem.found(training).items())
-
-
-def arguments(problem: Problem) -> tuple[torch.Tensor, Layer, Graph, Moments]:
-    graph = problem.graph()
-    return problem.parameters[0].float(), problem.layer((False, False)), graph, problem.moments(graph, False)
 
 
 def test_bits_do_not_depend_on_what_else_is_in_the_batch():
@@ -124,14 +97,7 @@ def test_bits_do_not_depend_on_what_else_is_in_the_batch():
 @pytest.mark.parametrize("features", [False, True])
 @pytest.mark.parametrize("n_features", [41, 110])
 def test_moments_of_the_edges(features, n_features):
-    problem = Problem("ragged", 8, n_features, features=features)
-    in_degree, by_receiver, by_sender, total, gram = problem.moments(problem.graph(), True)[1:]
-    expected = reference.edge_moments(problem.row_weight, problem.edges, n_features, torch.float64)
-    for ours, truth in zip((by_receiver, by_sender, gram), expected, strict=True):
-        assert relative(ours, truth) < 2e-6
-    assert relative(total, problem.row_weight @ expected[0]) < 2e-6
-    weight = problem.row_weight[reference.receivers(problem.edges)]
-    assert relative(in_degree, torch.zeros(35).double().index_add(0, problem.edges.sender.long(), weight)) < 1e-7
+    convolution.moments_of_the_edges(Problem("ragged", 8, n_features, features=features))
 
 
 def test_the_term_of_an_edge():
@@ -156,32 +122,7 @@ def test_the_term_of_an_edge():
 
 
 def test_the_gate_is_right_at_both_ends():
-    """c for large c, exp(c) for very negative c, no overflow, no NaN; the gradient too."""
-    ends = torch.tensor([-700.0, -80, -30, -10, -1, -1e-6, 0, 1e-6, 1, 10, 19.9, 30, 90, 700], dtype=torch.float64)
-    f, c = (x.reshape(-1) for x in torch.meshgrid(ends, ends, indexing="ij"))
-    layer = Problem("one atom", len(f), 1).layer((False, False))
-    layer = layer._replace(gamma1=torch.zeros_like(layer.gamma1), beta1=torch.cat([f, c]).float())
-    layer = layer._replace(gamma2=torch.ones_like(layer.gamma2), beta2=torch.zeros_like(layer.beta2))
-    layer = layer._replace(mean2=torch.zeros_like(layer.mean2), var2=torch.ones_like(layer.var2), eps2=0.0)
-    index, one = lambda *x: torch.tensor(x, dtype=torch.int32), torch.ones(1)
-    graph = Graph(one, None, index(0), index(0, 1), index(0, 1), None, None, None, 0.0, 0.2)
-    h, moments = torch.zeros(1, len(f)), Moments(one, *[None] * 5)
-    _out, m, *_ = backend.conv(h, layer, graph, moments)
-    f, c = f.float().double(), c.float().double()
-    expected = torch.sigmoid(f) * torch.where(c > 40, c, torch.log1p(torch.exp(c.clamp_max(40))))
-    limit = torch.finfo(torch.float32).eps * (8 + f.abs() + c.abs())
-    normal = expected > 1e-32
-    assert torch.isfinite(m).all()
-    assert (((m[0] - expected).abs() / expected) < limit)[normal].all()
-    assert (m[0] - expected).abs()[~normal].max() < 1e-32
-    gradients = backend.conv_backward(torch.ones_like(h), h, m, layer, graph, moments, False)
-    du = torch.sigmoid(expected)
-    slopes = (du * expected * torch.sigmoid(-f), du * torch.sigmoid(f) * torch.sigmoid(c))
-    for ours, truth in zip(gradients[4].chunk(2), slopes, strict=True):
-        assert torch.isfinite(ours).all()
-        normal = truth > 1e-32
-        assert (((ours - truth).abs() / truth) < 2 * limit)[normal].all()
-        assert (ours - truth).abs()[~normal].max() < 1e-32
+    convolution.gate_at_both_ends(Problem)
 
 
 def test_statistics_of_several_processes(monkeypatch):
@@ -209,60 +150,16 @@ def test_statistics_of_several_processes(monkeypatch):
 
 
 def test_rows_by_species():
-    """Features as a table, and the row of it that each row of the graph takes."""
-    problem, species = Problem("weighted", 12, 41, seed=3), torch.arange(60, dtype=torch.int32) % 7
-    table = problem.parameters[0][:7]
-    results = []
-    for dtype in (torch.float64, torch.float32):
-        problem.parameters[0] = table[species.long()]
-        results.append(problem.expected(dtype, (True, True)))
-    sums = [torch.zeros_like(table).index_add(0, species.long(), x["grad h"].double()) for x in results]
-    graph, layer = problem.graph(), problem.layer((True, True))
-    moments, h = problem.moments(graph, True), table.float()
-    out, m, *used = backend.conv(h, layer, graph, moments, species)
-    layer = layer._replace(mean1=used[0], var1=used[1], mean2=used[2], var2=used[3])
-    dh = backend.conv_backward(problem.upstream.float(), h, m, layer, graph, moments, False, species)[0]
-    assert relative(out, results[0]["out"]) <= 2 * relative(results[1]["out"], results[0]["out"]) + 3e-7
-    assert relative(dh, sums[0]) <= 2 * relative(sums[1], sums[0]) + 3e-7
+    convolution.rows_by_species(Problem)
 
 
 def test_a_batch_without_rows():
-    results = Problem("nothing", 16, 41).found((False, False))
-    assert results["out"].shape == (0, 16)
-    assert all(not results[f"grad {name}"].any() for name in NAMES)
+    convolution.no_rows(Problem)
 
 
-@pytest.mark.parametrize("value", [-1, 60, 10**6])
-def test_a_sender_outside_the_graph_gives_nan_in_its_row_alone(value):
-    problem = Problem("weighted", 16, 41)
-    row = int((problem.edges.row_ptr.diff() > 2).nonzero()[3])
-    sound = backend.conv(*arguments(problem))[0]
-    problem.edges.sender[problem.edges.row_ptr[row]] = value
-    h, layer, graph, moments = arguments(problem)
-    out, m, *_ = backend.conv(h, layer, graph, moments)
-    others = torch.arange(60) != row
-    assert out[row].isnan().all() and torch.equal(out[others], sound[others])
-    gradients = backend.conv_backward(torch.ones_like(h), h, m.nan_to_num(), layer, graph, moments, False)
-    assert all(gradients[k].isnan().any() for k in (0, 1, 3, 4))  # not in numbers that look like others
-
-
-def test_a_distance_that_is_not_a_number_gives_nan_in_its_row_alone():
-    problem = Problem("weighted", 16, 41)
-    row = int((problem.edges.row_ptr.diff() > 2).nonzero()[3])
-    sound = backend.conv(*arguments(problem))[0]
-    problem.edges.distance[problem.edges.row_ptr[row]] = float("nan")
-    out = backend.conv(*arguments(problem))[0]
-    others = torch.arange(60) != row
-    assert out[row].isnan().all() and torch.equal(out[others], sound[others])
-
-
-def test_a_bad_row_ptr_gives_nan():
-    problem = Problem("weighted", 16, 41)
-    sound = backend.conv(*arguments(problem))[0]
-    problem.edges.row_ptr[30] = 10**6
-    out = backend.conv(*arguments(problem))[0]
-    assert out[29:31].isnan().all()
-    assert torch.equal(out[:29], sound[:29]) and torch.equal(out[31:], sound[31:])
+@pytest.mark.parametrize(("array", "value"), [*convolution.BAD_INDICES, ("distance", math.nan)])
+def test_what_is_wrong_gives_nan_in_its_row_alone(array, value):
+    convolution.bad_indices(Problem, array, value)
 
 
 def test_tf32_is_used_where_it_is_allowed(monkeypatch):
@@ -274,20 +171,32 @@ def test_tf32_is_used_where_it_is_allowed(monkeypatch):
         assert all(least < relative(found[name], exact[name]) < most for name in ("out", "grad weight"))
 
 
-def test_an_error_of_cuda_is_raised(library):
+@pytest.mark.parametrize(("width", "features"), [(16, False), (16, True), (40, False)])
+def test_bfloat16_storage(width, features):
+    convolution.bfloat16_storage(Problem("weighted", width, 23 if features else 41, features=features, seed=6))
+
+
+def test_bfloat16_rows_are_what_is_rounded(monkeypatch):
+    """And the products with the filter, which three TF32 products spare here."""
+    monkeypatch.setattr(backend, "_precision", lambda: "tf32x3")
+    with sf.use_precision("bfloat16"):
+        linear = convolution.rounded_rows(Problem("weighted", 16, 41, seed=6))
+    assert linear.pq.dtype == torch.bfloat16 and linear.of_edges.dtype == linear.filter.dtype == torch.float32
+
+
+def test_an_error_of_cuda_is_raised(training_library):
     problem = Problem("isolated", 16, 41)
-    library.fail_once()
+    training_library.fail_once()
     with pytest.raises(RuntimeError, match="CUDA: invalid value"):
         problem.found((False, False))
 
 
 def far(*shape: int) -> torch.Tensor:
-    """Zeros of which only pages that are touched take memory."""
-    return torch.from_numpy(np.zeros(shape, np.float32))
+    return sparse(shape, torch.float32)
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["distance", "edge features"])
-def test_offsets_beyond_two_to_the_31(library, given):
+def test_offsets_beyond_two_to_the_31(training_library, given):
     """The last rows of 2^24 and some, gathered, written, and their partial sums, against the same rows alone."""
     width, k, tail = 32, 41, 20
     small = Problem("twelve", width, k, features=given)
@@ -297,7 +206,7 @@ def test_offsets_beyond_two_to_the_31(library, given):
     linear = backend.Kernels.linear(h, layer, edges)
     n, n_edges = 2**24 + 64, 2**24 + 240 if not given else 2**25 + 240
     before, first = n - tail, n_edges - 240
-    zeros = lambda size: torch.from_numpy(np.zeros(size, np.int32))  # noqa: E731
+    zeros = lambda size: sparse(size, torch.int32)  # noqa: E731
 
     def moved_pointers(ptr: torch.Tensor) -> torch.Tensor:
         found = zeros(n + 1)
@@ -332,7 +241,7 @@ def test_offsets_beyond_two_to_the_31(library, given):
         upstream[at:] = dm
         blocks = -(-rows // backend._ROWS)
         try:
-            library.only(last_blocks=1)
+            training_library.only(last_blocks=1)
             backend.Kernels.gate_sum(m, None, m, moved, layer, where)
             sizes = backend.Kernels._sizes(where, width, programs=blocks)
             sums = far(blocks, k, 2 * width), far(blocks, 2, 2 * width)
@@ -345,36 +254,80 @@ def test_offsets_beyond_two_to_the_31(library, given):
                 **backend.Kernels._layer(moved, layer), **{**backend.Kernels._edges(where), **by_sender},
             )  # fmt: skip
         finally:
-            library.only()
+            training_library.only()
         results.append([m[at:], d_pq[at:], *(x[-1] for x in sums)])
     assert all(x.abs().max() > 0.1 for x in results[0])
     assert all(torch.equal(a, b) for a, b in zip(results[0][:2], results[1][:2], strict=True))
     assert all(relative(a, b) < 1e-6 for a, b in zip(results[1][2:], results[0][2:], strict=True))  # other tasks
 
 
+def test_offsets_beyond_two_to_the_31_of_rows(training_library):
+    """What the other kernels read and write of the last four rows, of 256 numbers and more, against these alone."""
+    width, k = 256, 41
+    rand = lambda *s: torch.rand(*s, generator=torch.Generator().manual_seed(sum(s)))  # noqa: E731
+    vectors = {name: rand(width) + 0.5 for name in ("gamma2", "beta2", "mean2", "var2")}
+    vectors |= {"c1": rand(2 * width), "c2": rand(2 * width) + 1, "a": rand(2 * width)}
+    totals = {"totals": rand(4, width).double() + 1, "more_totals": rand(4, width).double() + 2}
+    found = []
+    for rows in (4, 2**23 + 32768):  # which the last block of gram_rows has some of
+        sizes = {**backend._rows(rows, width), "programs": rows // 4, "n_features": k, "n_edges": 8, "eps": 1e-5}
+
+        def last(*shape: int, rows: int = rows) -> torch.Tensor:
+            x = far(rows, *shape)
+            x[-4:] = rand(4, *shape)
+            return x
+
+        ptr, other = sparse(rows + 1, torch.int32), torch.arange(rows - 4, rows, dtype=torch.int32).repeat(2)
+        ptr[-5:] = torch.arange(0, 10, 2, dtype=torch.int32)
+        given = {name: last(width) for name in ("h", "m", "grad")}
+        weights = {"row_weight": last(), "degree": last()}
+        sums, du, dm, out, rows_of_gram, centred = (
+            far(*shape)
+            for shape in ((rows // 4, 4, width), *[(rows, width)] * 3, (rows, 3 * width + 2 * k + 2), (rows, width))
+        )
+        d_pq, x, unused = last(4 * width), last(2 * width), far(2 * rows // 4, width)
+        of = lambda *names: {name: vectors[name] for name in names}  # noqa: E731
+        try:
+            training_library.only(last_blocks=16)  # all channels of the last rows
+            backend._call("column_sums", sizes, out=sums, x=given["m"], **weights)
+            norm = of("gamma2", "beta2", "mean2", "var2")
+            backend._call("finish_backward", sizes, out=du, out_m=dm, out_x=unused, **given, **norm)
+            more = {**totals, **of("gamma2", "beta2"), "out_m": far(width), "out_x": far(width)}
+            backend._call("finish", sizes, out=out, h=given["h"], m=given["m"], **more)
+            strided = {**sizes, "stride": 4 * width, "columns": 2 * width}
+            backend._call("correct", strided, out=d_pq, grad=d_pq, x=x, **weights, **of("a", "c1", "c2"))
+            training_library.only(last_blocks=1)
+            backend._call(
+                "gram_rows", sizes, out=rows_of_gram, out_x=centred, h=given["h"], by_receiver=last(k), ptr=ptr,
+                other=other, by_sender=last(k), totals=totals["totals"], e_sum=rand(k).double(), **weights,
+            )  # fmt: skip
+        finally:
+            training_library.only()
+        found.append([sums[-1], *(y[-4:] for y in (du, dm, out, d_pq, rows_of_gram, centred))])
+    for alone, at_the_end in zip(*found, strict=True):
+        assert alone.abs().max() > 0.1 and torch.equal(alone, at_the_end)
+
+
+def test_every_launch_goes_to_the_stream_of_its_tensors(training_library, monkeypatch):
+    on: list[torch.device] = []
+    monkeypatch.setattr(triton, "launching", lambda device: on.append(device) or contextlib.nullcontext(0xABC1))
+    training_library.on_stream(0xABC1)
+    before = training_library.launches()
+    Problem("weighted", 16, 41).found((True, True))
+    assert training_library.on_stream(0) == training_library.launches() - before == len(on) > 15
+    assert set(on) == {torch.device("cpu")}
+
+
 def test_nothing_waits_for_the_gpu(monkeypatch):
-    """On tensors without values, so that whatever read one back would raise; the kernels are not launched."""
+    """The kernels are not launched."""
     monkeypatch.undo()
     monkeypatch.setattr(backend, "_call", lambda *_a, **_k: None)
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
-        for features, training in itertools.product((False, True), (True, False)):
-            problem = Problem("weighted", 20, 41, features=features)
-            fake = lambda x: None if x is None else mode.from_tensor(x) if isinstance(x, torch.Tensor) else x  # noqa: E731
-            graph, layer = Graph(*map(fake, problem.graph())), Layer(*map(fake, problem.layer((training, training))))
-            h, weight = fake(problem.parameters[0].float()), fake(problem.row_weight.float())
-            moments = Moments(weight, *backend.edge_moments(weight, graph, 41))
-            out, m, *_ = backend.conv(h, layer, graph, moments)
-            backend.conv_backward(out, h, m, layer, graph, moments, not training)
+        convolution.waits(mode, Problem)
 
 
 def test_bad_shapes_and_types_are_refused():
-    h, layer, graph, moments = arguments(Problem("weighted", 16, 41))
-    with pytest.raises(sf.InputError, match=r"float32, not torch\.float64"):
-        backend.conv(h.double(), layer, graph, moments)
-    with pytest.raises(sf.InputError, match="sender must be a contiguous"):
-        backend.conv(h, layer, graph._replace(sender=graph.sender.long()), moments)
-    with pytest.raises(sf.InputError, match="fixed statistics only"):
-        backend.conv_backward(h, h, h, layer._replace(train1=True), graph, moments, True)
+    convolution.bad_input(Problem)
 
 
 def test_who_trains(monkeypatch):

@@ -6,13 +6,12 @@ As in test_cuda.py: the kernels' source on an emulation of CUDA, against the ref
 from __future__ import annotations
 
 import copy
-import importlib.util
 import math
 import types
-from pathlib import Path
 
 import pytest
 import torch
+from cuda_problem import A100, H100, KINDS_OF_WEIGHTS, MIDDLE, TINY, Problem, relative
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,13 +22,6 @@ from srcgcnn_fast.ops import cuda as backend
 from srcgcnn_fast.ops import library as library_of_operators
 from srcgcnn_fast.ops.cpu import Graph
 from srcgcnn_fast.ops.reference import Dense
-
-_spec = importlib.util.spec_from_file_location("problem", Path(__file__).parent / "cuda" / "problem.py")
-assert _spec is not None and _spec.loader is not None
-problem_module = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(problem_module)
-A100, H100, MIDDLE, TINY = (getattr(problem_module, name) for name in ("A100", "H100", "MIDDLE", "TINY"))
-KINDS_OF_WEIGHTS, Problem, relative = problem_module.KINDS_OF_WEIGHTS, problem_module.Problem, problem_module.relative
 
 pytestmark = pytest.mark.usefixtures("on_the_emulation")
 

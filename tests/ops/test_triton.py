@@ -12,23 +12,19 @@ import itertools
 import os
 import sys
 import types
-from pathlib import Path
 
+import convolution
 import numpy as np
 import pytest
 import torch
+from convolution import TRAINING, arguments, compare, relative
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 import srcgcnn_fast as sf
 from srcgcnn_fast.ops import precision, reference, registry
 from srcgcnn_fast.ops import triton as backend
-from srcgcnn_fast.ops.cpu import Graph, Layer, Moments
+from srcgcnn_fast.ops.cpu import Graph, Layer
 from srcgcnn_fast.ops.reference import BatchNorm, Edges
-
-_spec = importlib.util.spec_from_file_location("convolution", Path(__file__).with_name("convolution.py"))
-assert _spec is not None and _spec.loader is not None
-convolution = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(convolution)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -54,7 +50,6 @@ runs = pytest.mark.skipif(
     obstacle() is not None or numpy_is_too_new(),
     reason=str(obstacle() or "the interpreter of this Triton does not work with NumPy 2.4"),
 )
-TRAINING, NAMES = convolution.TRAINING, convolution.NAMES
 
 
 @pytest.fixture(autouse=True)
@@ -81,9 +76,6 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
 
 class Problem(convolution.Problem):
     backend, device = backend, DEVICE
-
-
-compare, relative = convolution.compare, convolution.relative
 
 
 @runs
@@ -130,38 +122,16 @@ def test_the_filter_from_all_gaussians(monkeypatch, width, n_features):
 @pytest.mark.parametrize("dot", [False, True])
 @pytest.mark.parametrize("features", [False, True])
 def test_bfloat16_storage(monkeypatch, features, dot):
-    """Rounds what it stores, and nothing else: far from float32, no farther than the roundings of a sum of three."""
     if dot:
         by_dot(monkeypatch, "gate_sum", "backward_rows", "backward_senders")
-    problem = Problem("weighted", 16, 23 if features else 41, features=features, seed=6)
-    for training in TRAINING[:2]:
-        truth = problem.expected(torch.float64, training)
-        with sf.use_precision("bfloat16"):
-            found = problem.found(training)
-        errors = {name: relative(found[name], x) for name, x in truth.items() if name != "grad bias" or not training[0]}
-        assert all(found[name].dtype == torch.float32 for name in truth)
-        assert 1e-4 < errors["out"] < 3e-3
-        assert 5e-4 < errors["grad weight"] < 2e-2
+    convolution.bfloat16_storage(Problem("weighted", 16, 23 if features else 41, features=features, seed=6))
 
 
 @runs
 def test_bfloat16_rows_and_filter_are_what_is_rounded():
-    """Against the formula in float64 with p, q and the filter's weights rounded to bfloat16."""
-    problem = Problem("weighted", 16, 41, seed=6)
-    h, layer, graph, _ = arguments(problem)
     with sf.use_precision("bfloat16"):
-        linear = backend._Kernels.linear(h, layer, backend._Edges(graph, 41, torch.float32, h.device))
-        out = backend.stack(h, [layer], graph)
+        linear = convolution.rounded_rows(Problem("weighted", 16, 41, seed=6))
     assert linear.pq.dtype == linear.of_edges.dtype == torch.bfloat16
-    p, q = (x.double() for x in linear.pq.chunk(2, dim=1))
-    k = torch.arange(41, dtype=torch.float64, device=h.device)
-    e = torch.exp(-((graph.distance.double()[:, None] / 0.2 - k) ** 2))
-    receiver = reference.receivers(problem.edges).to(h.device)
-    x = p[receiver] + q[graph.sender.long()] + e @ linear.of_edges.double()
-    f, c = (x * layer.gamma1.double() + layer.beta1.double()).chunk(2, dim=1)
-    m = torch.zeros_like(h, dtype=torch.float64).index_add(0, receiver, f.sigmoid() * torch.nn.functional.softplus(c))
-    m = (m - layer.mean2.double()) / (layer.var2.double() + 1e-5).sqrt() * layer.gamma2.double() + layer.beta2.double()
-    assert relative(out, torch.nn.functional.softplus(h.double() + m).cpu()) < 1e-6
 
 
 def test_use_precision_sets_and_restores_what_pytorch_reads():
@@ -206,14 +176,7 @@ def test_whole_stack(shared):
 @runs
 @pytest.mark.parametrize("features", [False, True])
 def test_moments_of_the_edges(features):
-    problem = Problem("ragged", 8, 41, features=features)
-    in_degree, by_receiver, by_sender, total, gram = problem.moments(problem.graph(), True)[1:]
-    expected = reference.edge_moments(problem.row_weight, problem.edges, 41, torch.float64)
-    for ours, truth in zip((by_receiver, by_sender, gram), expected, strict=True):
-        assert relative(ours, truth) < 2e-6
-    assert relative(total, problem.row_weight @ expected[0]) < 2e-6
-    weight = problem.row_weight[reference.receivers(problem.edges)]
-    assert relative(in_degree, torch.zeros(35).double().index_add(0, problem.edges.sender.long(), weight)) < 1e-7
+    convolution.moments_of_the_edges(Problem("ragged", 8, 41, features=features))
 
 
 def test_shells_are_the_distinct_distances():
@@ -232,94 +195,23 @@ def test_shells_are_the_distinct_distances():
 
 @runs
 def test_the_gate_is_right_at_both_ends():
-    """c for large c, exp(c) for very negative c, no overflow, no NaN; the gradient too."""
-    ends = torch.tensor([-700.0, -80, -30, -10, -1, -1e-6, 0, 1e-6, 1, 10, 19.9, 30, 90, 700], dtype=torch.float64)
-    f, c = (x.reshape(-1) for x in torch.meshgrid(ends, ends, indexing="ij"))
-    problem = Problem("one atom", len(f), 1)
-    layer = problem.layer((False, False))
-    layer = layer._replace(gamma1=torch.zeros_like(layer.gamma1), beta1=torch.cat([f, c]).float().to(DEVICE))
-    index = lambda *x: torch.tensor(x, dtype=torch.int32, device=DEVICE)  # noqa: E731
-    one = torch.ones(1, device=DEVICE)
-    graph = Graph(one, None, index(0), index(0, 1), index(0, 1), None, None, None, 0.0, 0.2)
-    layer = layer._replace(gamma2=torch.ones_like(layer.gamma2), beta2=torch.zeros_like(layer.beta2))
-    layer = layer._replace(mean2=torch.zeros_like(layer.mean2), var2=torch.ones_like(layer.var2), eps2=0.0)
-    h = torch.zeros(1, len(f), device=DEVICE)
-    moments = Moments(one, *[None] * 5)
-    _out, m, *_ = backend.conv(h, layer, graph, moments)
-    f, c = f.float().double(), c.float().double()
-    softplus = torch.where(c > 40, c, torch.log1p(torch.exp(c.clamp_max(40))))
-    expected = torch.sigmoid(f) * softplus
-    limit = torch.finfo(torch.float32).eps * (8 + f.abs() + c.abs())
-    normal = expected > 1e-32
-    assert torch.isfinite(m).all()
-    assert (((m[0].cpu() - expected).abs() / expected) < limit)[normal].all()
-    assert (m[0].cpu() - expected).abs()[~normal].max() < 1e-32
-    gradients = backend.conv_backward(torch.ones_like(h), h, m, layer, graph, moments, False)
-    du = torch.sigmoid(expected)
-    slopes = (du * expected * torch.sigmoid(-f), du * torch.sigmoid(f) * torch.sigmoid(c))
-    for ours, truth in zip(gradients[4].cpu().chunk(2), slopes, strict=True):
-        assert torch.isfinite(ours).all()
-        normal = truth > 1e-32
-        assert (((ours - truth).abs() / truth) < 2 * limit)[normal].all()
-        assert (ours - truth).abs()[~normal].max() < 1e-32
+    convolution.gate_at_both_ends(Problem)
 
 
 @runs
 def test_rows_by_species():
-    """Features as a table, and the row of it that each row of the graph takes."""
-    problem, species = Problem("weighted", 12, 41, seed=3), torch.arange(60, dtype=torch.int32) % 7
-    table = problem.parameters[0][:7]
-    results = []
-    for dtype in (torch.float64, torch.float32):
-        problem.parameters[0] = table[species.long()]
-        results.append(problem.expected(dtype, (True, True)))
-    sums = [torch.zeros_like(table).index_add(0, species.long(), x["grad h"].double()) for x in results]
-    graph, layer = problem.graph(), problem.layer((True, True))
-    moments, h, species = problem.moments(graph, True), table.float().to(DEVICE), species.to(DEVICE)
-    out, m, *used = backend.conv(h, layer, graph, moments, species)
-    layer = layer._replace(mean1=used[0], var1=used[1], mean2=used[2], var2=used[3])
-    upstream = problem.upstream.float().to(DEVICE)
-    dh = backend.conv_backward(upstream, h, m, layer, graph, moments, False, species)[0]
-    assert relative(out, results[0]["out"]) <= 2 * relative(results[1]["out"], results[0]["out"]) + 3e-7
-    assert relative(dh, sums[0]) <= 2 * relative(sums[1], sums[0]) + 3e-7
+    convolution.rows_by_species(Problem)
 
 
 @runs
 def test_a_batch_without_rows():
-    results = Problem("nothing", 16, 41).found((False, False))
-    assert results["out"].shape == (0, 16)
-    assert all(not results[f"grad {name}"].any() for name in NAMES)
+    convolution.no_rows(Problem)
 
 
 @runs
-@pytest.mark.parametrize("value", [-1, 60, 10**6])
-def test_a_sender_outside_the_graph_gives_nan_in_its_row_alone(value):
-    problem = Problem("weighted", 16, 41)
-    row = int((problem.edges.row_ptr.diff() > 2).nonzero()[3])
-    sound = backend.conv(*arguments(problem))[0]
-    problem.edges.sender[problem.edges.row_ptr[row]] = value
-    h, layer, graph, moments = arguments(problem)
-    out, m, *_ = backend.conv(h, layer, graph, moments)
-    others = torch.arange(60, device=DEVICE) != row
-    assert out[row].isnan().all() and torch.equal(out[others], sound[others])
-    gradients = backend.conv_backward(torch.ones_like(h), h, m, layer, graph, moments, False)
-    assert gradients[1].isnan().any()
-
-
-@runs
-def test_a_bad_row_ptr_gives_nan():
-    problem = Problem("weighted", 16, 41)
-    sound = backend.conv(*arguments(problem))[0]
-    problem.edges.row_ptr[30] = 10**6
-    out = backend.conv(*arguments(problem))[0]
-    assert out[29:31].isnan().all()
-    assert torch.equal(out[:29], sound[:29]) and torch.equal(out[31:], sound[31:])
-
-
-def arguments(problem: Problem) -> tuple[torch.Tensor, Layer, Graph, Moments]:
-    graph = problem.graph()
-    h = problem.parameters[0].float().to(DEVICE)
-    return h, problem.layer((False, False)), graph, problem.moments(graph, False)
+@pytest.mark.parametrize(("array", "value"), convolution.BAD_INDICES)
+def test_what_is_wrong_gives_nan_in_its_row_alone(array, value):
+    convolution.bad_indices(Problem, array, value)
 
 
 @runs
@@ -417,18 +309,15 @@ def test_nothing_waits_for_the_gpu(monkeypatch):
 
     monkeypatch.undo()
     monkeypatch.setattr(backend, "kernels", Kernels)
+
+    def stacked(h: torch.Tensor, layer: Layer, graph: Graph) -> None:
+        backend.stack(h, [layer, layer], graph)
+        if graph.features is None:
+            backend.edge_shells(graph.distance, *graph[2:5])
+
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
-        for features, training in itertools.product((False, True), (True, False)):
-            problem = Problem("weighted", 16, 41, features=features)
-            fake = lambda x: None if x is None else mode.from_tensor(x) if isinstance(x, torch.Tensor) else x  # noqa: E731
-            graph, layer = Graph(*map(fake, problem.graph())), Layer(*map(fake, problem.layer((training, training))))
-            h, weight = fake(problem.parameters[0].float()), fake(problem.row_weight.float())
-            moments = Moments(weight, *backend.edge_moments(weight, graph, 41))
-            out, m, *_ = backend.conv(h, layer, graph, moments)
-            backend.conv_backward(out, h, m, layer, graph, moments, not training)
-            backend.stack(h, [layer, layer], graph)
-            if not features:
-                backend.edge_shells(graph.distance, *graph[2:5])
+        convolution.waits(mode, Problem, stacked)
+        h = mode.from_tensor(torch.zeros(1, 1))
         with pytest.raises(DataDependentOutputException):  # what the test relies on
             bool(h[0, 0])
 
@@ -462,15 +351,7 @@ def test_the_transposed_index_follows_its_graph():
 
 @needs_triton
 def test_bad_shapes_and_types_are_refused():
-    h, layer, graph, moments = arguments(Problem("weighted", 16, 41))
-    with pytest.raises(sf.InputError, match=r"float32, not torch\.float64"):
-        backend.conv(h.double(), layer, graph, moments)
-    with pytest.raises(sf.InputError, match="sender must be a contiguous"):
-        backend.conv(h, layer, graph._replace(sender=graph.sender.long()), moments)
-    with pytest.raises(sf.InputError, match="gamma2 must be"):
-        backend.conv(h, layer._replace(gamma2=layer.gamma1), graph, moments)
-    with pytest.raises(sf.InputError, match="fixed statistics only"):
-        backend.conv_backward(h, h, h, layer._replace(train1=True), graph, moments, True)
+    convolution.bad_input(Problem)
 
 
 @pytest.mark.parametrize("found", ["3.2.0", "3.0.0+git1", "2.3.1"])

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[3]
 ENTRY = re.compile(
     r"Compiling entry function '_ZN7srcgcnn\d+(?P<name>[a-z_]+)"
-    r"(?:ILi(?P<width>\d+)E(?:Li(?P<warps>\d+)E)?(?:Lb(?P<gate>\d)E)?Lb(?P<half>\d)EE)?"
+    r"(?:I(?:Li(?P<width>\d+)E)?(?:Li(?P<warps>\d+)E)?(?:Lb(?P<gate>\d)E)?Lb(?P<half>\d)EE)?"
     r".*?' for 'sm_(?P<sm>\w+)'.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores"
     r".*?Used (?P<registers>\d+) registers",
     re.DOTALL,

@@ -94,6 +94,10 @@ class Emulated:
     def launches(self) -> int:
         return self._library.emulated_launches()
 
+    def on_stream(self, stream: int) -> int:
+        """Launches and memsets on the stream that was named before; counts those on this one from now on."""
+        return self._library.emulated_stream(POINTER(stream))
+
     def only(self, last_blocks: int = 2**32 - 1) -> None:
         """Launches run their last blocks alone."""
         self._library.emulated_blocks(c.c_uint(last_blocks))

@@ -19,11 +19,12 @@
 #include <functional>
 
 #define __global__
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define SRCGCNN_DEVICE inline
 #define SRCGCNN_HOST_DEVICE inline
 #define SRCGCNN_LAUNCH(kernel, grid, threads, shared, stream, ...) \
-  (void(stream), emulation::launch(grid, threads, shared, [=] { (kernel)(__VA_ARGS__); }))
+  emulation::launch(grid, threads, shared, stream, [=] { (kernel)(__VA_ARGS__); })
 #define SRCGCNN_SHARED(name) float* name = emulation::shared_memory
 
 using cudaStream_t = void*;
@@ -48,7 +49,8 @@ namespace emulation {
 constexpr int kMostThreads = 1024, kStack = 256 << 10;
 inline int processors = 4, shared_per_processor = 228 << 10;
 inline bool descending = false;
-inline int launches = 0;
+inline int launches = 0, on_stream = 0;  // the latter: those, and memsets, that went to `asked_stream`
+inline void* asked_stream;
 inline unsigned last_blocks = ~0u;  // only so many blocks run, the last ones
 inline cudaError_t last_error = cudaSuccess;
 inline float* shared_memory;
@@ -147,13 +149,14 @@ inline void run_block(int n_threads) {
   }
 }
 
-inline void launch(unsigned grid, int n_threads, int shared, std::function<void()> kernel) {
+inline void launch(unsigned grid, int n_threads, int shared, void* stream, std::function<void()> kernel) {
   const size_t page = 4096, size = (size_t(shared) + page - 1) / page * page;
   char* memory = static_cast<char*>(mmap(nullptr, size + page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   if (size) mprotect(memory, size, PROT_READ | PROT_WRITE);
   shared_memory = reinterpret_cast<float*>(memory + size - size_t(shared) / 16 * 16);
   body = kernel;
   ++launches;
+  on_stream += stream == asked_stream;
   gridDim.x = grid;
   blockDim.x = unsigned(n_threads);
   const unsigned some = grid < last_blocks ? grid : last_blocks;
@@ -280,7 +283,8 @@ template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
   return cudaSuccess;
 }
-inline cudaError_t cudaMemsetAsync(void* at, int value, size_t size, cudaStream_t) {
+inline cudaError_t cudaMemsetAsync(void* at, int value, size_t size, cudaStream_t stream) {
+  emulation::on_stream += stream == emulation::asked_stream;
   memset(at, value, size);
   return cudaSuccess;
 }
@@ -291,8 +295,8 @@ inline cudaError_t cudaGetLastError() {
 }
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid value"; }
 
-// Of the tests: the emulated GPU, the order of its warps and blocks, launches so far, which blocks run, whether the next
-// launch fails.
+// Of the tests: the emulated GPU, the order of its warps and blocks, launches so far, launches and memsets on a stream
+// since it was named, which blocks run, whether the next launch fails.
 extern "C" {
 __attribute__((weak)) void emulated_gpu(int processors, int shared_per_processor) {
   emulation::processors = processors;
@@ -300,6 +304,12 @@ __attribute__((weak)) void emulated_gpu(int processors, int shared_per_processor
 }
 __attribute__((weak)) void emulated_order(int descending) { emulation::descending = descending; }
 __attribute__((weak)) int emulated_launches() { return emulation::launches; }
+__attribute__((weak)) int emulated_stream(void* asked) {
+  const int found = emulation::on_stream;
+  emulation::asked_stream = asked;
+  emulation::on_stream = 0;
+  return found;
+}
 __attribute__((weak)) void emulated_blocks(unsigned last) { emulation::last_blocks = last; }
 __attribute__((weak)) void emulated_error() { emulation::last_error = cudaErrorInvalidValue; }
 }
