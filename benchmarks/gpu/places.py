@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,15 @@ def served(graphs: list[sf.CrystalGraph], room: Room, more_than: int) -> tuple[f
     return rows / sum(sizes), found / max(edges, 1), rows / max(blocks, 1)
 
 
+def mirrored(graph: sf.CrystalGraph) -> int:
+    """Edges whose other end has an edge of the same length to this one among its own."""
+    receiver = np.repeat(np.arange(len(graph.numbers)), np.diff(graph.row_ptr))
+    length = np.round(graph.distance.astype(float) * 1e4)
+    ends = list(zip(receiver.tolist(), graph.sender.tolist(), length.tolist(), strict=True))
+    count = Counter(ends)
+    return sum(min(n, count[j, i, d]) for (i, j, d), n in count.items())
+
+
 def main() -> None:
     for gpu, kilobytes in GPUS.items():
         for warps, width in MOST_ROWS:
@@ -81,7 +91,8 @@ def main() -> None:
     for tolerance, what in ((None, "full cells"), (1e-5, "symmetry quotients")):
         graphs = sf.build_graphs(crystals, symmetry_tolerance=tolerance)
         distinct = sum(len(np.unique(g.distance)) for g in graphs) / sum(len(g.numbers) for g in graphs)
-        print(f"{what}: {len(graphs)} crystals, {distinct:.1f} distances a row")
+        both = sum(map(mirrored, graphs)) / sum(len(g.distance) for g in graphs)
+        print(f"{what}: {len(graphs)} crystals, {distinct:.1f} distances a row, {both:.0%} of the edges both ways")
         for half, rows_first in itertools.product((False, True), repeat=2):
             before = -1
             for warps in (8, 16):

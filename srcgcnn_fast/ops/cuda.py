@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from . import triton
-from .cpu import MOST_LAYERS, Graph, Layer
+from .cpu import MOST_LAYERS, Graph, Layer, _address
 from .reference import Dense
 from .registry import MOST_FEATURES, core
 from .triton import _check, _check_layer, _Edges, _precision, _storage
@@ -29,10 +29,6 @@ WIDEST_READOUT = 1024
 def native() -> Any:
     """The compiled functions."""
     return core
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def _exactness() -> int:

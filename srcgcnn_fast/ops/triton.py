@@ -366,6 +366,18 @@ def edge_moments(
     return in_degree, by_receiver, by_sender, by_receiver.double().T @ row_weight.double(), gram
 
 
+def _checked(graph: Graph, layers: Sequence[Layer], **rows: Tensor) -> _Edges:
+    """The edges of a call on layers and ``rows``, each (N, F) and named, all of them checked."""
+    h = next(iter(rows.values()))
+    width = h.shape[1]
+    edges = _Edges(graph, layers[0].weight.shape[1] - 2 * width, h.dtype, h.device)
+    for name, x in rows.items():
+        _check(name, x, (edges.n_rows, width), h.dtype, h.device)
+    for layer in layers:
+        _check_layer(layer, width, edges.n_features, h.device)
+    return edges
+
+
 def _check_layer(layer: Layer, width: int, n_features: int, device: torch.device) -> None:
     dtype = layer.weight.dtype
     _check("weight", layer.weight, (2 * width, 2 * width + n_features), dtype, device)
@@ -456,10 +468,7 @@ def conv(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As ``cpu.conv``; ``run``: whose kernels."""
     h = _of_rows(h, species)
-    n, width = h.shape
-    edges = _Edges(graph, layer.weight.shape[1] - 2 * width, h.dtype, h.device)
-    _check("h", h, (edges.n_rows, width), h.dtype, h.device)
-    _check_layer(layer, width, edges.n_features, h.device)
+    n, edges = h.shape[0], _checked(graph, [layer], h=h)
     out, m = torch.empty_like(h), torch.empty_like(h)
     if n == 0:
         return out, m, *(x.clone() for x in layer[6:10])  # type: ignore[return-value]
@@ -498,10 +507,7 @@ def conv_backward(
     """As ``cpu.conv_backward``; ``run``: whose kernels."""
     table, h = h, _of_rows(h, species)
     n, width = h.shape
-    edges = _Edges(graph, layer.weight.shape[1] - 2 * width, h.dtype, h.device)
-    for name, x in (("grad", grad), ("h", h), ("m", m)):
-        _check(name, x, (edges.n_rows, width), h.dtype, h.device)
-    _check_layer(layer, width, edges.n_features, h.device)
+    edges = _checked(graph, [layer], h=h, grad=grad, m=m)
     if edge_grad and layer.train1:
         raise InputError("Gradients of the edges exist for fixed statistics only; call model.eval() first.")
     if n == 0:
@@ -546,11 +552,7 @@ def _filter_correction(p: Tensor, q: Tensor, of_edges: Tensor, moments: Moments,
 def stack(h: Tensor, layers: Sequence[Layer], graph: Graph, species: Tensor | None = None) -> Tensor:
     """As ``cpu.stack``."""
     h = _of_rows(h, species)
-    n, width = h.shape
-    edges = _Edges(graph, layers[0].weight.shape[1] - 2 * width, h.dtype, h.device)
-    _check("h", h, (edges.n_rows, width), h.dtype, h.device)
-    for layer in layers:
-        _check_layer(layer, width, edges.n_features, h.device)
+    (n, width), edges = h.shape, _checked(graph, layers, h=h)
     if n == 0 or not layers:
         return h.clone()
     pq = h.new_empty(n, 4 * width, dtype=_storage())

@@ -472,7 +472,7 @@ LIMITS = {"float32": (0.0, 1e-6), "tf32": (1e-5, 3e-3), "bfloat16": (1e-4, 2e-2)
 
 
 @cuda_only
-@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@each_for_inference
 @pytest.mark.parametrize("precision", LIMITS)
 def test_precision_is_what_was_chosen(backend, make_batch, precision):
     model, batch = model_and_batch(sf.SRCGCNN, make_batch)
@@ -482,6 +482,20 @@ def test_precision_is_what_was_chosen(backend, make_batch, precision):
         exact = model.double().features(batch)
     least, most = LIMITS[precision]
     assert least <= difference(ours, exact) <= most
+
+
+@cuda_only
+@each_backend
+@pytest.mark.parametrize("precision", LIMITS)
+@pytest.mark.parametrize("features", [False, True])
+def test_precision_of_a_training_step(backend, make_batch, precision, features):
+    given = problem(make_batch("large", seed=6), 64, 41, features)
+    with sf.use_precision(precision):
+        ours = results(backend, given, (True, True), torch.float32, DEVICE)
+    truth = results("reference", given, (True, True), torch.float64, "cpu")
+    least, most = LIMITS[precision]
+    for k in (0, 2):  # the output, and the gradient of the weight
+        assert least <= difference(ours[k], truth[k]) <= 3 * most + (precision == "float32") * 1e-5
 
 
 @cuda_only
