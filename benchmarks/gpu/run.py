@@ -104,7 +104,10 @@ def checks(bench: Bench) -> dict[str, Any]:
     if bench.dry_run:
         env["SRCGCNN_GPU_DRY_RUN"] = "1"
     tests = ["tests/gpu"] if bench.dry_run else ["tests/gpu", "tests/ops/test_triton.py"]
-    found = {"tests": command(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, env=env)}
+    limit = 900 if bench.dry_run else 300  # which may share its machine
+    found = {
+        "tests": command(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, env=env, limit=limit)
+    }
     if bench.dry_run:
         found["small step"] = command(sys.executable, str(HERE / "small.py"), "cpu", env=env)
         return found

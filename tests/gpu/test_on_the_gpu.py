@@ -514,7 +514,7 @@ def test_the_filter_from_all_gaussians(backend, make_batch, monkeypatch, trainin
     reason="needs 60 GiB of GPU memory",
 )
 def test_rows_beyond_two_to_the_31_numbers(backend):
-    """The last rows of 8.4 million, 256 numbers each, against the same rows alone; forward and backward."""
+    """The last rows of 8.4 million, 256 numbers each, against the same rows alone; forward, backward and inference."""
     n, width, tail = 2**23 + 4096, 64, 512
     torch.manual_seed(0)
     layers = nn.ModuleList([sf.GatedConv(width, 41)]).to(DEVICE).eval()
@@ -539,8 +539,10 @@ def test_rows_beyond_two_to_the_31_numbers(backend):
         h.requires_grad_()
         out = functional.stacked_gated_conv(h, batch_of(rows), [layers[0].parameters_of_call()])[0]
         gradient = torch.autograd.grad(out[-tail:].square().sum(), h)[0]
-        found.append([out[-tail:].detach().clone(), gradient[-tail:].clone()])
-        del h, out, gradient
+        with torch.no_grad():
+            inferred = functional.stacked_gated_conv(h, batch_of(rows), [layers[0].parameters_of_call()])[0]
+        found.append([x[-tail:].detach().clone() for x in (out, gradient, inferred)])
+        del h, out, gradient, inferred
         torch.cuda.empty_cache()
     for alone, far in zip(*found, strict=True):
         torch.testing.assert_close(far, alone, rtol=1e-5, atol=1e-6)
