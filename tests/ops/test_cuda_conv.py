@@ -318,6 +318,20 @@ def test_every_launch_goes_to_the_stream_of_its_tensors(training_library, monkey
     assert set(on) == {torch.device("cpu")}
 
 
+@pytest.mark.skipif(not hasattr(registry.core, "cuda_conv"), reason="the CUDA kernels were not built")
+def test_the_compiled_module_has_the_same_fields_and_raises_errors_of_cuda():
+    """Of no rows, which no GPU launches either."""
+    pointers, sizes, numbers = [0] * len(backend.FIELDS), [0] * len(backend.SIZES), (0.0, 0.0, 0.0)
+    for name in ("gate_sum", "backward_senders"):
+        with pytest.raises(RuntimeError, match=r"^CUDA: \w+"):
+            registry.core.cuda_conv(name, pointers, sizes, numbers, 0)
+    for given in (([*pointers, 0], sizes), (pointers, sizes[1:])):
+        with pytest.raises(RuntimeError, match="not the fields of DeviceConv"):
+            registry.core.cuda_conv("gate_sum", *given, numbers, 0)
+    with pytest.raises(RuntimeError, match="no CUDA kernel of this name: gate"):
+        registry.core.cuda_conv("gate", pointers, sizes, numbers, 0)
+
+
 def test_nothing_waits_for_the_gpu(monkeypatch):
     """The kernels are not launched."""
     monkeypatch.undo()
