@@ -29,10 +29,15 @@ def main(store: str) -> dict[str, float]:
     import srcgcnn_fast as sf
     from srcgcnn_fast.training import GraphDataModule, Recipe, fit
 
+    imported = status("VmRSS")  # Lightning, and what it imports where it is installed (Triton, SciPy, matplotlib)
     data = GraphDataModule(sf.open_store(store), "formation_energy_per_atom", split=(0.9, 0.1, 0.0), batch_size=256)
     with tempfile.TemporaryDirectory() as out:
         fit(sf.SRCGCNN(), data, Path(out), Recipe(epochs=1))
-    return {"resident in training, MiB": (status("VmHWM") - before) / MIB, "torch alone, MiB": before / MIB}
+    return {
+        "resident in training, MiB": (status("VmHWM") - before) / MIB,
+        "of that imports, MiB": (imported - before) / MIB,
+        "torch alone, MiB": before / MIB,
+    }
 
 
 if __name__ == "__main__":
