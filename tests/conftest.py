@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 # Idle OpenMP threads that spin stall every parallel region of a busy machine; read once, when torch loads.
@@ -54,28 +55,33 @@ def random_graph(rng: np.random.Generator, degrees: np.ndarray, weighted: bool =
     )
 
 
+def twelve(sizes: Iterable[int]) -> list[np.ndarray]:
+    return [np.full(n, 12) for n in sizes]
+
+
+DEGREES: dict[str, Callable[[np.random.Generator], list[np.ndarray]]] = {
+    "plain": lambda rng: twelve((5, 1, 17, 30, 2, 64, 3)),
+    "weighted": lambda rng: [rng.integers(0, 16, n) for n in (7, 1, 40, 3, 25)],
+    "ragged": lambda rng: [rng.integers(0, 40, n) for n in (4, 33, 1, 12)],
+    "one atom": lambda rng: twelve([1]),
+    "isolated": lambda rng: [np.array([0, 3, 0]), np.zeros(2, int), np.array([5])],
+    "no edges": lambda rng: [np.zeros(3, int)],
+    "one crystal": lambda rng: twelve([150]),
+    "many crystals": lambda rng: twelve(rng.integers(1, 9, 200)),
+    "huge crystals": lambda rng: [9 + np.arange(n) % 7 for n in (3, 1500, 40, 2, 700, 17)],
+    "large": lambda rng: twelve(rng.integers(1, 60, 280)),
+}
+"""Kind of graph -> degrees of the rows of each crystal."""
+WEIGHTED = ("weighted", "ragged", "huge crystals")
+
+
 @pytest.fixture
 def make_batch():
     """make_batch(kind, seed=0) -> GraphBatch; the shapes that kernels get wrong."""
 
     def make(kind: str, seed: int = 0) -> GraphBatch:
-        rng = np.random.default_rng(seed)
-        twelve = lambda n: np.full(n, 12)  # noqa: E731
-        degrees = {
-            "plain": [twelve(n) for n in (5, 1, 17, 30, 2, 64, 3)],
-            "weighted": [rng.integers(0, 16, n) for n in (7, 1, 40, 3, 25)],
-            "ragged": [rng.integers(0, 40, n) for n in (4, 33, 1, 12)],
-            "one atom": [twelve(1)],
-            "isolated": [np.array([0, 3, 0]), np.zeros(2, int), np.array([5])],
-            "no edges": [np.zeros(3, int)],
-            "one crystal": [twelve(150)],
-            "many crystals": [twelve(n) for n in rng.integers(1, 9, 200)],
-            "huge crystals": [9 + np.arange(n) % 7 for n in (3, 1500, 40, 2, 700, 17)],
-            "large": [twelve(n) for n in rng.integers(1, 60, 280)],
-        }[kind]
-        return collate(
-            [random_graph(rng, d, weighted=kind in ("weighted", "ragged", "huge crystals")) for d in degrees]
-        )
+        rng = np.random.default_rng([seed, *kind.encode()])  # so that a new kind leaves the others as they are
+        return collate([random_graph(rng, degrees, kind in WEIGHTED) for degrees in DEGREES[kind](rng)])
 
     return make
 
