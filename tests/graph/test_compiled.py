@@ -1,0 +1,52 @@
+"""Compiled kernels on disk: used again, and never older than the files that they are compiled from."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("numba")
+
+from srcgcnn_fast.graph import compiled
+
+PACKAGE = {
+    "__init__.py": "",
+    "vectors.py": "import numba\nfrom .compiled import kept_on_disk\n"
+    "jit = numba.njit\nkernel = lambda function: kept_on_disk(jit(function))\n",
+    "helper.py": "from .vectors import jit\n\n@jit\ndef term(x):\n    return x + 1\n",
+    "entry.py": "from .helper import term\nfrom .vectors import kernel\n\n@kernel\ndef run(x):\n    return term(x)\n",
+    "other.py": "A = 1\n",
+}
+CALL = "from kernels.entry import run; print(run(1), sum(run.stats.cache_hits.values()))"
+
+
+def test_a_changed_helper_is_compiled_again(tmp_path: Path):
+    """With an entry point's file that did not change, and times and sizes as they were: as after an upgrade."""
+    package = tmp_path / "kernels"
+    package.mkdir()
+    shutil.copy(compiled.__file__, package)
+
+    def write(name: str, text: str) -> None:
+        (package / name).write_text(text)
+        os.utime(package / name, (10**9, 10**9))
+
+    def run() -> list[str]:
+        environment = {k: v for k, v in os.environ.items() if k != "NUMBA_CACHE_DIR"}
+        command = [sys.executable, "-B", "-c", CALL]  # without .pyc files, which go by time and size
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    for name, text in PACKAGE.items():
+        write(name, text)
+    assert run() == ["2", "0"]
+    assert run() == ["2", "1"]
+    write("other.py", "A = 2\n")
+    assert run() == ["2", "1"]
+    write("helper.py", PACKAGE["helper.py"].replace("+ 1", "+ 2"))
+    assert run() == ["3", "0"]
+    assert run() == ["3", "1"]
