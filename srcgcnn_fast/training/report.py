@@ -141,24 +141,24 @@ def write_report(
         command: what reproduces the report.
     """
     out.mkdir(parents=True, exist_ok=True)
-    blocks: list[_Block] = [_Heading(1, study.title), *_introduction(study, results, data, command)]
+    blocks: list[_Block] = [_heading(1, study.title), *_introduction(study, results, data, command)]
     record: list[dict[str, Any]] = []
     for number, (section, runs) in enumerate(results):
-        blocks += [_Heading(2, section.title), *_text(section.text), *_settings(section)]
+        blocks += [_heading(2, section.title), *_text(section.text), *_settings(section)]
         planned = len(list(section.runs()))
         if len(runs) < planned:
-            blocks.append(_Text(f"{planned - len(runs)} of {planned} runs of this section are still missing."))
+            blocks.append(_paragraph(f"{planned - len(runs)} of {planned} runs of this section are still missing."))
         for target in section.targets:
             found = _Found(section, runs, data[target], target)
             if found.variants:
                 summaries = [_summary(found, variant) for variant in found.variants]
-                blocks += [_Heading(3, f"{section.title}: {found.quantity}"), _table(found, summaries)]
-                blocks += [_Image(*image) for image in _pictures(found, out, f"{number + 1}-{target}")]
+                blocks += [_heading(3, f"{section.title}: {found.quantity}"), _table(found, summaries)]
+                blocks += [_image(out, *image) for image in _pictures(found, out, f"{number + 1}-{target}")]
                 record += summaries
     rows = [_row(section, key, run) for section, runs in results for key, run in runs.items()]
     _write(out / "report.json", json.dumps({"command": command, "results": record, "runs": rows}, indent=1) + "\n")
-    _write(out / "report.md", "\n\n".join(block.markdown() for block in blocks) + "\n")
-    body = "\n".join(block.html(out) for block in blocks)
+    _write(out / "report.md", "\n\n".join(block.markdown for block in blocks) + "\n")
+    body = "\n".join(block.html for block in blocks)
     page = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(study.title)}</title>'
     _write(out / "report.html", f"{page}<style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n")
 
@@ -219,8 +219,8 @@ def _introduction(
     machines = sorted({run.scores["gpu"] or f"{run.scores['threads']} CPU thread(s)" for run in distinct})
     return [
         *_text(study.text),
-        _List(lines),
-        _Text(
+        _list(lines),
+        _paragraph(
             f"{len(distinct)} run(s), {hours:.2f} h of training in all, on {', '.join(machines) or 'nothing yet'}. "
             "Splits, the order of the batches, schedule and epochs are the same for all variants of a section; a seed "
             "decides initial weights and order. Each run is scored with the weights of its best validation epoch. "
@@ -228,8 +228,8 @@ def _introduction(
             "95 % interval is a bootstrap over both. Seconds are those of the training part of an epoch, the median "
             "over epochs, as found: other work on the machine makes them longer. Memory is the process's peak."
         ),
-        _Text("This report is made by"),
-        _Code(command),
+        _paragraph("This report is made by"),
+        _code(command),
     ]
 
 
@@ -241,7 +241,7 @@ def _settings(section: Section) -> list[_Block]:
     for variant, recipe in zip(section.variants, recipes, strict=True):
         own = {key: value for key, value in recipe.items() if key not in shared}
         lines.append(f"{variant.name}: {_said({'model': variant.model, **variant.hyperparameters, **own})}.")
-    return [_List(lines)]
+    return [_list(lines)]
 
 
 def _recipe(variant: Variant) -> dict[str, Any]:
@@ -255,7 +255,7 @@ def _said(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{k.replace('_', ' ')} {f'{v:g}' if isinstance(v, float) else v}" for k, v in settings.items())
 
 
-def _table(found: _Found, summaries: Sequence[Mapping[str, Any]]) -> _Table:
+def _table(found: _Found, summaries: Sequence[Mapping[str, Any]]) -> _Block:
     unit = f", {found.unit}" if found.unit else ""
     header = ["model", f"{found.part} MAE{unit}"]
     header += [f"val MAE{unit}"] * (found.part == "test") + [f"train MAE{unit}", "seeds"]
@@ -274,7 +274,7 @@ def _table(found: _Found, summaries: Sequence[Mapping[str, Any]]) -> _Table:
         row += [f"{s['conv_parameters']:,}", f"{100 * s['conv_share']:.1f} %", f"{s['parameters']:,}"]
         row += [f"{s['seconds_per_epoch']:.2f}", f"{memory / 1e6:.0f}" if memory else "?"]
         rows.append(row)
-    return _Table(header, rows)
+    return _grid(header, rows)
 
 
 def _plus_minus(values: np.ndarray) -> str:
@@ -395,93 +395,46 @@ def _by_size(atoms: np.ndarray, errors: Mapping[str, np.ndarray]) -> dict[str, t
     return groups
 
 
+@dataclass(frozen=True)
 class _Block:
     """A part of the report in both languages."""
 
-    def markdown(self) -> str:
-        raise NotImplementedError
-
-    def html(self, folder: Path) -> str:
-        raise NotImplementedError
+    markdown: str
+    html: str
 
 
-@dataclass(frozen=True)
-class _Heading(_Block):
-    level: int
-    text: str
-
-    def markdown(self) -> str:
-        return f"{'#' * self.level} {self.text}"
-
-    def html(self, folder: Path) -> str:
-        return f"<h{self.level}>{html.escape(self.text)}</h{self.level}>"
+def _heading(level: int, text: str) -> _Block:
+    return _Block(f"{'#' * level} {text}", f"<h{level}>{html.escape(text)}</h{level}>")
 
 
-@dataclass(frozen=True)
-class _Text(_Block):
-    text: str
-
-    def markdown(self) -> str:
-        return self.text
-
-    def html(self, folder: Path) -> str:
-        return f"<p>{html.escape(self.text)}</p>"
+def _paragraph(text: str) -> _Block:
+    return _Block(text, f"<p>{html.escape(text)}</p>")
 
 
-@dataclass(frozen=True)
-class _List(_Block):
-    lines: Sequence[str]
-
-    def markdown(self) -> str:
-        return "\n".join(f"* {line}" for line in self.lines)
-
-    def html(self, folder: Path) -> str:
-        return f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in self.lines)}</ul>"
+def _code(text: str) -> _Block:
+    return _Block(f"```bash\n{text}\n```", f"<pre>{html.escape(text)}</pre>")
 
 
-@dataclass(frozen=True)
-class _Code(_Block):
-    text: str
-
-    def markdown(self) -> str:
-        return f"```bash\n{self.text}\n```"
-
-    def html(self, folder: Path) -> str:
-        return f"<pre>{html.escape(self.text)}</pre>"
+def _list(lines: Sequence[str]) -> _Block:
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    return _Block("\n".join(f"* {line}" for line in lines), f"<ul>{items}</ul>")
 
 
-@dataclass(frozen=True)
-class _Table(_Block):
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def markdown(self) -> str:
-        lines = [self.header, ["---"] * len(self.header), *self.rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-    def html(self, folder: Path) -> str:
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.header)
-        rows = "".join(f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in self.rows)
-        return f"<table><tr>{head}</tr>{rows}</table>"
+def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> _Block:
+    lines = "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in rows)
+    return _Block(lines, f"<table><tr>{head}</tr>{body}</table>")
 
 
-@dataclass(frozen=True)
-class _Image(_Block):
-    file: str
-    caption: str
-
-    def markdown(self) -> str:
-        return f"![{self.caption}]({self.file})"
-
-    def html(self, folder: Path) -> str:
-        data = base64.b64encode((folder / self.file).read_bytes()).decode()
-        caption = html.escape(self.caption)
-        image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
-        return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+def _image(folder: Path, file: str, caption: str) -> _Block:
+    data, escaped = base64.b64encode((folder / file).read_bytes()).decode(), html.escape(caption)
+    image = f'<img alt="{escaped}" src="data:image/png;base64,{data}">'
+    return _Block(f"![{caption}]({file})", f"<figure>{image}<figcaption>{escaped}</figcaption></figure>")
 
 
 def _text(text: str) -> list[_Block]:
-    return [_Text(" ".join(text.split()))] if text.strip() else []
+    return [_paragraph(" ".join(text.split()))] if text.strip() else []
 
 
 def _write(path: Path, text: str) -> None:
