@@ -139,8 +139,9 @@ def _in_step(rank: int, port: int, model: nn.Module, shares: list, results: list
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", MODELS)
-def test_two_processes_train_as_one(model_type, make_batch, unused_tcp_port):
+def test_two_processes_train_as_one(model_type, make_batch, unused_tcp_port, monkeypatch):
     """Frozen statistics, so that two halves of a batch and the whole give the same gradients."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[1])])  # where they find this file
     torch.manual_seed(0)
     model = model_type(2, atom_fea_len=16, h_fea_len=8).double().eval()
     alone = copy.deepcopy(model)
