@@ -120,7 +120,8 @@ def test_gated_conv(backend, make_batch, kind, training, dtype):
         pytest.skip("batch norm cannot train on it; test_functional says so")
     if dtype not in dtypes(backend):
         pytest.skip(f"{backend} takes float32")
-    compare(backend, make_batch(kind, seed=3), 16, 41, dtype, training)
+    seeds = range(4) if backend == "cpu" else (0,)  # an interpreted kernel takes seconds
+    compare(backend, make_batch(kind, seed=3), 16, 41, dtype, training, seeds)
 
 
 @pytest.mark.parametrize("backend", FAST)
