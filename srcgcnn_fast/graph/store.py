@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -488,7 +489,8 @@ def _reported(
         except ImportError:
             logger.info("Without tqdm there is no progress bar.")
         else:
-            yield from tqdm(records, desc="prepare", unit=" crystals", initial=before)
+            pause = 0.1 if sys.stderr.isatty() else 10  # s; a log file need not hold every step
+            yield from tqdm(records, desc="prepare", unit=" crystals", initial=before, mininterval=pause)
             return
     for done, record in enumerate(records, start=before + 1):
         yield record

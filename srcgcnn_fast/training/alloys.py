@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -120,7 +121,8 @@ def _progress(rows: Iterator[dict[str, object]], count: int, show: bool) -> Iter
     if not show:
         return rows
     tqdm = require("tqdm", "A progress bar", extra="train").tqdm
-    return iter(tqdm(rows, total=count, desc="effective-medium energies", unit="crystal"))
+    pause = 0.1 if sys.stderr.isatty() else 10  # s; a log file need not hold every step
+    return iter(tqdm(rows, total=count, desc="effective-medium energies", unit=" crystals", mininterval=pause))
 
 
 def _hermite_normal_form(determinant: int, rng: np.random.Generator) -> np.ndarray:
