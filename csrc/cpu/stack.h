@@ -45,7 +45,8 @@ class Recurrence {
       block_shells += shells_of(g, c);
       most_shells = shells_of(g, c) > most_shells ? shells_of(g, c) : most_shells;
     }
-    auto& [pq, m, terms, r, rows, windows] = scratch;
+    auto &pq = scratch.pq, &m = scratch.m, &terms = scratch.terms, &r = scratch.r, &rows = scratch.rows;
+    auto& windows = scratch.windows;
     pq.reserve(n * 4 * F);
     rows.reserve(n * kQuad<T>);
     m.reserve(n * F);
@@ -100,7 +101,8 @@ class Recurrence {
                    Scratch& mine) const {
     const int n_panels = F / kChannels<T>;
     const int64_t first = g.crystal_ptr[crystal], n = g.crystal_ptr[crystal + 1] - first, shells = shells_of(g, crystal);
-    auto& [pq, m, terms, unused_r, unused_rows, windows] = scratch;
+    auto &pq = scratch.pq, &m = scratch.m, &terms = scratch.terms;
+    auto& windows = scratch.windows;
     const auto rows_from = [n](int64_t i) { return i + kRowBlock < n ? kRowBlock : n - i; };
     mine.rows.reserve(n * kQuad<T>);
     mine.r.reserve(shells * kPair<T>);
