@@ -18,6 +18,8 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
+from .compiled import kept_on_disk
+
 logger = logging.getLogger(__name__)
 
 WIDTH = 8
@@ -35,7 +37,7 @@ _BIT, _INT, _LONG, _REAL = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.Dou
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile an entry point and keep it on disk; only in memory where no directory is writable."""
     try:
-        return numba.njit(cache=True, **_OPTIONS)(function)
+        return kept_on_disk(jit(function))
     except RuntimeError as error:
         logger.warning("The compiled neighbour search cannot be kept on disk (%s).", error)
         return jit(function)

@@ -12,7 +12,10 @@ import pytest
 
 pytest.importorskip("numba")
 
-from srcgcnn_fast.graph import compiled
+from numba.core.caching import NullCache
+from numba.core.dispatcher import Dispatcher
+
+from srcgcnn_fast.graph import compiled, symmetry  # noqa: F401
 
 PACKAGE = {
     "__init__.py": "",
@@ -50,3 +53,12 @@ def test_a_changed_helper_is_compiled_again(tmp_path: Path):
     write("helper.py", PACKAGE["helper.py"].replace("+ 1", "+ 2"))
     assert run() == ["3", "0"]
     assert run() == ["3", "1"]
+
+
+def test_the_graph_kernels_are_kept_so():
+    modules = [module for name, module in sys.modules.items() if name.startswith("srcgcnn_fast.graph.")]
+    compiles = {x for module in modules for x in vars(module).values() if isinstance(x, Dispatcher)}
+    assert len(compiles) > 20
+    assert {Path(x.py_func.__code__.co_filename).name for x in compiles} <= set(compiled.sources())
+    kept = [x._cache._cache_file for x in compiles if not isinstance(x._cache, NullCache)]
+    assert len(kept) >= 2 and all(file._source_stamp[1] == compiled.sources() for file in kept)
