@@ -122,7 +122,7 @@ def test_cost_of_the_quotient(benchmark, record):
     search_alone, whole = (1e6 * value / 512 for value in took.values())
     row = {"neighbour search, µs a crystal": search_alone, "choice and quotient, µs a crystal": whole - search_alone}
     row["ratio"] = (whole - search_alone) / search_alone
-    note = "The same 512 crystals, one core: the search alone, and what the kernel that makes graphs takes beyond that."
+    note = "512 such crystals, one core: the search alone, and what the kernel that makes graphs takes beyond that."
     record("what the quotient costs", row, note)
 
 

@@ -32,6 +32,7 @@ jit = numba.njit(**_OPTIONS)
 inlined = numba.njit(forceinline=True, **_OPTIONS)
 
 _BIT, _INT, _LONG, _REAL = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.DoubleType()
+_BYTES, _INTS = ir.VectorType(ir.IntType(8), 16), ir.VectorType(_INT, 8)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -77,6 +78,7 @@ class _Code:
         known = numba.version_info.short >= (0, 62)  # by its LLVM
         self.compresses = known and "+avx512f" in features and "+avx512vl" in features
         self.permutes = "+avx512f" in features
+        self.shuffles = "+avx2" in features
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.builder, name)
@@ -108,6 +110,8 @@ class _Code:
                 name = f"llvm.experimental.vector.compress.v{kind.count}{bits}"
                 array.store(place, self.call(name, kind, value, mask, ir.Constant(kind, ir.Undefined)))
             return self.count(mask)
+        if self.shuffles:
+            return self._append_by_fours(mask, place, pairs)
         builder, one = self.builder, ir.Constant(_LONG, 1)
         lanes = [builder.bitcast(cgutils.alloca_once_value(builder, v), v.type.element.as_pointer()) for _, v in pairs]
         left = cgutils.alloca_once_value(builder, self.bits(mask))
@@ -121,6 +125,28 @@ class _Code:
             builder.store(builder.and_(bits, builder.sub(bits, one)), left)
             builder.store(builder.add(at, one), to)
         return self.count(mask)
+
+    def _append_by_fours(self, mask: Any, place: Any, pairs: Any) -> Any:
+        """``append`` without AVX-512: a table says for each mask of four lanes in which order they come."""
+        builder, tables = self.builder, {kind: self._orders(kind) for kind in (_BYTES, _INTS)}
+        for first in (0, 4):
+            four = builder.and_(builder.lshr(self.bits(mask), _long(first)), _long(15))
+            for array, value in pairs:
+                lanes = builder.shuffle_vector(value, value, _places(range(first, first + 4)))
+                kind, name = (_BYTES, "ssse3.pshuf.b.128") if value.type.element == _INT else (_INTS, "avx2.permd")
+                order = builder.load(builder.gep(tables[kind], [four]), align=1, typ=kind)
+                moved = self.call(f"llvm.x86.{name}", kind, builder.bitcast(lanes, kind), order)
+                array.store(place, builder.bitcast(moved, lanes.type))
+            place = builder.add(place, builder.ctpop(four))
+        return self.count(mask)
+
+    def _orders(self, kind: Any) -> Any:
+        """Pointer to 16 vectors, one for each mask: the pieces of the lanes that are set, then of lane 0."""
+        pieces = kind.count // 4
+        lanes = [[*(k for k in range(4) if mask >> k & 1), 0, 0, 0, 0][:4] for mask in range(16)]
+        rows = [ir.Constant(kind, [pieces * k + piece for k in row for piece in range(pieces)]) for row in lanes]
+        held = cgutils.global_constant(self.builder, "orders", ir.Constant(ir.ArrayType(kind, len(rows)), rows))
+        return self.builder.bitcast(held, kind.as_pointer())
 
     def bits(self, mask: Any) -> Any:
         return self.builder.zext(self.builder.bitcast(mask, ir.IntType(mask.type.count)), _LONG)
