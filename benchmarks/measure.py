@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import platform
@@ -27,12 +28,17 @@ def alternate(
 ) -> dict[str, list[float]]:
     """Seconds of every round of every candidate, one after the other within each round."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for r in range(rounds + warm_up):
-        for name, run in candidates.items():
-            start = time.perf_counter()
-            run()
-            if r >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
+    gc.collect()
+    gc.freeze()  # a garbage collection within a round passes over the objects of the test runner
+    try:
+        for r in range(rounds + warm_up):
+            for name, run in candidates.items():
+                start = time.perf_counter()
+                run()
+                if r >= warm_up:
+                    seconds[name].append(time.perf_counter() - start)
+    finally:
+        gc.unfreeze()
     return seconds
 
 
