@@ -392,7 +392,7 @@ def workspace(room: np.ndarray) -> Workspace:
     )
 
 
-_IDLE_GHOSTS, _IDLE_PAIRS = 2**17, 2**20  # workspaces up to this size, 34 MB, are kept
+_IDLE_BYTES = 32 * 2**20  # workspaces up to this size are kept
 _idle: list[tuple[np.ndarray, Workspace]] = []  # at most one for each thread that has searched at a time
 
 
@@ -403,17 +403,20 @@ def take_workspace(atoms: int, count: int) -> tuple[np.ndarray, Workspace]:
     """
     pairs = (atoms + 8) * (min(count, 64) + ROW) // ROW * ROW * 5 // 4 + 2 * _PADDING
     needed = np.array([atoms, 512, 4096, 0, 0, 1024, pairs, 0])
-    if _idle:
+    try:
         room, work = _idle.pop()
-        if room[ATOMS] >= atoms and room[PAIRS] >= pairs:
-            return room, work
-        needed = np.maximum(room, needed)
+    except IndexError:
+        return needed, workspace(needed)
+    if room[ATOMS] >= atoms and room[PAIRS] >= pairs:
+        return room, work
+    needed = np.maximum(room, needed)
     return needed, workspace(needed)
 
 
 def leave_workspace(room: np.ndarray, work: Workspace) -> None:
     """For the next call."""
-    if room[GHOSTS] <= _IDLE_GHOSTS and room[PAIRS] <= _IDLE_PAIRS:
+    memory = work.box.base  # of all its arrays
+    if memory is not None and memory.nbytes <= _IDLE_BYTES:
         _idle.append((room, work))
 
 

@@ -103,6 +103,18 @@ def test_a_graph_does_not_depend_on_earlier_calls(tolerance, count, monkeypatch)
         assert_same(a, b)
 
 
+def test_only_small_memory_is_kept(monkeypatch):
+    from srcgcnn_fast.graph import neighbors
+
+    monkeypatch.setattr(neighbors, "_idle", [])
+    build_graph(ROCK_SALT)
+    (_, work), *others = neighbors._idle
+    assert not others
+    assert sum(array.nbytes for array in work) < work.box.base.nbytes < 2**20
+    neighbors.neighbor_list(*ROCK_SALT, 100.0)  # a third of a million pairs
+    assert neighbors._idle == []
+
+
 @pytest.mark.parametrize("tolerance", [1e-5, None])
 def test_padding_is_that_of_the_published_programs(tolerance):
     crystals = [MOLECULE, LONE_ATOM, ROCK_SALT]
