@@ -32,12 +32,6 @@ SRCGCNN_DEVICE float reciprocal(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// The nearest number with TF32's 11 digits, halves away from zero.
-SRCGCNN_DEVICE float to_tf32(float x) {
-  uint32_t y;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
-  return __uint_as_float(y);
-}
 // d += a b for one (16, 8) tile a, row by row, and one (8, 8) tile b; PTX ISA, "mma.m16n8k8", says who holds what.
 SRCGCNN_DEVICE void mma(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -156,10 +150,11 @@ SRCGCNN_DEVICE int first_not_below(const int* x, int n, int64_t value) {
   return low;
 }
 
-// x as a sum of two numbers with TF32's digits: three products of them keep those of float32.
+// x as a sum of two numbers with TF32's digits: three products of them keep those of float32. The tensor cores cut off
+// what `low` has beyond its own digits. Not finite: one of both is NaN.
 SRCGCNN_DEVICE void split(float x, float& high, float& low) {
-  high = device::to_tf32(x);
-  low = device::to_tf32(x - high);
+  high = __uint_as_float((__float_as_uint(x) + 0x1000u) & 0xffffe000u);
+  low = x - high;
 }
 
 }  // namespace srcgcnn

@@ -225,12 +225,13 @@ namespace srcgcnn::device {
 inline float flushed(float x) { return fabsf(x) < 1.17549435e-38f ? copysignf(0.0f, x) : x; }
 inline float exp2(float x) { return flushed(::exp2f(flushed(x))); }
 inline float reciprocal(float x) { return flushed(1.0f / flushed(x)); }
-inline float to_tf32(float x) {
-  const unsigned bits = __float_as_uint(x);
-  return (bits & 0x7f800000) == 0x7f800000 ? x : __uint_as_float((bits + 0x1000) & 0xffffe000);
-}
 // The tensor core does not look at the last 13 bits of its operands.
 inline float seen(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000); }
+// Nor does it round a sum to the nearest number: what does not fit is cut off.
+inline float cut(double x) {
+  const float nearest = float(x);
+  return fabs(double(nearest)) > fabs(x) ? nextafterf(nearest, 0.0f) : nearest;
+}
 inline void mma(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
   const int turn = emulation::next_turn(), lane = emulation::lane();
   auto& warp = emulation::my_warp();
@@ -239,8 +240,10 @@ inline void mma(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
   emulation::meet(3);
   for (int x = 0; x < 4; ++x) {
     const int row = lane / 4 + x / 2 * 8, column = lane % 4 * 2 + x % 2;
+    double sum = d[x];
     for (int k = 0; k < 8; ++k)
-      d[x] += warp.a[turn][row % 8 * 4 + k % 4][row / 8 + k / 4 * 2] * warp.b[turn][column * 4 + k % 4][k / 4];
+      sum += double(warp.a[turn][row % 8 * 4 + k % 4][row / 8 + k / 4 * 2]) * warp.b[turn][column * 4 + k % 4][k / 4];
+    d[x] = cut(sum);
   }
 }
 inline uint32_t to_bfloat16(float x) {
@@ -257,9 +260,11 @@ inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   const auto number = [](uint32_t both, int which) { return __uint_as_float(which ? both & 0xffff0000 : both << 16); };
   for (int x = 0; x < 4; ++x) {
     const int row = lane / 4 + x / 2 * 8, column = lane % 4 * 2 + x % 2;
+    double sum = d[x];
     for (int k = 0; k < 16; ++k)
-      d[x] += number(warp.half_a[turn][row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2) *
-              number(warp.half_b[turn][column * 4 + k % 8 / 2][k / 8], k % 2);
+      sum += double(number(warp.half_a[turn][row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2)) *
+             number(warp.half_b[turn][column * 4 + k % 8 / 2][k / 8], k % 2);
+    d[x] = cut(sum);
   }
 }
 }  // namespace srcgcnn::device
