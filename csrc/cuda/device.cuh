@@ -150,6 +150,9 @@ SRCGCNN_DEVICE int first_not_below(const int* x, int n, int64_t value) {
   return low;
 }
 
+// What the tensor cores make the nearest number with TF32's digits of, by cutting off.
+SRCGCNN_DEVICE float nearest_tf32(float x) { return x == x ? __uint_as_float(__float_as_uint(x) + 0x1000u) : x; }
+
 // x as a sum of two numbers with TF32's digits: three products of them keep those of float32. The tensor cores cut off
 // what `low` has beyond its own digits. Not finite: one of both is NaN.
 SRCGCNN_DEVICE void split(float x, float& high, float& low) {

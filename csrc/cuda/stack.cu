@@ -59,10 +59,17 @@ int widest(const DevicePlan& plan) {
   for (int l = 1; l < plan.n_readout; ++l) most = plan.readout[l] > most ? plan.readout[l] : most;
   return (most + 3) / 4 * 4;
 }
-static_assert(16 * Places<W, Bfloat16>::pq_stride / 2 + 2 * kSlots >= kParts * (W + 1) + 2 * kWidestReadout, "");
+static_assert(16 * (Places<W, Bfloat16>::pq_stride / 2 + 4 + kLinks) + 2 * kSlots >= kShares * (W + 1) + 2 * kWidestReadout, "");
 
 // Of large crystals between their steps, in the scratch, up to where the widest vectors may begin.
 int64_t features_size(const DevicePlan& plan, int64_t n_rows) { return (n_rows * plan.F + 3) / 4 * 4; }
+
+// Of q, in numbers of 4 bytes; the list of parts follows, two numbers each, of which a crystal of n > 16 rows has up to n / 8.
+template <class T>
+int64_t q_size(int64_t n_rows) {
+  return n_rows * Places<W, T>::words(2 * W);
+}
+int64_t list_size(int64_t n_rows) { return n_rows / 4; }
 
 // Crystals with more than `least` rows that have room.
 template <int kWarps, bool kHalf, class T>
@@ -74,6 +81,7 @@ const char* run_whole(Stack<W, kHalf> s, const Room<kWarps, T>& room, int least,
   s.asked = asked;
   s.most = room.most;
   s.together = room.together;
+  s.taken = kWarps == kSmall ? kSmallTasks : kLargeTasks;
   // Few rows: a task for every block. Many: tasks of several blocks' rows, whose last block is seldom half empty.
   const int64_t share = (rows + most - 1) / most, large = 4 * room.together;
   s.rows_per_task = int(share > large ? large : share ? share : 1);
@@ -93,12 +101,14 @@ const char* run(Stack<W, kHalf> s, const Device<T>& device, void* stream) {
   if (!error && (few || rows > device.small.most) && least <= device.large.most)
     error = run_whole<kLarge>(s, device.large, few ? -1 : device.small.most, few ? kNothing : kLargerThanSmall,
                               device.processors, stream);
-  if (rows <= device.large.most) return error;
+  if (rows <= device.large.most || error) return error;
   s.words = device.small.words;
   s.together = device.small.together;
   s.least = device.large.most;
   s.asked = kLargerThanAny;
   const int64_t tiles = (rows + s.together - 1) / s.together, most = device.processors * Shape<W, kSmall>::blocks;
+  const int64_t lists = (s.g.n_crystals + 255) / 256;
+  error = launch(list_parts<W, kHalf>, lists < most ? lists : most, 256, 0, stream, s);
   const auto start = [&](auto kernel, int64_t blocks, auto... more) {
     return launch(kernel, blocks < most ? blocks : most, Shape<W, kSmall>::threads, 4 * s.words, stream, s, more...);
   };
@@ -133,7 +143,7 @@ const char* prepare_layers(float* prepared, const DevicePlan& plan, const Device
     for (int l = 0; l < count; ++l) some.of[l] = layers[first + l];
     for (int l = 0; l < plan.n_readout; ++l) some.readout[l] = readout[l];
     if (plan.n_table) some.embedding = *embedding, some.table = table;
-    SRCGCNN_LAUNCH((prepare<W, kHalf>), 64, 256, 0, stream, prepared, at, some, first, count, graph,
+    SRCGCNN_LAUNCH((prepare<W, kHalf>), 128, 256, 4 * W, stream, prepared, at, some, first, count, graph,
                    device.small.most, device.large.most);
     error = message(cudaGetLastError());
   }
@@ -153,7 +163,12 @@ const char* run_stack(float* out, float* scratch, const DeviceFeatures& h, const
   DeviceFeatures features = h;
   if (plan.n_table) features.data = prepared + at.table(), features.n_table = plan.n_table;
   const Stack<W, kHalf> s{reads_out ? scratch : out, reinterpret_cast<T*>(q), reads_out ? out : nullptr, row_weight,
-                          prepared, features, graph, at, kNothing, 0, 0, 0, 0, widest(plan), 0, 0};
+                          prepared, features, graph, at, kNothing, 0, 0, 0, 0, widest(plan), 0, 0, kSmallTasks,
+                          reinterpret_cast<int*>(const_cast<float*>(prepared) + at.counters()),
+                          reinterpret_cast<int*>(q + q_size<T>(graph.n_rows))};
+  if (graph.n_rows > device.processors || graph.n_rows > device.large.most)  // else a block has one task
+    error = message(cudaMemsetAsync(s.counters, 0, 4 * kCounters, static_cast<cudaStream_t>(stream)));
+  if (error) return error;
   return run<kHalf>(s, device, stream);
 }
 
@@ -185,7 +200,7 @@ extern "C" const char* SRCGCNN_NAME(scratch_size)(int64_t* size, const DevicePla
     Device<T> device;
     const char* error = device.ask();
     const int64_t features = plan->n_readout >= 0 ? features_size(*plan, n_rows) : 0;
-    if (!error) *size = n_rows > device.large.most ? features + n_rows * Places<W, T>::words(2 * W) : 0;
+    if (!error) *size = n_rows > device.large.most ? features + q_size<T>(n_rows) + list_size(n_rows) : 0;
     return error;
   });
 }

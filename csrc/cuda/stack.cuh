@@ -16,8 +16,9 @@ namespace srcgcnn {
 
 constexpr int kSmall = 8, kLarge = 16;  // warps of a block
 constexpr int kMostShells = 512;
-constexpr int kSlots = 1024, kProbes = 8;  // of the hash table of distances; one that finds no slot is left out
+constexpr int kSlots = 512, kProbes = 8;  // of the hash table of distances; one that finds no slot is left out
 constexpr int kReach = 9;        // Gaussians in reach of a distance; those left out are below 2e-9
+constexpr int kLinks = 12;       // edges of a row whose ends and distances are kept from step to step, at most
 constexpr unsigned kEmpty = 0xffffffffu;
 
 // A block of so many warps: how many a multiprocessor holds, and how many rows one takes at most, whose sums fill up to 64
@@ -35,23 +36,26 @@ struct Places {
   static SRCGCNN_HOST_DEVICE constexpr int words(int numbers) { return numbers * int(sizeof(T)) / 4; }
   static constexpr int h_stride = W + 16 / int(sizeof(T)), pq_stride = 4 * W + 8;  // the latter in T
   static_assert(sizeof(T) == 2 || sizeof(T) == 4, "a row of h is W + 4 or W + 8");
-  static constexpr int per_row = h_stride + words(pq_stride) + 2, fixed = 2 * kSlots + 4, per_shell = words(2 * W) + 1;
+  static constexpr int per_row = h_stride + words(pq_stride) + 4 + kLinks, fixed = 2 * kSlots + 4, per_shell = words(2 * W) + 1;
   int rows, shells;
 
   static SRCGCNN_HOST_DEVICE Places of(int n, int words) {
     const int rows = n > 16 ? (n + 15) / 16 * 16 : 16, most = (words - fixed - rows * per_row) / per_shell;
-    return {rows, most < 0 ? 0 : most > kMostShells ? kMostShells : most / 2 * 2};
+    return {rows, most < 0 ? 0 : most > kMostShells ? kMostShells : most / 4 * 4};
   }
   SRCGCNN_HOST_DEVICE int pq() const { return rows * h_stride; }
   SRCGCNN_HOST_DEVICE int terms() const { return pq() + rows * words(pq_stride); }
   SRCGCNN_HOST_DEVICE int distances() const { return terms() + shells * words(2 * W); }
-  SRCGCNN_HOST_DEVICE int crystals() const { return distances() + shells; }
-  SRCGCNN_HOST_DEVICE int keys() const { return crystals() + rows * 2; }
+  SRCGCNN_HOST_DEVICE int links() const { return (distances() + shells + 3) / 4 * 4; }
+  SRCGCNN_HOST_DEVICE int crystals() const { return links() + rows * kLinks; }
+  SRCGCNN_HOST_DEVICE int keys() const { return crystals() + rows * 4; }
   SRCGCNN_HOST_DEVICE int numbers() const { return keys() + kSlots; }
   SRCGCNN_HOST_DEVICE int count() const { return numbers() + kSlots; }
 };
 
 enum Finding { kBad, kLargerThanSmall, kLargerThanAny, kNothing, kFindings };
+// Counted in whole numbers behind the findings: tasks taken by small and by large blocks; parts of crystals that no block has room for.
+enum Counter { kSmallTasks, kLargeTasks, kParts, kCounters = 4 };
 
 // Where what prepare() writes is, in numbers of 4 bytes.
 template <int W, class T>
@@ -69,7 +73,10 @@ struct Prepared {
   SRCGCNN_HOST_DEVICE int64_t vectors(int t) const { return n_weights() * weight_size() + int64_t(t) * vectors_size; }
   // Findings, not 0 where true: crystal_ptr does not ascend from 0 to N; a crystal has no room in a small block; in none.
   SRCGCNN_HOST_DEVICE int64_t findings() const { return vectors(plan.n_steps); }
-  SRCGCNN_HOST_DEVICE int64_t table() const { return findings() + kFindings; }  // (n_table, F)
+  SRCGCNN_HOST_DEVICE int64_t counters() const { return findings() + kFindings; }
+  // Of the rows of the table [p, q] of the first step (n_table, 4W), in the type of what edges read; then the table (n_table, F).
+  SRCGCNN_HOST_DEVICE int64_t first_products() const { return (counters() + kCounters + 3) / 4 * 4; }
+  SRCGCNN_HOST_DEVICE int64_t table() const { return first_products() + int64_t(plan.n_table) * Places<W, T>::words(4 * W); }
   // Of each linear map its weight, (in, out) where that is wide and (out, in) where it is not, then its bias.
   SRCGCNN_HOST_DEVICE int64_t readout() const { return table() + int64_t(plan.n_table) * plan.F; }
   SRCGCNN_HOST_DEVICE int64_t size() const {
@@ -96,11 +103,16 @@ struct Stack {
   int together;      // crystals are joined up to so many rows
   int wide;          // numbers that the readout keeps of a crystal, at most
   int rows_per_task, n_tasks;
+  Counter taken;     // of tasks
+  int* counters;
+  int* parts;        // of crystals that no block has room for
 
   SRCGCNN_DEVICE const T* nodes(int t) const { return reinterpret_cast<const T*>(prepared + at.nodes(t)); }
   SRCGCNN_DEVICE const T* filter(int t) const { return reinterpret_cast<const T*>(prepared + at.filter(t)); }
   SRCGCNN_DEVICE const float* vectors(int t) const { return prepared + at.vectors(t); }
   SRCGCNN_DEVICE bool found(Finding what) const { return prepared[at.findings() + what] != 0.0f; }
+  SRCGCNN_DEVICE int* counter(Counter what) const { return counters + what; }
+  SRCGCNN_DEVICE const T* first_products() const { return reinterpret_cast<const T*>(prepared + at.first_products()); }
   SRCGCNN_DEVICE bool has_work() const { return asked == kNothing || found(asked); }
   SRCGCNN_DEVICE int n_out() const { return at.plan.readout[at.plan.n_readout]; }
 };
@@ -122,18 +134,54 @@ struct Tile {
   }
 };
 
-// Embedded table, and the readout's weights, transposed where they are wide.
-template <int W, class T>
-SRCGCNN_DEVICE void prepare_ends(float* to, const Prepared<W, T>& at, const Layers& layers, int64_t thread, int64_t threads) {
-  const DevicePlan& plan = at.plan;
-  for (int64_t x = thread; x < int64_t(plan.n_table) * plan.F; x += threads) {
-    const float* row = layers.table + x / plan.F * plan.n_atom;
-    const float* weight = layers.embedding.weight + x % plan.F * plan.n_atom;
-    float sum = layers.embedding.bias ? layers.embedding.bias[x % plan.F] : 0.0f;
-#pragma unroll 8
-    for (int a = 0; a < plan.n_atom; ++a) sum = fmaf(row[a], weight[a], sum);
-    to[at.table() + x] = sum;
+// The first norm of a layer as scale and shift, in the units of gate2.
+struct FirstNorm {
+  double scale, shift;
+  SRCGCNN_DEVICE FirstNorm(const DeviceLayer& layer, int half, int n) {
+    const double a = layer.gamma1[n] / sqrt(double(layer.var1[n]) + layer.eps1), unit = half ? kLog2e : -kLog2e;
+    scale = unit * a;
+    shift = unit * (layer.beta1[n] + a * ((layer.bias ? double(layer.bias[n]) : 0.0) - layer.mean1[n]));
   }
+};
+
+// The embedded table and the first step's [p, q] of its rows, a block a row; `row` holds F numbers.
+template <int W, class T>
+SRCGCNN_DEVICE void prepare_table(float* to, const Prepared<W, T>& at, const Layers& layers, float* row) {
+  const DevicePlan& plan = at.plan;
+  const DeviceLayer& layer = layers.of[0];
+  const int F = plan.F, columns = 2 * F + plan.n_features;
+  for (int place = int(blockIdx.x); place < plan.n_table; place += int(gridDim.x)) {
+    __syncthreads();
+    for (int c = int(threadIdx.x); c < F; c += int(blockDim.x)) {
+      const float* from = layers.table + int64_t(place) * plan.n_atom;
+      const float* weight = layers.embedding.weight + int64_t(c) * plan.n_atom;
+      float sum = layers.embedding.bias ? layers.embedding.bias[c] : 0.0f;
+#pragma unroll 8
+      for (int a = 0; a < plan.n_atom; ++a) sum = fmaf(from[a], weight[a], sum);
+      row[c] = to[at.table() + int64_t(place) * F + c] = sum;
+    }
+    __syncthreads();
+    T* products = reinterpret_cast<T*>(to + at.first_products()) + int64_t(place) * 4 * W;
+    for (int n = int(threadIdx.x); plan.n_steps && n < 4 * W; n += int(blockDim.x)) {
+      const int c = n % W, half = n / W % 2;
+      float value = 0.0f;
+      if (c < F) {
+        const float* weight = layer.weight + int64_t(half * F + c) * columns + n / (2 * W) * F;
+        float sum = 0.0f;
+#pragma unroll 8
+        for (int k = 0; k < F; ++k) sum = fmaf(row[k], weight[k], sum);
+        const FirstNorm norm(layer, half, half * F + c);
+        value = fmaf(sum, float(norm.scale), n < 2 * W ? float(norm.shift) : 0.0f);
+      }
+      store<1>(products + n, Channels<1>{{value}});
+    }
+  }
+}
+
+// The readout's weights, transposed where they are wide.
+template <int W, class T>
+SRCGCNN_DEVICE void prepare_readout(float* to, const Prepared<W, T>& at, const Layers& layers, int64_t thread, int64_t threads) {
+  const DevicePlan& plan = at.plan;
   float* next = to + at.readout();
   for (int l = 0; l < plan.n_readout; ++l) {
     const int in = plan.readout[l], out = plan.readout[l + 1];
@@ -153,6 +201,7 @@ __global__ void prepare(float* to, const __grid_constant__ Prepared<W, typename 
                         const __grid_constant__ Layers layers, int first, int count, const DeviceGraph g, int small,
                         int large) {
   using T = typename Storage<kHalf>::type;
+  SRCGCNN_SHARED(shared);
   const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, threads = int64_t(gridDim.x) * blockDim.x;
   const int F = at.plan.F, columns = 2 * F + at.plan.n_features;
   for (int l = 0; l < count; ++l) {
@@ -185,11 +234,9 @@ __global__ void prepare(float* to, const __grid_constant__ Prepared<W, typename 
       const int c = int(x % W), half = int(x / W);
       double scale = 0, shift = 0;
       if (c < F && half < 2) {
-        const int n = half * F + c;
-        const double a = layer.gamma1[n] / sqrt(double(layer.var1[n]) + layer.eps1);
-        const double unit = half ? kLog2e : -kLog2e;
-        scale = unit * a;
-        shift = unit * (layer.beta1[n] + a * ((layer.bias ? double(layer.bias[n]) : 0.0) - layer.mean1[n]));
+        const FirstNorm norm(layer, half, half * F + c);
+        scale = norm.scale;
+        shift = norm.shift;
       } else if (c < F) {
         scale = layer.gamma2[c] / sqrt(double(layer.var2[c]) + layer.eps2);
         shift = layer.beta2[c] - scale * layer.mean2[c];
@@ -198,7 +245,8 @@ __global__ void prepare(float* to, const __grid_constant__ Prepared<W, typename 
       vectors[half < 2 ? 2 * W + x : 5 * W + c] = float(shift);
     }
   }
-  if (first == 0) prepare_ends(to, at, layers, thread, threads);
+  if (first == 0) prepare_table(to, at, layers, shared);
+  if (first == 0) prepare_readout(to, at, layers, thread, threads);
   float* findings = to + at.findings();
   for (int64_t c = thread; c <= g.n_crystals; c += threads) {
     const int64_t p = g.crystal_ptr[c], size = c ? p - g.crystal_ptr[c - 1] : 0;
@@ -224,22 +272,23 @@ struct Block {
   SRCGCNN_DEVICE T* pq(int row) const { return reinterpret_cast<T*>(shared + places.pq()) + row * P::pq_stride; }
   SRCGCNN_DEVICE T* term(int shell) const { return reinterpret_cast<T*>(shared + places.terms()) + shell * 2 * W; }
   SRCGCNN_DEVICE float* distance() const { return shared + places.distances(); }
-  // First row of the row's crystal, and the row after its last; the same twice: not a row of this block.
-  SRCGCNN_DEVICE int* crystal(int row) const { return reinterpret_cast<int*>(shared + places.crystals()) + 2 * row; }
+  // First row of the row's crystal, the row after its last; the row's number of edges if find_links() has them all, or -1.
+  SRCGCNN_DEVICE int* crystal(int row) const { return reinterpret_cast<int*>(shared + places.crystals()) + 4 * row; }
+  SRCGCNN_DEVICE unsigned* links(int row) const { return reinterpret_cast<unsigned*>(shared + places.links()) + kLinks * row; }
   SRCGCNN_DEVICE unsigned* keys() const { return reinterpret_cast<unsigned*>(shared + places.keys()); }
   SRCGCNN_DEVICE int* numbers() const { return reinterpret_cast<int*>(shared + places.numbers()); }
   SRCGCNN_DEVICE int* count() const { return reinterpret_cast<int*>(shared + places.count()); }
 };
 
-// Fills crystal() of the block's rows for crystals [c, end), which cover them; larger ones than `least` alone count.
+// Fills crystal() of the block's rows for crystals [c, end), which cover them.
 template <int W, int kWarps, bool kHalf>
-SRCGCNN_DEVICE void find_crystals(const Block<W, kWarps, kHalf>& b, int c, int end, int least) {
+SRCGCNN_DEVICE void find_crystals(const Block<W, kWarps, kHalf>& b, int c, int end) {
   for (int row = threadIdx.x; row < b.n; row += b.threads) {
     int k = c;
     while (k + 1 < end && b.s.g.crystal_ptr[k + 1] <= b.first + row) ++k;
-    const int from = b.s.g.crystal_ptr[k], to = b.s.g.crystal_ptr[k + 1];
-    b.crystal(row)[0] = from;
-    b.crystal(row)[1] = to - from > least ? to : from;
+    b.crystal(row)[0] = b.s.g.crystal_ptr[k];
+    b.crystal(row)[1] = b.s.g.crystal_ptr[k + 1];
+    b.crystal(row)[2] = -1;
   }
 }
 
@@ -266,38 +315,54 @@ SRCGCNN_DEVICE void read_features(const Block<W, kWarps, kHalf>& b, const Device
   }
 }
 
-// What a lane holds of a tile of the weights and of a tile of rows, and their product.
+// What a lane holds of a tile of the weights and of a tile of rows, and their product, added to sums.
 template <class T>
 struct Factors {
-  float high[2], low[2];
+  float x[2], high[2], low[2];
   struct Rows {
-    float high[4], low[4];
+    float x[4];
     SRCGCNN_DEVICE void read(const float* h, int stride) {
       const float* at = h + lane_of() / 4 * stride + lane_of() % 4;
-      split(at[0], high[0], low[0]);
-      split(at[8 * stride], high[1], low[1]);
-      split(at[4], high[2], low[2]);
-      split(at[8 * stride + 4], high[3], low[3]);
+      x[0] = at[0], x[1] = at[8 * stride], x[2] = at[4], x[3] = at[8 * stride + 4];
     }
   };
   using Read = Channels<2>;
   static SRCGCNN_DEVICE Read read(const float* at) { return load<2>(at); }
   SRCGCNN_DEVICE explicit Factors(const Read& found) {
 #pragma unroll
-    for (int x = 0; x < 2; ++x) split(found.x[x], high[x], low[x]);
+    for (int k = 0; k < 2; ++k) {
+      x[k] = found.x[k];
+      split(x[k], high[k], low[k]);
+    }
   }
   Factors() = default;
+  // The tensor cores cut off what a sum has no digits for: so they add up three products of 8 terms, the small ones first,
+  // and the rest is added here.
   template <int kMany>
   static SRCGCNN_DEVICE void multiply(float (&sum)[kMany][4], const Rows& a, const Factors (&w)[kMany], bool relaxed) {
-    if (!relaxed) {
+    float high[4], low[4], part[kMany][4] = {};
+    if (relaxed) {
 #pragma unroll
-      for (int x = 0; x < kMany; ++x) {
-        device::mma(sum[x], a.low, w[x].high);
-        device::mma(sum[x], a.high, w[x].low);
+      for (int k = 0; k < 4; ++k) high[k] = nearest_tf32(a.x[k]);
+#pragma unroll
+      for (int n = 0; n < kMany; ++n) {
+        const float nearest[2] = {nearest_tf32(w[n].x[0]), nearest_tf32(w[n].x[1])};
+        device::mma(sum[n], high, nearest);
       }
+      return;
     }
 #pragma unroll
-    for (int x = 0; x < kMany; ++x) device::mma(sum[x], a.high, w[x].high);
+    for (int k = 0; k < 4; ++k) split(a.x[k], high[k], low[k]);
+#pragma unroll
+    for (int n = 0; n < kMany; ++n) device::mma(part[n], low, w[n].high);
+#pragma unroll
+    for (int n = 0; n < kMany; ++n) device::mma(part[n], high, w[n].low);
+#pragma unroll
+    for (int n = 0; n < kMany; ++n) device::mma(part[n], high, w[n].high);
+#pragma unroll
+    for (int n = 0; n < kMany; ++n)
+#pragma unroll
+      for (int v = 0; v < 4; ++v) sum[n][v] += part[n][v];
   }
 };
 template <>
@@ -389,7 +454,31 @@ SRCGCNN_DEVICE void multiply(const Block<W, kWarps, kHalf>& b, int t) {
   }
 }
 
-SRCGCNN_DEVICE int slot_of(unsigned key, int probe) { return int(((key * 0x9e3779b1u) >> 20) + probe) & (kSlots - 1); }
+// [p, q] of the block's rows in the first step, from those of the table; a row without a place there is NaN.
+template <int W, int kWarps, bool kHalf>
+SRCGCNN_DEVICE void look_up(const Block<W, kWarps, kHalf>& b) {
+  using T = typename Storage<kHalf>::type;
+  constexpr int vectors = Places<W, T>::words(4 * W) / 4;
+  for (int row = warp_of(); row < b.n; row += b.warps) {
+    const int place = b.s.h.species[int64_t(b.first) + row];
+    const bool there = place >= 0 && place < b.s.h.n_table;
+    const uint4* from = reinterpret_cast<const uint4*>(b.s.first_products() + int64_t(there ? place : 0) * 4 * W);
+#pragma unroll
+    for (int k = lane_of(); k < vectors; k += 32)
+      reinterpret_cast<uint4*>(b.pq(row))[k] = there ? from[k] : uint4{~0u, ~0u, ~0u, ~0u};
+  }
+}
+
+// [p, q] of the block's rows.
+template <int W, int kWarps, bool kHalf>
+SRCGCNN_DEVICE void find_products(const Block<W, kWarps, kHalf>& b, int t) {
+  if (t == 0 && b.s.at.plan.n_table)
+    look_up(b);
+  else
+    multiply(b, t);
+}
+
+SRCGCNN_DEVICE int slot_of(unsigned key, int probe) { return int(((key * 0x9e3779b1u) >> 23) + probe) & (kSlots - 1); }
 
 // The distinct distances of the block's edges, numbered. Which number one has, and which are left out where there are
 // too many, depends on the threads; what the number stands for does not.
@@ -428,6 +517,29 @@ SRCGCNN_DEVICE int shell_of(const Block<W, kWarps, kHalf>& b, float distance) {
     if (b.keys()[slot] == key) return b.numbers()[slot];
   }
   return -1;
+}
+
+// Of each row whose edges all end in its crystal and have a place among the distances, and which has no more than kLinks:
+// their rows in the block, and in the upper half of the word the numbers of their distances. -1 in place of the number of
+// edges: another row.
+template <int W, int kWarps, bool kHalf>
+SRCGCNN_DEVICE void find_links(const Block<W, kWarps, kHalf>& b) {
+  const DeviceGraph& g = b.s.g;
+  static_assert(kLinks <= 32 && kMostShells <= 1 << 16, "a lane an edge, half a word a number");
+  for (int row = warp_of(); row < b.n; row += b.warps) {
+    const int64_t i = int64_t(b.first) + row, begin = g.row_ptr[i], end = g.row_ptr[i + 1];
+    bool quick = begin >= 0 && begin <= end && end <= g.n_edges && end - begin <= kLinks;
+    unsigned link = 0;
+    bool good = true;
+    if (quick && lane_of() < end - begin) {
+      const int sender = g.sender[begin + lane_of()], shell = shell_of(b, g.distance[begin + lane_of()]);
+      good = sender >= b.crystal(row)[0] && sender < b.crystal(row)[1] && shell >= 0;
+      link = unsigned(sender - b.first) | unsigned(shell) << 16;
+    }
+    quick = __ballot_sync(kAllLanes, !good) == 0 && quick;
+    if (lane_of() < kLinks) b.links(row)[lane_of()] = link;
+    if (lane_of() == 0) b.crystal(row)[2] = quick ? int(end - begin) : -1;
+  }
 }
 
 template <int V>
@@ -495,13 +607,12 @@ SRCGCNN_DEVICE void gate_rows(const Block<W, kWarps, kHalf>& b, int t) {
   const auto scale2 = load<V>(vectors + 4 * W + lane_of() * V), shift2 = load<V>(vectors + 5 * W + lane_of() * V);
   for (int row = warp_of(); row < b.n; row += b.warps) {
     const int low = b.crystal(row)[0], high = b.crystal(row)[1];
-    if (kLayer && low == high) continue;
-    const int64_t i = int64_t(b.first) + row, begin = g.row_ptr[i], end = g.row_ptr[i + 1];
-    bool good = begin >= 0 && begin <= end && end <= g.n_edges;
+    const int64_t i = int64_t(b.first) + row;
+    const int linked = kLayer ? -1 : b.crystal(row)[2];
+    bool good = true;
     const auto p = load_pair<W>(b.pq(row));
     Channels<V> sum = {};
-    const auto add = [&](int j, const Pair<V>& r) {
-      const auto q = load_pair<W>(kLayer ? s.q + int64_t(j) * 2 * W : b.pq(j - b.first) + 2 * W);
+    const auto add_pair = [&](const Pair<V>& q, const Pair<V>& r) {
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         const float f = fmaf(scale.filter.x[v], r.filter.x[v], p.filter.x[v] + q.filter.x[v]);
@@ -509,37 +620,57 @@ SRCGCNN_DEVICE void gate_rows(const Block<W, kWarps, kHalf>& b, int t) {
         sum.x[v] += gate2<DeviceMath>(f, c);
       }
     };
-    for (int64_t e0 = begin; good && e0 < end; e0 += 32) {
-      const int64_t e = e0 + lane_of();
-      int sender = low, shell = 0;
-      float distance = 0.0f;
-      if (e < end) {
-        sender = g.sender[e];
-        if (!given) {
-          distance = g.distance[e];
-          shell = shell_of(b, distance);
-        }
-      }
-      good = __ballot_sync(kAllLanes, sender < low || sender >= high) == 0;
-      const bool from_table = __ballot_sync(kAllLanes, shell < 0) == 0 && !given;
-      const int many = !good ? 0 : end - e0 < 32 ? int(end - e0) : 32;
-      if (from_table) {  // nothing to ask of an edge: several are on their way, as far as registers reach
-        [[maybe_unused]] constexpr int ahead = V > 2 ? 1 : 4;
+    if (linked >= 0) {  // nothing to ask of an edge: several are on their way, as far as registers reach
+      [[maybe_unused]] constexpr int ahead = V > 2 ? 1 : 4;
+      const unsigned* links = b.links(row);
+      const auto add_link = [&](unsigned link) {
+        add_pair(load_pair<W>(b.pq(int(link & 0xffffu)) + 2 * W), load_pair<W>(b.term(int(link >> 16))));
+      };
+      int k = 0;
+      for (; k + 4 <= linked; k += 4) {
+        const uint4 four = *reinterpret_cast<const uint4*>(links + k);
 #pragma unroll ahead
-        for (int k = 0; k < many; ++k)
-          add(__shfl_sync(kAllLanes, sender, k), load_pair<W>(b.term(__shfl_sync(kAllLanes, shell, k))));
-        continue;
+        for (int v = 0; v < 4; ++v) add_link(v == 0 ? four.x : v == 1 ? four.y : v == 2 ? four.z : four.w);
       }
-      for (int k = 0; k < many; ++k) {
-        const int number = __shfl_sync(kAllLanes, shell, k);
-        Pair<V> r;
-        if (given)
-          r = load_pair<W>(given + (e0 + k) * 2 * W);
-        else if (number >= 0)
-          r = load_pair<W>(b.term(number));
-        else
-          r = edge_term<W>(filter, g, __shfl_sync(kAllLanes, distance, k));
-        add(__shfl_sync(kAllLanes, sender, k), r);
+      for (; k < linked; ++k) add_link(links[k]);
+    } else {
+      const int64_t begin = g.row_ptr[i], end = g.row_ptr[i + 1];
+      good = begin >= 0 && begin <= end && end <= g.n_edges;
+      const auto add = [&](int j, const Pair<V>& r) {
+        add_pair(load_pair<W>(kLayer ? s.q + int64_t(j) * 2 * W : b.pq(j - b.first) + 2 * W), r);
+      };
+      for (int64_t e0 = begin; good && e0 < end; e0 += 32) {
+        const int64_t e = e0 + lane_of();
+        int sender = low, shell = 0;
+        float distance = 0.0f;
+        if (e < end) {
+          sender = g.sender[e];
+          if (!given) {
+            distance = g.distance[e];
+            shell = shell_of(b, distance);
+          }
+        }
+        good = __ballot_sync(kAllLanes, sender < low || sender >= high) == 0;
+        const bool from_table = __ballot_sync(kAllLanes, shell < 0) == 0 && !given;
+        const int many = !good ? 0 : end - e0 < 32 ? int(end - e0) : 32;
+        if (from_table) {  // nothing to ask of an edge: several are on their way, as far as registers reach
+          [[maybe_unused]] constexpr int ahead = V > 2 ? 1 : 4;
+#pragma unroll ahead
+          for (int k = 0; k < many; ++k)
+            add(__shfl_sync(kAllLanes, sender, k), load_pair<W>(b.term(__shfl_sync(kAllLanes, shell, k))));
+          continue;
+        }
+        for (int k = 0; k < many; ++k) {
+          const int number = __shfl_sync(kAllLanes, shell, k);
+          Pair<V> r;
+          if (given)
+            r = load_pair<W>(given + (e0 + k) * 2 * W);
+          else if (number >= 0)
+            r = load_pair<W>(b.term(number));
+          else
+            r = edge_term<W>(filter, g, __shfl_sync(kAllLanes, distance, k));
+          add(__shfl_sync(kAllLanes, sender, k), r);
+        }
       }
     }
     float* h = b.h(row) + lane_of() * V;
@@ -558,21 +689,21 @@ SRCGCNN_DEVICE void gate_rows(const Block<W, kWarps, kHalf>& b, int t) {
 
 // The mean of crystals [c, c + count) over their atoms, then softplus and a linear map, one after the other. `row` gives
 // a lane its channels of a row. `space` holds `words` numbers. Every sum has an order of its own, whoever forms it.
-constexpr int kParts = 8;  // of a sum over rows
+constexpr int kShares = 8;  // of a sum over rows
 template <int W, bool kHalf, class Row>
 SRCGCNN_DEVICE void read_out(const Stack<W, kHalf>& s, float* space, int words, int c, int count, const Row& row) {
-  constexpr int V = W / 32, sums = kParts * (W + 1);
+  constexpr int V = W / 32, sums = kShares * (W + 1);
   const DevicePlan& plan = s.at.plan;
   const int32_t* crystal_ptr = s.g.crystal_ptr;
   const int warps = int(blockDim.x) / 32, threads = int(blockDim.x), n_out = s.n_out();
   const int size = sums + 2 * s.wide, most = words / size;  // a crystal: its partial sums, and two lists of numbers
   for (const int stop = c + count; c < stop; c += most) {
     const int many = stop - c < most ? stop - c : most;
-    for (int x = warp_of(); x < many * kParts; x += warps) {
-      const int k = x / kParts, part = x % kParts, end = crystal_ptr[c + k + 1];
+    for (int x = warp_of(); x < many * kShares; x += warps) {
+      const int k = x / kShares, part = x % kShares, end = crystal_ptr[c + k + 1];
       Channels<V> sum = {};
       float atoms = 0.0f;
-      for (int i = crystal_ptr[c + k] + part; i < end; i += kParts) {
+      for (int i = crystal_ptr[c + k] + part; i < end; i += kShares) {
         const float weight = s.row_weight[i];
         const Channels<V> h = row(i);
         atoms += weight;
@@ -580,16 +711,16 @@ SRCGCNN_DEVICE void read_out(const Stack<W, kHalf>& s, float* space, int words, 
         for (int v = 0; v < V; ++v) sum.x[v] = fmaf(weight, h.x[v], sum.x[v]);
       }
       store<V>(space + k * size + part * W + lane_of() * V, sum);
-      if (lane_of() == 0) space[k * size + kParts * W + part] = atoms;
+      if (lane_of() == 0) space[k * size + kShares * W + part] = atoms;
     }
     __syncthreads();
     for (int x = threadIdx.x; x < many * W; x += threads) {
       const int k = x / W, channel = x % W;
       float sum = 0.0f, atoms = 0.0f;
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) {
+      for (int part = 0; part < kShares; ++part) {
         sum += space[k * size + part * W + channel];
-        atoms += space[k * size + kParts * W + part];
+        atoms += space[k * size + kShares * W + part];
       }
       const float mean = atoms == 0.0f ? 0.0f : sum / atoms;  // a crystal without rows, as the CPU has it
       if (plan.n_readout)
@@ -652,6 +783,16 @@ SRCGCNN_DEVICE void spoil(const Stack<W, kHalf>& s) {
     to[x] = NAN;
 }
 
+// The first task of a block is that of its number; each further one is the next that no block has.
+template <int W, bool kHalf>
+SRCGCNN_DEVICE int next_of(const Stack<W, kHalf>& s, int* shared) {
+  if (s.n_tasks <= int(gridDim.x)) return s.n_tasks;
+  __syncthreads();
+  if (threadIdx.x == 0) *shared = int(gridDim.x) + atomicAdd(s.counter(s.taken), 1);
+  __syncthreads();
+  return *shared;
+}
+
 // All steps of the crystals that have more than `least` and at most `most` rows. A task is the crystals that begin in its
 // range of rows.
 template <int W, int kWarps, bool kHalf>
@@ -661,7 +802,8 @@ __global__ void __launch_bounds__(Shape<W, kWarps>::threads, Shape<W, kWarps>::b
   const DeviceGraph& g = s.g;
   if (s.found(kBad)) spoil(s);
   if (s.found(kBad) || !s.has_work()) return;
-  for (int task = int(blockIdx.x); task < s.n_tasks; task += int(gridDim.x)) {
+  int* next_task = reinterpret_cast<int*>(shared) + s.words - 1;  // which Places leave alone
+  for (int task = int(blockIdx.x); task < s.n_tasks; task = next_of(s, next_task)) {
     const int64_t first_row = int64_t(task) * s.rows_per_task;
     int c = first_not_below(g.crystal_ptr, int(g.n_crystals), first_row);
     const int end = task + 1 < s.n_tasks ? first_not_below(g.crystal_ptr, int(g.n_crystals), first_row + s.rows_per_task)
@@ -679,13 +821,17 @@ __global__ void __launch_bounds__(Shape<W, kWarps>::threads, Shape<W, kWarps>::b
       const int count = ~fit ? __ffs(~fit) - 1 : 32;
       const int n = g.crystal_ptr[c + count] - first;
       const Block<W, kWarps, kHalf> b{s, shared, first, n, Places<W, typename Storage<kHalf>::type>::of(n, s.words)};
-      find_crystals(b, c, c + count, 0);
+      find_crystals(b, c, c + count);
       read_features(b, s.h);
-      if (!g.edge_term) find_shells(b);
+      if (!g.edge_term) {
+        find_shells(b);
+        __syncthreads();
+        find_links(b);
+      }
       __syncthreads();
       for (int t = 0; t < s.at.plan.n_steps; ++t) {
         if (!g.edge_term && (t == 0 || !s.at.plan.shared)) fill_shells(b, t);
-        multiply(b, t);
+        find_products(b, t);
         __syncthreads();
         gate_rows<false>(b, t);
         __syncthreads();
@@ -698,47 +844,48 @@ __global__ void __launch_bounds__(Shape<W, kWarps>::threads, Shape<W, kWarps>::b
   }
 }
 
-// Marks the rows of crystals with more than `least` rows in this block; false where there are none.
-template <int W, int kWarps, bool kHalf>
-SRCGCNN_DEVICE bool find_large(const Block<W, kWarps, kHalf>& b) {
-  const DeviceGraph& g = b.s.g;
-  int c = first_not_below(g.crystal_ptr, int(g.n_crystals), int64_t(b.first) + 1) - 1;  // that of the first row
-  const int begin = c;
-  bool found = false;
-  while (c < g.n_crystals && g.crystal_ptr[c] < b.first + b.n) {
-    found |= g.crystal_ptr[c + 1] - g.crystal_ptr[c] > b.s.least;
-    ++c;
+// Lists the crystals with more than `least` rows in parts of up to `together` rows: crystal, and number of the part.
+template <int W, bool kHalf>
+__global__ void list_parts(const Stack<W, kHalf> s) {
+  if (s.found(kBad) || !s.has_work()) return;
+  const int threads = int(gridDim.x * blockDim.x);
+  for (int c = int(blockIdx.x * blockDim.x + threadIdx.x); c < s.g.n_crystals; c += threads) {
+    const int size = s.g.crystal_ptr[c + 1] - s.g.crystal_ptr[c];
+    if (size <= s.least) continue;
+    const int parts = (size + s.together - 1) / s.together, at = atomicAdd(s.counter(kParts), parts);
+    for (int k = 0; k < parts; ++k) {
+      s.parts[2 * int64_t(at + k)] = c;
+      s.parts[2 * int64_t(at + k) + 1] = k;
+    }
   }
-  if (found) find_crystals(b, begin, c, b.s.least);
-  return found;
 }
 
-// One step of the crystals with more than `least` rows: with kGate the step itself, else the q of their rows, which it
-// needs.
+// One step of these parts: with kGate the step itself, else the q of their rows, which it needs.
 template <int W, bool kGate, bool kHalf>
 __global__ void __launch_bounds__(Shape<W, kSmall>::threads, Shape<W, kSmall>::blocks)
     layer_of_crystals(const Stack<W, kHalf> s, int t) {
   SRCGCNN_SHARED(shared);
   if (kGate && s.found(kBad)) spoil(s);
   if (s.found(kBad) || !s.has_work()) return;
-  const int64_t rows = s.together;
   const auto places = Places<W, typename Storage<kHalf>::type>::of(s.together, s.words);
-  for (int64_t first = blockIdx.x * rows; first < s.g.n_rows; first += gridDim.x * rows) {
-    const int64_t left = s.g.n_rows - first;
-    const Block<W, kSmall, kHalf> b{s, shared, int(first), int(left < rows ? left : rows), places};
-    if (!find_large(b)) continue;
+  const int count = *s.counter(kParts);
+  for (int k = int(blockIdx.x); k < count; k += int(gridDim.x)) {
+    const int c = s.parts[2 * int64_t(k)], end = s.g.crystal_ptr[c + 1];
+    const int first = s.g.crystal_ptr[c] + s.parts[2 * int64_t(k) + 1] * s.together;
+    const Block<W, kSmall, kHalf> b{s, shared, first, end - first < s.together ? end - first : s.together, places};
+    find_crystals(b, c, c + 1);
     read_features(b, t ? DeviceFeatures{s.rows, nullptr, 0} : s.h);
     if (kGate && !s.g.edge_term) find_shells(b);
     __syncthreads();
-    multiply(b, t);
+    find_products(b, t);
     if (kGate && !s.g.edge_term) fill_shells(b, t);
     __syncthreads();
     if (kGate)
       gate_rows<true>(b, t);
     else
       for (int x = threadIdx.x; x < b.n * 2 * W; x += b.threads) {
-        const int row = x / (2 * W), c = x % (2 * W);
-        if (b.crystal(row)[0] < b.crystal(row)[1]) s.q[(first + row) * 2 * W + c] = b.pq(row)[2 * W + c];
+        const int row = x / (2 * W), channel = x % (2 * W);
+        s.q[int64_t(first + row) * 2 * W + channel] = b.pq(row)[2 * W + channel];
       }
     __syncthreads();
   }

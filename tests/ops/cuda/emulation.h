@@ -42,6 +42,9 @@ struct Index {
 struct alignas(8) uint2 {
   unsigned x, y;
 };
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 inline Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
