@@ -1,7 +1,7 @@
 // sigmoid(f) * softplus(c) and its derivatives, once for scalars, SIMD vectors and CUDA, in base 2: the arguments are
 // f2 = -f log2(e) and c2 = c log2(e), scalings that callers fold into their linear maps.
 // M supplies the arithmetic of V: exp2 (right from -inf to max_exponent), log2_1p (argument in [0, 1]), reciprocal,
-// abs, max0, at_most (a bound), tail(c2, t) = t, or 0 where c > 20 (PyTorch's threshold), select_nonnegative(c, a, b) =
+// abs, max0, at_most (a bound; at_most_alone where infinity would do, as its reciprocal is 0), tail(c2, t) = t, or 0 where c > 20 (PyTorch's threshold), select_nonnegative(c, a, b) =
 // c >= 0 ? a : b, and the constants ln2 and log2e of its scalar type; for the gate of exponentials also log2_1p_wide(t),
 // right for any finite t >= 0.
 #pragma once
@@ -32,7 +32,7 @@ SRCGCNN_INLINE V softplus(V c) {
 
 template <class M, class V>
 SRCGCNN_INLINE V sigmoid2(V f2) {
-  return M::reciprocal(M::exp2(M::at_most(f2)) + 1);
+  return M::reciprocal(M::exp2(M::at_most_alone(f2)) + 1);
 }
 
 // sigmoid(f) softplus(c) / ln(2)

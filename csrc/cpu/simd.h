@@ -84,6 +84,7 @@ struct MathF32 {
   }
   static SRCGCNN_INLINE F32 max0(F32 x) { return max(F32{}, x); }
   static SRCGCNN_INLINE F32 at_most(F32 x) { return min(F32{} + max_exponent, x); }
+  static SRCGCNN_INLINE F32 at_most_alone(F32 x) { return at_most(x); }
   static SRCGCNN_INLINE F32 tail(F32, F32 t) { return t; }  // the difference is below float's resolution
   static SRCGCNN_INLINE F32 select_nonnegative(F32 c, F32 a, F32 b) { return c >= 0 ? a : b; }
 
@@ -188,6 +189,7 @@ struct MathF64 {
   static SRCGCNN_INLINE F64 min(F64 a, F64 b) { return a < b ? a : b; }
   static SRCGCNN_INLINE F64 max0(F64 x) { return max(F64{}, x); }
   static SRCGCNN_INLINE F64 at_most(F64 x) { return min(F64{} + max_exponent, x); }
+  static SRCGCNN_INLINE F64 at_most_alone(F64 x) { return at_most(x); }
   static SRCGCNN_INLINE F64 tail(F64 c2, F64 t) { return c2 > 20 * kLog2e ? F64{} : t; }
   static SRCGCNN_INLINE F64 select_nonnegative(F64 c, F64 a, F64 b) { return c >= 0 ? a : b; }
 

@@ -63,6 +63,7 @@ struct DeviceMath {
   static SRCGCNN_DEVICE float abs(float x) { return fabsf(x); }
   static SRCGCNN_DEVICE float max0(float x) { return x < 0.0f ? 0.0f : x; }  // keeps NaN
   static SRCGCNN_DEVICE float at_most(float x) { return x > 126.0f ? 126.0f : x; }
+  static SRCGCNN_DEVICE float at_most_alone(float x) { return x; }
   static SRCGCNN_DEVICE float tail(float, float t) { return t; }  // the difference is below float's resolution
   static SRCGCNN_DEVICE float select_nonnegative(float c, float a, float b) { return c >= 0.0f ? a : b; }
   // As MathF32::log2_1p in cpu/simd.h: relative error 3e-8 before rounding.
@@ -150,14 +151,13 @@ SRCGCNN_DEVICE int first_not_below(const int* x, int n, int64_t value) {
   return low;
 }
 
-// What the tensor cores make the nearest number with TF32's digits of, by cutting off.
-SRCGCNN_DEVICE float nearest_tf32(float x) { return x == x ? __uint_as_float(__float_as_uint(x) + 0x1000u) : x; }
-
 // x as a sum of two numbers with TF32's digits: three products of them keep those of float32. The tensor cores cut off
 // what `low` has beyond its own digits. Not finite: one of both is NaN.
 SRCGCNN_DEVICE void split(float x, float& high, float& low) {
   high = __uint_as_float((__float_as_uint(x) + 0x1000u) & 0xffffe000u);
   low = x - high;
 }
+// The nearest number with TF32's digits, of the two: NaN where x was.
+SRCGCNN_DEVICE float alone(float high, float low) { return low == low ? high : low; }
 
 }  // namespace srcgcnn

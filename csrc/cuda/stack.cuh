@@ -57,6 +57,15 @@ enum Finding { kBad, kLargerThanSmall, kLargerThanAny, kNothing, kFindings };
 // Counted in whole numbers behind the findings: tasks taken by small and by large blocks; parts of crystals that no block has room for.
 enum Counter { kSmallTasks, kLargeTasks, kParts, kCounters = 4 };
 
+// 2W numbers of an edge or of one of its ends, filter and core: a lane has W / 32 neighbouring channels of both, side by side.
+template <int W>
+struct Sides {
+  static constexpr int V = W / 32;
+  static SRCGCNN_DEVICE int at(int half, int channel) { return channel / V * 2 * V + half * V + channel % V; }
+  static SRCGCNN_DEVICE int half(int at) { return at / V % 2; }
+  static SRCGCNN_DEVICE int channel(int at) { return at / (2 * V) * V + at % V; }
+};
+
 // Where what prepare() writes is, in numbers of 4 bytes.
 template <int W, class T>
 struct Prepared {
@@ -163,7 +172,7 @@ SRCGCNN_DEVICE void prepare_table(float* to, const Prepared<W, T>& at, const Lay
     __syncthreads();
     T* products = reinterpret_cast<T*>(to + at.first_products()) + int64_t(place) * 4 * W;
     for (int n = int(threadIdx.x); plan.n_steps && n < 4 * W; n += int(blockDim.x)) {
-      const int c = n % W, half = n / W % 2;
+      const int c = Sides<W>::channel(n % (2 * W)), half = Sides<W>::half(n);
       float value = 0.0f;
       if (c < F) {
         const float* weight = layer.weight + int64_t(half * F + c) * columns + n / (2 * W) * F;
@@ -194,7 +203,7 @@ SRCGCNN_DEVICE void prepare_readout(float* to, const Prepared<W, T>& at, const L
   }
 }
 
-// Weights to the order in which the lanes of mma read them, filters to (K, 2W), both norms to scale and shift; what is
+// Weights to the order in which the lanes of mma read them, filters to (K, 2W) by Sides, both norms to scale and shift; what is
 // found of the crystals, for blocks that take up to `small` and `large` rows.
 template <int W, bool kHalf>
 __global__ void prepare(float* to, const __grid_constant__ Prepared<W, typename Storage<kHalf>::type> at,
@@ -221,9 +230,9 @@ __global__ void prepare(float* to, const __grid_constant__ Prepared<W, typename 
           column = n / (2 * W) * F + k;
         } else {
           const int64_t y = x - int64_t(4) * W * W;
-          const int n = int(y % (2 * W));
-          there = n % W < F && y / (2 * W) < at.plan.n_features;
-          row = n / W * F + n % W;
+          const int n = int(y % (2 * W)), c = Sides<W>::channel(n);
+          there = c < F && y / (2 * W) < at.plan.n_features;
+          row = Sides<W>::half(n) * F + c;
           column = 2 * F + int(y / (2 * W));
         }
         store<1>(weights + x, Channels<1>{{there ? layer.weight[int64_t(row) * columns + column] : 0.0f}});
@@ -318,7 +327,7 @@ SRCGCNN_DEVICE void read_features(const Block<W, kWarps, kHalf>& b, const Device
 // What a lane holds of a tile of the weights and of a tile of rows, and their product, added to sums.
 template <class T>
 struct Factors {
-  float x[2], high[2], low[2];
+  float high[2], low[2];
   struct Rows {
     float x[4];
     SRCGCNN_DEVICE void read(const float* h, int stride) {
@@ -330,10 +339,7 @@ struct Factors {
   static SRCGCNN_DEVICE Read read(const float* at) { return load<2>(at); }
   SRCGCNN_DEVICE explicit Factors(const Read& found) {
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      x[k] = found.x[k];
-      split(x[k], high[k], low[k]);
-    }
+    for (int k = 0; k < 2; ++k) split(found.x[k], high[k], low[k]);
   }
   Factors() = default;
   // The tensor cores cut off what a sum has no digits for: so they add up three products of 8 terms, the small ones first,
@@ -341,18 +347,18 @@ struct Factors {
   template <int kMany>
   static SRCGCNN_DEVICE void multiply(float (&sum)[kMany][4], const Rows& a, const Factors (&w)[kMany], bool relaxed) {
     float high[4], low[4], part[kMany][4] = {};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) split(a.x[k], high[k], low[k]);
     if (relaxed) {
 #pragma unroll
-      for (int k = 0; k < 4; ++k) high[k] = nearest_tf32(a.x[k]);
+      for (int k = 0; k < 4; ++k) high[k] = alone(high[k], low[k]);
 #pragma unroll
       for (int n = 0; n < kMany; ++n) {
-        const float nearest[2] = {nearest_tf32(w[n].x[0]), nearest_tf32(w[n].x[1])};
+        const float nearest[2] = {alone(w[n].high[0], w[n].low[0]), alone(w[n].high[1], w[n].low[1])};
         device::mma(sum[n], high, nearest);
       }
       return;
     }
-#pragma unroll
-    for (int k = 0; k < 4; ++k) split(a.x[k], high[k], low[k]);
 #pragma unroll
     for (int n = 0; n < kMany; ++n) device::mma(part[n], low, w[n].high);
 #pragma unroll
@@ -405,27 +411,25 @@ SRCGCNN_DEVICE void multiply(const Block<W, kWarps, kHalf>& b, int t) {
   const bool relaxed = b.s.at.plan.precision != kFloat32;
   for (int first = warp_of() * per_warp; first < (warp_of() + 1) * per_warp; first += together) {
     float sum[kTiles][together][4] = {};
+    typename Factors<T>::Read next[together];  // on its way while the step before is multiplied
+    const auto read = [&](int step) {
+#pragma unroll
+      for (int x = 0; x < together; ++x)
+        next[x] = Factors<T>::read(nodes + (((first + x) * (W / depth) + step) * 32 + lane) * Tile<T>::numbers);
+    };
+    read(0);
 #pragma unroll 1
-    for (int k = 0; k < W; k += 2 * depth) {
-      typename Factors<T>::Read read[2][together];  // of two steps, on their way together
+    for (int step = 0; step < W / depth; ++step) {
+      Factors<T> w[together];
 #pragma unroll
-      for (int step = 0; step < 2; ++step)
+      for (int x = 0; x < together; ++x) w[x] = Factors<T>(next[x]);
+      read(step + 1 < W / depth ? step + 1 : step);
 #pragma unroll
-        for (int x = 0; x < together; ++x)
-          read[step][x] = Factors<T>::read(
-              nodes + (((first + x) * (W / depth) + k / depth + step) * 32 + lane) * Tile<T>::numbers);
-#pragma unroll
-      for (int step = 0; step < 2; ++step) {
-        Factors<T> w[together];
-#pragma unroll
-        for (int x = 0; x < together; ++x) w[x] = Factors<T>(read[step][x]);
-#pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-          if (tile * 16 >= b.n) break;
-          typename Factors<T>::Rows a;
-          a.read(b.h(tile * 16) + k + step * depth, stride);
-          Factors<T>::multiply(sum[tile], a, w, relaxed);
-        }
+      for (int tile = 0; tile < kTiles; ++tile) {
+        if (tile * 16 >= b.n) break;
+        typename Factors<T>::Rows a;
+        a.read(b.h(tile * 16) + step * depth, stride);
+        Factors<T>::multiply(sum[tile], a, w, relaxed);
       }
     }
     Channels<2> by[together], add[together];
@@ -447,7 +451,13 @@ SRCGCNN_DEVICE void multiply(const Block<W, kWarps, kHalf>& b, int t) {
           Channels<2> y;
 #pragma unroll
           for (int c = 0; c < 2; ++c) y.x[c] = fmaf(sum[tile][x][2 * half + c], by[x].x[c], add[x].x[c]);
-          store<2>(b.pq(tile * 16 + group + 8 * half) + column, y);
+          T* to = b.pq(tile * 16 + group + 8 * half) + column / (2 * W) * 2 * W;
+          if constexpr (W == 32) {
+            store<1>(to + Sides<W>::at(column / W % 2, column % W), Channels<1>{{y.x[0]}});
+            store<1>(to + Sides<W>::at(column / W % 2, column % W + 1), Channels<1>{{y.x[1]}});
+          } else {
+            store<2>(to + Sides<W>::at(column / W % 2, column % W), y);
+          }
         }
       }
     }
@@ -546,11 +556,17 @@ template <int V>
 struct Pair {
   Channels<V> filter, core;
 };
+// Of 2W numbers the lane's, as Sides has them.
 template <int W, class T, int V = W / 32>
 SRCGCNN_DEVICE Pair<V> load_pair(const T* p) {
-  return {load<V>(p + lane_of() * V), load<V>(p + W + lane_of() * V)};
+  const T* mine = p + lane_of() * 2 * V;
+  if constexpr (2 * V * sizeof(T) > 16) return {load<V>(mine), load<V>(mine + V)};
+  const auto found = load<2 * V>(mine);
+  Pair<V> pair;
+#pragma unroll
+  for (int v = 0; v < V; ++v) pair.filter.x[v] = found.x[v], pair.core.x[v] = found.x[V + v];
+  return pair;
 }
-
 // r of one distance: the Gaussians in reach of it times the filter, one lane a Gaussian, then one lane its channels. What
 // is read of the filter is on its way together, as far as registers reach.
 template <int W, class T, int V = W / 32>
@@ -587,8 +603,8 @@ SRCGCNN_DEVICE void fill_shells(const Block<W, kWarps, kHalf>& b, int t) {
   const int count = *b.count() < b.places.shells ? *b.count() : b.places.shells;
   for (int shell = warp_of(); shell < count; shell += b.warps) {
     const auto r = edge_term<W>(b.s.filter(t), b.s.g, b.distance()[shell]);
-    store<V>(b.term(shell) + lane_of() * V, r.filter);
-    store<V>(b.term(shell) + W + lane_of() * V, r.core);
+    store<V>(b.term(shell) + lane_of() * 2 * V, r.filter);
+    store<V>(b.term(shell) + lane_of() * 2 * V + V, r.core);
   }
 }
 
@@ -603,7 +619,7 @@ SRCGCNN_DEVICE void gate_rows(const Block<W, kWarps, kHalf>& b, int t) {
   const T* filter = s.filter(t);
   const float* vectors = s.vectors(t);
   const T* given = static_cast<const T*>(g.edge_term);
-  const auto scale = load_pair<W>(vectors);
+  const Pair<V> scale{load<V>(vectors + lane_of() * V), load<V>(vectors + W + lane_of() * V)};
   const auto scale2 = load<V>(vectors + 4 * W + lane_of() * V), shift2 = load<V>(vectors + 5 * W + lane_of() * V);
   for (int row = warp_of(); row < b.n; row += b.warps) {
     const int low = b.crystal(row)[0], high = b.crystal(row)[1];
@@ -651,7 +667,7 @@ SRCGCNN_DEVICE void gate_rows(const Block<W, kWarps, kHalf>& b, int t) {
           }
         }
         good = __ballot_sync(kAllLanes, sender < low || sender >= high) == 0;
-        const bool from_table = __ballot_sync(kAllLanes, shell < 0) == 0 && !given;
+        const bool from_table = kLayer && __ballot_sync(kAllLanes, shell < 0) == 0 && !given;
         const int many = !good ? 0 : end - e0 < 32 ? int(end - e0) : 32;
         if (from_table) {  // nothing to ask of an edge: several are on their way, as far as registers reach
           [[maybe_unused]] constexpr int ahead = V > 2 ? 1 : 4;
