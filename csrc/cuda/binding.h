@@ -104,10 +104,10 @@ inline void bind_cuda(nanobind::module_& m) {
     const auto plan = device_plan(p);
     return stack_functions(width).filter_at(&plan);
   });
-  m.def("cuda_scratch_size", [](int width, const Plan& p, int64_t n_rows) {
+  m.def("cuda_scratch_size", [](int width, const Plan& p, int64_t n_rows, int64_t n_crystals) {
     const auto plan = device_plan(p);
     int64_t size = 0;
-    raise_if(stack_functions(width).scratch_size(&size, &plan, n_rows));
+    raise_if(stack_functions(width).scratch_size(&size, &plan, n_rows, n_crystals));
     return size;
   });
   // ends: the table, weight and bias of the embedding, then those of each map of the readout.

@@ -20,8 +20,8 @@ struct Room {
     constexpr int least = 16 * P::per_row + P::fixed;
     words = bytes / 16 * 4 > least ? bytes / 16 * 4 : least;
     most = together = Shape<W, kWarps>::rows;
-    while (most > 16 && most * P::per_row + P::fixed > words) most -= 16;
-    while (together > 16 && (together > most || 4 * P::of(together, words).shells < 15 * together)) together -= 16;
+    while (most > 16 && most * P::per_row + P::fixed > words) most -= 8;
+    while (together > 16 && (together > most || 4 * P::of(together, words).shells < 15 * together)) together -= 8;
   }
 };
 
@@ -69,7 +69,13 @@ template <class T>
 int64_t q_size(int64_t n_rows) {
   return n_rows * Places<W, T>::words(2 * W);
 }
-int64_t list_size(int64_t n_rows) { return n_rows / 4; }
+int64_t list_size(int64_t n_rows) { return (n_rows / 4 + 3) / 4 * 4; }
+
+// With more crystals than multiprocessors the readout's maps have a kernel of their own, which shares readings of their
+// weights among crystals; with fewer, a block goes on to them, and there is one launch less.
+bool maps_apart(const DevicePlan& plan, int64_t n_crystals, int processors) {
+  return plan.n_readout > 0 && n_crystals > processors;
+}
 
 // Crystals with more than `least` rows that have room.
 template <int kWarps, bool kHalf, class T>
@@ -101,23 +107,27 @@ const char* run(Stack<W, kHalf> s, const Device<T>& device, void* stream) {
   if (!error && (few || rows > device.small.most) && least <= device.large.most)
     error = run_whole<kLarge>(s, device.large, few ? -1 : device.small.most, few ? kNothing : kLargerThanSmall,
                               device.processors, stream);
-  if (rows <= device.large.most || error) return error;
+  const int64_t most = device.processors * Shape<W, kSmall>::blocks;
   s.words = device.small.words;
-  s.together = device.small.together;
-  s.least = device.large.most;
-  s.asked = kLargerThanAny;
-  const int64_t tiles = (rows + s.together - 1) / s.together, most = device.processors * Shape<W, kSmall>::blocks;
-  const int64_t lists = (s.g.n_crystals + 255) / 256;
-  error = launch(list_parts<W, kHalf>, lists < most ? lists : most, 256, 0, stream, s);
   const auto start = [&](auto kernel, int64_t blocks, auto... more) {
     return launch(kernel, blocks < most ? blocks : most, Shape<W, kSmall>::threads, 4 * s.words, stream, s, more...);
   };
+  const auto finish = [&](const char* error) {
+    return error || !s.means ? error : start(maps_of_crystals<W, kHalf>, s.g.n_crystals);
+  };
+  if (rows <= device.large.most || error) return finish(error);
+  s.together = device.small.together;
+  s.least = device.large.most;
+  s.asked = kLargerThanAny;
+  const int64_t tiles = (rows + s.together - 1) / s.together;
+  const int64_t lists = (s.g.n_crystals + 255) / 256;
+  error = launch(list_parts<W, kHalf>, lists < most ? lists : most, 256, 0, stream, s);
   for (int t = 0; t < s.at.plan.n_steps && !error; ++t) {
     error = start(layer_of_crystals<W, false, kHalf>, tiles, t);
     if (!error) error = start(layer_of_crystals<W, true, kHalf>, tiles, t);
   }
   if (!error && s.out) error = start(readout_of_crystals<W, kHalf>, s.g.n_crystals);
-  return error;
+  return finish(error);
 }
 
 bool is_half(const DevicePlan* plan) { return plan->precision == kBfloat16; }
@@ -160,12 +170,14 @@ const char* run_stack(float* out, float* scratch, const DeviceFeatures& h, const
   const Prepared<W, T> at{plan};
   const bool reads_out = plan.n_readout >= 0;
   float* q = scratch + (reads_out ? features_size(plan, graph.n_rows) : 0);
+  float* means = graph.n_rows > device.large.most ? q + q_size<T>(graph.n_rows) + list_size(graph.n_rows) : scratch;
+  if (!maps_apart(plan, graph.n_crystals, device.processors)) means = nullptr;
   DeviceFeatures features = h;
   if (plan.n_table) features.data = prepared + at.table(), features.n_table = plan.n_table;
   const Stack<W, kHalf> s{reads_out ? scratch : out, reinterpret_cast<T*>(q), reads_out ? out : nullptr, row_weight,
                           prepared, features, graph, at, kNothing, 0, 0, 0, 0, widest(plan), 0, 0, kSmallTasks,
                           reinterpret_cast<int*>(const_cast<float*>(prepared) + at.counters()),
-                          reinterpret_cast<int*>(q + q_size<T>(graph.n_rows))};
+                          reinterpret_cast<int*>(q + q_size<T>(graph.n_rows)), means};
   if (graph.n_rows > device.processors || graph.n_rows > device.large.most)  // else a block has one task
     error = message(cudaMemsetAsync(s.counters, 0, 4 * kCounters, static_cast<cudaStream_t>(stream)));
   if (error) return error;
@@ -194,13 +206,16 @@ extern "C" int64_t SRCGCNN_NAME(filter_at)(const DevicePlan* plan) {
   return with_storage(plan, [](auto type) { return Prepared<W, decltype(type)>::nodes_size; });
 }
 
-extern "C" const char* SRCGCNN_NAME(scratch_size)(int64_t* size, const DevicePlan* plan, int64_t n_rows) {
+extern "C" const char* SRCGCNN_NAME(scratch_size)(int64_t* size, const DevicePlan* plan, int64_t n_rows,
+                                                  int64_t n_crystals) {
   return with_storage(plan, [&](auto type) {
     using T = decltype(type);
     Device<T> device;
     const char* error = device.ask();
     const int64_t features = plan->n_readout >= 0 ? features_size(*plan, n_rows) : 0;
-    if (!error) *size = n_rows > device.large.most ? features + q_size<T>(n_rows) + list_size(n_rows) : 0;
+    if (error) return error;
+    *size = n_rows > device.large.most ? features + q_size<T>(n_rows) + list_size(n_rows) : 0;
+    if (maps_apart(*plan, n_crystals, device.processors)) *size += n_crystals * W;
     return error;
   });
 }

@@ -14,6 +14,12 @@
 
 namespace srcgcnn {
 
+// Before sm_90 the compiler needs more registers for the same code.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHopper = false;
+#else
+constexpr bool kHopper = true;
+#endif
 constexpr int kSmall = 8, kLarge = 16;  // warps of a block
 constexpr int kMostShells = 512;
 constexpr int kSlots = 512, kProbes = 8;  // of the hash table of distances; one that finds no slot is left out
@@ -26,7 +32,10 @@ constexpr unsigned kEmpty = 0xffffffffu;
 template <int W, int kWarps>
 struct Shape {
   static constexpr int threads = 32 * kWarps, blocks = 16 / kWarps, rows = kWarps == kLarge ? (W == 128 ? 64 : 128) : W == 32 ? 64 : W == 64 ? 48 : 32;
-  static constexpr int tiles = rows / 16, columns = 4 * W / 8 / kWarps;  // of a product, in tiles: of all, of a warp
+  // Of a product, in tiles of 16 channels and 8 rows: all its channels, and those of a warp; where there are more warps than
+  // tiles of channels, they share out the rows.
+  static constexpr int channels = 4 * W / 16, mine = channels > kWarps ? channels / kWarps : 1;
+  static constexpr int shares = channels < kWarps ? kWarps / channels : 1, tiles = rows / 8 / shares;
 };
 
 // Places in shared memory, in numbers of 4 bytes, for a block with so many rows; distances take what they leave. The
@@ -40,7 +49,7 @@ struct Places {
   int rows, shells;
 
   static SRCGCNN_HOST_DEVICE Places of(int n, int words) {
-    const int rows = n > 16 ? (n + 15) / 16 * 16 : 16, most = (words - fixed - rows * per_row) / per_shell;
+    const int rows = n > 16 ? (n + 7) / 8 * 8 : 16, most = (words - fixed - rows * per_row) / per_shell;
     return {rows, most < 0 ? 0 : most > kMostShells ? kMostShells : most / 4 * 4};
   }
   SRCGCNN_HOST_DEVICE int pq() const { return rows * h_stride; }
@@ -115,6 +124,7 @@ struct Stack {
   Counter taken;     // of tasks
   int* counters;
   int* parts;        // of crystals that no block has room for
+  float* means;      // (B, W) softplus of the crystals' means where the maps have a kernel of their own, or null
 
   SRCGCNN_DEVICE const T* nodes(int t) const { return reinterpret_cast<const T*>(prepared + at.nodes(t)); }
   SRCGCNN_DEVICE const T* filter(int t) const { return reinterpret_cast<const T*>(prepared + at.filter(t)); }
@@ -133,13 +143,14 @@ struct Layers {
   const float* table;  // null: embedding and readout are not meant
 };
 
-// Numbers of a lane in a tile of the weights.
+// A tile of the weights, 16 channels by `depth` of their inputs, as a lane holds it: numbers of channels lane / 4 * 2 and the
+// next one, so that the product leaves the lane two neighbours.
 template <class T>
 struct Tile {
-  static constexpr int numbers = 8 / int(sizeof(T)), depth = 4 * numbers;
-  // Which of the tile's rows is the lane's number `x`.
+  static constexpr int numbers = 16 / int(sizeof(T)), depth = 32 / int(sizeof(T));
+  static SRCGCNN_DEVICE int channel(int lane, int x) { return lane / 4 * 2 + (sizeof(T) == 4 ? x : x / 2) % 2; }
   static SRCGCNN_DEVICE int k(int lane, int x) {
-    return sizeof(T) == 4 ? lane % 4 + 4 * x : 2 * (lane % 4) + x % 2 + x / 2 * 8;
+    return sizeof(T) == 4 ? lane % 4 + x / 2 * 4 : lane % 4 * 2 + x % 2 + x / 4 * 8;
   }
 };
 
@@ -224,7 +235,8 @@ __global__ void prepare(float* to, const __grid_constant__ Prepared<W, typename 
         if (x < int64_t(4) * W * W) {
           constexpr int numbers = Tile<T>::numbers, deep = W / Tile<T>::depth;
           const int lane = int(x) / numbers % 32, tile = int(x) / (32 * numbers);
-          const int k = tile % deep * Tile<T>::depth + Tile<T>::k(lane, int(x) % numbers), n = tile / deep * 8 + lane / 4;
+          const int k = tile % deep * Tile<T>::depth + Tile<T>::k(lane, int(x) % numbers);
+          const int n = tile / deep * 16 + Tile<T>::channel(lane, int(x) % numbers);
           there = k < F && n % W < F;
           row = n / W % 2 * F + n % W;
           column = n / (2 * W) * F + k;
@@ -324,93 +336,99 @@ SRCGCNN_DEVICE void read_features(const Block<W, kWarps, kHalf>& b, const Device
   }
 }
 
-// What a lane holds of a tile of the weights and of a tile of rows, and their product, added to sums.
+// What a lane holds of a tile of the weights and of a tile of 8 rows, and their product, added to sums.
 template <class T>
 struct Factors {
-  float high[2], low[2];
+  float high[4], low[4];
   struct Rows {
-    float x[4];
+    float x[2];
     SRCGCNN_DEVICE void read(const float* h, int stride) {
       const float* at = h + lane_of() / 4 * stride + lane_of() % 4;
-      x[0] = at[0], x[1] = at[8 * stride], x[2] = at[4], x[3] = at[8 * stride + 4];
+      x[0] = at[0], x[1] = at[4];
     }
   };
-  using Read = Channels<2>;
-  static SRCGCNN_DEVICE Read read(const float* at) { return load<2>(at); }
+  using Read = Channels<4>;
+  static SRCGCNN_DEVICE Read read(const float* at) { return load<4>(at); }
   SRCGCNN_DEVICE explicit Factors(const Read& found) {
 #pragma unroll
-    for (int k = 0; k < 2; ++k) split(found.x[k], high[k], low[k]);
+    for (int k = 0; k < 4; ++k) split(found.x[k], high[k], low[k]);
   }
   Factors() = default;
   // The tensor cores cut off what a sum has no digits for: so they add up three products of 8 terms, the small ones first,
   // and the rest is added here.
   template <int kMany>
-  static SRCGCNN_DEVICE void multiply(float (&sum)[kMany][4], const Rows& a, const Factors (&w)[kMany], bool relaxed) {
-    float high[4], low[4], part[kMany][4] = {};
+  static SRCGCNN_DEVICE void multiply(float (&sum)[kMany][4], const Rows& rows, const Factors (&w)[kMany], bool relaxed) {
+    float high[2], low[2], part[kMany][4] = {};
 #pragma unroll
-    for (int k = 0; k < 4; ++k) split(a.x[k], high[k], low[k]);
+    for (int k = 0; k < 2; ++k) split(rows.x[k], high[k], low[k]);
     if (relaxed) {
 #pragma unroll
-      for (int k = 0; k < 4; ++k) high[k] = alone(high[k], low[k]);
+      for (int k = 0; k < 2; ++k) high[k] = alone(high[k], low[k]);
 #pragma unroll
-      for (int n = 0; n < kMany; ++n) {
-        const float nearest[2] = {alone(w[n].high[0], w[n].low[0]), alone(w[n].high[1], w[n].low[1])};
-        device::mma(sum[n], high, nearest);
+      for (int m = 0; m < kMany; ++m) {
+        float nearest[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) nearest[k] = alone(w[m].high[k], w[m].low[k]);
+        device::mma(sum[m], nearest, high);
       }
       return;
     }
 #pragma unroll
-    for (int n = 0; n < kMany; ++n) device::mma(part[n], low, w[n].high);
+    for (int m = 0; m < kMany; ++m) device::mma(part[m], w[m].high, low);
 #pragma unroll
-    for (int n = 0; n < kMany; ++n) device::mma(part[n], high, w[n].low);
+    for (int m = 0; m < kMany; ++m) device::mma(part[m], w[m].low, high);
 #pragma unroll
-    for (int n = 0; n < kMany; ++n) device::mma(part[n], high, w[n].high);
+    for (int m = 0; m < kMany; ++m) device::mma(part[m], w[m].high, high);
 #pragma unroll
-    for (int n = 0; n < kMany; ++n)
+    for (int m = 0; m < kMany; ++m)
 #pragma unroll
-      for (int v = 0; v < 4; ++v) sum[n][v] += part[n][v];
+      for (int v = 0; v < 4; ++v) sum[m][v] += part[m][v];
   }
 };
 template <>
 struct Factors<Bfloat16> {
-  uint32_t both[2];
+  uint32_t both[4];
   struct Rows {
-    uint32_t both[4];
+    uint32_t both[2];
     SRCGCNN_DEVICE void read(const float* h, int stride) {
       const float* at = h + lane_of() / 4 * stride + lane_of() % 4 * 2;
 #pragma unroll
-      for (int x = 0; x < 4; ++x) {
-        const auto found = load<2>(at + x % 2 * 8 * stride + x / 2 * 8);
+      for (int x = 0; x < 2; ++x) {
+        const auto found = load<2>(at + x * 8);
         both[x] = device::to_bfloat16(found.x[0], found.x[1]);
       }
     }
   };
-  using Read = uint2;
-  static SRCGCNN_DEVICE Read read(const Bfloat16* at) { return *reinterpret_cast<const uint2*>(at); }
-  SRCGCNN_DEVICE explicit Factors(const Read& found) : both{found.x, found.y} {}
+  using Read = uint4;
+  static SRCGCNN_DEVICE Read read(const Bfloat16* at) { return *reinterpret_cast<const uint4*>(at); }
+  SRCGCNN_DEVICE explicit Factors(const Read& found) : both{found.x, found.y, found.z, found.w} {}
   Factors() = default;
   template <int kMany>
-  static SRCGCNN_DEVICE void multiply(float (&sum)[kMany][4], const Rows& a, const Factors (&w)[kMany], bool) {
+  static SRCGCNN_DEVICE void multiply(float (&sum)[kMany][4], const Rows& rows, const Factors (&w)[kMany], bool) {
 #pragma unroll
-    for (int x = 0; x < kMany; ++x) device::mma(sum[x], a.both, w[x].both);
+    for (int m = 0; m < kMany; ++m) device::mma(sum[m], w[m].both, rows.both);
   }
 };
 
-// Rows of h times the weights, scaled and shifted, to pq: (p filter, p core, q filter, q core). A warp has its columns of
-// all rows: for each tile of the weights, read once, all tiles of rows.
+// Rows of h times the weights, scaled and shifted, to pq: (p, q), each by Sides. A warp has its channels of all rows: for each
+// tile of the weights, read once, all tiles of rows.
 template <int W, int kWarps, bool kHalf>
 SRCGCNN_DEVICE void multiply(const Block<W, kWarps, kHalf>& b, int t) {
   using T = typename Storage<kHalf>::type;
-  constexpr int kTiles = Shape<W, kWarps>::tiles, per_warp = Shape<W, kWarps>::columns, depth = Tile<T>::depth;
-  constexpr int most = kTiles > 3 ? 2 : 4, together = per_warp < most ? per_warp : most;
-  constexpr int stride = Places<W, T>::h_stride;
+  using S = Shape<W, kWarps>;
+  constexpr int depth = Tile<T>::depth, together = S::mine < 2 || S::tiles > 6 || !kHopper ? 1 : 2;
+  constexpr int tiles = S::tiles > 8 && !kHopper ? 8 : S::tiles, stride = Places<W, T>::h_stride;
   const int lane = lane_of(), group = lane / 4, in_group = lane % 4;
+  const int share = warp_of() / S::channels;
   const T* nodes = b.s.nodes(t);
   const float* scale = b.s.vectors(t);
   const float* shift = scale + 2 * W;
   const bool relaxed = b.s.at.plan.precision != kFloat32;
-  for (int first = warp_of() * per_warp; first < (warp_of() + 1) * per_warp; first += together) {
-    float sum[kTiles][together][4] = {};
+  for (int pass = 0; pass < S::mine / together * (S::tiles / tiles); ++pass) {
+    const int first = warp_of() % S::channels * S::mine + pass % (S::mine / together) * together;
+    const int from = (pass / (S::mine / together) * tiles * S::shares + share) * 8;
+    if (from >= b.n) break;
+    float sum[tiles][together][4] = {};
     typename Factors<T>::Read next[together];  // on its way while the step before is multiplied
     const auto read = [&](int step) {
 #pragma unroll
@@ -425,38 +443,35 @@ SRCGCNN_DEVICE void multiply(const Block<W, kWarps, kHalf>& b, int t) {
       for (int x = 0; x < together; ++x) w[x] = Factors<T>(next[x]);
       read(step + 1 < W / depth ? step + 1 : step);
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        if (tile * 16 >= b.n) break;
-        typename Factors<T>::Rows a;
-        a.read(b.h(tile * 16) + step * depth, stride);
-        Factors<T>::multiply(sum[tile], a, w, relaxed);
+      for (int tile = 0; tile < tiles; ++tile) {
+        const int row = from + tile * S::shares * 8;
+        if (row >= b.n) break;
+        typename Factors<T>::Rows rows;
+        rows.read(b.h(row) + step * depth, stride);
+        Factors<T>::multiply(sum[tile], rows, w, relaxed);
       }
     }
-    Channels<2> by[together], add[together];
 #pragma unroll
     for (int x = 0; x < together; ++x) {
-      const int column = (first + x) * 8 + 2 * in_group;
-      by[x] = load<2>(scale + column % (2 * W));
-      add[x] = load<2>(shift + column % (2 * W));
-      if (column >= 2 * W) add[x] = {};
-    }
+      const int column = (first + x) * 16 + 2 * group, half = column / W % 2, channel = column % W;
+      const auto by = load<2>(scale + column % (2 * W));
+      auto add = load<2>(shift + column % (2 * W));
+      if (column >= 2 * W) add = {};
 #pragma unroll
-    for (int x = 0; x < together; ++x) {
-      const int column = (first + x) * 8 + 2 * in_group;
+      for (int tile = 0; tile < tiles; ++tile) {
+        const int row = from + tile * S::shares * 8;
+        if (row >= b.n) break;
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        if (tile * 16 >= b.n) break;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
+        for (int v = 0; v < 2; ++v) {
           Channels<2> y;
 #pragma unroll
-          for (int c = 0; c < 2; ++c) y.x[c] = fmaf(sum[tile][x][2 * half + c], by[x].x[c], add[x].x[c]);
-          T* to = b.pq(tile * 16 + group + 8 * half) + column / (2 * W) * 2 * W;
+          for (int c = 0; c < 2; ++c) y.x[c] = fmaf(sum[tile][x][v + 2 * c], by.x[c], add.x[c]);
+          T* to = b.pq(row + 2 * in_group + v) + column / (2 * W) * 2 * W;
           if constexpr (W == 32) {
-            store<1>(to + Sides<W>::at(column / W % 2, column % W), Channels<1>{{y.x[0]}});
-            store<1>(to + Sides<W>::at(column / W % 2, column % W + 1), Channels<1>{{y.x[1]}});
+            store<1>(to + Sides<W>::at(half, channel), Channels<1>{{y.x[0]}});
+            store<1>(to + Sides<W>::at(half, channel + 1), Channels<1>{{y.x[1]}});
           } else {
-            store<2>(to + Sides<W>::at(column / W % 2, column % W), y);
+            store<2>(to + Sides<W>::at(half, channel), y);
           }
         }
       }
@@ -547,6 +562,8 @@ SRCGCNN_DEVICE void find_links(const Block<W, kWarps, kHalf>& b) {
       link = unsigned(sender - b.first) | unsigned(shell) << 16;
     }
     quick = __ballot_sync(kAllLanes, !good) == 0 && quick;
+    device::prefetch(g.sender, begin + b.n * kLinks + lane_of(), g.n_edges);  // of the block that comes next, perhaps
+    device::prefetch(g.distance, begin + b.n * kLinks + lane_of(), g.n_edges);
     if (lane_of() < kLinks) b.links(row)[lane_of()] = link;
     if (lane_of() == 0) b.crystal(row)[2] = quick ? int(end - begin) : -1;
   }
@@ -703,16 +720,66 @@ SRCGCNN_DEVICE void gate_rows(const Block<W, kWarps, kHalf>& b, int t) {
   }
 }
 
-// The mean of crystals [c, c + count) over their atoms, then softplus and a linear map, one after the other. `row` gives
-// a lane its channels of a row. `space` holds `words` numbers. Every sum has an order of its own, whoever forms it.
+// The readout's linear maps of crystals [c, c + many), with a softplus before each, after which the numbers that go in are at
+// `from` of each crystal's `size` in `space`. Every sum has an order of its own, whoever forms it.
+template <int W, bool kHalf>
+SRCGCNN_DEVICE void apply_maps(const Stack<W, kHalf>& s, float* space, int size, int from, int c, int many) {
+  const DevicePlan& plan = s.at.plan;
+  const int warps = int(blockDim.x) / 32, n_out = s.n_out();
+  const float* weight = s.prepared + s.at.readout();
+  for (int l = 0; l < plan.n_readout; ++l) {
+    const int in = plan.readout[l], out = plan.readout[l + 1], here = from + l % 2 * s.wide, to = from + (l + 1) % 2 * s.wide;
+    const float* bias = weight + int64_t(in) * out;
+    const auto put = [&](int k, int o, float y) {
+      if (l + 1 == plan.n_readout)
+        s.out[int64_t(c + k) * n_out + o] = y;
+      else
+        space[k * size + to + o] = softplus<DeviceMath>(y);
+    };
+    if (is_wide(out)) {  // a lane a number, of four crystals at a time
+      const int blocks = (out + 31) / 32;
+      for (int x = warp_of(); x < blocks * ((many + 3) / 4); x += warps) {
+        const int o = x % blocks * 32 + lane_of(), k = x / blocks * 4;
+        if (o >= out) continue;
+        float sum[4];
+#pragma unroll
+        for (int y = 0; y < 4; ++y) sum[y] = bias[o];
+#pragma unroll 4
+        for (int i = 0; i < in; ++i) {
+          const float w = weight[i * out + o];
+#pragma unroll
+          for (int y = 0; y < 4; ++y) sum[y] = fmaf(w, space[(k + y < many ? k + y : k) * size + here + i], sum[y]);
+        }
+#pragma unroll
+        for (int y = 0; y < 4; ++y)
+          if (k + y < many) put(k + y, o, sum[y]);
+      }
+    } else {  // a warp a number
+      for (int x = warp_of(); x < many * out; x += warps) {
+        const int k = x / out, o = x % out;
+        float sum = 0.0f;
+        for (int i = lane_of(); i < in; i += 32) sum = fmaf(weight[o * in + i], space[k * size + here + i], sum);
+#pragma unroll
+        for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+        if (lane_of() == 0) put(k, o, sum + bias[o]);
+      }
+    }
+    weight = bias + out;
+    __syncthreads();
+  }
+}
+
+// The mean of crystals [c, c + count) over their atoms, which leaves, or goes on to the maps: here, or by way of `means` in
+// maps_of_crystals(). `row` gives a lane its channels of a row. `space` holds `words` numbers.
 constexpr int kShares = 8;  // of a sum over rows
 template <int W, bool kHalf, class Row>
 SRCGCNN_DEVICE void read_out(const Stack<W, kHalf>& s, float* space, int words, int c, int count, const Row& row) {
   constexpr int V = W / 32, sums = kShares * (W + 1);
   const DevicePlan& plan = s.at.plan;
   const int32_t* crystal_ptr = s.g.crystal_ptr;
-  const int warps = int(blockDim.x) / 32, threads = int(blockDim.x), n_out = s.n_out();
-  const int size = sums + 2 * s.wide, most = words / size;  // a crystal: its partial sums, and two lists of numbers
+  const int warps = int(blockDim.x) / 32, threads = int(blockDim.x);
+  const bool here = plan.n_readout && !s.means;
+  const int size = sums + (here ? 2 * s.wide : 0), most = words / size;  // a crystal: partial sums, and two lists of numbers
   for (const int stop = c + count; c < stop; c += most) {
     const int many = stop - c < most ? stop - c : most;
     for (int x = warp_of(); x < many * kShares; x += warps) {
@@ -739,54 +806,29 @@ SRCGCNN_DEVICE void read_out(const Stack<W, kHalf>& s, float* space, int words, 
         atoms += space[k * size + kShares * W + part];
       }
       const float mean = atoms == 0.0f ? 0.0f : sum / atoms;  // a crystal without rows, as the CPU has it
-      if (plan.n_readout)
+      if (here)
         space[k * size + sums + channel] = softplus<DeviceMath>(mean);
+      else if (plan.n_readout)
+        s.means[int64_t(c + k) * W + channel] = softplus<DeviceMath>(mean);
       else if (channel < plan.F)
         s.out[int64_t(c + k) * plan.F + channel] = mean;
     }
     __syncthreads();
-    const float* weight = s.prepared + s.at.readout();
-    for (int l = 0; l < plan.n_readout; ++l) {
-      const int in = plan.readout[l], out = plan.readout[l + 1], from = sums + l % 2 * s.wide, to = sums + (l + 1) % 2 * s.wide;
-      const float* bias = weight + int64_t(in) * out;
-      const auto put = [&](int k, int o, float y) {
-        if (l + 1 == plan.n_readout)
-          s.out[int64_t(c + k) * n_out + o] = y;
-        else
-          space[k * size + to + o] = softplus<DeviceMath>(y);
-      };
-      if (is_wide(out)) {  // a lane a number, of four crystals at a time
-        const int blocks = (out + 31) / 32;
-        for (int x = warp_of(); x < blocks * ((many + 3) / 4); x += warps) {
-          const int o = x % blocks * 32 + lane_of(), k = x / blocks * 4;
-          if (o >= out) continue;
-          float sum[4];
-#pragma unroll
-          for (int y = 0; y < 4; ++y) sum[y] = bias[o];
-#pragma unroll 4
-          for (int i = 0; i < in; ++i) {
-            const float w = weight[i * out + o];
-#pragma unroll
-            for (int y = 0; y < 4; ++y)
-              sum[y] = fmaf(w, space[(k + y < many ? k + y : k) * size + from + i], sum[y]);
-          }
-#pragma unroll
-          for (int y = 0; y < 4; ++y)
-            if (k + y < many) put(k + y, o, sum[y]);
-        }
-      } else {  // a warp a number
-        for (int x = warp_of(); x < many * out; x += warps) {
-          const int k = x / out, o = x % out;
-          float sum = 0.0f;
-          for (int i = lane_of(); i < in; i += 32) sum = fmaf(weight[o * in + i], space[k * size + from + i], sum);
-#pragma unroll
-          for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-          if (lane_of() == 0) put(k, o, sum + bias[o]);
-        }
-      }
-      weight = bias + out;
-      __syncthreads();
-    }
+    if (here) apply_maps(s, space, size, sums, c, many);
+  }
+}
+
+// The maps of all crystals from their means, a block some at a time.
+template <int W, bool kHalf>
+__global__ void __launch_bounds__(Shape<W, kSmall>::threads) maps_of_crystals(const Stack<W, kHalf> s) {
+  SRCGCNN_SHARED(shared);
+  if (s.found(kBad)) return;
+  const int size = 2 * s.wide, most = s.words / size;
+  for (int64_t c = int64_t(blockIdx.x) * most; c < s.g.n_crystals; c += int64_t(gridDim.x) * most) {
+    const int many = int(s.g.n_crystals - c < most ? s.g.n_crystals - c : most);
+    for (int x = threadIdx.x; x < many * W; x += int(blockDim.x)) shared[x / W * size + x % W] = s.means[c * W + x];
+    __syncthreads();
+    apply_maps(s, shared, size, 0, int(c), many);
   }
 }
 
@@ -885,7 +927,7 @@ __global__ void __launch_bounds__(Shape<W, kSmall>::threads, Shape<W, kSmall>::b
   if (s.found(kBad) || !s.has_work()) return;
   const auto places = Places<W, typename Storage<kHalf>::type>::of(s.together, s.words);
   const int count = *s.counter(kParts);
-  for (int k = int(blockIdx.x); k < count; k += int(gridDim.x)) {
+  for (int k = count - int(gridDim.x - blockIdx.x); k >= 0; k -= int(gridDim.x)) {  // the last parts to the last blocks
     const int c = s.parts[2 * int64_t(k)], end = s.g.crystal_ptr[c + 1];
     const int first = s.g.crystal_ptr[c] + s.parts[2 * int64_t(k) + 1] * s.together;
     const Block<W, kSmall, kHalf> b{s, shared, first, end - first < s.together ? end - first : s.together, places};

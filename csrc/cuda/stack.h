@@ -58,7 +58,8 @@ struct DevicePlan {
   const char* srcgcnn_cuda_image_##W();                                                                                \
   int64_t srcgcnn_cuda_prepared_size_##W(const srcgcnn::DevicePlan* plan);                                             \
   int64_t srcgcnn_cuda_filter_at_##W(const srcgcnn::DevicePlan* plan);                                                 \
-  const char* srcgcnn_cuda_scratch_size_##W(int64_t* size, const srcgcnn::DevicePlan* plan, int64_t n_rows);           \
+  const char* srcgcnn_cuda_scratch_size_##W(int64_t* size, const srcgcnn::DevicePlan* plan, int64_t n_rows,            \
+                                           int64_t n_crystals);                                                        \
   const char* srcgcnn_cuda_prepare_##W(float* prepared, const srcgcnn::DevicePlan* plan,                               \
                                        const srcgcnn::DeviceLayer* layers, const float* table,                         \
                                        const srcgcnn::DeviceDense* embedding, const srcgcnn::DeviceDense* readout,     \

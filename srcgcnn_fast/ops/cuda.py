@@ -156,7 +156,7 @@ class _Call:
             numbers = prepared[at:].view(storage)[: k * 2 * width]
             products = graph.features.to(storage) @ numbers.view(k, 2 * width)
             given = ([0, products.data_ptr(), *index], sizes, edges.basis)
-        scratch = h.new_empty(call.cuda_scratch_size(width, plan, n))
+        scratch = h.new_empty(call.cuda_scratch_size(width, plan, n, self.n_crystals))
         out = h.new_empty(size)
         rows = (h.data_ptr(), _address(self.species), h.shape[0])
         weights = _address(row_weight)

@@ -64,7 +64,7 @@ def test_crystals_too_large_for_a_block(library, make_batch, kind, gpu, shared):
     library.gpu(*gpu)
     problem = Problem(make_batch(kind), 16, 41, 3, shared)
     largest = int(problem.edges.crystal_ptr.diff().max())
-    assert library.cuda_scratch_size(32, [16, 3, 41, 0, int(shared), 0, 0], largest) > 0  # it fits no block
+    assert library.cuda_scratch_size(32, [16, 3, 41, 0, int(shared), 0, 0], largest, 1) > 0  # it fits no block
     problem.check()
 
 
@@ -291,7 +291,7 @@ def test_every_launch_goes_to_that_stream(library, make_batch, monkeypatch, feat
 def test_offsets_beyond_two_to_the_31(library, reads_out, given, half):
     """The last crystals of 2^24 rows and more, in a block and layer by layer, against the same crystals alone."""
     width, k, n, large = 128, 41, 45, 40  # a crystal that no block has room for, and one of five rows
-    library.gpu(1 << 24, (80 if half else 110) << 10)  # so many blocks that each has one task
+    library.gpu(1 << 24, (68 if half else 104) << 10)  # so many blocks that each has one task
     rand = lambda *s: torch.rand(*s, generator=torch.Generator().manual_seed(3))  # noqa: E731
     index = lambda x: torch.as_tensor(x, dtype=torch.int32)  # noqa: E731
     sender = torch.where(
@@ -323,7 +323,7 @@ def test_offsets_beyond_two_to_the_31(library, reads_out, given, half):
         prepared = torch.zeros(library.cuda_prepared_size(width, plan))
         layer = [x.data_ptr() for x in (weight, *vectors)]
         library.cuda_prepare(width, prepared.data_ptr(), plan, [layer], [(1e-5, 1e-5)], [0, 0, 0], *given_graph, 0)
-        scratch = sparse(library.cuda_scratch_size(width, plan, rows), torch.float32)
+        scratch = sparse(library.cuda_scratch_size(width, plan, rows, len(crystal_ptr) - 1), torch.float32)
         out = sparse((len(crystal_ptr) - 1 if reads_out else rows, width), torch.float32)
         try:
             if before:

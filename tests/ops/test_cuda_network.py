@@ -256,11 +256,11 @@ def test_vectors_of_crystals_by_the_network(make_batch, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "launches"), [("one atom", 2), ("plain", 2), ("many crystals", 7), ("one crystal", 5)]
+    ("kind", "launches"), [("one atom", 2), ("plain", 2), ("many crystals", 8), ("one crystal", 5)]
 )
 def test_launches(library, make_batch, kind, launches):
     """Of one step: prepare; one size of blocks where every crystal may have a multiprocessor, two where not; a list,
-    q, step and readout where there are more rows than the largest block takes. What a captured graph replays."""
+    q, step and readout where there are more rows than the largest block takes; maps. What a captured graph replays."""
     library.gpu(132, 228 << 10)
     problem, before = Whole(make_batch(kind), n_steps=1), library.launches()
     problem.found()

@@ -119,9 +119,10 @@ class Emulated:
     def cuda_filter_at(self, width, plan) -> int:
         return self._call("filter_at", width, c.c_int64, c.byref(Plan.of(plan)))
 
-    def cuda_scratch_size(self, width, plan, n_rows: int) -> int:
+    def cuda_scratch_size(self, width, plan, n_rows: int, n_crystals: int) -> int:
         size = c.c_int64()
-        self._call("scratch_size", width, c.c_char_p, c.byref(size), c.byref(Plan.of(plan)), c.c_int64(n_rows))
+        counts = c.c_int64(n_rows), c.c_int64(n_crystals)
+        self._call("scratch_size", width, c.c_char_p, c.byref(size), c.byref(Plan.of(plan)), *counts)
         return size.value
 
     def cuda_prepare(self, width, prepared, plan, layers, eps, ends, index, sizes, basis, stream) -> None:

@@ -228,6 +228,8 @@ namespace srcgcnn::device {
 inline float flushed(float x) { return fabsf(x) < 1.17549435e-38f ? copysignf(0.0f, x) : x; }
 inline float exp2(float x) { return flushed(::exp2f(flushed(x))); }
 inline float reciprocal(float x) { return flushed(1.0f / flushed(x)); }
+template <class T>
+void prefetch(const T*, int64_t, int64_t) {}
 // The tensor core does not look at the last 13 bits of its operands.
 inline float seen(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000); }
 // Nor does it round a sum to the nearest number: what does not fit is cut off.
