@@ -88,10 +88,15 @@ const char* run_whole(Stack<W, kHalf> s, const Room<kWarps, T>& room, int least,
   s.most = room.most;
   s.together = room.together;
   s.taken = kWarps == kSmall ? kSmallTasks : kLargeTasks;
-  // Few rows: a task for every block. Many: tasks of several blocks' rows, whose last block is seldom half empty.
-  const int64_t share = (rows + most - 1) / most, large = 4 * room.together;
-  s.rows_per_task = int(share > large ? large : share ? share : 1);
-  s.n_tasks = int(rows ? (rows + s.rows_per_task - 1) / s.rows_per_task : 1);
+  // Few rows: a task for every block. Many: tasks of several blocks' rows, whose last block is seldom half empty, and at the
+  // end tasks of one, so that blocks end together.
+  const int64_t share = (rows + most - 1) / most;
+  s.narrow_rows = int(share < room.together ? (share ? share : 1) : room.together);
+  s.wide_rows = 4 * room.together;
+  const int64_t narrow = 8 * most * room.together;  // rows of these at the end
+  s.wide_tasks = int(rows > narrow ? (rows - narrow) / s.wide_rows : 0);
+  const int64_t left = rows - int64_t(s.wide_tasks) * s.wide_rows;
+  s.n_tasks = s.wide_tasks + int(left ? (left + s.narrow_rows - 1) / s.narrow_rows : rows ? 0 : 1);
   return launch(whole_crystals<W, kWarps, kHalf>, s.n_tasks < most ? s.n_tasks : most, Shape<W, kWarps>::threads,
                 4 * room.words, stream, s);
 }
@@ -175,7 +180,7 @@ const char* run_stack(float* out, float* scratch, const DeviceFeatures& h, const
   DeviceFeatures features = h;
   if (plan.n_table) features.data = prepared + at.table(), features.n_table = plan.n_table;
   const Stack<W, kHalf> s{reads_out ? scratch : out, reinterpret_cast<T*>(q), reads_out ? out : nullptr, row_weight,
-                          prepared, features, graph, at, kNothing, 0, 0, 0, 0, widest(plan), 0, 0, kSmallTasks,
+                          prepared, features, graph, at, kNothing, 0, 0, 0, 0, widest(plan), 0, 0, 0, 0, kSmallTasks,
                           reinterpret_cast<int*>(const_cast<float*>(prepared) + at.counters()),
                           reinterpret_cast<int*>(q + q_size<T>(graph.n_rows)), means};
   if (graph.n_rows > device.processors || graph.n_rows > device.large.most)  // else a block has one task

@@ -120,7 +120,8 @@ struct Stack {
   int least, most;   // crystals with more rows than `least` are meant, and in one block those with at most `most`
   int together;      // crystals are joined up to so many rows
   int wide;          // numbers that the readout keeps of a crystal, at most
-  int rows_per_task, n_tasks;
+  int n_tasks, wide_tasks;         // the latter come first, of `wide_rows` rows each; the others have `narrow_rows`
+  int wide_rows, narrow_rows;
   Counter taken;     // of tasks
   int* counters;
   int* parts;        // of crystals that no block has room for
@@ -133,6 +134,10 @@ struct Stack {
   SRCGCNN_DEVICE int* counter(Counter what) const { return counters + what; }
   SRCGCNN_DEVICE const T* first_products() const { return reinterpret_cast<const T*>(prepared + at.first_products()); }
   SRCGCNN_DEVICE bool has_work() const { return asked == kNothing || found(asked); }
+  SRCGCNN_DEVICE int64_t row_of(int task) const {
+    return task < wide_tasks ? int64_t(task) * wide_rows
+                             : int64_t(wide_tasks) * wide_rows + int64_t(task - wide_tasks) * narrow_rows;
+  }
   SRCGCNN_DEVICE int n_out() const { return at.plan.readout[at.plan.n_readout]; }
 };
 
@@ -356,12 +361,12 @@ struct Factors {
   Factors() = default;
   // The tensor cores cut off what a sum has no digits for: so they add up three products of 8 terms, the small ones first,
   // and the rest is added here.
-  template <int kMany>
-  static SRCGCNN_DEVICE void multiply(float (&sum)[kMany][4], const Rows& rows, const Factors (&w)[kMany], bool relaxed) {
-    float high[2], low[2], part[kMany][4] = {};
+  template <bool kRelaxed, int kMany>
+  static SRCGCNN_DEVICE void multiply(float (&sum)[kMany][4], const Rows& rows, const Factors (&w)[kMany]) {
+    float high[2], low[2];
 #pragma unroll
     for (int k = 0; k < 2; ++k) split(rows.x[k], high[k], low[k]);
-    if (relaxed) {
+    if constexpr (kRelaxed) {
 #pragma unroll
       for (int k = 0; k < 2; ++k) high[k] = alone(high[k], low[k]);
 #pragma unroll
@@ -371,18 +376,19 @@ struct Factors {
         for (int k = 0; k < 4; ++k) nearest[k] = alone(w[m].high[k], w[m].low[k]);
         device::mma(sum[m], nearest, high);
       }
-      return;
+    } else {
+      float part[kMany][4] = {};
+#pragma unroll
+      for (int m = 0; m < kMany; ++m) device::mma(part[m], w[m].high, low);
+#pragma unroll
+      for (int m = 0; m < kMany; ++m) device::mma(part[m], w[m].low, high);
+#pragma unroll
+      for (int m = 0; m < kMany; ++m) device::mma(part[m], w[m].high, high);
+#pragma unroll
+      for (int m = 0; m < kMany; ++m)
+#pragma unroll
+        for (int v = 0; v < 4; ++v) sum[m][v] += part[m][v];
     }
-#pragma unroll
-    for (int m = 0; m < kMany; ++m) device::mma(part[m], w[m].high, low);
-#pragma unroll
-    for (int m = 0; m < kMany; ++m) device::mma(part[m], w[m].low, high);
-#pragma unroll
-    for (int m = 0; m < kMany; ++m) device::mma(part[m], w[m].high, high);
-#pragma unroll
-    for (int m = 0; m < kMany; ++m)
-#pragma unroll
-      for (int v = 0; v < 4; ++v) sum[m][v] += part[m][v];
   }
 };
 template <>
@@ -403,8 +409,8 @@ struct Factors<Bfloat16> {
   static SRCGCNN_DEVICE Read read(const Bfloat16* at) { return *reinterpret_cast<const uint4*>(at); }
   SRCGCNN_DEVICE explicit Factors(const Read& found) : both{found.x, found.y, found.z, found.w} {}
   Factors() = default;
-  template <int kMany>
-  static SRCGCNN_DEVICE void multiply(float (&sum)[kMany][4], const Rows& rows, const Factors (&w)[kMany], bool) {
+  template <bool kRelaxed, int kMany>
+  static SRCGCNN_DEVICE void multiply(float (&sum)[kMany][4], const Rows& rows, const Factors (&w)[kMany]) {
 #pragma unroll
     for (int m = 0; m < kMany; ++m) device::mma(sum[m], w[m].both, rows.both);
   }
@@ -412,7 +418,7 @@ struct Factors<Bfloat16> {
 
 // Rows of h times the weights, scaled and shifted, to pq: (p, q), each by Sides. A warp has its channels of all rows: for each
 // tile of the weights, read once, all tiles of rows.
-template <int W, int kWarps, bool kHalf>
+template <bool kRelaxed, int W, int kWarps, bool kHalf>
 SRCGCNN_DEVICE void multiply(const Block<W, kWarps, kHalf>& b, int t) {
   using T = typename Storage<kHalf>::type;
   using S = Shape<W, kWarps>;
@@ -423,7 +429,6 @@ SRCGCNN_DEVICE void multiply(const Block<W, kWarps, kHalf>& b, int t) {
   const T* nodes = b.s.nodes(t);
   const float* scale = b.s.vectors(t);
   const float* shift = scale + 2 * W;
-  const bool relaxed = b.s.at.plan.precision != kFloat32;
   for (int pass = 0; pass < S::mine / together * (S::tiles / tiles); ++pass) {
     const int first = warp_of() % S::channels * S::mine + pass % (S::mine / together) * together;
     const int from = (pass / (S::mine / together) * tiles * S::shares + share) * 8;
@@ -448,7 +453,7 @@ SRCGCNN_DEVICE void multiply(const Block<W, kWarps, kHalf>& b, int t) {
         if (row >= b.n) break;
         typename Factors<T>::Rows rows;
         rows.read(b.h(row) + step * depth, stride);
-        Factors<T>::multiply(sum[tile], rows, w, relaxed);
+        Factors<T>::template multiply<kRelaxed>(sum[tile], rows, w);
       }
     }
 #pragma unroll
@@ -499,8 +504,10 @@ template <int W, int kWarps, bool kHalf>
 SRCGCNN_DEVICE void find_products(const Block<W, kWarps, kHalf>& b, int t) {
   if (t == 0 && b.s.at.plan.n_table)
     look_up(b);
+  else if (!kHalf && b.s.at.plan.precision != kFloat32)
+    multiply<true>(b, t);
   else
-    multiply(b, t);
+    multiply<false>(b, t);
 }
 
 SRCGCNN_DEVICE int slot_of(unsigned key, int probe) { return int(((key * 0x9e3779b1u) >> 23) + probe) & (kSlots - 1); }
@@ -862,9 +869,9 @@ __global__ void __launch_bounds__(Shape<W, kWarps>::threads, Shape<W, kWarps>::b
   if (s.found(kBad) || !s.has_work()) return;
   int* next_task = reinterpret_cast<int*>(shared) + s.words - 1;  // which Places leave alone
   for (int task = int(blockIdx.x); task < s.n_tasks; task = next_of(s, next_task)) {
-    const int64_t first_row = int64_t(task) * s.rows_per_task;
+    const int64_t first_row = s.row_of(task);
     int c = first_not_below(g.crystal_ptr, int(g.n_crystals), first_row);
-    const int end = task + 1 < s.n_tasks ? first_not_below(g.crystal_ptr, int(g.n_crystals), first_row + s.rows_per_task)
+    const int end = task + 1 < s.n_tasks ? first_not_below(g.crystal_ptr, int(g.n_crystals), s.row_of(task + 1))
                                          : int(g.n_crystals);  // with those that have no rows
     while (c < end) {
       const int mine = c + lane_of(), first = g.crystal_ptr[c];
