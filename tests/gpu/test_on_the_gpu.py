@@ -265,22 +265,50 @@ def test_a_captured_inference_replays_on_other_edges(backend, make_batch, kind):
     torch.testing.assert_close(captured, expected, rtol=1e-5, atol=1e-6)
 
 
+def training_step_of(model):
+    """step(batch) -> outputs, gradients and running statistics by name; always from the same state."""
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def step(batch) -> dict[str, torch.Tensor]:
+        model.load_state_dict(start)
+        model.train().zero_grad()
+        batch.cache.clear()
+        out = model(batch)
+        out.square().sum().backward()
+        found = {f"gradient of {name}": p.grad.clone() for name, p in model.named_parameters()}
+        return {"output": out.detach(), **found, **{name: x.clone() for name, x in model.named_buffers()}}
+
+    return step
+
+
 @each_backend
 @pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
 def test_bits_repeat(backend, make_batch, model_type):
-    """Of the convolutions; the pooling over crystals is PyTorch's, which adds in any order on a GPU."""
+    """Of training steps of whole models; with few rows, and with so many that the element table is looked up late."""
+    model, _ = model_and_batch(model_type, make_batch)
+    step = training_step_of(model)
+    for kind in ("plain", "weighted", "large"):
+        batch = make_batch(kind, seed=2).to(DEVICE)
+        first = step(batch)
+        for _ in range(3):
+            again = step(batch)
+            assert [name for name in first if not torch.equal(first[name], again[name])] == [], kind
+
+
+@each_backend
+@pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
+def test_torch_knows_of_nothing_that_varies(backend, make_batch, monkeypatch, model_type):
+    """Its deterministic mode refuses or replaces what does, and fills new memory with NaN: it changes no bit."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which it refuses all products
     model, batch = model_and_batch(model_type, make_batch)
-    start, found = {k: v.clone() for k, v in model.state_dict().items()}, []
-    for _ in range(3):
-        model.load_state_dict(start)
-        model.zero_grad()
-        batch.cache.clear()
-        out, _ = model.train()._convolve(*model._embed(batch), batch, False)
-        out.square().sum().backward()
-        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-        found.append([out.detach().clone(), *gradients])
-    for again in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
+    step = training_step_of(model)
+    plain = step(batch)
+    torch.use_deterministic_algorithms(True)
+    try:
+        strict = step(batch)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert [name for name in plain if not torch.equal(plain[name], strict[name])] == []
 
 
 @each_backend
