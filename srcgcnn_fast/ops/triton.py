@@ -9,7 +9,6 @@ the order in which programs ran. ``ops/precision.py`` says when products use TF3
 from __future__ import annotations
 
 import contextlib
-import logging
 import weakref
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -23,8 +22,6 @@ from ..errors import InputError
 from . import precision
 from .cpu import Graph, Layer, Moments
 from .reference import Dense
-
-logger = logging.getLogger(__name__)
 
 OLDEST = (3, 3)
 WINDOW = 9  # Gaussians in reach of a distance; those left out are below 2e-9
@@ -80,11 +77,6 @@ def kernels() -> ModuleType:
         raise InputError(f"The Triton backend cannot run: {reason}.")
     from . import triton_kernels
 
-    if torch.cuda.is_available():
-        logger.warning(
-            "The Triton kernels compile and pass their tests in an interpreter but have not been tried on a GPU yet; "
-            "SRCGCNN_FAST_BACKEND=reference avoids them."
-        )
     return triton_kernels
 
 
