@@ -18,7 +18,7 @@ from torch import nn
 import srcgcnn_fast as sf
 from srcgcnn_fast import functional
 from srcgcnn_fast.functional import BatchNorm
-from srcgcnn_fast.graph import GraphBatch, GraphStore
+from srcgcnn_fast.graph import CrystalGraph, GraphBatch, GraphStore
 from srcgcnn_fast.ops import cpu as cpu_backend
 from srcgcnn_fast.ops import cuda as cuda_backend
 from srcgcnn_fast.ops import triton as triton_backend
@@ -602,14 +602,25 @@ def salts(count: int) -> list[tuple]:
     ]
 
 
+def graphs_of(count: int) -> list[CrystalGraph]:
+    """Graphs from no neighbour search, which each process of the tests would compile for half a minute."""
+    rng, found = np.random.default_rng(0), []
+    for n in rng.integers(1, 9, count):
+        edges = rng.integers(0, n, 12 * n), np.sort(rng.uniform(2, 8, (n, 12)), axis=1).ravel()
+        numbers, atoms = rng.integers(1, 84, n), np.arange(n)
+        arrays = (numbers, np.ones(n), *edges, np.arange(0, 12 * n + 1, 12), atoms)
+        types = np.int32, np.float32, np.int32, np.float32, np.int32, np.int32
+        found.append(CrystalGraph(*(x.astype(kind) for x, kind in zip(arrays, types, strict=True))))
+    return found
+
+
 @pytest.mark.parametrize("captured", [False, pytest.param(True, marks=cuda_only)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_prediction_from_structures_and_from_a_store(packed, captured):
     torch.manual_seed(0)
-    model, inputs = sf.SRCGCNN(), salts(40)
+    model, inputs = sf.SRCGCNN(), GraphStore.from_graphs(graphs_of(40)) if packed else salts(40)
     expected = sf.predict(model, inputs)["target"]
-    given = GraphStore.from_graphs(sf.build_graphs(inputs)) if packed else inputs
-    found = sf.predict(model.to(DEVICE), given, batch_atoms=50, captured=captured)["target"]
+    found = sf.predict(model.to(DEVICE), inputs, batch_atoms=50, captured=captured)["target"]
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
@@ -622,7 +633,7 @@ def test_training_from_a_store(tmp_path, workers, precision):
     if workers and precision != "float32":
         pytest.skip("one precision is enough for the workers")
     rng = np.random.default_rng(1)
-    store = GraphStore.from_graphs(sf.build_graphs(salts(160)), targets={"y": rng.normal(size=160)})
+    store = GraphStore.from_graphs(graphs_of(160), targets={"y": rng.normal(size=160)})
     losses = []
     for accelerator in ("cpu", "cpu" if DRY else "gpu"):
         torch.manual_seed(0)
@@ -639,7 +650,7 @@ def test_batches_come_whole_from_the_side_stream():
     """While the device is busy, and with the memory of earlier batches used again."""
     from srcgcnn_fast.training import GraphDataModule
 
-    store = GraphStore.from_graphs(sf.build_graphs(salts(300)), targets={"y": np.arange(300.0)})
+    store = GraphStore.from_graphs(graphs_of(300), targets={"y": np.arange(300.0)})
     data = GraphDataModule(store, "y", batch_size=8)
     plain, ahead = data.loader("train"), data.loader("train")
     ahead.device = torch.device("cuda", 0)
