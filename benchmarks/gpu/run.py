@@ -115,7 +115,7 @@ def steps(bench: Any) -> dict[str, tuple[float, Callable[[], Any]]]:
     for kind in candidates.MODELS:
         for work in measured.SIZES:
             found[f"{kind} {work}"] = 10, line(kind, work, *everything)
-    found["one crystal"] = 20, lambda: measured.latency(bench)
+    found["one crystal"] = 30, lambda: measured.latency(bench)
     found["rates"] = 10, lambda: measured.rates(bench)
     found["store"] = 10, lambda: measured.from_store(bench)
     for kind in candidates.MODELS if crystals.real() is not None else ():
@@ -153,7 +153,7 @@ def about(dry_run: bool) -> dict[str, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", metavar="NAME", help="write NAME.json and NAME.md into benchmarks/results")
-    parser.add_argument("--minutes", type=float, default=9.2, help="leave out what does not fit (default 9.2)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="leave out what does not fit (default 9)")
     parser.add_argument("--build", action="store_true", help="install this checkout first, without dependencies")
     parser.add_argument("--skip-checks", action="store_true", help="measure only")
     parser.add_argument("--dry-run", action="store_true", help="every step on the CPU, with tiny sizes")
