@@ -76,10 +76,11 @@ def machine() -> dict[str, str]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    describe = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=10"],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    words = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        describe = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout
+    except FileNotFoundError:  # no git
+        describe = ""
     present = [f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ]
     return {
         "processor": f"{name}, {os.cpu_count()} cores",
@@ -88,7 +89,7 @@ def machine() -> dict[str, str]:
         "torch-geometric": _version("torch-geometric"),
         "python": platform.python_version(),
         "environment": ", ".join(present) or "no thread setting",
-        "commit": describe.stdout.strip() or "unknown",
+        "commit": describe.strip() or "unknown",
         "date": time.strftime("%Y-%m-%d"),
     }
 

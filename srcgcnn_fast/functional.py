@@ -284,7 +284,7 @@ def _stack(
     if species is not None and (
         is_reference or (is_synchronized and not has_own) or not plain or tracing or 4 * h.shape[0] > batch.num_rows
     ):
-        h, species = h.index_select(0, species), None
+        h, species = fused.lookup(h, species), None
     convolve: Callable[[Tensor, Sequence[ConvParameters]], Tensor]
     if is_reference:
         row_weight = batch.weight

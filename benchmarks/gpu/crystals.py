@@ -1,21 +1,26 @@
-"""Batches with the sizes, symmetries and distances of the Materials Project, from a small table: no data, no pymatgen.
+"""Batches of real crystals where SRCGCNN_TEST_DATA has some, and made-up ones from a small table, which need no data.
 
-``crystals.json`` holds, of a random part of it, how many crystals have so many atoms and symmetry classes, and
-quantiles of the distance to the k-th neighbour. ``python crystals.py`` makes it again from SRCGCNN_TEST_DATA.
+The made-up ones have the sizes, symmetries and distances of the Materials Project, but no two equal distances, which
+real crystals have many of: the worst case for kernels that form an edge term once a distance. ``crystals.json`` holds,
+of a random part of it, how many crystals have so many atoms and symmetry classes, and quantiles of the distance to the
+k-th neighbour. ``python crystals.py`` makes it again from SRCGCNN_TEST_DATA.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import Counter
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from srcgcnn_fast.graph import CrystalGraph, GraphBatch
+import srcgcnn_fast as sf
+from srcgcnn_fast.graph import CrystalGraph, GraphBatch, GraphStore
 from srcgcnn_fast.interop.upstream import expand_quotient
 
 TABLE = Path(__file__).with_name("crystals.json")
@@ -72,12 +77,45 @@ def graphs(n_crystals: int, seed: int = 0) -> list[CrystalGraph]:
     return found
 
 
+@cache
+def real() -> GraphStore | None:
+    """Quotient graphs of 12 neighbours of mp/train.parquet in SRCGCNN_TEST_DATA; None where that is not there."""
+    path = Path(os.environ.get("SRCGCNN_TEST_DATA", ""), "mp", "train.parquet")
+    if not path.is_file():
+        return None
+    import pandas as pd
+
+    frame = pd.read_parquet(path, columns=["lattice", "frac_coords", "atomic_numbers"])
+    structures = zip(*(frame[name] for name in frame.columns), strict=True)
+    crystals = [(np.reshape(a, (3, 3)), np.reshape(x, (-1, 3)), np.asarray(z)) for a, x, z in structures]
+    return GraphStore.from_graphs(sf.build_graphs(crystals, padded=True, isolated="keep"))
+
+
+def drawn(n_crystals: int, seed: int = 0) -> np.ndarray:
+    """Positions in ``real()``: each crystal as often as the others or once more, in random order."""
+    store, generator = real(), np.random.default_rng(seed)
+    assert store is not None
+    return generator.permutation(np.resize(generator.permutation(len(store)), n_crystals))
+
+
+def forms(n_crystals: int, device: str, made_up: bool = False) -> tuple[GraphBatch, GraphBatch]:
+    """(native, same) as from :func:`batches`, of real crystals where there are some."""
+    store = None if made_up else real()
+    if store is None:
+        return batches(n_crystals, device)
+    native = store.batch(drawn(n_crystals)).to(device)
+    return native, expand_quotient(native)
+
+
+def source(made_up: bool = False) -> str:
+    store = None if made_up else real()
+    return "made up" if store is None else f"{len(store)} of the Materials Project, repeated"
+
+
 def make_table(n_crystals: int = 2000, neighbours: int = 12) -> dict[str, list]:
     """The table of a random part of the Materials Project."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from workload import crystals, draw
-
-    import srcgcnn_fast as sf
 
     if crystals()[0] != "Materials Project":
         raise SystemExit("SRCGCNN_TEST_DATA does not name the directory of test data.")

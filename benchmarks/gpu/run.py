@@ -1,25 +1,24 @@
-"""Everything about the GPU in one command: tests, sanitizer, ceilings, then times and memory beside the other programs.
+"""Everything about the GPU in one command: tests, sanitizer, then the targets, beside the other programs.
 
-    python benchmarks/gpu/run.py --record gpu-h200
+    python benchmarks/gpu/run.py --build --record gpu-h200
 
-Needs no network, no pymatgen and no data. ``SRCGCNN_PEERS`` names the published programs (benchmarks/peers.py); PyG is
-taken where it is installed. Writes NAME.json and NAME.md into benchmarks/results. ``--dry-run`` goes through every step
-on the CPU with tiny sizes, to test this script; its numbers mean nothing and are not recorded.
+Needs no network and no pymatgen. ``SRCGCNN_TEST_DATA`` names real crystals, else they are made up; ``SRCGCNN_PEERS``
+the published programs (benchmarks/peers.py); PyG is taken where it is installed. Prints the targets and what failed,
+and writes all numbers to NAME.json and NAME.md in benchmarks/results, and logs to build/gpu. What the time does not
+suffice for is left out and said to be, the targets last. ``--dry-run`` goes through every step on the CPU with tiny
+sizes, to test this script; its numbers mean nothing and are not recorded.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import gc
-import itertools
+import importlib.util
 import json
 import os
 import shutil
-import statistics
+import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,407 +26,176 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+LOGS = ROOT / "build" / "gpu"
 sys.path[:0] = [str(HERE), str(HERE.parent), str(ROOT)]
 
-import candidates  # noqa: E402
-import measure  # noqa: E402
-import peers  # noqa: E402
-import precision  # noqa: E402
-import torch  # noqa: E402
-from crystals import batches, graphs  # noqa: E402
 
-import srcgcnn_fast as sf  # noqa: E402
-from srcgcnn_fast.ops import triton as backend  # noqa: E402
+class Job:
+    """A command that runs beside others, in a process group of its own, with its output in a file."""
 
-PEERS = (
-    "Triton", "reference", "published", "published, TF32", "published, as shipped", "published, compiled",
-    "published, compiled with CUDA graphs", "split, compiled", "PyG CGConv",
-)  # fmt: skip
-LESS_EXACT = ("same graph, TF32", "same graph, bfloat16")
-"""Ours in less than float32."""
-SIZES = {"inference": (65536, 4096, 256, 262144), "training step": (4096, 32768, 256)}
-"""Crystals; those of the targets first, and compiled peers at those alone: each compilation takes most of a minute."""
-ROUNDS, WARM_UP = 10, 3
+    def __init__(self, name: str, *words: str, limit: float, env: dict[str, str] | None = None) -> None:
+        self.name, self.begin, self.end = name, time.monotonic(), time.monotonic() + limit
+        self.log = LOGS / f"{name.replace(' ', '_')}.log"
+        self.process = None
+        if shutil.which(words[0]) is not None:
+            paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "PYTHONUNBUFFERED": "1"}
+            with self.log.open("w") as out:
+                self.process = subprocess.Popen(
+                    words, stdout=out, stderr=subprocess.STDOUT, env=os.environ | paths | (env or {}), cwd=ROOT,
+                    start_new_session=True,
+                )  # fmt: skip
 
-
-class Bench:
-    """The device, the clock, and how much of the time is left."""
-
-    def __init__(self, dry_run: bool, minutes: float) -> None:
-        self.device, self.dry_run = "cpu" if dry_run else "cuda", dry_run
-        self.end = time.monotonic() + 60 * minutes
-
-    def time_is_up(self, needed: float) -> bool:
-        return time.monotonic() + needed > self.end
-
-    def seconds(self, run: Callable[[], object]) -> float:
-        if self.dry_run:
-            start = time.perf_counter()
-            run()
-            return time.perf_counter() - start
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
-
-    def peak(self, run: Callable[[], object]) -> int:
-        """Bytes that the allocator held at most during a call, beyond those before it."""
-        if self.dry_run:
-            run()
-            return 0
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-
-
-def command(*words: str, env: dict[str, str] | None = None, limit: float = 300) -> dict[str, Any]:
-    """Exit code and last lines of a command; a missing or slow one is a result too."""
-    if shutil.which(words[0]) is None:
-        return {"code": None, "tail": f"{words[0]} is not installed"}
-    try:
-        done = subprocess.run(
-            words, capture_output=True, text=True, timeout=limit, env=os.environ | (env or {}), cwd=ROOT
-        )
-    except subprocess.TimeoutExpired:
-        return {"code": None, "tail": f"took more than {limit:.0f} s"}
-    return {"code": done.returncode, "tail": "\n".join((done.stdout + done.stderr).strip().splitlines()[-6:])}
-
-
-def checks(bench: Bench) -> dict[str, Any]:
-    """The conformance tests on the GPU, and the sanitizer on small graphs."""
-    env = {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    if bench.dry_run:
-        env["SRCGCNN_GPU_DRY_RUN"] = "1"
-    tests = ["tests/gpu"] if bench.dry_run else ["tests/gpu", "tests/ops/test_triton.py"]
-    limit = 900 if bench.dry_run else 300  # which may share its machine
-    found = {
-        "tests": command(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, env=env, limit=limit)
-    }
-    if bench.dry_run:
-        found["small step"] = command(sys.executable, str(HERE / "small.py"), "cpu", env=env)
-        return found
-    env["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # so that an access beyond one tensor is not inside the next
-    for tool in ("memcheck", "racecheck"):
-        watched = ("--tool", tool, "--error-exitcode", "9", sys.executable, str(HERE / "small.py"), "cuda")
-        found[tool] = command("compute-sanitizer", *watched, env=env, limit=120)
-    return found
-
-
-def ceilings(bench: Bench) -> dict[str, float]:
-    """What the card does at best: bytes per second of a copy, operations per second of products, exponentials."""
-    n = 1 << (12 if bench.dry_run else 28)
-    side = 64 if bench.dry_run else 8192
-    x, y = torch.rand(n, device=bench.device), torch.empty(n, device=bench.device)
-    a, b = (torch.randn(side, side, device=bench.device) for _ in range(2))
-    small = torch.rand(n >> 6, device=bench.device)
-    best = lambda run: min(bench.seconds(run) for _ in range(12))  # noqa: E731
-    found = {
-        "copy, bytes/s": 8 * n / best(lambda: y.copy_(x)),
-        "exp, 1/s": 16 * len(small) / best(lambda: repeat_exp(small)),
-    }
-    for name, relaxed in (("float32", False), ("TF32", True)):
-        torch.backends.cuda.matmul.allow_tf32 = relaxed
-        found[f"product {name}, operations/s"] = 2 * side**3 / best(lambda: a @ b)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    return found
-
-
-def repeat_exp(x: torch.Tensor) -> torch.Tensor:
-    for _ in range(16):
-        x = torch.exp(x)
-    return x
-
-
-def base_model(kind: str) -> torch.nn.Module:
-    """With running statistics that are those of crystals."""
-    torch.manual_seed(0)
-    model = candidates.MODELS[kind]()
-    with torch.no_grad(), sf.use_backend("reference"):
-        model.train()(batches(64, "cpu", seed=1)[0])
-    return model
-
-
-def candidate(bench: Bench, kind: str, name: str, native: Any, same: Any) -> candidates.Candidate | str:
-    """The program on the device, or why it is absent."""
-    model = copy.deepcopy(base_model(kind)).to(bench.device)
-    if name == "Triton":  # ours takes the compiled kernels of csrc/cuda where they are built
-        if bench.dry_run:
-            return "absent: needs a GPU"
-        return candidates.Candidate(model, (same,), lambda: sf.use_backend("triton"), target=_target(bench, same))
-    form, _, how = name.partition(", ")
-    if form in ("published", "split", "PyG CGConv") and bench.dry_run and how.startswith("compiled"):
-        how = "clean"  # the compiler is not what a dry run tests
-    if form == "published" and how != "as shipped":
-        peer = peers.published_model(model)
-        if peer is None:
-            return "absent: set SRCGCNN_PEERS"
-        inputs = (*peers.published_input(same, clean=True)[:3], peers.segments(same))
-        made = candidates.Candidate(peers.with_segment_mean(peer), inputs)
-    else:
-        made = candidates._form(form, how, model, native, same)
-    if isinstance(made, str):
-        return made
-    made.model.to(bench.device)
-    made.target = _target(bench, same)
-    if how.startswith("compiled"):
-        mode = "reduce-overhead" if how.endswith("graphs") else None
-        made.call = torch.compile(made.model, dynamic=False, fullgraph=True, mode=mode)
-    return made
-
-
-def _target(bench: Bench, same: Any) -> torch.Tensor:
-    return torch.randn(same.num_crystals, 1, generator=torch.Generator().manual_seed(1)).to(bench.device)
-
-
-def one(bench: Bench, made: candidates.Candidate, work: str, how: str, rounds: int = ROUNDS) -> dict[str, Any]:
-    """Median seconds and peak bytes of one program; a batch is new to ours in every round."""
-
-    def run() -> torch.Tensor:
-        backend._transposed.clear()
-        return made.run(work)()
-
-    with sf.use_precision(how):
-        for _ in range(WARM_UP):
-            out = run()
-        peak = bench.peak(run)
-        found = {"seconds": [bench.seconds(run) for _ in range(rounds)], "peak": peak, "out": out.float().cpu()}
-        if work != "inference":
-            found["out"] = torch.cat([found["out"].flatten(), made.gradient().float().cpu()])
-        return found
-
-
-def exactness(name: str) -> str:
-    return {"TF32": "tf32", "bfloat16": "bfloat16"}.get(name.rpartition(", ")[2], "float32")
-
-
-def compare(bench: Bench, kind: str, work: str, n_crystals: int) -> dict[str, Any]:
-    """Ours beside every peer: two visits each, ours first and last, so that a drifting clock shows."""
-    native, same = batches(n_crystals, bench.device)
-    line: dict[str, Any] = {
-        "model": kind,
-        "work": work,
-        "crystals": n_crystals,
-        "atoms": same.num_rows,
-        "rows": native.num_rows,
-    }
-    oracle = None
-    for name in ("same graph", "native", *LESS_EXACT, *PEERS, "same graph again"):
-        if bench.time_is_up(20) and name not in ("same graph", "same graph again"):
-            line[name] = "left out: no time"
-            continue
-        if "compiled" in name and not bench.dry_run and n_crystals != SIZES[work][0]:
-            line[name] = "–"
-            continue
+    def result(self, stop: bool = False) -> dict[str, Any]:
+        """Exit code, seconds and last lines; a missing or slow command is a result too. ``stop``: wait no longer."""
+        if self.process is None:
+            return {"code": None, "seconds": 0.0, "tail": "not installed"}
+        more = ""
         try:
-            how, plain = exactness(name), name.removesuffix(" again")
-            if how != "float32":
-                plain = plain.rpartition(", ")[0]
-            made = candidate(bench, kind, plain, native, same)
-            found = made if isinstance(made, str) else one(bench, made, work, how)
-        except torch.OutOfMemoryError:
-            found = "out of memory"
-        except Exception as error:  # a peer that fails is a result, not the end
-            found = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
-        if isinstance(found, dict):
-            out = found.pop("out")
-            oracle = out if oracle is None else oracle
-            error = float((out - oracle).norm() / oracle.norm()) if out.shape == oracle.shape else float("nan")
-            found |= {"ms": 1e3 * statistics.median(found["seconds"]), "difference": error}
-            if not name.startswith("PyG") and not error < (5e-2 if how != "float32" else 1e-3):
-                found = f"refused: its numbers differ by {error:.1e}"  # CGConv is another network
-        line[name] = found
-        made = None
-        gc.collect()
-        if not bench.dry_run:
-            torch.cuda.empty_cache()
-    return line
+            self.process.wait(0 if stop else max(0.0, self.end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            more = f"stopped after {time.monotonic() - self.begin:.0f} s"
+        code = None if more else self.process.returncode
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        told = [line for line in lines if line.startswith(("FAILED", "ERROR", "========= "))]
+        tail = [line[:160] for line in (told[-25:] if code else []) + lines[-3:]] + [more] * bool(more)
+        return {"code": code, "seconds": time.monotonic() - self.begin, "tail": "\n".join(dict.fromkeys(tail))}
 
 
-TILES = [
-    backend.Tile(2, 4, 64, 4),
-    backend.Tile(4, 4, 64, 8),
-    backend.Tile(4, 4, 64, 4),
-    backend.Tile(4, 4, 32, 4),
-    backend.Tile(8, 2, 64, 4),
-    backend.Tile(4, 4, 64, 4, by_dot=True),
-    backend.Tile(4, 4, 32, 4, by_dot=True),
-    backend.Tile(8, 4, 32, 4, by_dot=True),
-]
-
-
-def sweep(bench: Bench) -> list[dict[str, Any]]:
-    """Other tiles for the three kernels that matter: a training step and an inference of SR-CGCNN with each."""
-    size = 8 if bench.dry_run else 4096
-    _, same = batches(size, bench.device)
-    found, kept = [], dict(backend.TILES)
-    for name in ("gate_sum", "backward_rows", "backward_senders"):
-        for tile in TILES:
-            if bench.time_is_up(60):
-                break
-            if (name == "backward_rows" or tile.by_dot) and tile.rows * tile.degree < 16:
-                continue
-            backend.TILES[name] = tile
-            work = "inference" if name == "gate_sum" else "training step"
-            line: dict[str, Any] = {"kernel": name, "tile": list(tile), "work": work, "ms": None}
-            try:
-                made = candidate(bench, "SR-CGCNN", "same graph" if bench.dry_run else "Triton", same, same)
-                assert not isinstance(made, str)
-                line["ms"] = 1e3 * statistics.median(one(bench, made, work, "float32", rounds=5)["seconds"])
-            except Exception as error:
-                line["work"] = str(error)[:80]
-            found.append(line)
-        backend.TILES.update(kept)
-    return found
-
-
-def small_batches(bench: Bench) -> dict[str, float]:
-    """Milliseconds from a batch on the CPU to its predictions on the CPU, plain and as a replayed CUDA graph."""
-    model, found = base_model("SR-CGCNN").to(bench.device).eval(), {}
-    calls: dict[str, Callable[[Any], torch.Tensor]] = {"plain": lambda batch: model.predict(batch.to(bench.device))}
-    if not bench.dry_run:
-        calls["captured"] = sf.CapturedModel(model)
-    for n_crystals in (1, 64):
-        given = batches(n_crystals, "cpu", seed=3)[0]
-        for name, call in calls.items():
-            seconds = []
-            with torch.no_grad():
-                for _ in range(WARM_UP + 20):
-                    given.cache.clear()
-                    start = time.perf_counter()
-                    call(given).cpu()
-                    seconds.append(time.perf_counter() - start)
-            found[f"{name}, {n_crystals} crystals"] = 1e3 * statistics.median(seconds[WARM_UP:])
-    return found
-
-
-def training(bench: Bench) -> dict[str, Any]:
-    """Epochs from packed graphs by ``fit``: crystals a second, and the share of time without a batch to train on."""
-    from srcgcnn_fast.graph import GraphStore
-    from srcgcnn_fast.training import GraphDataModule, Recipe, fit
-
+def checks(say: Callable[..., None], dry_run: bool, build: bool, compiling: dict[str, Job]) -> dict[str, Any]:
+    """The conformance tests on the GPU, beside them the sanitizer on small graphs and the compilation of peers."""
     found: dict[str, Any] = {}
-    made = graphs(64 if bench.dry_run else 32768)
-    values = torch.randn(len(made), generator=torch.Generator().manual_seed(0)).numpy()
-    store = GraphStore.from_graphs(made, targets={"y": values})
-    for size in (8,) if bench.dry_run else (256, 4096):
-        torch.manual_seed(0)
-        data = GraphDataModule(store, "y", batch_size=size)
-        with tempfile.TemporaryDirectory() as folder:
-            recipe = Recipe(epochs=3)
-            history = fit(sf.SRCGCNN(), data, folder, recipe, accelerator="cpu" if bench.dry_run else "gpu").history
-        found[f"batches of {size}"] = {k: history[-1][k] for k in ("crystals_per_second", "data_wait")}
+    if build:
+        install = (sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-e", ".")
+        found["build"] = Job("build", *install, limit=240).result()
+        say(f"build: {found['build']['seconds']:.0f} s, {found['build']['tail'].splitlines()[-1]}")
+    pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=8", "tests/gpu")
+    small = (sys.executable, str(HERE / "small.py"))
+    if dry_run:
+        env = {"SRCGCNN_GPU_DRY_RUN": "1"}
+        jobs = [Job("tests", *pytest, limit=900, env=env), Job("small step", *small, "cpu", "cpu", limit=300)]
+        return found | {job.name: job.result() for job in jobs}
+    several = ("-n", "8") if importlib.util.find_spec("xdist") else ()
+    most = "not beyond_two"
+    jobs = [Job("tests", *pytest, "tests/ops/test_triton.py", *several, "-k", most, limit=190)]
+    env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that an access beyond one tensor is not inside the next
+    for tool, backend in (("memcheck", "cuda"), ("racecheck", "cuda"), ("memcheck", "triton")):
+        watched = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *small, "cuda", backend)
+        jobs.append(Job(f"{tool} {backend}", *watched, limit=150, env=env))
+    for job in jobs:
+        found[job.name] = job.result()
+        say(f"{job.name}: {found[job.name]['seconds']:.0f} s\n{found[job.name]['tail']}")
+    for name, job in compiling.items():
+        found[name] = job.result(stop=True)
+        say(f"{name}: {found[name]['seconds']:.0f} s, {found[name]['tail'].splitlines()[-1:]}")
+    found["large"] = Job("large", *pytest, "-k", "beyond_two", limit=60).result()
+    say(f"large: {found['large']['seconds']:.0f} s, {found['large']['tail'].splitlines()[-1:]}")
     return found
 
 
-def attempt(bench: Bench, what: Callable[[], Any], needed: float) -> Any:
-    """What ``what`` finds, or one line on why it does not."""
-    if bench.time_is_up(needed):
-        return "left out: no time"
-    try:
-        return what()
-    except Exception as error:  # the rest of the run goes on
-        return f"failed: {type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+def steps(bench: Any) -> dict[str, tuple[float, Callable[[], Any]]]:
+    """Name -> seconds that it needs at least, and what is measured; the targets first."""
+    import candidates
+    import crystals
+    import measured
+    import precision
+
+    def line(kind: str, work: str, *names: str, size: int | None = None, made_up: bool = False) -> Callable[[], Any]:
+        return lambda: measured.compare(bench, kind, work, size or measured.SIZES[work], names, made_up)
+
+    def effects() -> Any:
+        if not bench.dry_run:
+            return precision.effects("cuda", 300)
+        with precision.emulated():
+            return precision.effects("cpu", 2)
+
+    found: dict[str, tuple[float, Callable[[], Any]]] = {}
+    everything = (*measured.OURS, *measured.EAGER, *measured.COMPILED)
+    for kind in candidates.MODELS:
+        for work in measured.SIZES:
+            found[f"{kind} {work}"] = 10, line(kind, work, *everything)
+    found["one crystal"] = 30, lambda: measured.latency(bench)
+    found["rates"] = 10, lambda: measured.rates(bench)
+    found["store"] = 10, lambda: measured.from_store(bench)
+    for kind in candidates.MODELS if crystals.real() is not None else ():
+        for work in measured.SIZES:
+            found[f"{kind} {work}, made up"] = 6, line(kind, work, "native", made_up=True)
+    found["ceilings"] = 5, lambda: measured.ceilings(bench)
+    found["training"] = 20, lambda: measured.training(bench)
+    found["SR-CGCNN inference, as shipped"] = (
+        10, line("SR-CGCNN", "inference", "native", "published", "published, as shipped", size=4096)
+    )  # fmt: skip
+    found["SR-CGCNN training step, as shipped"] = (
+        10, line("SR-CGCNN", "training step", "published", "published, as shipped")
+    )  # fmt: skip
+    found["precision"] = 20, effects
+    found["tiles"] = 20, lambda: measured.sweep(bench)
+    return found
 
 
-def exactness_of_models(bench: Bench) -> list[dict[str, Any]]:
-    if not bench.dry_run:
-        return precision.effects("cuda", 300)
-    with precision.emulated():
-        return precision.effects("cpu", 2)
+def about(dry_run: bool) -> dict[str, str]:
+    import crystals
+    import measure
+    import torch
 
+    import srcgcnn_fast as sf
 
-def table(result: dict[str, Any]) -> str:
-    """The result as Markdown."""
-    names = ("same graph", "native", *LESS_EXACT, *PEERS)
-    text = [f"# {result['name']}", "", f"`{result['command']}`", ""]
-    text += [f"* {k}: {v}" for k, v in result["machine"].items()]
-    text += ["", "## Checks", ""] + [
-        f"* {k}: {'passed' if v['code'] == 0 else v['tail']}" for k, v in result["checks"].items()
-    ]
-    text += ["", "## Ceilings", ""] + [f"* {k}: {v:.3g}" for k, v in result["ceilings"].items()]
-    text += [
-        "", "## Times and memory", "",
-        "Milliseconds (median of 10 rounds), how many times ours on the same graph, peak MiB beyond the input.",
-        "Peers have a vectorised pooling and, but for *as shipped*, no denormal features; whole models.", "",
-        "| model | work | crystals | atoms | ns per atom and step | " + " | ".join(names) + " |",
-        "| --- " * (len(names) + 5) + "|",
-    ]  # fmt: skip
-    for line in result["lines"]:
-        ours = line["same graph"]["ms"] if isinstance(line["same graph"], dict) else float("nan")
-        cells = [
-            line["model"],
-            line["work"],
-            str(line["crystals"]),
-            str(line["atoms"]),
-            f"{ours * 1e6 / line['atoms'] / 3:.2f}",
-        ]
-        for name in names:
-            x = line[name]
-            cells.append(
-                x if isinstance(x, str) else f"{x['ms']:.3g} ({x['ms'] / ours:.2f}×), {x['peak'] / 2**20:.0f} MiB"
-            )
-        text.append("| " + " | ".join(cells) + " |")
-    found = result["precision"]
-    text += ["", "## Precision", "", found if isinstance(found, str) else precision.table(found)]
-    for title, key in (
-        ("Small batches, ms with both transfers", "small batches"),
-        ("Training from a store", "training"),
-    ):
-        text += ["", f"## {title}", ""]
-        text += [result[key]] if isinstance(result[key], str) else [f"* {k}: {v}" for k, v in result[key].items()]
-    text += ["", "## Tiles", ""]
-    text += ["| kernel | rows, edges, channels, warps, filter by tl.dot | work | ms |", "| --- | --- | --- | --- |"]
-    text += [f"| {x['kernel']} | {x['tile']} | {x['work']} | {x['ms']} |" for x in result["tiles"]]
-    return "\n".join(text) + "\n"
-
-
-def about(bench: Bench) -> dict[str, str]:
-    found = measure.machine() | {"triton": measure._version("triton")}
+    found = measure.machine() | {"triton": measure._version("triton"), "crystals": crystals.source()}
     found |= {f"backend {name}": sf.backends()[name].reason for name in ("cuda", "triton")}
-    if not bench.dry_run:
-        card = command("nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.max.sm", "--format=csv,noheader")
-        found |= {"GPU": card["tail"], "CUDA of torch": str(torch.version.cuda)}
+    if not dry_run:
+        query = ("nvidia-smi", "--query-gpu=name,driver_version,clocks.max.sm", "--format=csv,noheader")
+        card = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+        found |= {"GPU": card, "CUDA of torch": str(torch.version.cuda)}
     return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", metavar="NAME", help="write NAME.json and NAME.md into benchmarks/results")
-    parser.add_argument("--minutes", type=float, default=10, help="leave out what does not fit (default 10)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="leave out what does not fit (default 9)")
     parser.add_argument("--build", action="store_true", help="install this checkout first, without dependencies")
+    parser.add_argument("--skip-checks", action="store_true", help="measure only")
     parser.add_argument("--dry-run", action="store_true", help="every step on the CPU, with tiny sizes")
     options = parser.parse_args()
-    bench = Bench(options.dry_run, options.minutes)
-    if not bench.dry_run and not torch.cuda.is_available():
-        raise SystemExit("torch sees no CUDA device; --dry-run goes through the steps on the CPU.")
-    built = {}
-    if options.build:
-        install = (sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-e", ".")
-        built = {"build": command(*install)}
+    begin = time.monotonic()
+    LOGS.mkdir(parents=True, exist_ok=True)
+    say = lambda text: print(f"[{time.monotonic() - begin:4.0f} s] {text}", flush=True)  # noqa: E731
+    compiling = {}
+    if not options.dry_run and not options.skip_checks:
+        for kind in ("SR-CGCNN", "CGCNN"):
+            words = (sys.executable, str(HERE / "measured.py"), kind)
+            compiling[f"compile {kind}"] = Job(f"compile {kind}", *words, limit=300)
     result: dict[str, Any] = {"name": options.record or "gpu", "command": " ".join(["python", *sys.argv])}
-    result["machine"] = about(bench)
-    result["checks"] = built | checks(bench)
-    result["ceilings"] = ceilings(bench)
-    sizes = {"inference": (4, 8), "training step": (4,)} if bench.dry_run else SIZES
-    result["lines"] = []
-    for k, work, kind in itertools.product(range(4), sizes, candidates.MODELS):
-        if k < len(sizes[work]) and not bench.time_is_up(30):
-            result["lines"].append(compare(bench, kind, work, sizes[work][k]))
-    result["precision"] = attempt(bench, lambda: exactness_of_models(bench), 20)
-    result["small batches"] = attempt(bench, lambda: small_batches(bench), 20)
-    result["training"] = attempt(bench, lambda: training(bench), 60)
-    result["tiles"] = sweep(bench)
-    print(table(result))
-    if options.record and not bench.dry_run:
+    result["checks"] = {} if options.skip_checks else checks(say, options.dry_run, options.build, compiling)
+
+    import measured  # not before the build
+    import report
+    import torch
+
+    if not options.dry_run and not torch.cuda.is_available():
+        raise SystemExit("torch sees no CUDA device; --dry-run goes through the steps on the CPU.")
+    bench = measured.Bench(options.dry_run, options.minutes - (time.monotonic() - begin) / 60)
+    result["machine"] = about(options.dry_run)
+    result["found"], result["seconds"] = {}, {}
+    for name, (needed, run) in steps(bench).items():
+        start = time.monotonic()
+        try:
+            result["found"][name] = "left out: no time" if bench.time_is_up(needed) else run()
+        except Exception as error:  # the rest of the run goes on
+            result["found"][name] = measured.failure(error)
+        bench.free()
+        result["seconds"][name] = time.monotonic() - start
+        (LOGS / "result.json").write_text(json.dumps(result, indent=1) + "\n")  # what there is, should the time run out
+        say("\n".join([f"{name}: {result['seconds'][name]:.1f} s", *report.step(name, result["found"][name])]))
+    if options.record and not options.dry_run:
         folder = ROOT / "benchmarks" / "results"
         (folder / f"{options.record}.json").write_text(json.dumps(result, indent=1) + "\n")
-        (folder / f"{options.record}.md").write_text(table(result))
-    return 0 if all(x["code"] == 0 for k, x in result["checks"].items() if k in ("tests", "small step")) else 1
+        (folder / f"{options.record}.md").write_text(report.full(result))
+    elif options.dry_run:
+        print(report.full(result))
+    print(report.short(result), flush=True)
+    return 0 if all(x["code"] == 0 for k, x in result["checks"].items() if not k.startswith("compile")) else 1
 
 
 if __name__ == "__main__":

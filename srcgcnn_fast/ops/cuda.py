@@ -70,8 +70,10 @@ def readout_refusal(readout_layers: Sequence[Dense]) -> str | None:
     """Why the kernels cannot take this readout; None if they can."""
     if len(readout_layers) > MOST_LAYERS:
         return f"the CUDA kernels take up to {MOST_LAYERS} layers of a readout, not {len(readout_layers)}"
-    widest = max((layer.weight.shape[1] for layer in readout_layers), default=0)
-    return None if widest <= WIDEST_READOUT else f"the CUDA kernels take readouts up to {WIDEST_READOUT}, not {widest}"
+    for layer in readout_layers:
+        if layer.weight.shape[1] > WIDEST_READOUT:
+            return f"the CUDA kernels take readouts up to {WIDEST_READOUT}, not {layer.weight.shape[1]}"
+    return None
 
 
 class _Call:

@@ -7,8 +7,7 @@ filter, whose product TF32 has more digits for.
 
 from __future__ import annotations
 
-import logging
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +18,6 @@ from . import triton
 from .cpu import Layer, Moments
 from .registry import core
 from .triton import _Edges, _Kernels, _precision, _storage, transposed
-
-logger = logging.getLogger(__name__)
 
 PROGRAMS = 264
 """Blocks that share out rows where partial sums are kept, two for each multiprocessor of an H200; a constant, so that
@@ -38,13 +35,8 @@ SIZES = ("n_rows", "n_edges", "n_features", "F", "width", "programs", "stride", 
 NUMBERS = ("dmin", "inverse_step", "eps")
 
 
-@cache
 def native() -> Any:
     """The compiled functions."""
-    logger.warning(
-        "The CUDA kernels for training compile and pass their tests on a CPU but have not been tried on a GPU yet; "
-        "SRCGCNN_FAST_BACKEND=reference avoids them."
-    )
     return core
 
 

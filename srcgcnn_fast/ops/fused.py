@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding, pad
 
-from . import cpu, cuda, reference
+from . import cpu, cuda, reference, registry, triton
 from . import library as library  # registers the operators
 from .cpu import Graph, Layer, Moments
 from .reference import BatchNorm, Dense, Edges
@@ -242,6 +242,27 @@ def _eager(h: Tensor, device: str = "cpu") -> bool:
     )
 
 
+class _Lookup(torch.autograd.Function):
+    """Rows of a table, with a gradient whose bits repeat on a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, species: Tensor) -> Tensor:
+        ctx.species, ctx.count = species, table.shape[0]
+        return table.index_select(0, species)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return triton.sum_by_species(grad, ctx.species, ctx.count), None
+
+
+def lookup(table: Tensor, species: Tensor) -> Tensor:
+    """(N, F): of a table (U, F) the row that ``species`` (N,) names."""
+    if _eager(table, "cuda") and not registry._is_transformed():
+        found: Tensor = _Lookup.apply(table, species)
+        return found
+    return table.index_select(0, species)
+
+
 def gated_convs(
     h: Tensor,
     graph: Graph,
@@ -269,7 +290,7 @@ def gated_convs(
         results = function.apply(graph, moments, species, norms, shared, wide, edge_values, *parameters)
         out, _block, *statistics = results
     else:
-        out = wide if species is None else embedding(species, wide)  # whose gradient adds in a fixed order
+        out = wide if species is None else lookup(wide, species)
         statistics = []
         for layer in given:
             out, _m, *used = _ops.gated_conv(out, *layer, *graph, *moments)

@@ -60,9 +60,9 @@ def backends() -> dict[str, BackendStatus]:
         cpu = BackendStatus("cpu", True, True, f"C++, SIMD level {core.simd_level()}, {threads}")
     built = core is not None and not core.cuda.startswith("not built")
     no_cuda = cuda_problem()
-    with_cuda = "float32 on CUDA tensors; its logic is tested on a CPU, and it has not run on a GPU yet"
+    with_cuda = "compiled, float32 on CUDA tensors"
     no_triton = triton_problem()
-    with_triton = "float32 on CUDA tensors; it compiles and passes the interpreter, and has not run on a GPU yet"
+    with_triton = "float32 on CUDA tensors"
     return {
         "reference": BackendStatus("reference", True, True, "plain PyTorch, any device and dtype"),
         "cpu": cpu,

@@ -9,7 +9,6 @@ the order in which programs ran. ``ops/precision.py`` says when products use TF3
 from __future__ import annotations
 
 import contextlib
-import logging
 import weakref
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -24,11 +23,12 @@ from . import precision
 from .cpu import Graph, Layer, Moments
 from .reference import Dense
 
-logger = logging.getLogger(__name__)
-
 OLDEST = (3, 3)
 WINDOW = 9  # Gaussians in reach of a distance; those left out are below 2e-9
 _PROGRAMS = 528  # that share out rows where partial sums are kept; a constant, so that bits do not depend on the GPU
+
+_MOST_ONES = 2**24
+"""Numbers 0 and 1 of ``sum_by_species`` at a time."""
 
 
 class Tile(NamedTuple):
@@ -77,11 +77,6 @@ def kernels() -> ModuleType:
         raise InputError(f"The Triton backend cannot run: {reason}.")
     from . import triton_kernels
 
-    if torch.cuda.is_available():
-        logger.warning(
-            "The Triton kernels compile and pass their tests in an interpreter but have not been tried on a GPU yet; "
-            "SRCGCNN_FAST_BACKEND=reference avoids them."
-        )
     return triton_kernels
 
 
@@ -458,6 +453,18 @@ def _of_rows(h: Tensor, species: Tensor | None) -> Tensor:
     return torch.where(known[:, None], h[species.long() * known], float("nan"))
 
 
+def sum_by_species(x: Tensor, species: Tensor, count: int) -> Tensor:
+    """(N, F) -> (count, F): the sum of the rows of each species, with the same bits in every run.
+
+    As products with 0 and 1, since PyTorch adds rows by an index with atomics on a GPU: in ``index_add``, in the
+    gradient of ``index_select``, and, since torch 2.11, in that of ``embedding`` where many rows share one.
+    """
+    numbers, total = torch.arange(count, device=x.device), x.new_zeros(count, x.shape[1])
+    for some, which in zip(*(y.split(_MOST_ONES // max(1, count) + 1) for y in (x, species)), strict=True):
+        total = torch.addmm(total, (which == numbers[:, None]).to(x.dtype), some)
+    return total
+
+
 def conv(
     h: Tensor,
     layer: Layer,
@@ -532,8 +539,8 @@ def conv_backward(
     del x_rows
     run.backward_senders(d_pq, dm, a, correction, linear, layer, edges)
     dh = torch.addmm(du, d_pq, torch.cat([layer.weight[:, :width], layer.weight[:, width : 2 * width]]))
-    if species is not None:  # sorted first, so that the sums have an order
-        dh = torch.zeros_like(table).index_put_((species.long(),), dh, accumulate=True)
+    if species is not None:
+        dh = sum_by_species(dh, species, len(table))
     own, other = (d_pq.T @ h).split(2 * width)
     d_weight = torch.cat([own, other, (d_filter * a).T], dim=1)
     d_bias = torch.zeros_like(d_beta1) if layer.train1 else d_beta1 * a

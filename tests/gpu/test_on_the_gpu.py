@@ -18,7 +18,7 @@ from torch import nn
 import srcgcnn_fast as sf
 from srcgcnn_fast import functional
 from srcgcnn_fast.functional import BatchNorm
-from srcgcnn_fast.graph import GraphBatch, GraphStore
+from srcgcnn_fast.graph import CrystalGraph, GraphBatch, GraphStore
 from srcgcnn_fast.ops import cpu as cpu_backend
 from srcgcnn_fast.ops import cuda as cuda_backend
 from srcgcnn_fast.ops import triton as triton_backend
@@ -265,22 +265,50 @@ def test_a_captured_inference_replays_on_other_edges(backend, make_batch, kind):
     torch.testing.assert_close(captured, expected, rtol=1e-5, atol=1e-6)
 
 
+def training_step_of(model):
+    """step(batch) -> outputs, gradients and running statistics by name; always from the same state."""
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def step(batch) -> dict[str, torch.Tensor]:
+        model.load_state_dict(start)
+        model.train().zero_grad()
+        batch.cache.clear()
+        out = model(batch)
+        out.square().sum().backward()
+        found = {f"gradient of {name}": p.grad.clone() for name, p in model.named_parameters()}
+        return {"output": out.detach(), **found, **{name: x.clone() for name, x in model.named_buffers()}}
+
+    return step
+
+
 @each_backend
 @pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
 def test_bits_repeat(backend, make_batch, model_type):
-    """Of the convolutions; the pooling over crystals is PyTorch's, which adds in any order on a GPU."""
+    """Of training steps of whole models; with few rows, and with so many that the element table is looked up late."""
+    model, _ = model_and_batch(model_type, make_batch)
+    step = training_step_of(model)
+    for kind in ("plain", "weighted", "large"):
+        batch = make_batch(kind, seed=2).to(DEVICE)
+        first = step(batch)
+        for _ in range(3):
+            again = step(batch)
+            assert [name for name in first if not torch.equal(first[name], again[name])] == [], kind
+
+
+@each_backend
+@pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
+def test_torch_knows_of_nothing_that_varies(backend, make_batch, monkeypatch, model_type):
+    """Its deterministic mode refuses or replaces what does, and fills new memory with NaN: it changes no bit."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which it refuses all products
     model, batch = model_and_batch(model_type, make_batch)
-    start, found = {k: v.clone() for k, v in model.state_dict().items()}, []
-    for _ in range(3):
-        model.load_state_dict(start)
-        model.zero_grad()
-        batch.cache.clear()
-        out, _ = model.train()._convolve(*model._embed(batch), batch, False)
-        out.square().sum().backward()
-        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-        found.append([out.detach().clone(), *gradients])
-    for again in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
+    step = training_step_of(model)
+    plain = step(batch)
+    torch.use_deterministic_algorithms(True)
+    try:
+        strict = step(batch)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert [name for name in plain if not torch.equal(plain[name], strict[name])] == []
 
 
 @each_backend
@@ -574,14 +602,25 @@ def salts(count: int) -> list[tuple]:
     ]
 
 
+def graphs_of(count: int) -> list[CrystalGraph]:
+    """Graphs from no neighbour search, which each process of the tests would compile for half a minute."""
+    rng, found = np.random.default_rng(0), []
+    for n in rng.integers(1, 9, count):
+        edges = rng.integers(0, n, 12 * n), np.sort(rng.uniform(2, 8, (n, 12)), axis=1).ravel()
+        numbers, atoms = rng.integers(1, 84, n), np.arange(n)
+        arrays = (numbers, np.ones(n), *edges, np.arange(0, 12 * n + 1, 12), atoms)
+        types = np.int32, np.float32, np.int32, np.float32, np.int32, np.int32
+        found.append(CrystalGraph(*(x.astype(kind) for x, kind in zip(arrays, types, strict=True))))
+    return found
+
+
 @pytest.mark.parametrize("captured", [False, pytest.param(True, marks=cuda_only)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_prediction_from_structures_and_from_a_store(packed, captured):
     torch.manual_seed(0)
-    model, inputs = sf.SRCGCNN(), salts(40)
+    model, inputs = sf.SRCGCNN(), GraphStore.from_graphs(graphs_of(40)) if packed else salts(40)
     expected = sf.predict(model, inputs)["target"]
-    given = GraphStore.from_graphs(sf.build_graphs(inputs)) if packed else inputs
-    found = sf.predict(model.to(DEVICE), given, batch_atoms=50, captured=captured)["target"]
+    found = sf.predict(model.to(DEVICE), inputs, batch_atoms=50, captured=captured)["target"]
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
@@ -594,7 +633,7 @@ def test_training_from_a_store(tmp_path, workers, precision):
     if workers and precision != "float32":
         pytest.skip("one precision is enough for the workers")
     rng = np.random.default_rng(1)
-    store = GraphStore.from_graphs(sf.build_graphs(salts(160)), targets={"y": rng.normal(size=160)})
+    store = GraphStore.from_graphs(graphs_of(160), targets={"y": rng.normal(size=160)})
     losses = []
     for accelerator in ("cpu", "cpu" if DRY else "gpu"):
         torch.manual_seed(0)
@@ -611,7 +650,7 @@ def test_batches_come_whole_from_the_side_stream():
     """While the device is busy, and with the memory of earlier batches used again."""
     from srcgcnn_fast.training import GraphDataModule
 
-    store = GraphStore.from_graphs(sf.build_graphs(salts(300)), targets={"y": np.arange(300.0)})
+    store = GraphStore.from_graphs(graphs_of(300), targets={"y": np.arange(300.0)})
     data = GraphDataModule(store, "y", batch_size=8)
     plain, ahead = data.loader("train"), data.loader("train")
     ahead.device = torch.device("cuda", 0)

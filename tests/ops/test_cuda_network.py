@@ -356,6 +356,45 @@ def test_an_exported_network_of_cuda_tensors_is_one_operator(make_batch, monkeyp
     assert out.device.type == "cuda" and out.shape == (batch.num_crystals, 3)
 
 
+class Convolutions(torch.nn.Module):
+    """The rows of a model after its convolutions."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        return self.model._convolve(*self.model._embed(batch), batch)[0]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
+def test_dynamo_traces_cuda_tensors_without_a_break(make_batch, monkeypatch, model_type, training):
+    """A whole network in inference, and the convolutions of one that trains, as CPU builds of torch trace no more."""
+    monkeypatch.undo()
+    for name in ("triton_problem", "cuda_problem"):
+        answer = types.FunctionType((lambda: None).__code__, {})
+        answer._dynamo_marked_constant = True
+        monkeypatch.setattr(registry, name, answer)
+    torch._dynamo.reset()
+    names = ("numbers", "weight", "sender", "distance", "row_ptr", "crystal_ptr", "atom_class")
+    batch, mode, found = make_batch("weighted"), FakeTensorMode(allow_non_fake_inputs=True), []
+    given = tuple(fake_on_cuda(mode, getattr(batch, name)) for name in names)
+    model = Exported(model_type(2, 64), mode)
+    if training:
+        model.model = Convolutions(model.model.train())
+
+    def seen(module, _inputs):
+        found.extend(str(node.target) for node in module.graph.nodes if "srcgcnn_fast" in str(node.target))
+        return module.forward
+
+    with mode, torch.no_grad():
+        out = torch.compile(model, fullgraph=True, dynamic=True, backend=seen)(*given)
+    assert out.device.type == "cuda"
+    operators = ["edge_moments", "gated_conv", "gated_conv"] if training else ["gated_conv_network"]
+    assert [name.split("srcgcnn_fast.")[1].split("'")[0] for name in found] == operators
+
+
 @pytest.mark.parametrize("selected", ["cuda", "triton"])
 def test_the_operator_of_a_network_calls_the_kernels_of_the_machine(make_batch, monkeypatch, selected):
     """A program may have been traced where there were others."""

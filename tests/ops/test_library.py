@@ -8,7 +8,7 @@ import torch
 import srcgcnn_fast as sf
 from srcgcnn_fast import functional
 from srcgcnn_fast.functional import BatchNorm
-from srcgcnn_fast.ops import cpu, fused
+from srcgcnn_fast.ops import cpu, fused, triton
 from srcgcnn_fast.ops.cpu import Layer
 from srcgcnn_fast.ops.reference import Edges
 
@@ -156,3 +156,18 @@ def test_compile_full_graph(backend, make_batch, training, model_type):
         )
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("most", [2**24, 7])
+def test_rows_of_a_table_on_a_gpu(monkeypatch, most):
+    """As index_select, with two derivatives; the gradient from products, all rows at once and one at a time."""
+    monkeypatch.setattr(triton, "_MOST_ONES", most)
+    generator = torch.Generator().manual_seed(0)
+    table = torch.rand(9, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    species = torch.randint(0, 9, (30,), generator=generator, dtype=torch.int32)
+    assert torch.equal(fused._Lookup.apply(table, species), table.index_select(0, species))
+    rows = torch.rand(30, 4, generator=generator, dtype=torch.float64)
+    expected = torch.zeros_like(table).index_add(0, species, rows)
+    torch.testing.assert_close(triton.sum_by_species(rows, species, 9), expected)
+    assert torch.autograd.gradcheck(fused._Lookup.apply, (table, species))
+    assert torch.autograd.gradgradcheck(fused._Lookup.apply, (table, species))
