@@ -199,8 +199,10 @@ class CrystalModel(nn.Module):
         """What ``predict`` makes of the network's outputs."""
         if self.classification:
             return out[:, 1:].exp()
-        std, mean = out.new_tensor(self.metadata.std), out.new_tensor(self.metadata.mean)
-        return out * std + mean
+        std, mean = self.metadata.std, self.metadata.mean
+        if len(std) == 1:  # numbers go along with the kernels, tensors are copied first
+            return out * std[0] + mean[0]
+        return out * out.new_tensor(std) + out.new_tensor(mean)
 
 
 class CGCNN(CrystalModel):
