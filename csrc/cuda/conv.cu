@@ -23,8 +23,9 @@ int64_t threads(int64_t n) {  // blocks of a kernel whose threads share out n nu
   return blocks < most ? blocks : most;
 }
 
-constexpr int kBackward = kVectors + kWarps * (2 * kTileSize + kTermSize);
-static_assert(kTerms * 2 * kChunk + 4 * kWarps * kChunk <= kWarps * (2 * kTileSize + kTermSize), "sums take the tiles' place");
+constexpr int kGram = kTerms * kTerms;
+static_assert(kTerms * 2 * kChunk <= kWarps * kReceivers, "sums take the tiles' place");
+static_assert(kWarps * kRecord <= kGram, "and the edges' place");
 
 }  // namespace
 }  // namespace srcgcnn
@@ -40,14 +41,14 @@ using namespace srcgcnn;
 #define SRCGCNN_LAUNCHER_BY_STORAGE(name, blocks, numbers) \
   SRCGCNN_LAUNCHER_OF(name, (g.half ? name<true> : name<false>), blocks, numbers)
 SRCGCNN_LAUNCHER(edge_sum, threads(32 * g.n_rows), 0)
-SRCGCNN_LAUNCHER(edge_gram, parts(g.n_features, 2 * kChunk) * g.programs * parts(g.n_features, kTerms), kBackward)
+SRCGCNN_LAUNCHER(edge_gram, parts(g.n_features, kTerms) * g.programs * parts(g.n_features, kTerms), kGram)
 SRCGCNN_LAUNCHER(column_sums, chunks(g) * g.programs, 4 * kWarps * 32)
 SRCGCNN_LAUNCHER(gram_rows, threads(32 * g.n_rows), int(g.F + g.n_features))
 SRCGCNN_LAUNCHER(edge_statistics, 2 * g.F, 2 * kSums * kThreads + int(2 * g.F + g.n_features))
 SRCGCNN_LAUNCHER(scale_weights, threads(4 * g.width * g.F), 0)
-SRCGCNN_LAUNCHER_BY_STORAGE(gate_sum, chunks(g) * tasks(g), kVectors + kWarps * kMessageSize)
+SRCGCNN_LAUNCHER_BY_STORAGE(gate_sum, chunks(g) * tasks(g), kVectors + kNorms + kWarps * (kMessageSize + kRecord))
 SRCGCNN_LAUNCHER(finish, chunks(g) * g.programs, 0)
 SRCGCNN_LAUNCHER(finish_backward, chunks(g) * g.programs, 2 * kWarps * 32)
 SRCGCNN_LAUNCHER(correct, parts(g.columns, kChunk) * g.programs, 0)
-SRCGCNN_LAUNCHER_BY_STORAGE(backward_receivers, chunks(g) * g.programs * parts(g.n_features, kTerms), kBackward)
-SRCGCNN_LAUNCHER_BY_STORAGE(backward_senders, chunks(g) * tasks(g), kVectors + kWarps * 2 * kTileSize)
+SRCGCNN_LAUNCHER_BY_STORAGE(backward_receivers, chunks(g) * g.programs * parts(g.n_features, kTerms), kVectors + kWarps * kReceivers)
+SRCGCNN_LAUNCHER_BY_STORAGE(backward_senders, chunks(g) * tasks(g), kVectors + kCorrection + kWarps * (kTileSize + kRecord))

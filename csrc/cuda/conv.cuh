@@ -1,10 +1,12 @@
 // Training: the edge passes of a convolution, and the node kernels around them.
 //
-// A warp takes the edges of 16 rows, 16 at a time, for 32 of the F channels. r = e(d) w_e of 16 edges is a product on the
+// A warp takes the edges of 16 rows, 16 at a time, for 32 of the F channels. r = w_e e(d) of 16 edges is a product on the
 // tensor cores, whose operand e(d) is formed in registers, and of which only the steps in reach of the distances are
-// done. The product leaves a lane 8 channels of 2 edges, filter and core; there q (or p) of the other end is gathered and
-// the gate formed. What is summed over a row goes through shared memory, where each lane then walks one channel of the
+// done. The product leaves a lane 4 channels of 4 edges, filter and core; there q (or p) of the other end is gathered and
+// the gate formed. What is summed over a row goes through shared memory, where each lane then walks its columns of the
 // edges in their order. So no sum depends on the order of threads, of warps or of blocks. Nothing of an edge is stored.
+// In sum e dy^T a lane's dy are an operand as they are. The tensor cores cut sums off: so none there is longer than a few
+// products, small ones first, and the rest is added in float32.
 #pragma once
 #include "conv.h"
 #include "device.cuh"
@@ -15,192 +17,250 @@ constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kChunk = 32;           // channels of a block
 constexpr int kTile = 16;            // edges that a warp takes at a time
 constexpr int kTaskRows = 16;        // whose edges these are
-constexpr int kAtOnce = 8;           // numbers that a lane reads from shared memory before it adds them up
 constexpr int kMostDegree = 1 << 26;  // so that the edges of a task can be counted
 constexpr int kTerms = 48;           // Gaussians whose sums e^T dy a block holds
+constexpr int kSteps = kTerms / 8;
 constexpr float kCut = 20.25f;       // squared distance from a Gaussian's centre in its widths; beyond it is below 2e-9
 
-// Of a warp in shared memory, in numbers; strides that spread what lanes touch together over the banks.
-constexpr int kMessageStride = kChunk + 8, kTileStride = 2 * kChunk + 8, kTermStride = kTerms + 8;
-constexpr int kMessageSize = kTile * kMessageStride, kTileSize = kTile * kTileStride, kTermSize = kTile * kTermStride;
-constexpr int kVectors = 4 * kChunk;  // of a block: gamma and beta of its channels, in the units of gate2
+// In shared memory, in numbers; strides that spread what lanes touch together over the banks.
+constexpr int kMessageStride = kChunk + 4, kTileStride = 4 * kChunk + 4;
+constexpr int kMessageSize = kTile * kMessageStride, kTileSize = kTile * kTileStride;
+constexpr int kVectors = 4 * kChunk;     // of a block: gamma and beta of its channels, in the units of gate2
+constexpr int kNorms = 2 * kChunk;       // of a block: scale and shift of bn2 of its channels
+constexpr int kCorrection = 6 * kChunk;  // of a block: a, c1 and c2 of its channels
 
 SRCGCNN_DEVICE float gaussian(float u, int k) {
   const float x = u - float(k), x2 = x * x;
   return x2 > kCut ? 0.0f : device::exp2(x2 * float(-kLog2e));  // a NaN stays one
 }
 
-// The edges of 16 rows. Lane l has row first + l: its first edge, and how many of the task's edges come before it.
+// What a warp keeps in shared memory of its task, and of the 16 edges at hand.
+struct Record {
+  struct Row {
+    int row, shift;  // one with edges; what makes a place in ptr's order of an edge's number within the task
+  };
+  struct Ends {
+    int other, row;  // both can be followed
+  };
+  alignas(16) Row rows[kTaskRows];
+  alignas(16) int last[32];  // of lane l's row, the last edge's number within the task, or -1
+  alignas(16) Ends ends[kTile];
+  alignas(16) float u[kTile];  // distance in units of the Gaussians; NaN if the other end is outside, far off if there is no edge
+  alignas(16) float weight[kTile];
+  alignas(16) int number[kTile];
+};
+constexpr int kRecord = int(sizeof(Record) / sizeof(float));
+constexpr int kReceivers = kTileSize + kRecord + 32 * 16;  // of a warp of backward_receivers
+
+SRCGCNN_DEVICE int tasks_of(const DeviceConv& g) { return int((g.n_rows + kTaskRows - 1) / kTaskRows); }
+
+// The edges of 16 rows. Lane l has row first + l.
 struct Task {
-  int64_t first;
-  int begin, before, degree, total;
+  int first, degree, total;
   bool bad;
 
-  SRCGCNN_DEVICE Task(const DeviceConv& g, int64_t first_row) : first(first_row), begin(0), degree(0), bad(false) {
+  SRCGCNN_DEVICE Task(const DeviceConv& g, int number, Record& record)
+      : first(number * kTaskRows), degree(0), bad(false) {
     const int lane = lane_of();
+    int begin = 0;
     if (lane < kTaskRows && first + lane < g.n_rows) {
-      const int64_t from = g.ptr[first + lane], to = g.ptr[first + lane + 1];
+      const int* ptr = g.ptr + first;
+      const int64_t from = ptr[lane], to = ptr[lane + 1];
       bad = from < 0 || to < from || to > g.n_edges || to - from > kMostDegree;
       begin = bad ? 0 : int(from);
       degree = bad ? 0 : int(to - from);
     }
-    int sum = degree;
+    int end = degree;  // edges up to the end of the lane's row
 #pragma unroll
     for (int d = 1; d < kTaskRows; d *= 2) {
-      const int below = __shfl_sync(kAllLanes, sum, lane - d);
-      sum += lane >= d && lane < kTaskRows ? below : 0;
+      const int below = __shfl_sync(kAllLanes, end, lane - d);
+      end += lane >= d && lane < kTaskRows ? below : 0;
     }
-    before = sum - degree;
-    total = __shfl_sync(kAllLanes, sum, kTaskRows - 1);
+    total = __reduce_max_sync(kAllLanes, end);
+    const unsigned with_edges = __ballot_sync(kAllLanes, degree > 0);
+    if (degree > 0)
+      record.rows[__popc(with_edges & ((1u << lane) - 1))] = {first + lane, begin - (end - degree)};
+    record.last[lane] = degree > 0 ? end - 1 : -1;
+    __syncwarp();
   }
 };
 
-// 16 edges of a task; lanes l and l + 16 have number l.
-struct Edges {
-  int count, row;         // how many there are; the row that this one belongs to, counted within the task
-  int other, number;      // row at the other end, or -1: there is none; number of the edge
-  float u, poison;        // distance in units of the Gaussians; NaN if the other end is outside
-  bool live;
-  unsigned last;          // bit l: edge l is the last of its row
+enum class Weight { kNone, kOwn, kOther };  // whose row_weight an edge has
 
-  SRCGCNN_DEVICE Edges(const DeviceConv& g, const Task& task, int tile) {
-    const int at = tile * kTile + (lane_of() & (kTile - 1));
-    count = task.total - tile * kTile < kTile ? task.total - tile * kTile : kTile;
-    live = at < task.total;
-    row = 0;
-#pragma unroll
-    for (int step = kTaskRows / 2; step > 0; step /= 2) {  // the last row that does not begin after it
-      const int before = __shfl_sync(kAllLanes, task.before, row + step);
-      if (before <= at) row += step;
+// 16 edges of a task, of which lanes l and l + 16 have number l; where there are fewer, the last one again.
+template <Weight kWeight>
+struct Edges {
+  int passed = 0;  // rows with edges that end before them
+  unsigned last;   // bit l: edge l is the last of its row
+  int row, other, number;
+  float distance, weight;
+
+  // First half of reading those from number `from` of the task on, `count` or more: what the second's addresses follow from.
+  SRCGCNN_DEVICE void begin(const DeviceConv& g, const Record& record, int from, int count) {
+    const int k = lane_of() & (kTile - 1), at = k < count ? k : count - 1;
+    const unsigned slot = unsigned(record.last[lane_of()] - from);
+    last = __reduce_or_sync(kAllLanes, slot < unsigned(kTile) ? 1u << slot : 0u);
+    const Record::Row found = record.rows[passed + __popc(last & ((1u << at) - 1))];
+    passed += __popc(last);
+    const int place = found.shift + from + at;
+    row = found.row;
+    other = g.other[place];
+    number = g.number ? g.number[place] : place;
+  }
+  SRCGCNN_DEVICE void end(const DeviceConv& g) {
+    if (unsigned(other) >= uint64_t(g.n_rows) || unsigned(number) >= uint64_t(g.n_edges)) {
+      other = row;
+      number = -1;
     }
-    const int within = at - __shfl_sync(kAllLanes, task.before, row);
-    const int place = __shfl_sync(kAllLanes, task.begin, row) + within;
-    const int degree = __shfl_sync(kAllLanes, task.degree, row);
-    last = __ballot_sync(kAllLanes, live && within + 1 == degree);
-    other = -1;
-    number = 0;
-    u = -1e3f;  // beyond all Gaussians
-    poison = 0.0f;
-    if (live) {
-      other = g.other[place];
-      number = g.number ? g.number[place] : place;
-      const bool good = other >= 0 && other < g.n_rows && number >= 0 && number < g.n_edges;
-      if (!good) {
-        other = -1;
-        number = 0;
-        poison = NAN;
-      }
-      if (g.distance) u = (g.distance[number] - g.dmin) * g.inverse_step;
+    const int at = number < 0 ? 0 : number;
+    distance = g.distance ? g.distance[at] : g.dmin;
+    weight = kWeight == Weight::kNone || !g.row_weight ? 1.0f : g.row_weight[kWeight == Weight::kOwn ? row : other];
+  }
+  // To the record; u of this lane's edge.
+  SRCGCNN_DEVICE float publish(const DeviceConv& g, Record& record, int count) const {
+    const int k = lane_of();
+    const bool live = (k & (kTile - 1)) < count;
+    const float u = number < 0 ? NAN : live ? (distance - g.dmin) * g.inverse_step : -1e3f;
+    if (k < kTile) {
+      record.ends[k] = {other, row};
+      record.u[k] = u;
+      if (kWeight != Weight::kNone) record.weight[k] = live ? weight : 0.0f;
+      record.number[k] = number < 0 ? 0 : number;
     }
+    return u;
   }
 };
 
 // Steps of 8 Gaussians that are in reach of some of the 16 edges: [from, to).
 struct Reach {
   int from, to;
-  SRCGCNN_DEVICE Reach(const DeviceConv& g, const Edges& e) {
-    const float most = float(g.n_features - 1);
-    int low = int(g.n_features) - 1, high = 0;
-    if (e.live) {  // bounds that hold for a NaN too
-      low = int(fminf(fmaxf(e.u - 4.5f, 0.0f), most));
-      high = int(fmaxf(fminf(e.u + 4.5f, most), 0.0f));
-    }
-#pragma unroll
-    for (int d = 1; d < kTile; d *= 2) {
-      const int l = __shfl_xor_sync(kAllLanes, low, d), h = __shfl_xor_sync(kAllLanes, high, d);
-      low = l < low ? l : low;
-      high = h > high ? h : high;
-    }
-    from = low / 8;
-    to = high / 8 + 1;
+  SRCGCNN_DEVICE Reach(const DeviceConv& g, float u) {
+    constexpr float kMost = 1 << 20;
+    const int last = int(g.n_features) - 1;
+    const int low = int(u < -5.0f ? kMost : fminf(fmaxf(u - 4.5f, 0.0f), kMost));  // 0 for a NaN
+    const int high = int(fmaxf(fminf(u + 4.5f, kMost), 0.0f));                     // all for a NaN
+    const int first = __reduce_min_sync(kAllLanes, low), end = __reduce_max_sync(kAllLanes, high);
+    from = (first < last ? first : last) / 8;
+    to = (end < last ? end : last) / 8 + 1;
   }
 };
 
-// What a lane has of 16 edges after a product: edges lane / 4 and lane / 4 + 8, of each 8 channels, as two times four
-// neighbours that begin at 4 (lane % 4) and 16 later.
-SRCGCNN_DEVICE int edge_of(int half) { return lane_of() / 4 + 8 * half; }
-SRCGCNN_DEVICE int channel_of(int four) { return 16 * four + 4 * (lane_of() % 4); }
+// What a lane has of 16 edges after a product: edges 2 (lane % 4), the next one, and those 8 later; of each the four
+// channels from 4 (lane / 4) on.
+SRCGCNN_DEVICE int edge_of(int k) { return 2 * (lane_of() % 4) + k % 2 + k / 2 * 8; }
+SRCGCNN_DEVICE int channel_of() { return lane_of() / 4 * 4; }
 struct Values {
-  float filter[2][2][4], core[2][2][4];  // edge, four, channel
+  float filter[4][4], core[4][4];  // edge, channel
 };
-
-// r of 16 edges for the chunk's channels; poisoned. T: how pq and term are stored.
 template <class T>
-SRCGCNN_DEVICE void edge_terms(Values& r, const DeviceConv& g, const Edges& e, const Reach& reach, int chunk) {
-  float poison[2], u[2];
-  int number[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    poison[half] = __shfl_sync(kAllLanes, e.poison, edge_of(half));
-    u[half] = __shfl_sync(kAllLanes, e.u, edge_of(half));
-    number[half] = __shfl_sync(kAllLanes, e.live ? e.number : -1, edge_of(half));
-  }
-  if (g.term) {
+struct Four {
+  T x[4];
+};
+// Numbers of these edges, of an array of the record.
+template <class T>
+SRCGCNN_DEVICE Four<T> of_edges(const T (&all)[kTile]) {
+  struct alignas(2 * sizeof(T)) Pair {
+    T x[2];
+  };
+  const int at = edge_of(0);
+  const Pair a = *reinterpret_cast<const Pair*>(all + at), b = *reinterpret_cast<const Pair*>(all + at + 8);
+  return {{a.x[0], a.x[1], b.x[0], b.x[1]}};
+}
+
+// Row `row` of a table whose rows are `stride` bytes apart.
+template <class T>
+SRCGCNN_DEVICE const T* row_at(const T* table, int row, int stride) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(table) + int64_t(row) * stride);
+}
+template <int V, class T>
+SRCGCNN_DEVICE Channels<V> row_of(const T* table, int row, int stride) {
+  return load<V>(row_at(table, row, stride));
+}
+
+// The product of 16 edges' Gaussians with the filter. Tile j of its left side is the filter (rows 0 to 7) and the core
+// (8 to 15) of channels j, 4 + j, 8 + j, ...; its right sides are the first and the last 8 edges.
+template <bool kRelaxed>
+struct Product {
+  float sum[4][2][4], small[4][2][4];
+
+  template <bool kFirst>
+  SRCGCNN_DEVICE void add(const float* weights, const float (&u)[2], int step) {
+    float e[2][2], low[2][2];
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
-      for (int four = 0; four < 2; ++four) {
-        const T* at = static_cast<const T*>(g.term) + int64_t(number[half]) * 2 * g.width + chunk * kChunk + channel_of(four);
-        const bool there = number[half] >= 0;
-        const auto f = there ? load<4>(at) : Channels<4>{}, c = there ? load<4>(at + g.width) : Channels<4>{};
-#pragma unroll
-        for (int v = 0; v < 4; ++v) {
-          r.filter[half][four][v] = f.x[v] + poison[half];
-          r.core[half][four][v] = c.x[v] + poison[half];
-        }
+      for (int v = 0; v < 2; ++v) {
+        const float x = gaussian(u[half], 8 * step + lane_of() % 4 + 4 * v);
+        e[half][v] = x;
+        if (!kRelaxed) split(x, e[half][v], low[half][v]);
       }
-    return;
-  }
-  float sum[8][4];
+    const float* at = row_at(weights, step, 1024 * sizeof(float));
 #pragma unroll
-  for (int n = 0; n < 8; ++n)
+    for (int j = 0; j < 4; ++j) {
+      const auto w = load<4>(at + j * 256);
 #pragma unroll
-    for (int v = 0; v < 4; ++v) sum[n][v] = poison[v / 2];
-  const int steps = int(g.n_features + 7) / 8;
-#pragma unroll 1
-  for (int k = reach.from; k < reach.to; ++k) {
-    float a[4], low[4];
+      for (int half = 0; half < 2; ++half) {
 #pragma unroll
-    for (int v = 0; v < 4; ++v) split(gaussian(u[v % 2], 8 * k + lane_of() % 4 + v / 2 * 4), a[v], low[v]);
-    const float* weights = g.filter + ((int64_t(chunk) * steps + k) * 8 * 32 + lane_of()) * 2;
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      const auto w = load<2>(weights + n * 64);
-      float b[2], b_low[2];
-#pragma unroll
-      for (int v = 0; v < 2; ++v) split(w.x[v], b[v], b_low[v]);
-      if (!g.relaxed) {
-        device::mma(sum[n], low, b);
-        device::mma(sum[n], a, b_low);
+        for (int v = 0; v < 4 && kFirst; ++v) sum[j][half][v] = small[j][half][v] = 0.0f;
+        device::mma(sum[j][half], w.x, e[half]);
       }
-      device::mma(sum[n], a, b);
+      if (kRelaxed) continue;
+      const auto w_low = load<4>(at + j * 256 + 128);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        device::mma(small[j][half], w.x, low[half]);
+        device::mma(small[j][half], w_low.x, e[half]);
+      }
     }
   }
+  SRCGCNN_DEVICE Product(Values& r, const float* weights, const float (&u)[2], const Reach& reach) {
+    add<true>(weights, u, reach.from);  // of zeros, if none is in reach
+#pragma unroll 1
+    for (int step = reach.from + 1; step < reach.to; ++step) add<false>(weights, u, step);
 #pragma unroll
-  for (int half = 0; half < 2; ++half)
+    for (int k = 0; k < 4; ++k)
 #pragma unroll
-    for (int four = 0; four < 2; ++four)
+      for (int j = 0; j < 4; ++j) {
+        r.filter[k][j] = sum[j][k / 2][k % 2] + small[j][k / 2][k % 2];
+        r.core[k][j] = sum[j][k / 2][2 + k % 2] + small[j][k / 2][2 + k % 2];
+      }
+  }
+};
+
+// r of 16 edges for the chunk's channels; NaN where the other end is outside. T: how pq and term are stored.
+template <class T>
+SRCGCNN_DEVICE void edge_terms(Values& r, const DeviceConv& g, const Record& record, const Reach& reach, int chunk) {
+  if (g.term) {
+    const auto u = of_edges(record.u);
+    const auto number = of_edges(record.number);
+    const T* table = static_cast<const T*>(g.term) + chunk * kChunk + channel_of();
+    const int stride = int(2 * g.width * sizeof(T));
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const auto f = row_of<4>(table, number.x[k], stride), c = row_of<4>(table + g.width, number.x[k], stride);
+      const float poison = u.x[k] - u.x[k];
 #pragma unroll
       for (int v = 0; v < 4; ++v) {
-        r.filter[half][four][v] = sum[2 * four + v / 2][2 * half + v % 2];
-        r.core[half][four][v] = sum[4 + 2 * four + v / 2][2 * half + v % 2];
+        r.filter[k][v] = f.x[v] + poison;
+        r.core[k][v] = c.x[v] + poison;
       }
+    }
+    return;
+  }
+  const float u[2] = {record.u[lane_of() / 4], record.u[lane_of() / 4 + 8]};
+  const float* weights = g.filter + int64_t(chunk * 1024) * (int(g.n_features + 7) / 8) + lane_of() * 4;
+  if (g.relaxed)
+    Product<true>(r, weights, u, reach);
+  else
+    Product<false>(r, weights, u, reach);
 }
 
-// The rows at both ends of edge `half` of this lane; false: there is no such edge, or it must not be followed.
-SRCGCNN_DEVICE bool ends_of(const Task& task, const Edges& e, int half, int64_t& own, int64_t& other) {
-  own = task.first + __shfl_sync(kAllLanes, e.row, edge_of(half));
-  other = __shfl_sync(kAllLanes, e.other, edge_of(half));
-  return other >= 0;
-}
-
-// x = p_i + q_j + r_ij of edge `half`, four channels of it, in place of r.
+// x = p_i + q_j + r_ij of an edge, four channels of it, in place of r. `pq`: the first row's numbers of these channels.
 template <class T>
-SRCGCNN_DEVICE void add_ends(float (&filter)[4], float (&core)[4], const DeviceConv& g, int64_t p_row, int64_t q_row,
-                             int channel) {
-  const T* p = static_cast<const T*>(g.pq) + p_row * 4 * g.width + channel;
-  const T* q = static_cast<const T*>(g.pq) + (q_row * 4 + 2) * g.width + channel;
-  const auto pf = load<4>(p), pc = load<4>(p + g.width), qf = load<4>(q), qc = load<4>(q + g.width);
+SRCGCNN_DEVICE void add_ends(float (&filter)[4], float (&core)[4], const T* pq, int64_t width, int p_row, int q_row) {
+  const int stride = int(4 * width * sizeof(T));
+  const auto pf = row_of<4>(pq, p_row, stride), pc = row_of<4>(pq + width, p_row, stride);
+  const auto qf = row_of<4>(pq + 2 * width, q_row, stride), qc = row_of<4>(pq + 3 * width, q_row, stride);
 #pragma unroll
   for (int v = 0; v < 4; ++v) {
     filter[v] = pf.x[v] + (qf.x[v] + filter[v]);
@@ -219,16 +279,14 @@ SRCGCNN_DEVICE void read_vectors(float* vectors, const DeviceConv& g, int chunk)
   __syncthreads();
 }
 // y of four channels in these units.
-SRCGCNN_DEVICE void scaled(float (&f)[4], float (&c)[4], const float (&x_f)[4], const float (&x_c)[4],
-                           const float* vectors) {
-  const auto gf = load<4>(vectors), gc = load<4>(vectors + kChunk);
-  const auto bf = load<4>(vectors + 2 * kChunk), bc = load<4>(vectors + 3 * kChunk);
-#pragma unroll
-  for (int v = 0; v < 4; ++v) {
-    f[v] = fmaf(x_f[v], gf.x[v], bf.x[v]);
-    c[v] = fmaf(x_c[v], gc.x[v], bc.x[v]);
-  }
-}
+struct Scaling {
+  Channels<4> gamma_f, gamma_c, beta_f, beta_c;
+  SRCGCNN_DEVICE explicit Scaling(const float* vectors)
+      : gamma_f(load<4>(vectors + channel_of())), gamma_c(load<4>(vectors + kChunk + channel_of())),
+        beta_f(load<4>(vectors + 2 * kChunk + channel_of())), beta_c(load<4>(vectors + 3 * kChunk + channel_of())) {}
+  SRCGCNN_DEVICE float filter(float x, int v) const { return fmaf(x, gamma_f.x[v], beta_f.x[v]); }
+  SRCGCNN_DEVICE float core(float x, int v) const { return fmaf(x, gamma_c.x[v], beta_c.x[v]); }
+};
 
 // Rows of the task without edges, or whose pointers are bad: done(row, 0 or NaN).
 template <class Done>
@@ -238,6 +296,30 @@ SRCGCNN_DEVICE void rows_without_edges(const DeviceConv& g, const Task& task, Do
   for (unsigned left = __ballot_sync(kAllLanes, there && task.degree == 0); left; left &= left - 1) {
     const int l = __ffs(left) - 1;
     done(task.first + l, bad >> l & 1 ? NAN : 0.0f);
+  }
+}
+
+// The tiles of a task: each(last, count, reach, send), of which the first two are as Edges has them; send(0) and, while
+// other work passes, send(1) send for the halves of the next tile's edges.
+template <Weight kWeight, class Each>
+SRCGCNN_DEVICE void for_tiles(const DeviceConv& g, const Task& task, Record& record, Each each) {
+  if (task.total == 0) return;
+  Edges<kWeight> edges;
+  edges.begin(g, record, 0, task.total);
+  edges.end(g);
+  for (int left = task.total; left > 0; left -= kTile) {
+    const Reach reach(g, edges.publish(g, record, left));
+    const unsigned last = edges.last;
+    __syncwarp();
+    const bool more = left > kTile;
+    each(last, left, reach, [&](int half) {
+      if (!more) return;
+      if (half)
+        edges.end(g);
+      else
+        edges.begin(g, record, task.total - left + kTile, left - kTile);
+    });
+    __syncwarp();
   }
 }
 
@@ -258,206 +340,246 @@ SRCGCNN_DEVICE float finished(float h, float m, float scale, float shift) {
   return softplus<DeviceMath>(h + fmaf(m, scale, shift));
 }
 
+// A tile's edges summed row by row, each lane V columns, `sum` from before on: at a row's last edge its sum takes the edge's
+// place. What follows the last of them is nobody's.
+template <int V>
+SRCGCNN_DEVICE void walk(float* tile, int stride, unsigned last, float (&sum)[V]) {
+  constexpr int kAtOnce = 8;  // edges that a lane reads before it adds them up
+#pragma unroll
+  for (int from = 0; from < kTile; from += kAtOnce) {
+    Channels<V> x[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) x[k] = load<V>(tile + (from + k) * stride + V * lane_of());
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) x[k].x[v] = sum[v] += x[k].x[v];
+      if (!(last >> (from + k) & 1)) continue;
+      store<V>(tile + (from + k) * stride + V * lane_of(), x[k]);
+#pragma unroll
+      for (int v = 0; v < V; ++v) sum[v] = 0.0f;
+    }
+  }
+}
+
 template <bool kHalf>
 __global__ void __launch_bounds__(kThreads, 4) gate_sum(const DeviceConv g) {
   using T = typename Storage<kHalf>::type;
   SRCGCNN_SHARED(shared);
   const int chunks = int(g.width / kChunk), chunk = int(blockIdx.x % chunks), channel = chunk * kChunk + lane_of();
-  float* messages = shared + kVectors + warp_of() * kMessageSize;
-  read_vectors(shared, g, chunk);
-  const int64_t first = (int64_t(blockIdx.x / chunks) * kWarps + warp_of()) * kTaskRows;
-  if (first >= g.n_rows) return;
-  const bool mine = channel < g.F;
-  float scale = 0.0f, shift = 0.0f;
-  if (g.out && mine) {
+  float* messages = shared + kVectors + kNorms + warp_of() * (kMessageSize + kRecord);
+  Record& record = *reinterpret_cast<Record*>(messages + kMessageSize);
+  float* norms = shared + kVectors;
+  if (g.out && warp_of() == 0 && channel < g.F) {
     const Norm norm(g, channel);
-    scale = norm.scale;
-    shift = norm.shift;
+    norms[lane_of()] = norm.scale;
+    norms[kChunk + lane_of()] = norm.shift;
   }
-  const auto done = [&](int64_t row, float sum) {
-    const int64_t at = row * g.F + channel;
-    if (!mine) return;
+  read_vectors(shared, g, chunk);
+  const int number = int(blockIdx.x / chunks) * kWarps + warp_of();
+  if (number >= tasks_of(g)) return;
+  const auto done = [&](int row, float sum) {
+    const int64_t at = int64_t(row) * int(g.F) + channel;
+    if (channel >= int(g.F)) return;
     if (g.out_m) g.out_m[at] = sum;
-    if (g.out) g.out[at] = finished(g.h[at], sum, scale, shift);
+    if (g.out) g.out[at] = finished(g.h[at], sum, norms[lane_of()], norms[kChunk + lane_of()]);
   };
-  const Task task(g, first);
+  const Task task(g, number, record);
   rows_without_edges(g, task, done);
-  float sum = 0.0f;
-  for (int tile = 0; tile * kTile < task.total; ++tile) {
-    const Edges e(g, task, tile);
+  const T* pq = static_cast<const T*>(g.pq) + chunk * kChunk + channel_of();
+  float* mine_at = messages + edge_of(0) * kMessageStride + channel_of();
+  float sum[1] = {};
+  for_tiles<Weight::kNone>(g, task, record, [&](unsigned last, int, const Reach& reach, auto send) {
     Values x;
-    edge_terms<T>(x, g, e, Reach(g, e), chunk);
+    edge_terms<T>(x, g, record, reach, chunk);
+    send(0);
+    const auto ends = of_edges(record.ends);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      int64_t own, other;
-      const bool there = ends_of(task, e, half, own, other);
+    for (int k = 0; k < 4; ++k) add_ends(x.filter[k], x.core[k], pq, g.width, ends.x[k].row, ends.x[k].other);
+    send(1);
+    const Scaling y(shared);
 #pragma unroll
-      for (int four = 0; four < 2; ++four) {
-        const int c = channel_of(four);
-        if (there) add_ends<T>(x.filter[half][four], x.core[half][four], g, own, other, chunk * kChunk + c);
-        float y_f[4], y_c[4];
-        scaled(y_f, y_c, x.filter[half][four], x.core[half][four], shared + c);
-        Channels<4> message;
+    for (int k = 0; k < 4; ++k) {
+      Channels<4> message;
 #pragma unroll
-        for (int v = 0; v < 4; ++v) message.x[v] = gate2<DeviceMath>(y_f[v], y_c[v]);
-        store<4>(messages + edge_of(half) * kMessageStride + c, message);
-      }
+      for (int v = 0; v < 4; ++v)
+        message.x[v] = gate2<DeviceMath>(y.filter(x.filter[k][v], v), y.core(x.core[k][v], v));
+      store<4>(mine_at + (k % 2 + k / 2 * 8) * kMessageStride, message);
     }
     __syncwarp();
-    for (int k = 0; k < e.count; k += kAtOnce) {
-      float message[kAtOnce];
-#pragma unroll
-      for (int v = 0; v < kAtOnce; ++v) message[v] = messages[(k + v) * kMessageStride + lane_of()];
-#pragma unroll
-      for (int v = 0; v < kAtOnce; ++v) {
-        if (k + v < e.count) sum += message[v];
-        if (e.last >> (k + v) & 1) {
-          done(task.first + __shfl_sync(kAllLanes, e.row, k + v), sum * DeviceMath::ln2);
-          sum = 0.0f;
-        }
-      }
+    walk<1>(messages, kMessageStride, last, sum);
+    for (unsigned left = last; left; left &= left - 1) {
+      const int k = __ffs(left) - 1;
+      done(record.ends[k].row, messages[k * kMessageStride + lane_of()] * DeviceMath::ln2);
     }
-    __syncwarp();
-  }
+  });
 }
 
-// x and dy of 16 edges, (filter, core), to shared memory. Edges that are not there leave zeros in dy.
+// dy, the gradients at y of a lane's edges, in place of r. x and dy go to shared memory: of an edge x filter, x core, dy
+// filter, dy core. Edges that are not there leave zeros in dy. Sums of dy x are added to by_gamma.
 template <bool kBySender, class T>
-SRCGCNN_DEVICE void gradients(float* x_tile, float* dy_tile, Values& x, const DeviceConv& g, const Task& task,
-                              const Edges& e, int chunk, const float* vectors) {
+SRCGCNN_DEVICE void gradients(float* tile, Values& x, float (&by_gamma)[2][4], const DeviceConv& g, int count,
+                              const Record& record, int chunk, const float* vectors) {
+  const int64_t channel = chunk * kChunk + channel_of();
+  const T* pq = static_cast<const T*>(g.pq) + channel;
+  const auto ends = of_edges(record.ends);
+  Channels<4> upstream[4];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    int64_t own, other;
-    const bool there = ends_of(task, e, half, own, other);
-    const int64_t p_row = kBySender ? other : own, q_row = kBySender ? own : other;
-    const float weight = kBySender && g.row_weight && there ? g.row_weight[other] : 1.0f;
+  for (int k = 0; k < 4; ++k) {
+    const int own = ends.x[k].row, other = ends.x[k].other, p_row = kBySender ? other : own;
+    add_ends(x.filter[k], x.core[k], pq, g.width, p_row, kBySender ? own : other);
+    upstream[k] = row_of<4>(g.d_m + channel, p_row, int(g.width * sizeof(float)));
+  }
+  if (kBySender) __syncwarp();  // lest the compiler send for all at once, with registers that it has not
+  if (count < kTile) {
 #pragma unroll
-    for (int four = 0; four < 2; ++four) {
-      const int c = channel_of(four), column = chunk * kChunk + c;
-      auto &x_f = x.filter[half][four], &x_c = x.core[half][four];
-      Channels<4> upstream = {};  // which times the NaN of an edge that must not be followed is NaN
-      if (there) {
-        add_ends<T>(x_f, x_c, g, p_row, q_row, column);
-        upstream = load<4>(g.d_m + p_row * g.width + column);
-      }
-      float y_f[4], y_c[4];
-      scaled(y_f, y_c, x_f, x_c, vectors + c);
-      Channels<4> out_f, out_c, dy_f, dy_c;
+    for (int k = 0; k < 4; ++k)
+      if (edge_of(k) >= count) upstream[k] = {};
+  }
+  const Scaling y(vectors);
+  float* at = tile + edge_of(0) * kTileStride + channel_of();
 #pragma unroll
-      for (int v = 0; v < 4; ++v) {
-        const auto d = gate_gradient2<DeviceMath>(y_f[v], y_c[v]);
-        dy_f.x[v] = upstream.x[v] * d.d_filter;
-        dy_c.x[v] = upstream.x[v] * d.d_core;
-        out_f.x[v] = kBySender ? weight * x_f[v] : x_f[v];
-        out_c.x[v] = kBySender ? weight * x_c[v] : x_c[v];
-      }
-      const int at = edge_of(half) * kTileStride + c;
-      store<4>(x_tile + at, out_f);
-      store<4>(x_tile + at + kChunk, out_c);
-      store<4>(dy_tile + at, dy_f);
-      store<4>(dy_tile + at + kChunk, dy_c);
+  for (int k = 0; k < 4; ++k) {
+    const float weight = kBySender ? record.weight[edge_of(k)] : 1.0f;
+    Channels<4> out[4];
+#pragma unroll
+    for (int v = 0; v < 4; ++v) {
+      const auto d = gate_gradient2<DeviceMath>(y.filter(x.filter[k][v], v), y.core(x.core[k][v], v));
+      out[0].x[v] = kBySender ? weight * x.filter[k][v] : x.filter[k][v];
+      out[1].x[v] = kBySender ? weight * x.core[k][v] : x.core[k][v];
+      out[2].x[v] = upstream[k].x[v] * d.d_filter;
+      out[3].x[v] = upstream[k].x[v] * d.d_core;
+      if (kBySender) continue;
+      by_gamma[0][v] = fmaf(out[2].x[v], x.filter[k][v], by_gamma[0][v]);
+      by_gamma[1][v] = fmaf(out[3].x[v], x.core[k][v], by_gamma[1][v]);
+      x.filter[k][v] = out[2].x[v];
+      x.core[k][v] = out[3].x[v];
     }
+#pragma unroll
+    for (int part = 0; part < 4; ++part)
+      store<4>(at + (k % 2 + k / 2 * 8) * kTileStride + part * kChunk, out[part]);
   }
 }
 
-// The tiles of 16 edges summed row by row, each lane its channel: done(row, sums of dy, sums of x) at the end of a row,
-// each(edge, half, dy, x) for every number.
-template <class Done, class Each>
-SRCGCNN_DEVICE void walk(const float* x_tile, const float* dy_tile, const Task& task, const Edges& e, float (&d)[2],
-                         float (&x_sum)[2], Done done, Each each) {
-  constexpr int kSome = kAtOnce / 2;
-  for (int k = 0; k < e.count; k += kSome) {
-    float dy[kSome][2], x[kSome][2];
+template <int V>
+SRCGCNN_DEVICE void add(float* to, const float (&x)[V]) {
+  auto sum = load<V>(to);
 #pragma unroll
-    for (int v = 0; v < kSome; ++v)
+  for (int v = 0; v < V; ++v) sum.x[v] += x[v];
+  store<V>(to, sum);
+}
+
+// Four channels of a row of F, of which those from `channel` on that there are.
+SRCGCNN_DEVICE void store_channels(float* row, int channel, int64_t F, const float (&x)[4]) {
+  if (F % 4 == 0) {
+    if (channel < F) store<4>(row + channel, {{x[0], x[1], x[2], x[3]}});
+    return;
+  }
+#pragma unroll 1
+  for (int v = 0; v < 4 && channel + v < F; ++v) row[channel + v] = v < 2 ? (v ? x[1] : x[0]) : v < 3 ? x[2] : x[3];
+}
+
+// Numbers of a lane's edges as two operands of eight edges, high and low. The order of the edges within an operand is that
+// of the lanes' own, on both sides of a product.
+template <bool kRelaxed, int kNumbers>
+struct Operand {
+  float high[2][kNumbers], low[2][kNumbers];
+  SRCGCNN_DEVICE void set(int half, int at, float x) {
+    high[half][at] = x;
+    if (!kRelaxed) split(x, high[half][at], low[half][at]);
+  }
+};
+// One number of each edge; two, a row of the product and the one 8 later.
+template <bool kRelaxed>
+SRCGCNN_DEVICE Operand<kRelaxed, 2> right_side(const float (&e)[4]) {
+  Operand<kRelaxed, 2> to;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int at = (k + v) * kTileStride + half * kChunk + lane_of();
-        dy[v][half] = dy_tile[at];
-        x[v][half] = x_tile[at];
-      }
+  for (int k = 0; k < 4; ++k) to.set(k / 2, k % 2, e[k]);
+  return to;
+}
+template <bool kRelaxed>
+SRCGCNN_DEVICE Operand<kRelaxed, 4> left_side(const float (&first)[4], const float (&second)[4]) {
+  Operand<kRelaxed, 4> to;
 #pragma unroll
-    for (int v = 0; v < kSome; ++v) {
-      if (k + v >= e.count) break;
+  for (int k = 0; k < 4; ++k) {
+    to.set(k / 2, k % 2 * 2, first[k]);
+    to.set(k / 2, k % 2 * 2 + 1, second[k]);
+  }
+  return to;
+}
+// sum += left right over 16 edges.
+template <bool kRelaxed>
+SRCGCNN_DEVICE void add_product(float (&sum)[4], const Operand<kRelaxed, 4>& left, const Operand<kRelaxed, 2>& right) {
+  float part[4] = {};
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        d[half] += dy[v][half];
-        x_sum[half] += x[v][half];
-        each(k + v, half, dy[v][half], x[v][half]);
-      }
-      if (e.last >> (k + v) & 1) {
-        done(task.first + __shfl_sync(kAllLanes, e.row, k + v), d, x_sum);
-        d[0] = d[1] = x_sum[0] = x_sum[1] = 0.0f;
-      }
+  for (int half = 0; half < 2 && !kRelaxed; ++half) {
+    device::mma(part, left.low[half], right.high[half]);
+    device::mma(part, left.high[half], right.low[half]);
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) device::mma(part, left.high[half], right.high[half]);
+#pragma unroll
+  for (int v = 0; v < 4; ++v) sum[v] += part[v];
+}
+
+// The edge vectors of a lane's edges: e, their numbers lane / 4, as many again later, and so on, from number `first` on.
+struct Terms {
+  Four<float> u;  // less that of the first of them
+  int first;
+  SRCGCNN_DEVICE Terms(const Record& record, int of) : u(of_edges(record.u)), first(of + lane_of() / 4) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n) u.x[n] -= float(first);
+  }
+  SRCGCNN_DEVICE void read(float (&e)[4], const DeviceConv& g, const Record& record, int later) const {
+    if (g.distance) {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) e[n] = gaussian(u.x[n], later);
+      return;
     }
+    const auto number = of_edges(record.number);
+    const int k = first + later < g.n_features ? first + later : 0;  // nobody reads the sums of others
+#pragma unroll
+    for (int n = 0; n < 4; ++n) e[n] = g.features[int64_t(number.x[n]) * g.n_features + k];
+  }
+};
+
+// Sums of dy e^T over the edges, of 48 Gaussians: of each 8 four tiles as `product` has them on its left side, with the
+// Gaussians in the edges' place.
+using FilterSums = float[kSteps][4][4];
+template <bool kRelaxed>
+SRCGCNN_DEVICE void add_filter(FilterSums& sums, const Values& dy, const DeviceConv& g, const Record& record,
+                               const Reach& reach, int first_term) {
+  Operand<kRelaxed, 4> left[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const float f[4] = {dy.filter[0][j], dy.filter[1][j], dy.filter[2][j], dy.filter[3][j]};
+    const float c[4] = {dy.core[0][j], dy.core[1][j], dy.core[2][j], dy.core[3][j]};
+    left[j] = left_side<kRelaxed>(f, c);
+  }
+  const Terms e(record, first_term);
+  const int from = g.distance ? reach.from - first_term / 8 : 0, to = g.distance ? reach.to - first_term / 8 : kSteps;
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    if (step < from || step >= to) continue;
+    float terms[4];
+    e.read(terms, g, record, 8 * step);
+    const auto right = right_side<kRelaxed>(terms);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) add_product(sums[step][j], left[j], right);
   }
 }
 
-// e of 16 edges for the Gaussians from `first` on, row by row, all lanes together; of these the tiles of 16 [from, to).
-SRCGCNN_DEVICE void write_terms(float* terms, const DeviceConv& g, const Edges& e, int first, int from, int to) {
-  const int begin = from > 0 ? 16 * from : 0, end = 16 * to < kTerms ? 16 * to : kTerms;
-  for (int k = 0; k < kTile; ++k) {
-    const bool live = k < e.count;
-    const float u = __shfl_sync(kAllLanes, e.u, k);
-    const int64_t at = int64_t(__shfl_sync(kAllLanes, e.number, k)) * g.n_features + first;
-    for (int c = begin + lane_of(); c < end; c += 32) {
-      const bool there = live && first + c < g.n_features;
-      terms[k * kTermStride + c] = !there ? 0.0f : g.distance ? gaussian(u, first + c) : g.features[at + c];
-    }
-  }
-}
-
-// Sums of left^T right over 16 edges, (48, 64), added to what the lanes have; of the Gaussians those in reach. 16 of them
-// are a tile of the product.
-using Sums = float[kTerms / 16][8][4];
-SRCGCNN_DEVICE void add_product(Sums& sums, const float* left, const float* right, bool relaxed, int from, int to) {
-  const int group = lane_of() / 4, in_group = lane_of() % 4;
-#pragma unroll
-  for (int k = 0; k < kTile; k += 8) {
-    const float* b_at = right + (k + in_group) * kTileStride + group;
-    const float* a_at = left + (k + in_group) * kTermStride + group;
-    float a[kTerms / 16][4], a_low[kTerms / 16][4];
-#pragma unroll
-    for (int tile = 0; tile < kTerms / 16; ++tile) {
-      if (tile < from || tile >= to) continue;
-      split(a_at[16 * tile], a[tile][0], a_low[tile][0]);
-      split(a_at[16 * tile + 8], a[tile][1], a_low[tile][1]);
-      split(a_at[4 * kTermStride + 16 * tile], a[tile][2], a_low[tile][2]);
-      split(a_at[4 * kTermStride + 16 * tile + 8], a[tile][3], a_low[tile][3]);
-    }
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      float b[2], b_low[2];
-      split(b_at[8 * n], b[0], b_low[0]);
-      split(b_at[4 * kTileStride + 8 * n], b[1], b_low[1]);
-#pragma unroll
-      for (int tile = 0; tile < kTerms / 16; ++tile) {
-        if (tile < from || tile >= to) continue;
-        if (!relaxed) {
-          device::mma(sums[tile][n], a_low[tile], b);
-          device::mma(sums[tile][n], a[tile], b_low);
-        }
-        device::mma(sums[tile][n], a[tile], b);
-      }
-    }
-  }
-}
-
-// The warps' sums added up in their order, in shared memory (48, 64), for the block, in the place of what it held.
-SRCGCNN_DEVICE void add_warps(float* total, const Sums& sums) {
-  const int group = lane_of() / 4, in_group = lane_of() % 4;
+// Numbers of the warps added up in their order, in shared memory (kCount, 32), in the place of what it held.
+template <int kCount>
+SRCGCNN_DEVICE void add_warps(float* total, const float* mine) {
   for (int warp = 0; warp < kWarps; ++warp) {
     __syncthreads();
     if (warp != warp_of()) continue;
 #pragma unroll
-    for (int tile = 0; tile < kTerms / 16; ++tile)
-#pragma unroll
-      for (int n = 0; n < 8; ++n)
-#pragma unroll
-        for (int v = 0; v < 4; ++v) {
-          float* at = total + (16 * tile + group + v / 2 * 8) * 2 * kChunk + 8 * n + 2 * in_group + v % 2;
-          *at = warp ? *at + sums[tile][n][v] : sums[tile][n][v];
-        }
+    for (int k = 0; k < kCount; ++k) {
+      float* at = total + k * 32 + lane_of();
+      *at = warp ? *at + mine[k] : mine[k];
+    }
   }
   __syncthreads();
 }
@@ -480,95 +602,144 @@ template <bool kHalf>
 __global__ void __launch_bounds__(kThreads, 2) backward_receivers(const DeviceConv g) {
   using T = typename Storage<kHalf>::type;
   SRCGCNN_SHARED(shared);
-  const int chunks = int(g.width / kChunk), chunk = int(blockIdx.x % chunks), channel = chunk * kChunk + lane_of();
+  const int chunks = int(g.width / kChunk), chunk = int(blockIdx.x % chunks);
   const int program = int(blockIdx.x / chunks % g.programs), first_term = int(blockIdx.x / chunks / g.programs) * kTerms;
-  const bool mine = channel < g.F, writes = mine && first_term == 0;
-  float* x_tile = shared + kVectors + warp_of() * (2 * kTileSize + kTermSize);
-  float *dy_tile = x_tile + kTileSize, *terms = dy_tile + kTileSize;
+  float* tile = shared + kVectors + warp_of() * kReceivers;
+  Record& record = *reinterpret_cast<Record*>(tile + kTileSize);
   read_vectors(shared, g, chunk);
-  float by_gamma[2] = {}, by_vector[4] = {};  // sums of dy x of a row; of dy x and of dy
-  const auto done = [&](int64_t row, const float (&d)[2], const float (&x_sum)[2]) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {  // row by row: few roundings
-      by_vector[half] += by_gamma[half];
-      by_vector[2 + half] += d[half];
-      by_gamma[half] = 0.0f;
-      if (!writes) continue;
-      g.out[(row * 4 + half) * g.F + channel] = d[half];
-      if (g.out_x) g.out_x[(row * 2 + half) * g.F + channel] = x_sum[half];
-    }
+  const bool of_dy = lane_of() >= 16;
+  const int half = lane_of() / 8 % 2, walked = chunk * kChunk + lane_of() % 8 * 4;  // columns in `walk`
+  // Sums of the lane: of dy x of its edges, filter and core; of dy of its rows in `walk`; of the row at hand.
+  float *by_gamma = reinterpret_cast<float*>(&record + 1) + 4 * lane_of(), *by_beta = by_gamma + 256;
+  float* of_row = by_gamma + 384;
+  for (int k = 0; k < 3; ++k) store<4>(by_gamma + 128 * k, {});
+  const auto done = [&](int row, const Channels<4>& sum) {
+    add<4>(by_beta, sum.x);
+    float* to = of_dy ? g.out + (int64_t(row) * 4 + half) * g.F : g.out_x + (int64_t(row) * 2 + half) * g.F;
+    if (first_term == 0 && (of_dy || g.out_x)) store_channels(to, walked, g.F, sum.x);
   };
-  Sums sums = {};
-  for (int64_t first = (int64_t(program) * kWarps + warp_of()) * kTaskRows; first < g.n_rows;
-       first += g.programs * kWarps * kTaskRows) {
-    const Task task(g, first);
-    rows_without_edges(g, task, [&](int64_t row, float value) { done(row, {value, value}, {value, value}); });
-    float d[2] = {}, x_sum[2] = {};
-    for (int tile = 0; tile * kTile < task.total; ++tile) {
-      const Edges e(g, task, tile);
-      const Reach reach(g, e);
-      Values x;
-      edge_terms<T>(x, g, e, reach, chunk);
-      gradients<false, T>(x_tile, dy_tile, x, g, task, e, chunk, shared);
-      const int from = g.distance ? (8 * reach.from - first_term) / 16 : 0;
-      const int to = g.distance ? (8 * reach.to - first_term + 15) / 16 : kTerms / 16;
-      write_terms(terms, g, e, first_term, from, to);
+  FilterSums sums = {};
+  for (int number = program * kWarps + warp_of(); number < tasks_of(g); number += int(g.programs) * kWarps) {
+    const Task task(g, number, record);
+    rows_without_edges(g, task, [&](int row, float value) { done(row, {{value, value, value, value}}); });
+    store<4>(of_row, {});
+    for_tiles<Weight::kNone>(g, task, record, [&](unsigned last, int count, const Reach& reach, auto send) {
+      Values dy;
+      edge_terms<T>(dy, g, record, reach, chunk);
+      send(0);
+      float of_gamma[2][4] = {};
+      gradients<false, T>(tile, dy, of_gamma, g, count, record, chunk, shared);
+      send(1);
+      add<4>(by_gamma, of_gamma[0]);
+      add<4>(by_gamma + 128, of_gamma[1]);
+      if (g.out_edge && first_term == 0) {
+        const auto number = of_edges(record.number);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          if (edge_of(k) >= count) continue;
+          float* to = g.out_edge + int64_t(number.x[k]) * 2 * g.F;
+          store_channels(to, chunk * kChunk + channel_of(), g.F, dy.filter[k]);
+          store_channels(to + g.F, chunk * kChunk + channel_of(), g.F, dy.core[k]);
+        }
+      }
+      if (g.relaxed)
+        add_filter<true>(sums, dy, g, record, reach, first_term);
+      else
+        add_filter<false>(sums, dy, g, record, reach, first_term);
       __syncwarp();
-      walk(x_tile, dy_tile, task, e, d, x_sum, done, [&](int k, int half, float dy, float value) {
-        by_gamma[half] = fmaf(dy, value, by_gamma[half]);
-        if (!g.out_edge) return;
-        const int64_t number = __shfl_sync(kAllLanes, e.number, k);
-        if (writes) g.out_edge[(number * 2 + half) * g.F + channel] = dy;
-      });
-      add_product(sums, terms, dy_tile, g.relaxed, from, to);
-      __syncwarp();
-    }
+      auto sum = load<4>(of_row);
+      walk<4>(tile, kTileStride, last, sum.x);
+      store<4>(of_row, sum);
+      for (unsigned left = last; left; left &= left - 1) {
+        const int k = __ffs(left) - 1;
+        done(record.ends[k].row, load<4>(tile + k * kTileStride + 4 * lane_of()));
+      }
+    });
   }
-  float *total = shared + kVectors, *lanes = total + kTerms * 2 * kChunk;
-  add_warps(total, sums);
+  const auto of_rows = load<4>(by_beta), of_filter = load<4>(by_gamma), of_core = load<4>(by_gamma + 128);
+  float* total = shared + kVectors;
+  add_warps<kSteps * 16>(total, &sums[0][0][0]);
   for (int k = int(threadIdx.x); k < kTerms * 2 * kChunk; k += kThreads) {
-    const int term = first_term + k / (2 * kChunk), half = k / kChunk % 2, c = chunk * kChunk + k % kChunk;
+    const int lane = k % 32, number = k / 32 % 4, j = k / 128 % 4;
+    const int term = first_term + k / 512 * 8 + lane % 4 * 2 + number % 2, c = chunk * kChunk + lane / 4 * 4 + j;
     if (term < g.n_features && c < g.F)
-      g.out_filter[((int64_t(program) * g.n_features + term) * 2 + half) * g.F + c] = total[k];
+      g.out_filter[((int64_t(program) * g.n_features + term) * 2 + number / 2) * g.F + c] = total[k];
   }
-  add_lanes(lanes, by_vector, [&](int k, float sum) {
-    if (writes) g.out_gamma[(int64_t(program) * 4 + k) * g.F + channel] = sum;
-  });
+  __syncthreads();
+  float* lanes = total + warp_of() * 4 * kChunk;
+#pragma unroll
+  for (int v = 0; v < 4; ++v) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      float x = n ? of_core.x[v] : of_filter.x[v];
+      x += __shfl_xor_sync(kAllLanes, x, 1);
+      x += __shfl_xor_sync(kAllLanes, x, 2);
+      if (lane_of() % 4 == 0) lanes[n * kChunk + channel_of() + v] = x;
+    }
+    if (of_dy) lanes[(2 + half) * kChunk + lane_of() % 8 * 4 + v] = of_rows.x[v];
+  }
+  __syncthreads();
+  const int c = chunk * kChunk + lane_of();  // a warp one of the four sums
+  float sum = 0.0f;
+  for (int warp = 0; warp < kWarps; ++warp) sum += total[(warp * 4 + warp_of()) * kChunk + lane_of()];
+  if (c < g.F && first_term == 0) g.out_gamma[(int64_t(program) * 4 + warp_of()) * g.F + c] = sum;
 }
 
 template <bool kHalf>
 __global__ void __launch_bounds__(kThreads, 4) backward_senders(const DeviceConv g) {
   using T = typename Storage<kHalf>::type;
   SRCGCNN_SHARED(shared);
-  const int chunks = int(g.width / kChunk), chunk = int(blockIdx.x % chunks), channel = chunk * kChunk + lane_of();
-  float* x_tile = shared + kVectors + warp_of() * 2 * kTileSize;
-  float* dy_tile = x_tile + kTileSize;
-  read_vectors(shared, g, chunk);
-  const int64_t first = (int64_t(blockIdx.x / chunks) * kWarps + warp_of()) * kTaskRows;
-  if (first >= g.n_rows) return;
-  const bool mine = channel < g.F;
-  const auto done = [&](int64_t row, const float (&d)[2], const float (&x_sum)[2]) {
-    if (!mine) return;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t c = half * g.F + channel;
-      float sum = d[half];
-      if (g.row_weight) sum -= fmaf(g.degree[row], g.c1[c], x_sum[half] * g.c2[c]);
-      g.out[(row * 4 + 2) * g.F + c] = g.a[c] * sum;
-    }
-  };
-  const Task task(g, first);
-  rows_without_edges(g, task, [&](int64_t row, float value) { done(row, {value, value}, {0.0f, 0.0f}); });
-  float d[2] = {}, x_sum[2] = {};
-  for (int tile = 0; tile * kTile < task.total; ++tile) {
-    const Edges e(g, task, tile);
-    Values x;
-    edge_terms<T>(x, g, e, Reach(g, e), chunk);
-    gradients<true, T>(x_tile, dy_tile, x, g, task, e, chunk, shared);
-    __syncwarp();
-    walk(x_tile, dy_tile, task, e, d, x_sum, done, [](int, int, float, float) {});
-    __syncwarp();
+  const int chunks = int(g.width / kChunk), chunk = int(blockIdx.x % chunks);
+  float* correction = shared + kVectors;
+  float* tile = correction + kCorrection + warp_of() * (kTileSize + kRecord);
+  Record& record = *reinterpret_cast<Record*>(tile + kTileSize);
+  for (int k = int(threadIdx.x); k < kCorrection; k += kThreads) {
+    const int c = chunk * kChunk + k % kChunk, which = k / (2 * kChunk);
+    const float* from = which == 0 ? g.a : which == 1 ? g.c1 : g.c2;
+    correction[k] = c < g.F && (which == 0 || g.row_weight) ? from[k / kChunk % 2 * g.F + c] : 0.0f;
   }
+  read_vectors(shared, g, chunk);
+  const int number = int(blockIdx.x / chunks) * kWarps + warp_of();
+  if (number >= tasks_of(g)) return;
+  const int half = lane_of() / 8 % 2, walked = chunk * kChunk + lane_of() % 8 * 4;  // columns in `walk`
+  const float* mine = correction + half * kChunk + lane_of() % 8 * 4;
+  const auto done = [&](int row, const Channels<4>& sum) {
+    float d[4];
+    const auto a = load<4>(mine);
+    if (g.row_weight) {
+      const float degree = g.degree[row];
+      const auto c1 = load<4>(mine + 2 * kChunk), c2 = load<4>(mine + 4 * kChunk);
+#pragma unroll
+      for (int v = 0; v < 4; ++v) {
+        const float x_sum = __shfl_xor_sync(kAllLanes, sum.x[v], 16);
+        d[v] = a.x[v] * (sum.x[v] - fmaf(degree, c1.x[v], x_sum * c2.x[v]));
+      }
+    } else {
+#pragma unroll
+      for (int v = 0; v < 4; ++v) d[v] = a.x[v] * sum.x[v];
+    }
+    if (lane_of() >= 16) store_channels(g.out + (int64_t(row) * 4 + 2 + half) * g.F, walked, g.F, d);
+  };
+  const Task task(g, number, record);
+  rows_without_edges(g, task, [&](int row, float value) {
+    const float x = lane_of() < 16 ? 0.0f : value;
+    done(row, {{x, x, x, x}});
+  });
+  float sum[4] = {};
+  for_tiles<Weight::kOther>(g, task, record, [&](unsigned last, int count, const Reach& reach, auto send) {
+    Values x;
+    edge_terms<T>(x, g, record, reach, chunk);
+    send(0);
+    float unused[2][4];
+    gradients<true, T>(tile, x, unused, g, count, record, chunk, shared);
+    send(1);
+    __syncwarp();
+    walk<4>(tile, kTileStride, last, sum);
+    for (unsigned left = last; left; left &= left - 1) {
+      const int k = __ffs(left) - 1;
+      done(record.ends[k].row, load<4>(tile + k * kTileStride + 4 * lane_of()));
+    }
+  });
 }
 
 // A block is one of `programs` for 32 channels; warp w takes every fourth row.
@@ -702,72 +873,134 @@ __global__ void __launch_bounds__(kThreads) scale_weights(const DeviceConv g) {
     const int64_t n = x % (2 * F);
     g.out_edge[x] = g.weight[n * columns + 2 * F + x / (2 * F)] * rstd_of(g, n);
   }
-  for (int64_t x = thread; x < W / kChunk * steps * 512; x += threads) {  // chunk, step, tile, lane, pair: see Values
-    const int64_t lane = x / 2 % 32, tile = x / 64 % 8, four = tile % 4 / 2, column = lane / 4;
-    const int64_t c = x / 512 / steps * kChunk + 16 * four + column / 2 * 4 + tile % 2 * 2 + column % 2;
-    const int64_t k = x / 512 % steps * 8 + lane % 4 + x % 2 * 4, n = tile / 4 * F + c;
-    g.out_filter[x] = c < F && k < K ? g.weight[n * columns + 2 * F + k] * rstd_of(g, n) : 0.0f;
+  for (int64_t x = thread; x < W / kChunk * steps * 512; x += threads) {  // chunk, step, tile, lane, number: see Product
+    const int64_t number = x % 4, lane = x / 4 % 32, tile = x / 128 % 4;
+    const int64_t c = x / 512 / steps * kChunk + lane / 4 * 4 + tile, n = number % 2 * F + c;
+    const int64_t k = x / 512 % steps * 8 + lane % 4 + number / 2 * 4;
+    const float weight = c < F && k < K ? g.weight[n * columns + 2 * F + k] * rstd_of(g, n) : 0.0f;
+    float* at = g.out_filter + x / 128 * 256 + x % 128;
+    float high, low;
+    split(weight, high, low);
+    at[0] = weight == weight ? high : weight;
+    at[128] = low;
   }
   for (int64_t n = thread; n < 2 * F; n += threads) g.out_gamma[n] = rstd_of(g, n);
 }
 
-// A warp a row, a lane a Gaussian.
+// A warp a row, a lane two Gaussians of 64.
 __global__ void __launch_bounds__(kThreads, 12) edge_sum(const DeviceConv g) {
+  const int K = int(g.n_features);
   for (int64_t row = int64_t(blockIdx.x) * kWarps + warp_of(); row < g.n_rows; row += int64_t(gridDim.x) * kWarps) {
     const int64_t begin = g.ptr[row], end = g.ptr[row + 1];
     const bool bad = begin < 0 || end < begin || end > g.n_edges;
-    for (int64_t k = lane_of(); k < g.n_features; k += 32) {
-      float sum = bad ? NAN : 0.0f, weights = sum;
-      for (int64_t t = begin; !bad && t < end; ++t) {
-        const int64_t i = g.other[t], e = g.number ? g.number[t] : t;
-        if (i < 0 || i >= g.n_rows || e < 0 || e >= g.n_edges) {
-          sum = weights = NAN;
-          break;
+    // The same in all lanes, which only a reduction lets the compiler see.
+    const int degree = __reduce_max_sync(kAllLanes, bad ? 0 : int(end - begin));
+    for (int first = 0; first < K; first += 64) {
+      const int k = first + lane_of();
+      float sum[2] = {}, weights = 0.0f;
+      if (bad) sum[0] = sum[1] = weights = NAN;
+      for (int from = 0; from < degree; from += 32) {  // of which a lane reads one
+        const int at = int(begin) + from + lane_of(), count = degree - from < 32 ? degree - from : 32;
+        float my_u = 0.0f, my_weight = 0.0f;
+        int my_number = 0;
+        if (lane_of() < count) {
+          const int i = g.other[at], e = g.number ? g.number[at] : at;
+          const bool good = unsigned(i) < uint64_t(g.n_rows) && unsigned(e) < uint64_t(g.n_edges);
+          my_number = good ? e : 0;
+          my_weight = !good ? NAN : g.row_weight ? g.row_weight[i] : 1.0f;
+          if (g.distance) my_u = (g.distance[my_number] - g.dmin) * g.inverse_step - float(first);
         }
-        const float w = g.row_weight ? g.row_weight[i] : 1.0f;
-        const float value = g.distance ? gaussian((g.distance[e] - g.dmin) * g.inverse_step, int(k))
-                                       : g.features[e * g.n_features + k];
-        sum = fmaf(w, value, sum);
-        weights += w;
+        const auto add = [&](int t, float first_value, float second_value) {
+          const float w = __shfl_sync(kAllLanes, my_weight, t);
+          sum[0] = fmaf(w, first_value, sum[0]);
+          sum[1] = fmaf(w, second_value, sum[1]);
+          weights += w;
+        };
+        if (g.distance) {
+#pragma unroll 4
+          for (int t = 0; t < count; ++t) {
+            const float u = __shfl_sync(kAllLanes, my_u, t);
+            add(t, gaussian(u, lane_of()), gaussian(u, lane_of() + 32));
+          }
+        } else {
+#pragma unroll 4
+          for (int t = 0; t < count; ++t) {
+            const float* of = g.features + int64_t(__shfl_sync(kAllLanes, my_number, t)) * K;
+            add(t, k < K ? of[k] : 0.0f, k + 32 < K ? of[k + 32] : 0.0f);
+          }
+        }
       }
-      g.out[row * g.n_features + k] = sum;
+      float* out = g.out + row * K;
+      if (k < K) out[k] = sum[0];
+      if (k + 32 < K) out[k + 32] = sum[1];
       if (g.out_degree && k == 0) g.out_degree[row] = weights;
     }
   }
 }
 
-// A block is one of `programs`, for 48 Gaussians on the left and 64 on the right.
-__global__ void __launch_bounds__(kThreads, 2) edge_gram(const DeviceConv g) {
-  SRCGCNN_SHARED(shared);
-  const int rights = int(g.n_features + 2 * kChunk - 1) / (2 * kChunk), right = int(blockIdx.x % rights) * 2 * kChunk;
-  const int program = int(blockIdx.x / rights % g.programs), left = int(blockIdx.x / rights / g.programs) * kTerms;
-  float* weighted = shared + kVectors + warp_of() * (2 * kTileSize + kTermSize);
-  float* terms = weighted + 2 * kTileSize;
-  Sums sums = {};
-  for (int64_t first = (int64_t(program) * kWarps + warp_of()) * kTaskRows; first < g.n_rows;
-       first += g.programs * kWarps * kTaskRows) {
-    const Task task(g, first);
-    for (int tile = 0; tile * kTile < task.total; ++tile) {
-      const Edges e(g, task, tile);
-      write_terms(terms, g, e, left, 0, kTerms / 16);
-      for (int k = 0; k < kTile; ++k) {
-        const float w = k < e.count ? g.row_weight[task.first + __shfl_sync(kAllLanes, e.row, k)] : 0.0f;
-        const float u = __shfl_sync(kAllLanes, e.u, k);
-        const int64_t at = int64_t(__shfl_sync(kAllLanes, e.number, k)) * g.n_features + right;
-        for (int c = lane_of(); c < 2 * kChunk; c += 32) {
-          const bool there = k < e.count && right + c < g.n_features;
-          weighted[k * kTileStride + c] = !there ? 0.0f : w * (g.distance ? gaussian(u, right + c) : g.features[at + c]);
-        }
-      }
-      __syncwarp();
-      add_product(sums, terms, weighted, g.relaxed, 0, kTerms / 16);
-      __syncwarp();
+// Sums of w e^T e over the edges, of 48 Gaussians on either side. Of these only tiles that some edge reaches with both
+// sides: they are two tiles of 8 apart at most.
+using GramSums = float[kTerms / 16][kSteps][4];
+template <bool kRelaxed>
+SRCGCNN_DEVICE void add_gram(GramSums& sums, const DeviceConv& g, const Record& record, const Reach& reach, int left,
+                             int right) {
+  const bool all = !g.distance;
+  const auto weight = of_edges(record.weight);
+  const Terms of_left(record, left), of_right(record, right);
+  // Tiles of 8 that are in reach, counted from the first on either side.
+  const int rows_from = reach.from - left / 8, rows_to = reach.to - left / 8;
+  const int from = reach.from - right / 8, to = reach.to - right / 8, apart = (right - left) / 8;
+  Operand<kRelaxed, 4> a[kTerms / 16];
+#pragma unroll
+  for (int tile = 0; tile < kTerms / 16; ++tile) {
+    if (!all && (2 * tile + 1 < rows_from || 2 * tile >= rows_to)) continue;
+    float e[2][4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      of_left.read(e[half], g, record, 16 * tile + 8 * half);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) e[half][n] *= weight.x[n];
+    }
+    a[tile] = left_side<kRelaxed>(e[0], e[1]);
+  }
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    if (!all && (step < from || step >= to)) continue;
+    float e[4];
+    of_right.read(e, g, record, 8 * step);
+    const auto b = right_side<kRelaxed>(e);
+#pragma unroll
+    for (int tile = 0; tile < kTerms / 16; ++tile) {
+      if (!all && (2 * tile + 1 < rows_from || 2 * tile >= rows_to)) continue;
+      if (!all && (step + apart > 2 * tile + 3 || step + apart < 2 * tile - 2)) continue;
+      add_product(sums[tile][step], a[tile], b);
     }
   }
-  float* total = shared + kVectors;
-  add_warps(total, sums);
-  for (int k = int(threadIdx.x); k < kTerms * 2 * kChunk; k += kThreads) {
-    const int row = left + k / (2 * kChunk), column = right + k % (2 * kChunk);
+}
+
+// A block is one of `programs`, for 48 Gaussians on either side.
+__global__ void __launch_bounds__(kThreads, 2) edge_gram(const DeviceConv g) {
+  SRCGCNN_SHARED(shared);
+  const int parts = int(g.n_features + kTerms - 1) / kTerms, right = int(blockIdx.x % parts) * kTerms;
+  const int program = int(blockIdx.x / parts % g.programs), left = int(blockIdx.x / parts / g.programs) * kTerms;
+  Record& record = *reinterpret_cast<Record*>(shared + warp_of() * kRecord);
+  GramSums sums = {};
+  for (int number = program * kWarps + warp_of(); number < tasks_of(g); number += int(g.programs) * kWarps) {
+    const Task task(g, number, record);
+    for_tiles<Weight::kOwn>(g, task, record, [&](unsigned, int, const Reach& reach, auto send) {
+      send(0);
+      if (g.relaxed)
+        add_gram<true>(sums, g, record, reach, left, right);
+      else
+        add_gram<false>(sums, g, record, reach, left, right);
+      send(1);
+    });
+  }
+  float* total = shared;
+  add_warps<kTerms / 16 * kSteps * 4>(total, &sums[0][0][0]);
+  for (int k = int(threadIdx.x); k < kTerms * kTerms; k += kThreads) {
+    const int lane = k % 32, number = k / 32 % 4, step = k / 128 % kSteps, tile = k / 128 / kSteps;
+    const int row = left + 16 * tile + lane / 4 + number / 2 * 8, column = right + 8 * step + lane % 4 * 2 + number % 2;
     if (row < g.n_features && column < g.n_features)
       g.out[(int64_t(program) * g.n_features + row) * g.n_features + column] = total[k];
   }

@@ -81,7 +81,7 @@ class _Scaled:
         wide = width + -width % _CHUNK
         self.rstd, self.of_edges = h.new_empty(2 * width), h.new_empty(k, 2 * width)
         of_rows, shift = h.new_empty(4 * wide, width), h.new_empty(4 * wide)
-        self.filter = h.new_empty(wide // _CHUNK, -(-k // 8), 8, 32, 2)
+        self.filter = h.new_empty(wide // _CHUNK, -(-k // 8), 4, 2, 32, 4)
         _call(
             "scale_weights", {"n_features": k, "F": width, "width": wide, "eps": layer.eps1}, weight=layer.weight,
             bias=None if layer.train1 else layer.bias, mean1=layer.mean1, var1=layer.var1, out=of_rows, out_x=shift,

@@ -210,6 +210,25 @@ inline unsigned __ballot_sync(unsigned, bool x) {
   for (int lane = 0; lane < 32; ++lane) found |= emulation::my_warp().words[turn][lane] << lane;
   return found;
 }
+template <class T, class Combine>
+T reduced(T x, Combine combine) {
+  const int turn = emulation::next_turn();
+  const auto& words = emulation::my_warp().words[turn];
+  memcpy(&emulation::my_warp().words[turn][emulation::lane()], &x, 4);
+  emulation::meet(6);
+  T found = T(words[0]);
+  for (int lane = 1; lane < 32; ++lane) found = combine(found, T(words[lane]));
+  return found;
+}
+inline unsigned __reduce_or_sync(unsigned, unsigned x) {
+  return reduced(x, [](unsigned a, unsigned b) { return a | b; });
+}
+inline int __reduce_min_sync(unsigned, int x) {
+  return reduced(x, [](int a, int b) { return a < b ? a : b; });
+}
+inline int __reduce_max_sync(unsigned, int x) {
+  return reduced(x, [](int a, int b) { return a > b ? a : b; });
+}
 inline void __syncwarp() { emulation::meet(4); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
