@@ -595,7 +595,7 @@ SRCGCNN_DEVICE Pair<V> load_pair(const T* p) {
 // is read of the filter is on its way together, as far as registers reach.
 template <int W, class T, int V = W / 32>
 SRCGCNN_DEVICE Pair<V> edge_term(const T* filter, const DeviceGraph& g, float distance) {
-  constexpr int together = V > 2 ? kReach / 3 : kReach;
+  constexpr int together = V > 2 ? (kHopper ? kReach / 3 : 1) : kReach;
   const float u = (distance - g.dmin) * g.inverse_step, last = float(g.n_features > kReach ? g.n_features - kReach : 0);
   const int first = int(fminf(fmaxf(u + (0.5f - kReach / 2), 0.0f), last));
   const float x = u - float(first + lane_of());
