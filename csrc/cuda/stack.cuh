@@ -306,15 +306,13 @@ struct Block {
   SRCGCNN_DEVICE int* count() const { return reinterpret_cast<int*>(shared + places.count()); }
 };
 
-// Fills crystal() of the block's rows for crystals [c, end), which cover them.
+// Fills crystal() of the block's rows for `count` crystals, which cover them; lane l has where number l begins, and its size.
 template <int W, int kWarps, bool kHalf>
-SRCGCNN_DEVICE void find_crystals(const Block<W, kWarps, kHalf>& b, int c, int end) {
-  for (int row = threadIdx.x; row < b.n; row += b.threads) {
-    int k = c;
-    while (k + 1 < end && b.s.g.crystal_ptr[k + 1] <= b.first + row) ++k;
-    b.crystal(row)[0] = b.s.g.crystal_ptr[k];
-    b.crystal(row)[1] = b.s.g.crystal_ptr[k + 1];
-    b.crystal(row)[2] = -1;
+SRCGCNN_DEVICE void find_crystals(const Block<W, kWarps, kHalf>& b, int begin, int size, int count) {
+  for (int row = warp_of(); row < b.n; row += b.warps) {
+    const int k = __popc(__ballot_sync(kAllLanes, lane_of() < count && begin <= b.first + row)) - 1;
+    const int from = __shfl_sync(kAllLanes, begin, k), to = from + __shfl_sync(kAllLanes, size, k);
+    if (lane_of() < 3) b.crystal(row)[lane_of()] = lane_of() == 0 ? from : lane_of() == 1 ? to : -1;
   }
 }
 
@@ -886,7 +884,7 @@ __global__ void __launch_bounds__(Shape<W, kWarps>::threads, Shape<W, kWarps>::b
       const int count = ~fit ? __ffs(~fit) - 1 : 32;
       const int n = g.crystal_ptr[c + count] - first;
       const Block<W, kWarps, kHalf> b{s, shared, first, n, Places<W, typename Storage<kHalf>::type>::of(n, s.words)};
-      find_crystals(b, c, c + count);
+      find_crystals(b, begin, size, count);
       read_features(b, s.h);
       if (!g.edge_term) {
         find_shells(b);
@@ -938,7 +936,7 @@ __global__ void __launch_bounds__(Shape<W, kSmall>::threads, Shape<W, kSmall>::b
     const int c = s.parts[2 * int64_t(k)], end = s.g.crystal_ptr[c + 1];
     const int first = s.g.crystal_ptr[c] + s.parts[2 * int64_t(k) + 1] * s.together;
     const Block<W, kSmall, kHalf> b{s, shared, first, end - first < s.together ? end - first : s.together, places};
-    find_crystals(b, c, c + 1);
+    find_crystals(b, s.g.crystal_ptr[c], end - s.g.crystal_ptr[c], 1);
     read_features(b, t ? DeviceFeatures{s.rows, nullptr, 0} : s.h);
     if (kGate && !s.g.edge_term) find_shells(b);
     __syncthreads();
