@@ -142,8 +142,12 @@ def crystal_mean(atom_fea: Tensor, batch: GraphBatch) -> Tensor:
         atoms = weight.new_zeros(batch.num_crystals, 1).index_add(0, batch.atom_crystal, weight)
         total = atom_fea.new_zeros(batch.num_crystals, atom_fea.shape[1])
         return total.index_add(0, batch.atom_crystal, weight * atom_fea) / atoms
+    mean: Tensor
+    if fused.runs_compiled(atom_fea):
+        mean = fused.CrystalMean.apply(atom_fea.contiguous(), batch.weight.to(atom_fea.dtype), batch.crystal_ptr)
+        return mean
     shares = batch.cached(("shares", atom_fea.dtype), lambda: _shares(batch, atom_fea.dtype))
-    mean: Tensor = _CrystalMean.apply(atom_fea, *shares, batch.atom_crystal)
+    mean = _CrystalMean.apply(atom_fea, *shares, batch.atom_crystal)
     return mean
 
 

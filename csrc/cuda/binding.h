@@ -69,19 +69,24 @@ inline DevicePlan device_plan(const std::vector<int>& p) {
   return plan;
 }
 
-// A function of conv.h by its name; pointers, sizes and numbers in the order of DeviceConv.
-inline void conv_function(const std::string& name, const std::vector<uintptr_t>& pointers,
-                          const std::vector<int64_t>& sizes, const std::tuple<double, double, double>& numbers,
-                          uintptr_t stream) {
+// Pointers and sizes in the order of DeviceConv.
+inline DeviceConv device_conv(const std::vector<uintptr_t>& pointers, const std::vector<int64_t>& sizes) {
   DeviceConv given = {};
   constexpr size_t n_pointers = offsetof(DeviceConv, n_rows) / sizeof(void*);
   constexpr size_t n_sizes = (offsetof(DeviceConv, dmin) - offsetof(DeviceConv, n_rows)) / sizeof(int64_t);
   if (pointers.size() != n_pointers || sizes.size() != n_sizes) throw std::runtime_error("not the fields of DeviceConv");
   std::memcpy(static_cast<void*>(&given), pointers.data(), n_pointers * sizeof(void*));
   std::memcpy(&given.n_rows, sizes.data(), n_sizes * sizeof(int64_t));
-  given.dmin = float(std::get<0>(numbers));
-  given.inverse_step = float(std::get<1>(numbers));
-  given.eps = float(std::get<2>(numbers));
+  return given;
+}
+
+// A function of conv.h by its name; numbers in the order of DeviceConv, too.
+inline void conv_function(const std::string& name, const std::vector<uintptr_t>& pointers,
+                          const std::vector<int64_t>& sizes, const std::vector<double>& numbers, uintptr_t stream) {
+  DeviceConv given = device_conv(pointers, sizes);
+  float* const to[] = {&given.dmin, &given.inverse_step, &given.eps, &given.eps1, &given.momentum1, &given.momentum2};
+  if (numbers.size() != sizeof(to) / sizeof(*to)) throw std::runtime_error("not the fields of DeviceConv");
+  for (size_t k = 0; k < numbers.size(); ++k) *to[k] = float(numbers[k]);
 #define SRCGCNN_CONV_CALL(function) \
   if (name == #function) return raise_if(srcgcnn_cuda_##function(&given, reinterpret_cast<void*>(stream)));
   SRCGCNN_CONV_FUNCTIONS(SRCGCNN_CONV_CALL)
@@ -95,6 +100,10 @@ inline void bind_cuda(nanobind::module_& m) {
   m.def("cuda_versions", &cuda_versions);
   m.def("cuda_image_problem", &cuda_image_problem);
   m.def("cuda_conv", &conv_function);
+  m.def("cuda_space", [](const std::vector<uintptr_t>& pointers, const std::vector<int64_t>& sizes, int which) {
+    const auto given = device_conv(pointers, sizes);
+    return srcgcnn_cuda_space(&given, which);
+  });
   using Plan = std::vector<int>;
   m.def("cuda_prepared_size", [](int width, const Plan& p) {
     const auto plan = device_plan(p);

@@ -1,5 +1,6 @@
 // The launchers of conv.cuh.
 #include "conv.cuh"
+#include "rows.cuh"
 
 namespace srcgcnn {
 namespace {
@@ -9,8 +10,10 @@ const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr :
 template <class Kernel>
 const char* launch(Kernel kernel, int64_t blocks, int numbers, const DeviceConv& given, void* stream) {
   const int size = (numbers + 3) / 4 * 16;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, size);
-  if (error) return message(error);
+  if (size > (48 << 10)) {  // what every kernel may have without asking
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, size);
+    if (error) return message(error);
+  }
   SRCGCNN_LAUNCH(kernel, unsigned(blocks), kThreads, size, stream, given);
   return message(cudaGetLastError());
 }
@@ -48,7 +51,9 @@ SRCGCNN_LAUNCHER(edge_statistics, 2 * g.F, 2 * kSums * kThreads + int(2 * g.F + 
 SRCGCNN_LAUNCHER(scale_weights, threads(4 * g.width * g.F), 0)
 SRCGCNN_LAUNCHER_BY_STORAGE(gate_sum, chunks(g) * tasks(g), kVectors + kNorms + kWarps * (kMessageSize + kRecord))
 SRCGCNN_LAUNCHER(finish, chunks(g) * g.programs, 0)
-SRCGCNN_LAUNCHER(finish_backward, chunks(g) * g.programs, 2 * kWarps * 32)
+SRCGCNN_LAUNCHER(finish_backward, chunks(g) * g.programs, 4 * kWarps * 32)
 SRCGCNN_LAUNCHER(correct, parts(g.columns, kChunk) * g.programs, 0)
 SRCGCNN_LAUNCHER_BY_STORAGE(backward_receivers, chunks(g) * g.programs * parts(g.n_features, kTerms), kVectors + kWarps * kReceivers)
 SRCGCNN_LAUNCHER_BY_STORAGE(backward_senders, chunks(g) * tasks(g), kVectors + kCorrection + kWarps * (kTileSize + kRecord))
+
+#include "layer.h"

@@ -775,12 +775,12 @@ __global__ void __launch_bounds__(kThreads, 8) gram_rows(const DeviceConv g) {
   for (int64_t c = threadIdx.x; c < g.F; c += kThreads) centre[c] = float(g.totals[c] / count);
   for (int64_t k = threadIdx.x; k < g.n_features; k += kThreads) e_mean[k] = float(g.e_sum[k] / count);
   __syncthreads();
-  const int64_t F = g.F, K = g.n_features, columns = 3 * F + 2 * K + 2;
+  const int64_t F = g.F, K = g.n_features, columns = 3 * F + 2 * K + 2, stride = g.stride ? g.stride : columns;
   for (int64_t row = int64_t(blockIdx.x) * kWarps + warp_of(); row < g.n_rows; row += int64_t(gridDim.x) * kWarps) {
     const int64_t begin = g.ptr[row], end = g.ptr[row + 1];
     const bool bad = begin < 0 || end < begin || end > g.n_edges;
     const float w = g.row_weight[row], degree = bad ? NAN : float(end - begin), in_degree = g.degree[row];
-    float* out = g.out + row * columns;
+    float* out = g.out + row * stride;
     for (int64_t c = lane_of(); c < F; c += 32) {
       const float x = g.h[row * F + c] - centre[c];
       float sum = 0.0f;
@@ -799,6 +799,11 @@ __global__ void __launch_bounds__(kThreads, 8) gram_rows(const DeviceConv g) {
     }
     if (lane_of() < 2) out[columns - 2 + lane_of()] = lane_of() ? in_degree : w * degree;
   }
+}
+
+// A running statistic towards that of a batch, as torch.lerp rounds it.
+SRCGCNN_DEVICE void move(float& running, float to, float by) {
+  running = by < 0.5f ? fmaf(by, to - running, running) : to - (to - running) * (1 - by);
 }
 
 constexpr int kSums = 3;
@@ -850,8 +855,13 @@ __global__ void __launch_bounds__(kThreads, 8) edge_statistics(const DeviceConv 
   }
   if (threadIdx.x == 0) {
     const double shift = sums[kThreads], var = sums[0] / count - shift * shift;
-    g.out[n] = float(sums[2 * kThreads] + shift);
+    const double mean = sums[2 * kThreads] + shift;
+    g.out[n] = float(mean);
     g.out_x[n] = var < 0 ? 0.0f : float(var);
+    if (g.running_mean1) {
+      move(g.running_mean1[n], float(mean + (g.bias ? g.bias[n] : 0.0f)), g.momentum1);
+      move(g.running_var1[n], float((var < 0 ? 0 : var) * (count / (count - 1))), g.momentum1);
+    }
   }
 }
 
@@ -860,7 +870,7 @@ SRCGCNN_DEVICE float rstd_of(const DeviceConv& g, int64_t n) { return float(1 / 
 __global__ void __launch_bounds__(kThreads) scale_weights(const DeviceConv g) {
   const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x, threads = int64_t(gridDim.x) * kThreads;
   const int64_t F = g.F, W = g.width, K = g.n_features, columns = 2 * F + K, steps = (K + 7) / 8;
-  for (int64_t x = thread; x < 4 * W * F; x += threads) {  // rows: p filter, p core, q filter, q core
+  for (int64_t x = thread; g.out && x < 4 * W * F; x += threads) {  // rows: p filter, p core, q filter, q core
     const int64_t row = x / F, c = row % W, half = row / W % 2, n = half * F + c;
     g.out[x] = c < F ? g.weight[n * columns + row / (2 * W) * F + x % F] * rstd_of(g, n) : 0.0f;
   }
@@ -1023,6 +1033,10 @@ __global__ void __launch_bounds__(kThreads) finish(const DeviceConv g) {
   if (program == 0 && warp_of() == 0) {
     g.out_m[channel] = float(mean);
     g.out_x[channel] = float(var);
+    if (g.running_mean2) {
+      move(g.running_mean2[channel], float(mean), g.momentum2);
+      move(g.running_var2[channel], float(var * (count / (count - 1))), g.momentum2);
+    }
   }
 }
 
@@ -1032,42 +1046,60 @@ __global__ void __launch_bounds__(kThreads) finish_backward(const DeviceConv g) 
   const int chunks = int(g.width / kChunk), channel = int(blockIdx.x % chunks) * kChunk + lane_of();
   const int64_t program = blockIdx.x / chunks;
   const bool mine = channel < g.F;
-  float sums[2] = {};
-  if (mine) {
-    const Norm norm(g, channel);
-    for (int64_t row = program * kWarps + warp_of(); row < g.n_rows; row += g.programs * kWarps) {
+  float sums[4] = {};
+  const Norm norm(g, mine ? channel : 0);
+  for (int64_t row = program * kWarps + warp_of(); row < g.n_rows; row += g.programs * kWarps) {
+    if (mine) {
       const int64_t at = row * g.F + channel;
       const float m = g.m[at], u = g.h[at] + fmaf(m, norm.scale, norm.shift);
       const float d = g.grad[at] * softplus_slope2<DeviceMath>(u * DeviceMath::log2e);
       g.out[at] = d;
-      if (g.out_m) g.out_m[at] = d * norm.scale;
+      if (g.out_m) g.out_m[row * g.width + channel] = d * norm.scale;
       sums[0] += d;
       sums[1] = fmaf(d, (m - norm.mean) * norm.rstd, sums[1]);
+    } else if (g.out_m) {
+      g.out_m[row * g.width + channel] = 0.0f;
     }
+    const float w = g.row_weight[row];
+    sums[2] += w;
+    sums[3] = fmaf(w, float(g.ptr[row + 1] - g.ptr[row]), sums[3]);
   }
   add_lanes(shared, sums, [&](int k, float sum) {
-    if (mine) g.out_x[(k * g.programs + program) * g.F + channel] = sum;
+    if (mine) g.out_x[(program * 4 + k) * g.F + channel] = sum;
   });
 }
 
 // A block is one of `programs` for 32 columns; warp w takes every fourth row.
 __global__ void __launch_bounds__(kThreads) correct(const DeviceConv g) {
   const int64_t blocks = (g.columns + kChunk - 1) / kChunk, c = blockIdx.x % blocks * kChunk + lane_of();
-  if (c >= g.columns) return;
-  const float count = g.count ? *g.count : 1.0f, c1 = g.c1[c] / count;
-  float c2 = g.c2[c] / count, a, mean = 0.0f;
-  if (g.var2) {
-    const Norm norm(g, c);
-    a = norm.scale;
-    c2 *= norm.rstd;
-    mean = norm.mean;
-  } else {
-    a = g.a[c];
+  const bool mine = c < g.columns;
+  if (!mine && (!g.var2 || c >= g.stride)) return;
+  float c1 = 0.0f, c2 = 0.0f, a = 0.0f, mean = 0.0f;
+  if (mine) {
+    const float count = g.count ? *g.count : 1.0f;
+    if (g.c1) c1 = g.c1[c] / count;
+    if (g.c2) c2 = g.c2[c] / count;
+    if (g.var2) {
+      const Norm norm(g, c);
+      a = norm.scale;
+      c2 *= norm.rstd;
+      mean = norm.mean;
+    } else {
+      a = g.a[c];
+    }
   }
   for (int64_t row = int64_t(blockIdx.x / blocks) * kWarps + warp_of(); row < g.n_rows; row += g.programs * kWarps) {
     const int64_t at = row * g.stride + c;
-    const float first = g.degree ? g.degree[row] * c1 : c1, x = g.x[row * g.columns + c] - mean;
-    g.out[at] = a * (g.grad[at] - g.row_weight[row] * fmaf(x, c2, first));
+    if (!mine) {  // beyond the channels of m: zeros
+      g.out[at] = 0.0f;
+      continue;
+    }
+    float d = g.grad[g.var2 ? row * g.columns + c : at];
+    if (g.c1) {
+      const float first = g.degree ? g.degree[row] * c1 : g.ptr ? float(g.ptr[row + 1] - g.ptr[row]) * c1 : c1;
+      d -= g.row_weight[row] * fmaf(g.x[row * g.columns + c] - mean, c2, first);
+    }
+    g.out[at] = a * d;
   }
 }
 

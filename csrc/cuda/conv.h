@@ -28,16 +28,27 @@ struct DeviceConv {
   const float *a, *c1, *c2;
   const float* count;                    // () by which c1 and c2 are divided, or null
   const float *by_receiver, *by_sender;  // (N, K): sum_j e_ij, sum_i w_i e_ij
-  const float* product;                  // (F, P) = out_x^T out of gram_rows, P = 3F + 2K + 2
+  float* product;                        // (F, P) = out_x^T out of gram_rows, P = 3F + 2K + 2
   const double *totals, *more_totals;    // (4, F): sums over the parts of column_sums
   const double *e_sum, *e_gram;          // (K), (K, K): sums of w e and w e^T e
   float* out;
   float *out_m, *out_x, *out_degree, *out_gamma, *out_filter, *out_edge;
+  // Of the functions that are a whole layer or what a graph needs: see below.
+  const int32_t *receiver, *col_ptr;
+  const int64_t* order;
+  float *new_mean1, *new_var1, *new_mean2, *new_var2;      // statistics of the batch
+  float *running_mean1, *running_var1, *running_mean2, *running_var2;  // those that move towards them, or null
+  float *d_weight, *d_bias, *d_gamma1, *d_beta1, *d_gamma2, *d_beta2;
+  int32_t *out_receiver, *out_number, *out_col_ptr;
+  double *out_sum, *out_gram;
+  void* space;
   int64_t n_rows, n_edges, n_features, F, width, programs, stride, columns;
+  int64_t train1, train2;
   int64_t relaxed;  // one TF32 product, not three
   int64_t half;     // pq and term are bfloat16, not float32
   float dmin, inverse_step;
-  float eps;
+  float eps;  // of bn2, where both norms take part
+  float eps1, momentum1, momentum2;
 };
 
 }  // namespace srcgcnn
@@ -59,18 +70,36 @@ struct DeviceConv {
 //                softplus(h + bn2(m)); either may be null
 // finish         out = softplus(h + bn2(m)), out_m, out_x (F): mean and biased variance of m, from totals (of m) and
 //                more_totals (of m less their mean)
-// finish_backward  out (N, F) = du, the gradient at h + bn2(m), out_m = scale du or null; out_x (2, programs, F): sums of du
-//                and of du times m normalised
+// finish_backward  out (N, F) = du, the gradient at h + bn2(m), out_m (N, W) = scale du or null; out_x (programs, 4, F): sums
+//                of du, of du times m normalised, of w and of w times the row's edges
 // correct        out = a (grad - w (degree c1 + c2 x)): rows of `columns` numbers, `stride` apart, those of x together;
-//                degree null: 1; with var2 x is normalised first, and a is the scale of bn2
+//                degree null: the row's edges by ptr, or 1; c1 null: a grad. With var2 x is normalised first, a is the scale of
+//                bn2, rows of grad are together, and out gets zeros up to its stride
 // backward_receivers  with dy = the gradient at y: out (N, 4F), its first two quarters: sum_j dy; out_x (N, 2F), or null:
 //                sum_j x; out_gamma (programs, 2, 2F): sums of dy x and of dy; out_filter (programs, K, 2F): sums of e dy; out_edge
 //                (E, 2F), or null: dy
 // backward_senders  out (N, 4F), its last two quarters: a (sum_i dy - degree c1 - c2 sum_i w_i x); row_weight null: no c
-#define SRCGCNN_CONV_FUNCTIONS(DO)                                                                           \
+//
+// The others launch several kernels, in a space that srcgcnn_cuda_space asks for.
+//
+// edge_moments   degree = out_degree (N), out, out_x (N, K): edge_sum by sender, by receiver, by sender; out_sum (4, K): sums over
+//                rows, of which the first is that of w e; out_gram (K, K)
+// transpose      out_receiver, out_number (E), out_col_ptr (N + 1): the edges by sender, from `order`, which sorts them, and
+//                `other`, their senders in this order
+// mean           out (B, F): the mean of the rows x (E, F) of each of B = n_rows crystals, whose first rows are ptr, by row_weight
+// mean_backward  out (E, F): the gradient at x from grad (B, F)
+// linear         out = pq, out_x = term, out_filter = filter, out_edge (K, 2F) = w_e rstd: what x of an edge follows from
+// layer          out, out_m (N, F): softplus(h + bn2(m)) and m; with train1 new_mean1, new_var1 and product (F, P), with train2
+//                new_mean2, new_var2, and moved running ones
+// layer_backward d_h = out (N, F), d_weight … d_beta2 from grad, h, m, the statistics used and product (null: made again);
+//                out_edge (E, 2F), or null: dy
+#define SRCGCNN_CONV_FUNCTIONS(DO)                                                                            \
   DO(edge_sum) DO(edge_gram) DO(column_sums) DO(gram_rows) DO(edge_statistics) DO(scale_weights) DO(gate_sum) \
-  DO(finish) DO(finish_backward) DO(correct) DO(backward_receivers) DO(backward_senders)
+  DO(finish) DO(finish_backward) DO(correct) DO(backward_receivers) DO(backward_senders)                      \
+  DO(edge_moments) DO(transpose) DO(mean) DO(mean_backward) DO(linear) DO(layer) DO(layer_backward)
 #define SRCGCNN_CONV(name) const char* srcgcnn_cuda_##name(const srcgcnn::DeviceConv* given, void* stream);
 extern "C" {
 SRCGCNN_CONV_FUNCTIONS(SRCGCNN_CONV)
+// Bytes of the space that edge_moments (0), layer (1), layer_backward (2) or linear (3) take.
+int64_t srcgcnn_cuda_space(const srcgcnn::DeviceConv* given, int which);
 }

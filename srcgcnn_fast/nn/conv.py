@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..graph.batch import GraphBatch
-from .norm import batch_norm_state
+from .norm import batch_norm_states
 
 
 class GatedConv(nn.Module):
@@ -32,8 +32,9 @@ class GatedConv(nn.Module):
 
     def parameters_of_call(self) -> functional.ConvParameters:
         """What :func:`srcgcnn_fast.functional.gated_conv` takes, counting one batch in training mode."""
-        bn1, bn2 = batch_norm_state(self.bn1), batch_norm_state(self.bn2)
-        return functional.ConvParameters(self.fc_full.weight, self.fc_full.bias, bn1, bn2)
+        return functional.ConvParameters(
+            self.fc_full.weight, self.fc_full.bias, *batch_norm_states([self.bn1, self.bn2])
+        )
 
     def forward(self, atom_fea: Tensor, batch: GraphBatch) -> Tensor:
         """(N, F) -> (N, F)"""

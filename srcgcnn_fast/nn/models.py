@@ -12,7 +12,7 @@ from .. import functional
 from ..errors import InputError
 from ..graph.batch import GraphBatch
 from ..graph.elements import element_features
-from .conv import GatedConv, batch_norm_state
+from .conv import GatedConv, batch_norm_states
 from .metadata import ModelMetadata
 
 
@@ -27,6 +27,12 @@ def _is_plain_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear and not (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def _with_first(states: list[functional.BatchNorm]) -> list[functional.BatchNorm]:
+    """Norms without scale and shift take the first one's."""
+    first = states[0]
+    return [s if s.weight is not None else s._replace(weight=first.weight, bias=first.bias) for s in states]
 
 
 class CrystalModel(nn.Module):
@@ -254,7 +260,9 @@ class CGCNN(CrystalModel):
         return [self.convs]
 
     def _layers(self) -> list[functional.ConvParameters]:
-        return [conv.parameters_of_call() for conv in self.convs]  # type: ignore[operator]
+        states = iter(batch_norm_states(norm for conv in self.convs for norm in (conv.bn1, conv.bn2)))  # type: ignore[misc]
+        maps = (conv.fc_full for conv in self.convs)
+        return [functional.ConvParameters(x.weight, x.bias, next(states), next(states)) for x in maps]  # type: ignore[union-attr, arg-type]
 
 
 class SRCGCNN(CrystalModel):
@@ -318,14 +326,9 @@ class SRCGCNN(CrystalModel):
 
     def _layers(self) -> list[functional.ConvParameters]:
         shared = self.shared_conv.fc_full
-        norms = zip(self._norms(self.recurrent_bn1s), self._norms(self.recurrent_bn2s), strict=True)
+        states = batch_norm_states([*self.recurrent_bn1s, *self.recurrent_bn2s])  # type: ignore[list-item]
+        norms = zip(*(_with_first(x) for x in (states[: len(states) // 2], states[len(states) // 2 :])), strict=True)
         return [functional.ConvParameters(shared.weight, shared.bias, *pair) for pair in norms]
-
-    def _norms(self, norms: nn.ModuleList) -> list[functional.BatchNorm]:
-        """Of every step; those without scale and shift take the first one's."""
-        states = [batch_norm_state(norm) for norm in norms]  # type: ignore[arg-type]
-        first = states[0]
-        return [s if s.weight is not None else s._replace(weight=first.weight, bias=first.bias) for s in states]
 
     def _is_stack(self) -> bool:
         return self.recurrent_norm is None and self.recurrent_alpha is None

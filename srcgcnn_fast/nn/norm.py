@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -53,15 +55,26 @@ def process_group(norm: nn.Module) -> Any:
     return group if dist.get_world_size(group) > 1 else None
 
 
+def batch_norm_states(norms: Iterable[nn.BatchNorm1d | nn.SyncBatchNorm]) -> list[functional.BatchNorm]:
+    """Parameters and state of each norm for one call; counts the batch, as their own forward would."""
+    norms = list(norms)
+    counts = [norm._buffers["num_batches_tracked"] for norm in norms if norm.training]
+    if counts := [count for count in counts if count is not None]:
+        torch._foreach_add_(counts, 1)
+    return [_state(norm) for norm in norms]
+
+
 def batch_norm_state(norm: nn.BatchNorm1d | nn.SyncBatchNorm) -> functional.BatchNorm:
-    """Parameters and state of ``norm`` for one call; counts the batch, as its own forward would."""
+    """:func:`batch_norm_states` of one."""
+    return batch_norm_states([norm])[0]
+
+
+def _state(norm: nn.BatchNorm1d | nn.SyncBatchNorm) -> functional.BatchNorm:
     trains, momentum = norm.training, norm.momentum
     buffers = norm._buffers  # nn.Module looks every name up in three places
     mean, var, count = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
-    if trains and count is not None:
-        count.add_(1)
-        if momentum is None:
-            momentum = 1.0 / float(count)
+    if trains and count is not None and momentum is None:
+        momentum = 1.0 / float(count)
     momentum = 0.0 if momentum is None else momentum
     uses_batch, group = trains or mean is None, process_group(norm)
     return functional.BatchNorm(norm.weight, norm.bias, mean, var, uses_batch, momentum, norm.eps, group)

@@ -1,23 +1,24 @@
-"""Training on CUDA tensors, float32, in the compiled kernels of ``csrc/cuda/conv.cuh``: any number of features.
+"""Training on CUDA tensors, float32, in the compiled kernels of ``csrc/cuda``: any number of features.
 
-Nodes, statistics and checks are those of ``ops/triton.py``, which takes the kernels from here. Products use TF32 where
-PyTorch may. Where bfloat16 is allowed, rows' products and those of given edge features are stored so, but not the
-filter, whose product TF32 has more digits for.
+A layer forward is one call of ``layer``, backward one of ``layer_backward`` (csrc/cuda/conv.h), each in a block of
+memory of its own. Checks are those of ``ops/triton.py``. Products use TF32 where PyTorch may. Where bfloat16 is
+allowed, rows' products and those of given edge features are stored so, but not the filter, whose product TF32 has
+more digits for.
 """
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from ..errors import InputError
 from . import triton
-from .cpu import Layer, Moments
+from .cpu import Graph, Layer, Moments
 from .registry import core
-from .triton import _Edges, _Kernels, _precision, _storage, transposed
+from .triton import Transposed, _Edges, _precision, _storage
 
 PROGRAMS = 264
 """Blocks that share out rows where partial sums are kept, two for each multiprocessor of an H200; a constant, so that
@@ -28,11 +29,17 @@ FIELDS = (
     "distance", "term", "features", "ptr", "other", "number", "pq", "filter", "gamma1", "beta1", "weight", "bias",
     "mean1", "var1", "gamma2", "beta2", "mean2", "var2", "h", "m", "grad", "d_m", "x", "row_weight", "degree", "a",
     "c1", "c2", "count", "by_receiver", "by_sender", "product", "totals", "more_totals", "e_sum", "e_gram", "out",
-    "out_m", "out_x", "out_degree", "out_gamma", "out_filter", "out_edge",
+    "out_m", "out_x", "out_degree", "out_gamma", "out_filter", "out_edge", "receiver", "col_ptr", "order", "new_mean1",
+    "new_var1", "new_mean2", "new_var2", "running_mean1", "running_var1", "running_mean2", "running_var2", "d_weight",
+    "d_bias", "d_gamma1", "d_beta1", "d_gamma2", "d_beta2", "out_receiver", "out_number", "out_col_ptr", "out_sum",
+    "out_gram", "space",
 )  # fmt: skip
 """The pointers of ``DeviceConv`` in csrc/cuda/conv.h, in their order."""
-SIZES = ("n_rows", "n_edges", "n_features", "F", "width", "programs", "stride", "columns", "relaxed", "half")
-NUMBERS = ("dmin", "inverse_step", "eps")
+SIZES = (
+    "n_rows", "n_edges", "n_features", "F", "width", "programs", "stride", "columns", "train1", "train2", "relaxed",
+    "half",
+)  # fmt: skip
+NUMBERS = ("dmin", "inverse_step", "eps", "eps1", "momentum1", "momentum2")
 
 
 def native() -> Any:
@@ -41,201 +48,253 @@ def native() -> Any:
 
 
 _AT = {name: k for k, name in enumerate(FIELDS)}
+_SIZE = {name: k for k, name in enumerate(SIZES)}
+_MOMENTS, _LAYER, _BACKWARD = range(3)
+"""Whose space ``cuda_space`` tells."""
 
 
 def _call(name: str, sizes: dict[str, Any], **tensors: Tensor | None) -> None:
     """Launch a kernel; ``tensors`` under their names in FIELDS, ``sizes`` under those in SIZES and NUMBERS."""
-    given, device = [0] * len(FIELDS), torch.device("cpu")
-    for field, x in tensors.items():
-        if x is not None:
-            given[_AT[field]], device = x.data_ptr(), x.device
+    device = next((x.device for x in tensors.values() if x is not None), torch.device("cpu"))
     whole, real = ([sizes.get(size, 0) for size in names] for names in (SIZES, NUMBERS))
     with triton.launching(device) as stream:
-        native().cuda_conv(name, given, whole, tuple(map(float, real)), stream)
+        native().cuda_conv(name, _put([0] * len(FIELDS), **tensors), whole, list(map(float, real)), stream)
+
+
+def _put(pointers: list[int], **tensors: Tensor | None) -> list[int]:
+    for field, x in tensors.items():
+        if x is not None:
+            pointers[_AT[field]] = x.data_ptr()
+    return pointers
 
 
 def _programs(n_rows: int) -> int:
     return min(PROGRAMS, -(-n_rows // _ROWS))
 
 
-def _more(x: Tensor, parts: int) -> Tensor:
-    """(…, parts F) -> (…, parts W): zeros up to whole chunks of channels."""
-    width = x.shape[-1] // parts
-    more = -width % _CHUNK
-    return pad(x.unflatten(-1, (parts, width)), (0, more)).flatten(-2) if more else x
-
-
 def _rows(n: int, width: int) -> dict[str, Any]:
     return {"n_rows": n, "F": width, "width": width + -width % _CHUNK, "programs": _programs(n)}
 
 
-def _norm(layer: Layer) -> dict[str, Tensor]:
-    return {"gamma2": layer.gamma2, "beta2": layer.beta2, "mean2": layer.mean2, "var2": layer.var2}
+class Kept(NamedTuple):
+    """What the backward of a layer needs of its forward."""
+
+    m: Tensor
+    """(N, F), the summed messages."""
+    statistics: list[Tensor]
+    """mean1, var1, mean2, var2 that were used."""
+    product: Tensor | None
+    """The Gram matrix that statistics of the batch follow from."""
 
 
-class _Scaled:
-    """As :class:`.triton._Linear`, with rows of 4W numbers, and the filter in the order of the kernels."""
+class Running(NamedTuple):
+    """Running statistics of a layer's norms that move with the batch; None where they do not."""
 
-    def __init__(self, h: Tensor, layer: Layer, edges: _Edges) -> None:
-        width, k = h.shape[1], edges.n_features
-        wide = width + -width % _CHUNK
-        self.rstd, self.of_edges = h.new_empty(2 * width), h.new_empty(k, 2 * width)
-        of_rows, shift = h.new_empty(4 * wide, width), h.new_empty(4 * wide)
-        self.filter = h.new_empty(wide // _CHUNK, -(-k // 8), 4, 2, 32, 4)
-        _call(
-            "scale_weights", {"n_features": k, "F": width, "width": wide, "eps": layer.eps1}, weight=layer.weight,
-            bias=None if layer.train1 else layer.bias, mean1=layer.mean1, var1=layer.var1, out=of_rows, out_x=shift,
-            out_edge=self.of_edges, out_filter=self.filter, out_gamma=self.rstd,
+    mean1: Tensor | None
+    var1: Tensor | None
+    mean2: Tensor | None
+    var2: Tensor | None
+    momentum1: float
+    momentum2: float
+
+
+class Call:
+    """A graph with its moments, checked, for several layers of F features, forward or backward.
+
+    Raises:
+        InputError: a shape, type or device is wrong.
+    """
+
+    def __init__(self, graph: Graph, moments: Moments, like: Tensor, n_features: int) -> None:
+        edges = _Edges(graph, n_features, like.dtype, like.device)
+        self.graph, self.edges, self.width, self.like = graph, edges, like.shape[1], like
+        sizes = {
+            **_rows(edges.n_rows, self.width), "n_edges": edges.n_edges, "n_features": n_features,
+            "relaxed": _precision() != "tf32x3", "half": _storage() == torch.bfloat16,
+        }  # fmt: skip
+        self.sizes = [int(sizes.get(name, 0)) for name in SIZES]
+        row_weight, in_degree, by_receiver, by_sender, e_sum, e_gram = moments
+        self.pointers = _put(
+            [0] * len(FIELDS), distance=edges.distance, features=graph.features, ptr=graph.row_ptr, other=graph.sender,
+            row_weight=row_weight, degree=in_degree, by_receiver=by_receiver, by_sender=by_sender, e_sum=e_sum,
+            e_gram=e_gram,
         )  # fmt: skip
-        storage, features = _storage(), edges.graph.features
-        self.pq = torch.addmm(shift.to(storage), h.to(storage), of_rows.T.to(storage))
-        self.table = None if features is None else _more(features.to(storage) @ self.of_edges.to(storage), 2)
+        self.space: dict[tuple[int, bool, bool], int] = {}
 
+    def check(self, layer: Layer, **rows: Tensor) -> None:
+        edges, width, like = self.edges, self.width, self.like
+        for name, x in rows.items():
+            triton._check(name, x, (edges.n_rows, width), like.dtype, like.device)
+        triton._check_layer(layer, width, edges.n_features, like.device)
 
-class Kernels(_Kernels):
-    """The launches of a convolution, compiled."""
+    def run(self, name: str, which: int, trains: tuple[bool, bool], pointers: list[int], stream: int) -> None:
+        """The function ``name`` in a space of its own."""
+        sizes, key = self.sizes.copy(), (which, *trains)
+        sizes[_SIZE["train1"]], sizes[_SIZE["train2"]] = map(int, trains)
+        if key not in self.space:
+            self.space[key] = native().cuda_space(pointers, sizes, which)
+        space = self.like.new_empty(-(-self.space[key] // 4))
+        pointers[_AT["space"]] = space.data_ptr()
+        native().cuda_conv(name, pointers, sizes, self.numbers, stream)
 
-    @staticmethod
-    def _edges(edges: _Edges, by_sender: bool = False) -> dict[str, Tensor | None]:
-        graph, found = edges.graph, {"distance": edges.distance, "features": edges.graph.features}
-        if by_sender:
-            receiver, number, col_ptr = transposed(graph)
-            return {**found, "ptr": col_ptr, "other": receiver, "number": number}
-        return {**found, "ptr": graph.row_ptr, "other": graph.sender}
-
-    @staticmethod
-    def _sizes(edges: _Edges, width: int = 0, linear: Any = None, **more: Any) -> dict[str, Any]:
-        found = {"n_edges": edges.n_edges, "n_features": edges.n_features, "relaxed": int(_precision() != "tf32x3")}
-        found["half"] = int(linear is not None and linear.pq.dtype == torch.bfloat16)
-        basis = dict(zip(NUMBERS, edges.basis, strict=False))
-        return {**_rows(edges.n_rows, width), **found, **basis, **more}
-
-    @staticmethod
-    def _layer(linear: Any, layer: Layer) -> dict[str, Tensor | None]:
-        """What x and y of an edge follow from."""
-        given = {"pq": linear.pq, "filter": linear.filter, "term": linear.table}
-        return {**given, "gamma1": layer.gamma1, "beta1": layer.beta1}
-
-    @staticmethod
-    def linear(h: Tensor, layer: Layer, edges: _Edges) -> Any:
-        return _Scaled(h, layer, edges)
-
-    @staticmethod
-    def _column_sums(x: Tensor, row_weight: Tensor, **more: Tensor | None) -> Tensor:
-        """(4, F) float64: see conv.h."""
-        sizes = _rows(*x.shape)
-        if (sender := more.get("other")) is not None:
-            sizes["n_edges"] = len(sender)
-        sums = x.new_empty(sizes["programs"], 4, x.shape[1])
-        _call("column_sums", sizes, out=sums, x=x, row_weight=row_weight, **more)
-        return sums.sum(0, dtype=torch.float64)
-
-    @classmethod
-    def statistics(cls, h: Tensor, weight: Tensor, edges: _Edges, moments: Moments) -> tuple[Tensor, Tensor]:
-        (n, width), k, graph = h.shape, edges.n_features, cls._edges(edges)
-        given: dict[str, Tensor | None] = {"totals": cls._column_sums(h, moments.row_weight, **graph)}
-        given |= {"e_sum": moments.sum, "e_gram": moments.gram}
-        rows, sizes = h.new_empty(n, 3 * width + 2 * k + 2), cls._sizes(edges, width)
-        centred, mean, var = torch.empty_like(h), *(h.new_empty(2 * width) for _ in range(2))
-        _call(
-            "gram_rows", sizes, out=rows, out_x=centred, h=h, row_weight=moments.row_weight,
-            degree=moments.in_degree, by_receiver=moments.by_receiver, by_sender=moments.by_sender, **given, **graph,
-        )  # fmt: skip
-        product = centred.T @ rows
-        _call("edge_statistics", sizes, out=mean, out_x=var, product=product, weight=weight, **given)
-        return mean, var
-
-    @staticmethod
-    def filter_correction(linear: Any, edges: _Edges, moments: Moments, c1: Tensor, c2: Tensor) -> Tensor:
-        width = len(c1) // 2
-        p, q = (x.unflatten(1, (2, -1))[..., :width].flatten(1) for x in linear.pq.float().chunk(2, dim=1))
-        return triton._filter_correction(p, q, linear.of_edges, moments, c1, c2)
-
-    @classmethod
-    def edge_sums(cls, row_weight: Tensor, edges: _Edges) -> tuple[Tensor, Tensor, Tensor]:
-        in_degree, shape = torch.empty_like(row_weight), (edges.n_rows, edges.n_features)
-        by_receiver, by_sender = (row_weight.new_empty(shape) for _ in range(2))
-        call = partial(_call, "edge_sum", cls._sizes(edges))
-        call(out=by_receiver, **cls._edges(edges))
-        call(out=by_sender, out_degree=in_degree, row_weight=row_weight, **cls._edges(edges, by_sender=True))
-        return in_degree, by_receiver, by_sender
-
-    @classmethod
-    def edge_gram(cls, row_weight: Tensor, edges: _Edges) -> Tensor:
-        k, sizes = edges.n_features, cls._sizes(edges)
-        gram = row_weight.new_empty(sizes["programs"], k, k)
-        _call("edge_gram", sizes, out=gram, row_weight=row_weight, **cls._edges(edges))
-        return gram
-
-    @classmethod
-    def gate_sum(
-        cls, m: Tensor | None, out: Tensor | None, h: Tensor, linear: Any, layer: Layer, edges: _Edges
-    ) -> None:
-        _call(
-            "gate_sum", cls._sizes(edges, h.shape[1], linear, eps=layer.eps2), out_m=m, out=out, h=h, **_norm(layer),
-            **cls._layer(linear, layer), **cls._edges(edges),
+    def _given(self, h: Tensor, layer: Layer, running: Running | None = None) -> list[int]:
+        weight, bias, gamma1, beta1, gamma2, beta2, mean1, var1, mean2, var2 = layer[:10]
+        momentum1, momentum2 = (0.0, 0.0) if running is None else running[4:]
+        self.numbers = [*map(float, self.edges.basis), layer.eps2, layer.eps1, momentum1, momentum2]
+        return _put(
+            self.pointers.copy(), h=h, weight=weight, bias=bias, gamma1=gamma1, beta1=beta1, gamma2=gamma2,
+            beta2=beta2, mean1=mean1, var1=var1, mean2=mean2, var2=var2,
         )  # fmt: skip
 
-    @classmethod
-    def finish(cls, out: Tensor, h: Tensor, m: Tensor, layer: Layer, row_weight: Tensor) -> tuple[Tensor, Tensor]:
-        mean, var = (h.new_empty(h.shape[1]) for _ in range(2))
-        totals = cls._column_sums(m, row_weight)
-        more = cls._column_sums(m, row_weight, totals=totals)
-        _call(
-            "finish", {**_rows(*m.shape), "eps": layer.eps2}, out=out, out_m=mean, out_x=var, h=h, m=m,
-            gamma2=layer.gamma2, beta2=layer.beta2, totals=totals, more_totals=more,
+    def forward(self, h: Tensor, layer: Layer, stream: int, running: Running | None = None) -> tuple[Tensor, Kept]:
+        """softplus(h + bn2(m)), (N, F), and what its backward needs."""
+        width, k = self.width, self.edges.n_features
+        out, m, product = torch.empty_like(h), torch.empty_like(h), None
+        trains = (layer.train1,) * 2 + (layer.train2,) * 2
+        used = [torch.empty_like(x) if new else x.clone() for x, new in zip(layer[6:10], trains, strict=True)]
+        if layer.train1:
+            product = h.new_empty(width, 3 * width + 2 * k + 2)
+        pointers = _put(
+            self._given(h, layer, running), out=out, out_m=m, product=product, new_mean1=used[0], new_var1=used[1],
+            new_mean2=used[2], new_var2=used[3],
         )  # fmt: skip
-        return mean, var
-
-    @staticmethod
-    def backward_messages(
-        grad: Tensor, h: Tensor, m: Tensor, layer: Layer, row_weight: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        sizes, norm = {**_rows(*h.shape), "eps": layer.eps2}, _norm(layer)
-        (du, dm), sums = (torch.empty_like(h) for _ in range(2)), h.new_empty(2, sizes["programs"], h.shape[1])
-        given = None if layer.train2 else dm
-        _call("finish_backward", sizes, out=du, out_m=given, out_x=sums, grad=grad, h=h, m=m, **norm)
-        d_beta, d_gamma = sums.sum(1)
-        if layer.train2:
-            sizes |= {"stride": h.shape[1], "columns": h.shape[1]}
-            _call(
-                "correct", sizes, out=dm, grad=du, x=m, row_weight=row_weight, c1=d_beta, c2=d_gamma,
-                count=row_weight.sum(), **norm,
+        if running is not None:
+            _put(
+                pointers, running_mean1=running.mean1, running_var1=running.var1, running_mean2=running.mean2,
+                running_var2=running.var2,
             )  # fmt: skip
-        return du, dm, d_gamma, d_beta
+        self.run("layer", _LAYER, layer[12:], pointers, stream)
+        return out, Kept(m, used, product)
 
-    @staticmethod
-    def correct(d_pq: Tensor, x: Tensor, degree: Tensor, row_weight: Tensor, a: Tensor, c1: Tensor, c2: Tensor) -> None:
-        sizes = {**_rows(len(x), 0), "stride": d_pq.shape[1], "columns": x.shape[1]}
-        _call("correct", sizes, out=d_pq, grad=d_pq, x=x, degree=degree, row_weight=row_weight, a=a, c1=c1, c2=c2)
+    def by_sender(self) -> None:
+        """The backward goes through the edges by sender, too."""
+        self.transposed = transposed(self.graph)  # held, as nobody else may hold it
+        _put(self.pointers, **dict(zip(("receiver", "number", "col_ptr"), self.transposed, strict=True)))
 
-    @classmethod
-    def backward_receivers(
-        cls, d_pq: Tensor, x_rows: Tensor | None, dy: Tensor | None, dm: Tensor, linear: Any, layer: Layer,
-        edges: _Edges,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        width, k, programs = dm.shape[1], edges.n_features, _programs(edges.n_rows)
-        sums, d_filter = dm.new_empty(programs, 2, 2 * width), dm.new_empty(programs, k, 2 * width)
-        _call(
-            "backward_receivers", cls._sizes(edges, width, linear), out=d_pq, out_x=x_rows,
-            out_gamma=sums, out_filter=d_filter, out_edge=dy, d_m=_more(dm, 1), **cls._layer(linear, layer),
-            **cls._edges(edges),
+    def backward(
+        self, grad: Tensor, h: Tensor, layer: Layer, kept: Kept, edge_grad: bool, stream: int
+    ) -> tuple[Tensor, ...]:
+        """Gradients of h, weight, bias, gamma1, beta1, gamma2, beta2, and at y of the edges, (E, 2F), or ()."""
+        mean1, var1, mean2, var2 = kept.statistics
+        layer = layer._replace(mean1=mean1, var1=var1, mean2=mean2, var2=var2)
+        like = (h, layer.weight, layer.gamma1, layer.gamma1, layer.beta1, layer.gamma2, layer.beta2)
+        found = [torch.empty_like(x) for x in like]
+        dy = h.new_empty(self.edges.n_edges, 2 * self.width) if edge_grad else None
+        names = ("out", "d_weight", "d_bias", "d_gamma1", "d_beta1", "d_gamma2", "d_beta2")
+        pointers = _put(
+            self._given(h, layer), grad=grad, m=kept.m, product=kept.product, out_edge=dy,
+            **dict(zip(names, found, strict=True)),
         )  # fmt: skip
-        return (*sums.sum(0), d_filter.sum(0))
-
-    @classmethod
-    def backward_senders(
-        cls, d_pq: Tensor, dm: Tensor, a: Tensor, correction: tuple[Tensor | None, ...], linear: Any, layer: Layer,
-        edges: _Edges,
-    ) -> None:  # fmt: skip
-        c1, c2, row_weight, in_degree = correction
-        _call(
-            "backward_senders", cls._sizes(edges, dm.shape[1], linear), out=d_pq, d_m=_more(dm, 1), a=a, c1=c1,
-            c2=c2, row_weight=row_weight, degree=in_degree, **cls._layer(linear, layer),
-            **cls._edges(edges, by_sender=True),
-        )  # fmt: skip
+        self.run("layer_backward", _BACKWARD, layer[12:], pointers, stream)
+        return (*found, h.new_empty(0) if dy is None else dy)
 
 
-edge_moments = partial(triton.edge_moments, run=Kernels)
-conv = partial(triton.conv, run=Kernels)
-conv_backward = partial(triton.conv_backward, run=Kernels)
+def edge_gradient(dy: Tensor, layer: Layer, var1: Tensor, graph: Graph) -> Tensor:
+    """Gradient of the features (E, K), or of the distances (E,), from that at y."""
+    a = layer.gamma1 * torch.rsqrt(var1 + layer.eps1)
+    return triton._edge_gradient(dy.mul_(a), layer, graph, dy.shape[1] // 2)
+
+
+def refuse_edge_grad(layers: Sequence[Layer]) -> None:
+    if any(layer.train1 for layer in layers):
+        raise InputError("Gradients of the edges exist for fixed statistics only; call model.eval() first.")
+
+
+def _transpose(sender: Tensor, row_ptr: Tensor) -> Transposed:
+    n, e = row_ptr.shape[0] - 1, sender.shape[0]
+    by_sender, order = torch.sort(sender, stable=True)
+    receiver, number, col_ptr = torch.empty_like(sender), torch.empty_like(sender), torch.empty_like(row_ptr)
+    _call(
+        "transpose", {"n_rows": n, "n_edges": e}, ptr=row_ptr, other=by_sender, order=order, out_receiver=receiver,
+        out_number=number, out_col_ptr=col_ptr,
+    )  # fmt: skip
+    return Transposed(receiver, number, col_ptr)
+
+
+def transposed(graph: Graph) -> Transposed:
+    """As ``triton.transposed``."""
+    return triton.transposed(graph, _transpose)
+
+
+def crystal_mean(h: Tensor, row_weight: Tensor, crystal_ptr: Tensor) -> Tensor:
+    """(N, F) -> (B, F): the weighted mean over the rows of each crystal; 0 where it has none."""
+    n, width, device = *h.shape, h.device
+    for name, x, size, dtype in (("weight", row_weight, n, h.dtype), ("crystal_ptr", crystal_ptr, None, torch.int32)):
+        triton._check(name, x, (len(x) if size is None else size,), dtype, device)
+    out = h.new_empty(len(crystal_ptr) - 1, width)
+    sizes = {"n_rows": len(out), "n_edges": n, "F": width}
+    _call("mean", sizes, x=h, row_weight=row_weight, ptr=crystal_ptr, out=out)
+    return out
+
+
+def crystal_mean_backward(grad: Tensor, row_weight: Tensor, crystal_ptr: Tensor) -> Tensor:
+    """(B, F) -> (N, F): its gradient."""
+    (b, width), n = grad.shape, len(row_weight)
+    out = grad.new_empty(n, width)
+    _call(
+        "mean_backward", {"n_rows": b, "n_edges": n, "F": width}, grad=grad, row_weight=row_weight, ptr=crystal_ptr,
+        out=out,
+    )  # fmt: skip
+    return out
+
+
+def edge_moments(row_weight: Tensor, graph: Graph, n_features: int) -> tuple[Tensor, ...]:
+    """As ``cpu.edge_moments``."""
+    n, k = row_weight.shape[0], n_features
+    in_degree, total, gram = (
+        torch.empty_like(row_weight), *(row_weight.new_empty(*s, dtype=torch.float64) for s in ((4, k), (k, k)))
+    )  # fmt: skip
+    by_receiver, by_sender = row_weight.new_empty(n, k), row_weight.new_empty(n, k)
+    run = Call(graph, Moments(row_weight, None, None, None, None, None), row_weight[:, None], k)
+    triton._check("row_weight", row_weight, (run.edges.n_rows,), row_weight.dtype, row_weight.device)
+    if n == 0:
+        return in_degree, by_receiver, by_sender, total.zero_()[0], gram.zero_()
+    run.by_sender()
+    pointers = _put(
+        run.pointers.copy(), out=by_receiver, out_x=by_sender, out_degree=in_degree, out_sum=total, out_gram=gram
+    )
+    run.numbers = [*map(float, run.edges.basis), 0.0, 0.0, 0.0, 0.0]
+    with triton.launching(row_weight.device) as stream:
+        run.run("edge_moments", _MOMENTS, (False, False), pointers, stream)
+    return in_degree, by_receiver, by_sender, total[0], gram
+
+
+def conv(
+    h: Tensor, layer: Layer, graph: Graph, moments: Moments, species: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As ``cpu.conv``."""
+    h = triton._of_rows(h, species)
+    run = Call(graph, moments, h, layer.weight.shape[1] - 2 * h.shape[1])
+    run.check(layer, h=h)
+    if h.shape[0] == 0:
+        return torch.empty_like(h), torch.empty_like(h), *(x.clone() for x in layer[6:10])  # type: ignore[return-value]
+    with triton.launching(h.device) as stream:
+        out, (m, (mean1, var1, mean2, var2), _) = run.forward(h, layer, stream)
+    return out, m, mean1, var1, mean2, var2
+
+
+def conv_backward(
+    grad: Tensor,
+    h: Tensor,
+    m: Tensor,
+    layer: Layer,
+    graph: Graph,
+    moments: Moments,
+    edge_grad: bool,
+    species: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """As ``cpu.conv_backward``."""
+    table, h = h, triton._of_rows(h, species)
+    run = Call(graph, moments, h, layer.weight.shape[1] - 2 * h.shape[1])
+    run.check(layer, h=h, grad=grad, m=m)
+    if edge_grad:
+        refuse_edge_grad([layer])
+    if h.shape[0] == 0:
+        nothing = [torch.zeros_like(x) for x in (table, layer.weight, *[layer.gamma1] * 3, *[layer.gamma2] * 2)]
+        return (*nothing, torch.zeros_like(graph.distance if graph.features is None else graph.features))
+    run.by_sender()
+    with triton.launching(h.device) as stream:
+        dh, *found, dy = run.backward(grad, h, layer, Kept(m, list(layer[6:10]), None), edge_grad, stream)
+    if species is not None:  # sorted first, so that the sums have an order
+        dh = torch.zeros_like(table).index_put_((species.long(),), dh, accumulate=True)
+    return (dh, *found, edge_gradient(dy, layer, layer.var1, graph) if edge_grad else dy)

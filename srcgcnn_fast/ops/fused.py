@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding, pad
 
-from . import cpu, cuda, reference, registry, triton
+from . import cpu, cuda, cuda_conv, reference, registry, triton
 from . import library as library  # registers the operators
 from .cpu import Graph, Layer, Moments
 from .reference import BatchNorm, Dense, Edges
@@ -42,6 +42,8 @@ def moments(row_weight: Tensor, graph: Graph, n_features: int) -> Moments:
     """What batch statistics need, from the graph alone."""
     distance, features, *others = graph
     features = None if features is None else features.detach()
+    if runs_compiled(row_weight):
+        return Moments(row_weight, *cuda_conv.edge_moments(row_weight, graph, n_features))
     return Moments(row_weight, *_ops.edge_moments(row_weight, distance.detach(), features, *others, n_features))
 
 
@@ -208,9 +210,9 @@ class _Convolutions(torch.autograd.Function):
 
 
 def _differentiable(
-    ctx: Any, grad: Tensor, h: Tensor, edge_values: Tensor, parameters: list[Tensor | None]
+    ctx: Any, grad: Tensor, h: Tensor, edge_values: Tensor, parameters: list[Tensor | None], first: int = 5
 ) -> list[Tensor | None]:
-    """The gradients once more, from operators that can be differentiated again."""
+    """The gradients once more, from operators that can be differentiated again; ``first``: the place of ``h``."""
     with torch.enable_grad():
         x = h if ctx.species is None else h.index_select(0, ctx.species)
         slot = "distance" if ctx.graph.features is None else "features"
@@ -218,11 +220,11 @@ def _differentiable(
         for t, norm in enumerate(ctx.norms):
             x = _ops.gated_conv(x, *parameters[6 * t : 6 * t + 6], *norm, *graph, *ctx.moments)[0]
         inputs = [h, edge_values, *parameters]
-        wanted = [x for x, want in zip(inputs, ctx.needs_input_grad[5:], strict=True) if x is not None and want]
+        wanted = [x for x, want in zip(inputs, ctx.needs_input_grad[first:], strict=True) if x is not None and want]
         found = iter(torch.autograd.grad(x, wanted, grad, create_graph=True, allow_unused=True))
     return [
         next(found) if x is not None and want else None
-        for x, want in zip(inputs, ctx.needs_input_grad[5:], strict=True)
+        for x, want in zip(inputs, ctx.needs_input_grad[first:], strict=True)
     ]
 
 
@@ -263,6 +265,117 @@ def lookup(table: Tensor, species: Tensor) -> Tensor:
     return table.index_select(0, species)
 
 
+def runs_compiled(h: Tensor) -> bool:
+    """Is this a call that the CUDA kernels for training take without PyTorch's dispatcher?"""
+    return _eager(h, "cuda") and not registry._is_transformed() and registry.trains_compiled(h)
+
+
+class CrystalMean(torch.autograd.Function):
+    """The mean over the atoms of each crystal on a GPU, one launch forward and one backward."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, row_weight: Tensor, crystal_ptr: Tensor) -> Tensor:
+        ctx.crystals = row_weight, crystal_ptr
+        return cuda_conv.crystal_mean(h, row_weight, crystal_ptr)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _CrystalMeanBackward.apply(grad, *ctx.crystals), None, None
+
+
+class _CrystalMeanBackward(torch.autograd.Function):
+    """Its gradient, whose own gradient is the mean."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, row_weight: Tensor, crystal_ptr: Tensor) -> Tensor:
+        ctx.crystals = row_weight, crystal_ptr
+        return cuda_conv.crystal_mean_backward(grad.contiguous(), row_weight, crystal_ptr)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return CrystalMean.apply(grad.contiguous(), *ctx.crystals), None, None
+
+
+class _DeviceConvolutions(torch.autograd.Function):
+    """As :class:`_Convolutions` on a GPU: a layer is one call forward and one backward, and running statistics move."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        graph: Graph,
+        moments: Moments,
+        norms: list[tuple[Any, ...]],
+        running: list[cuda_conv.Running],
+        h: Tensor,
+        edge_values: Tensor,
+        *parameters: Tensor | None,
+    ) -> Tensor:
+        run = cuda_conv.Call(graph, moments, h, parameters[0].shape[1] - 2 * h.shape[1])  # type: ignore[union-attr]
+        ctx.graph, ctx.moments, ctx.species, ctx.norms = graph, moments, None, norms
+        kept: list[Tensor | None] = []
+        x = h
+        with triton.launching(h.device) as stream:
+            for t, norm in enumerate(norms):
+                layer = Layer(*parameters[6 * t : 6 * t + 6], *norm)  # type: ignore[arg-type]
+                run.check(layer, h=x)
+                out, (m, statistics, product) = run.forward(x, layer, stream, running[t])
+                kept += [x, m, *statistics, product]
+                x = out
+        ctx.n_parameters = len(parameters)
+        ctx.save_for_backward(h, edge_values, *parameters, *kept)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        none: list[Any] = [None] * 4
+        h, edge_values, *saved = ctx.saved_tensors
+        parameters, kept = saved[: ctx.n_parameters], saved[ctx.n_parameters :]
+        if torch.is_grad_enabled():
+            return (*none, *_differentiable(ctx, grad, h, edge_values, parameters, 4))
+        edge_grad = ctx.needs_input_grad[5]
+        layers = [Layer(*parameters[6 * t : 6 * t + 6], *norm) for t, norm in enumerate(ctx.norms)]
+        if edge_grad:
+            cuda_conv.refuse_edge_grad(layers)
+        run = cuda_conv.Call(ctx.graph, ctx.moments, h, layers[0].weight.shape[1] - 2 * h.shape[1])
+        run.by_sender()
+        gradients: list[Any] = [None] * len(parameters)
+        d_edge = None
+        grad = grad.contiguous()
+        with triton.launching(h.device) as stream:
+            for t in reversed(range(len(layers))):
+                x, m, *statistics, product = kept[7 * t : 7 * t + 7]
+                grad, *rest, dy = run.backward(
+                    grad, x, layers[t], cuda_conv.Kept(m, statistics, product), edge_grad, stream
+                )
+                gradients[6 * t : 6 * t + 6] = rest
+                if edge_grad:
+                    d = cuda_conv.edge_gradient(dy, layers[t], statistics[1], ctx.graph)
+                    d_edge = d if d_edge is None else d_edge + d
+        wanted = ctx.needs_input_grad[6:]
+        gradients = [g if want else None for g, want in zip(gradients, wanted, strict=True)]
+        return (*none, grad, d_edge, *gradients)
+
+
+def _running(
+    layers: Sequence[tuple[Tensor, Tensor | None, BatchNorm, BatchNorm]],
+) -> list[cuda_conv.Running] | None:
+    """What kernels are to move in each layer; None if some of it they do not take."""
+    found, device = [], layers[0][0].device
+    for _, _, *norms in layers:
+        states: list[Any] = []
+        for norm in norms:
+            mean, var = norm.running_mean, norm.running_var
+            if not norm.training or mean is None or var is None:
+                states += None, None
+            elif any(x.dtype != torch.float32 or not x.is_contiguous() or x.device != device for x in (mean, var)):
+                return None
+            else:
+                states += mean, var
+        states += norms[0].momentum, norms[1].momentum
+        found.append(cuda_conv.Running(*states))
+    return found
+
+
 def gated_convs(
     h: Tensor,
     graph: Graph,
@@ -289,6 +402,15 @@ def gated_convs(
         norms = [tuple(x[6:]) for x in given]
         results = function.apply(graph, moments, species, norms, shared, wide, edge_values, *parameters)
         out, _block, *statistics = results
+    elif len(moments.row_weight) > 0 and runs_compiled(h) and (running := _running(layers)) is not None:
+        rows = h.contiguous() if species is None else lookup(h, species)
+        edge_values = graph.distance if graph.features is None else graph.features
+        parameters = [x for layer in given for x in layer[:6]]
+        norms = [tuple(x[6:]) for x in given]
+        found: Tensor = _DeviceConvolutions.apply(graph, moments, norms, running, rows, edge_values, *parameters)
+        for moved in (x for state in running for x in state[:4] if x is not None):
+            torch.autograd.graph.increment_version(moved)
+        return found
     else:
         out = wide if species is None else lookup(wide, species)
         statistics = []

@@ -146,6 +146,9 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def _require(name: str) -> None:
+    problem = {"cuda": cuda_problem, "triton": triton_problem}.get(name)
+    if problem is not None and problem() is None:  # a call on a GPU asks several times
+        return
     known = backends()
     if name not in known:
         raise InputError(f"There is no backend {name!r}; choose one of {', '.join(known)}.")

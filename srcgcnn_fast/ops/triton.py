@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -151,18 +151,18 @@ class Transposed(NamedTuple):
 _transposed: dict[int, tuple[Any, Any, Transposed]] = {}
 
 
-def transposed(graph: Graph) -> Transposed:
-    """The transposed index of a graph, kept as long as its ``sender`` lives unchanged.
+def transposed(graph: Graph, build: Callable[[Tensor, Tensor], Transposed] | None = None) -> Transposed:
+    """The transposed index of a graph, kept as long as its ``sender`` lives unchanged; ``build``: who makes it.
 
     While a CUDA graph is captured it is built anew, as part of that graph: a replay may bring other edges.
     """
-    sender, row_ptr = graph.sender, graph.row_ptr
+    sender, row_ptr, build = graph.sender, graph.row_ptr, build or _transpose
     if sender.is_cuda and torch.cuda.is_current_stream_capturing():
-        return _transpose(sender, row_ptr)
+        return build(sender, row_ptr)
     key, version = id(sender), (sender._version, row_ptr._version, id(row_ptr))
     found = _transposed.get(key)
     if found is None or found[0]() is not sender or found[1] != version:
-        found = (weakref.ref(sender, lambda _: _transposed.pop(key, None)), version, _transpose(sender, row_ptr))
+        found = (weakref.ref(sender, lambda _: _transposed.pop(key, None)), version, build(sender, row_ptr))
         _transposed[key] = found
     return found[2]
 
@@ -223,7 +223,7 @@ def edge_shells(
 
 
 class _Kernels:
-    """The launches of a convolution; ``ops/cuda_conv.py`` has others under the same names."""
+    """The launches of a convolution."""
 
     @staticmethod
     def linear(h: Tensor, layer: Layer, edges: _Edges) -> _Linear:
@@ -346,18 +346,16 @@ class _Kernels:
         )  # fmt: skip
 
 
-def edge_moments(
-    row_weight: Tensor, graph: Graph, n_features: int, run: type[_Kernels] = _Kernels
-) -> tuple[Tensor, ...]:
-    """As ``cpu.edge_moments``; ``run``: whose kernels."""
+def edge_moments(row_weight: Tensor, graph: Graph, n_features: int) -> tuple[Tensor, ...]:
+    """As ``cpu.edge_moments``."""
     edges = _Edges(graph, n_features, row_weight.dtype, row_weight.device)
     n, k = edges.n_rows, n_features
     _check("row_weight", row_weight, (n,), row_weight.dtype, row_weight.device)
     if n == 0:
         zero = row_weight.new_zeros(k, k, dtype=torch.float64)
         return torch.empty_like(row_weight), *(row_weight.new_empty(n, k) for _ in range(2)), zero[0], zero
-    in_degree, by_receiver, by_sender = run.edge_sums(row_weight, edges)
-    gram = run.edge_gram(row_weight, edges).sum(0, dtype=torch.float64)
+    in_degree, by_receiver, by_sender = _Kernels.edge_sums(row_weight, edges)
+    gram = _Kernels.edge_gram(row_weight, edges).sum(0, dtype=torch.float64)
     return in_degree, by_receiver, by_sender, by_receiver.double().T @ row_weight.double(), gram
 
 
@@ -471,9 +469,8 @@ def conv(
     graph: Graph,
     moments: Moments,
     species: Tensor | None = None,
-    run: type[_Kernels] = _Kernels,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As ``cpu.conv``; ``run``: whose kernels."""
+    """As ``cpu.conv``."""
     h = _of_rows(h, species)
     n, edges = h.shape[0], _checked(graph, [layer], h=h)
     out, m = torch.empty_like(h), torch.empty_like(h)
@@ -482,11 +479,11 @@ def conv(
     trains = (layer.train1,) * 2 + (layer.train2,) * 2
     used = [x if replaced else x.clone() for x, replaced in zip(layer[6:10], trains, strict=True)]
     if layer.train1:
-        used[:2] = run.statistics(h, layer.weight, edges, moments)
+        used[:2] = _Kernels.statistics(h, layer.weight, edges, moments)
     layer = layer._replace(mean1=used[0], var1=used[1])
-    run.gate_sum(m, None if layer.train2 else out, h, run.linear(h, layer, edges), layer, edges)
+    _Kernels.gate_sum(m, None if layer.train2 else out, h, _Kernels.linear(h, layer, edges), layer, edges)
     if layer.train2:
-        used[2:] = run.finish(out, h, m, layer, moments.row_weight)
+        used[2:] = _Kernels.finish(out, h, m, layer, moments.row_weight)
     return out, m, used[0], used[1], used[2], used[3]
 
 
@@ -509,9 +506,8 @@ def conv_backward(
     moments: Moments,
     edge_grad: bool,
     species: Tensor | None = None,
-    run: type[_Kernels] = _Kernels,
 ) -> tuple[Tensor, ...]:
-    """As ``cpu.conv_backward``; ``run``: whose kernels."""
+    """As ``cpu.conv_backward``."""
     table, h = h, _of_rows(h, species)
     n, width = h.shape
     edges = _checked(graph, [layer], h=h, grad=grad, m=m)
@@ -520,24 +516,24 @@ def conv_backward(
     if n == 0:
         nothing = [torch.zeros_like(x) for x in (table, layer.weight, *[layer.gamma1] * 3, *[layer.gamma2] * 2)]
         return (*nothing, torch.zeros_like(graph.distance if graph.features is None else graph.features))
-    linear = run.linear(h, layer, edges)
+    linear = _Kernels.linear(h, layer, edges)
     d_pq = h.new_empty(n, 4 * width)
     x_rows = h.new_empty(n, 2 * width) if layer.train1 else None
     dy = h.new_empty(edges.n_edges, 2 * width) if edge_grad else None
     a = layer.gamma1 * linear.rstd
-    du, dm, d_gamma2, d_beta2 = run.backward_messages(grad, h, m, layer, moments.row_weight)
-    d_gamma1, d_beta1, d_filter = run.backward_receivers(d_pq, x_rows, dy, dm, linear, layer, edges)
+    du, dm, d_gamma2, d_beta2 = _Kernels.backward_messages(grad, h, m, layer, moments.row_weight)
+    d_gamma1, d_beta1, d_filter = _Kernels.backward_receivers(d_pq, x_rows, dy, dm, linear, layer, edges)
     correction: tuple[Tensor | None, ...] = (None,) * 4
     if x_rows is not None:
         degree = edges.degree
         c1, c2 = torch.stack([d_beta1, d_gamma1]) / (moments.row_weight @ degree)
         correction = c1, c2, moments.row_weight, moments.in_degree
-        d_filter = d_filter - run.filter_correction(linear, edges, moments, c1, c2)
-        run.correct(d_pq, x_rows, degree, moments.row_weight, a, c1, c2)
+        d_filter = d_filter - _Kernels.filter_correction(linear, edges, moments, c1, c2)
+        _Kernels.correct(d_pq, x_rows, degree, moments.row_weight, a, c1, c2)
     else:
         d_pq[:, : 2 * width] *= a
     del x_rows
-    run.backward_senders(d_pq, dm, a, correction, linear, layer, edges)
+    _Kernels.backward_senders(d_pq, dm, a, correction, linear, layer, edges)
     dh = torch.addmm(du, d_pq, torch.cat([layer.weight[:, :width], layer.weight[:, width : 2 * width]]))
     if species is not None:
         dh = sum_by_species(dh, species, len(table))

@@ -190,7 +190,7 @@ def without_own_exchange(wanted: bool) -> Iterator[None]:
     """Take the operators, and so the way of a GPU, in place of the kernels that exchange statistics themselves."""
     before = fused._eager
     try:
-        fused._eager = (lambda h: False) if wanted else before
+        fused._eager = (lambda _h, _device="cpu": False) if wanted else before
         yield
     finally:
         fused._eager = before

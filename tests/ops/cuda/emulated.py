@@ -35,7 +35,7 @@ class Conv(c.Structure):
     _fields_ = [
         *[(name, POINTER) for name in cuda_conv.FIELDS],
         *[(name, c.c_int64) for name in cuda_conv.SIZES],
-        *[(name, c.c_float) for name in ("dmin", "inverse_step", "eps")],
+        *[(name, c.c_float) for name in cuda_conv.NUMBERS],
     ]  # fmt: skip
 
 
@@ -145,3 +145,8 @@ class Emulated:
         error = function(c.byref(Conv(*pointers, *sizes, *numbers)), POINTER(stream))
         if error is not None:
             raise RuntimeError(f"CUDA: {error.decode()}")
+
+    def cuda_space(self, pointers, sizes, which: int) -> int:
+        function = self._library.srcgcnn_cuda_space
+        function.restype = c.c_int64
+        return function(c.byref(Conv(*pointers, *sizes)), which)

@@ -45,12 +45,15 @@ def inference() -> str:
 
 
 def training() -> str:
-    """That of conv.cuh."""
+    """That of conv.cuh and rows.cuh."""
     kernels = (
         (name, half) for name in ("gate_sum", "backward_receivers", "backward_senders") for half in ("false", "true")
     )
     text = "".join(f"template __global__ void {name}<{half}>(const DeviceConv);\n" for name, half in kernels)
-    return '#include "cuda/conv.cuh"\nnamespace srcgcnn {\n' + text + "}\n"
+    text += "".join(
+        f"template __global__ void multiply_rows<{half}>(const RowProduct);\n" for half in ("false", "true")
+    )
+    return '#include "cuda/conv.cuh"\n#include "cuda/rows.cuh"\nnamespace srcgcnn {\n' + text + "}\n"
 
 
 PROGRAMS = {"inference": inference(), "training": training()}

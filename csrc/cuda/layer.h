@@ -1,0 +1,325 @@
+// A layer forward, a layer backward, and what a graph is asked for once: sequences of the launches above. Part of conv.cu.
+#pragma once
+
+namespace srcgcnn {
+namespace {
+
+// Hands out a block of memory; without one it counts. `used` may go back to where it was: launches come in their order.
+struct Space {
+  char* base;
+  int64_t used = 0, most = 0;
+  template <class T = float>
+  T* take(int64_t n) {
+    T* found = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += (n * int64_t(sizeof(T)) + 255) / 256 * 256;
+    if (used > most) most = used;
+    return found;
+  }
+};
+
+// Launches one after the other; after an error, or while the space is counted, none.
+struct Sequence {
+  Space space;
+  void* stream;
+  const char* error = nullptr;
+
+  bool goes() const { return space.base && !error; }
+  void run(const char* (*function)(const DeviceConv*, void*), const DeviceConv& g) {
+    if (goes()) error = function(&g, stream);
+  }
+  template <class Kernel, class Given>
+  void launch(Kernel kernel, int64_t blocks, int bytes, const Given& given) {
+    if (!goes() || blocks == 0) return;
+    SRCGCNN_LAUNCH(kernel, unsigned(blocks), 128, bytes, stream, given);
+    error = message(cudaGetLastError());
+  }
+
+  struct Sum {
+    const float* parts;
+    int64_t n;
+    double* exact;
+    float* rounded;
+  };
+  // Of `parts` each.
+  void add(int64_t n_parts, std::initializer_list<Sum> sums) {
+    PartSums given = {};
+    int64_t blocks = 0;
+    int k = 0;
+    for (const auto& sum : sums) {
+      given.of[k++] = {sum.parts, sum.exact, sum.rounded, sum.n, n_parts};
+      blocks += parts(sum.n, 32);
+    }
+    launch(add_parts, blocks, 128 * sizeof(double), given);
+  }
+};
+
+bool by_four(const float* x, int64_t stride) { return stride % 4 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0; }
+
+// half: of `out`.
+void rows_times(Sequence& s, const DeviceConv& g, const float* a, int64_t n, int64_t inner, const float* b,
+                int64_t columns, const float* shift, const float* add, void* out, bool half) {
+  const RowProduct given{a, b, shift, add, out, n, inner, columns, int(g.relaxed), by_four(a, inner)};
+  const int64_t blocks = parts(columns, kProductColumns) * parts(n, 4 * kProductRows);
+  if (half)
+    s.launch(multiply_rows<true>, blocks, 0, given);
+  else
+    s.launch(multiply_rows<false>, blocks, 0, given);
+}
+
+// a^T b (left, right), rounded.
+void columns_times(Sequence& s, const DeviceConv& g, const float* a, int64_t left, const float* b, int64_t right,
+                   int64_t b_stride, float* out) {
+  float* sums = s.space.take(g.programs * left * right);
+  const ColumnProduct given{a, b, sums, g.n_rows, left, right, left, b_stride, g.programs, by_four(a, left), by_four(b, b_stride)};
+  s.launch(multiply_columns, parts(parts(left, kLeft) * parts(right, kRight), 4) * g.programs, 0, given);
+  s.add(g.programs, {{sums, left * right, nullptr, out}});
+}
+
+// Sums over the rows: see column_sums.
+double* totals_of(Sequence& s, const DeviceConv& g, const float* x, const double* about, bool over_edges) {
+  DeviceConv q = g;
+  float* sums = s.space.take(g.programs * 4 * g.F);
+  auto* totals = s.space.take<double>(4 * g.F);
+  q.out = sums;
+  q.x = x;
+  q.totals = about;
+  if (!over_edges) q.ptr = nullptr, q.degree = nullptr;
+  s.run(srcgcnn_cuda_column_sums, q);
+  s.add(g.programs, {{sums, 4 * g.F, totals, nullptr}});
+  return totals;
+}
+
+// The Gram matrix of h with the ends and the vectors of the edges, to g.product; the totals it is about.
+const double* gram(Sequence& s, const DeviceConv& g) {
+  const int64_t columns = 3 * g.F + 2 * g.n_features + 2;
+  const double* totals = totals_of(s, g, g.h, nullptr, true);
+  DeviceConv q = g;
+  q.totals = totals;
+  q.stride = (columns + 3) / 4 * 4;
+  q.out = s.space.take(g.n_rows * q.stride);
+  q.out_x = s.space.take(g.n_rows * g.F);
+  s.run(srcgcnn_cuda_gram_rows, q);
+  columns_times(s, g, q.out_x, g.F, q.out, columns, q.stride, g.product);
+  return totals;
+}
+
+// What x of an edge follows from, into g; back: the weights for the gradient at h, too. `to`: where some of it goes.
+const float* linear(Sequence& s, DeviceConv& g, bool back, const DeviceConv& to = {}) {
+  const int64_t F = g.F, W = g.width, K = g.n_features, size = g.half ? 2 : 4;
+  DeviceConv q = g;
+  q.eps = g.eps1;
+  if (g.train1) q.bias = nullptr;
+  q.out = nullptr;
+  q.out_x = s.space.take(4 * W);
+  q.out_edge = to.out_edge ? to.out_edge : s.space.take(K * 2 * F);
+  q.out_filter = to.out_filter ? to.out_filter : s.space.take(W / kChunk * parts(K, 8) * 1024);
+  q.out_gamma = s.space.take(2 * F);
+  s.run(srcgcnn_cuda_scale_weights, q);
+  const float* shift = q.out_x;
+  g.filter = q.out_filter;
+  q.out = s.space.take(ordered_size(F, 4 * W));
+  q.out_x = back ? s.space.take(ordered_size(4 * F, F)) : nullptr;
+  q.out_edge = g.distance ? nullptr : s.space.take(ordered_size(K, 2 * W));
+  s.launch(order_weights, threads(ordered_size(F, 4 * W)), 0, q);
+  char* pq = to.out ? reinterpret_cast<char*>(to.out) : s.space.take<char>(g.n_rows * 4 * W * size);
+  rows_times(s, g, g.h, g.n_rows, F, q.out, 4 * W, shift, nullptr, pq, g.half);
+  g.pq = pq;
+  if (!g.distance) {
+    char* term = to.out_x ? reinterpret_cast<char*>(to.out_x) : s.space.take<char>(g.n_edges * 2 * W * size);
+    rows_times(s, g, g.features, g.n_edges, K, q.out_edge, 2 * W, nullptr, nullptr, term, g.half);
+    g.term = term;
+  }
+  return q.out_x;
+}
+
+void moments(Sequence& s, const DeviceConv& given) {
+  DeviceConv g = given, q = given;
+  const int64_t K = g.n_features;
+  g.number = nullptr;
+  q = g;
+  q.row_weight = nullptr;
+  q.out_degree = nullptr;
+  s.run(srcgcnn_cuda_edge_sum, q);
+  q = given;
+  q.ptr = given.col_ptr;
+  q.other = given.receiver;
+  q.out = given.out_x;
+  s.run(srcgcnn_cuda_edge_sum, q);
+  float* products = s.space.take(g.programs * K * K);
+  q = g;
+  q.out = products;
+  s.run(srcgcnn_cuda_edge_gram, q);
+  float* sums = s.space.take(g.programs * 4 * K);
+  q = g;
+  q.F = K;
+  q.width = parts(K, kChunk) * kChunk;
+  q.x = g.out;
+  q.ptr = nullptr;
+  q.out = sums;
+  s.run(srcgcnn_cuda_column_sums, q);
+  s.add(g.programs, {{products, K * K, g.out_gram, nullptr}, {sums, 4 * K, g.out_sum, nullptr}});
+}
+
+void only_linear(Sequence& s, const DeviceConv& given) {
+  DeviceConv g = given;
+  linear(s, g, false, given);
+}
+
+void forward(Sequence& s, const DeviceConv& given) {
+  DeviceConv g = given, q;
+  if (g.train1) {
+    const int64_t before = s.space.used;
+    const double* totals = gram(s, g);
+    q = g;
+    q.totals = totals;
+    q.out = g.new_mean1;
+    q.out_x = g.new_var1;
+    s.run(srcgcnn_cuda_edge_statistics, q);
+    g.mean1 = g.new_mean1;
+    g.var1 = g.new_var1;
+    s.space.used = before;
+  }
+  linear(s, g, false);
+  q = g;
+  if (g.train2) q.out = nullptr;
+  s.run(srcgcnn_cuda_gate_sum, q);
+  if (!g.train2) return;
+  const double* totals = totals_of(s, g, g.out_m, nullptr, false);
+  const double* more = totals_of(s, g, g.out_m, totals, false);
+  q = g;
+  q.m = g.out_m;
+  q.totals = totals;
+  q.more_totals = more;
+  q.out_m = g.new_mean2;
+  q.out_x = g.new_var2;
+  s.run(srcgcnn_cuda_finish, q);
+}
+
+void backward(Sequence& s, const DeviceConv& given) {
+  DeviceConv g = given, q;
+  g.number = nullptr;
+  g.out_edge = nullptr;
+  const int64_t n = g.n_rows, F = g.F, W = g.width, K = g.n_features;
+  if (g.train1 && !g.product) {
+    g.product = s.space.take(F * (3 * F + 2 * K + 2));
+    const int64_t before = s.space.used;
+    gram(s, g);
+    s.space.used = before;
+  }
+  const float* back = linear(s, g, true);
+  float *du = s.space.take(n * F), *dm = s.space.take(n * W), *d_pq = s.space.take(n * 4 * F);
+  float* x_rows = g.train1 ? s.space.take(n * 2 * F) : nullptr;
+  // The norm of the messages.
+  float *sums = s.space.take(g.programs * 4 * F), *of_messages = s.space.take(4 * F);
+  auto* totals = s.space.take<double>(4 * F);
+  q = g;
+  q.out = du;
+  q.out_m = g.train2 ? nullptr : dm;
+  q.out_x = sums;
+  s.run(srcgcnn_cuda_finish_backward, q);
+  s.add(g.programs, {{sums, 4 * F, totals, of_messages}});
+  if (g.train2) {
+    q = g;
+    q.ptr = nullptr;
+    q.degree = nullptr;
+    q.out = dm;
+    q.grad = du;
+    q.x = g.m;
+    q.c1 = of_messages;
+    q.c2 = of_messages + F;
+    q.count = of_messages + 2 * F;
+    q.stride = W;
+    q.columns = F;
+    s.run(srcgcnn_cuda_correct, q);
+  }
+  // Edges by receiver.
+  float *by_vector = s.space.take(g.programs * 4 * F), *by_filter = s.space.take(g.programs * K * 2 * F);
+  q = g;
+  q.out = d_pq;
+  q.out_x = x_rows;
+  q.out_gamma = by_vector;
+  q.out_filter = by_filter;
+  q.out_edge = given.out_edge;
+  q.d_m = dm;
+  s.run(srcgcnn_cuda_backward_receivers, q);
+  auto* d_vectors = s.space.take<double>(4 * F);
+  float *d_filter = s.space.take(K * 2 * F), *vectors = s.space.take(6 * F);
+  s.add(g.programs, {{by_vector, 4 * F, d_vectors, nullptr}, {by_filter, K * 2 * F, nullptr, d_filter}});
+  q = g;
+  q.totals = d_vectors;
+  q.a = of_messages;
+  q.out = vectors;
+  s.launch(vector_gradients, parts(2 * F, 128), 0, q);
+  g.a = vectors;
+  g.c1 = vectors + 2 * F;
+  g.c2 = vectors + 4 * F;
+  q = g;
+  q.out = d_pq;
+  q.grad = d_pq;
+  q.x = x_rows;
+  q.degree = nullptr;
+  q.var2 = nullptr;
+  q.stride = 4 * F;
+  q.columns = 2 * F;
+  if (!g.train1) q.c1 = q.c2 = nullptr;
+  s.run(srcgcnn_cuda_correct, q);
+  // Edges by sender.
+  q = g;
+  q.ptr = g.col_ptr;
+  q.other = g.receiver;
+  q.number = given.number;
+  q.out = d_pq;
+  q.d_m = dm;
+  if (!g.train1) q.row_weight = nullptr;
+  s.run(srcgcnn_cuda_backward_senders, q);
+  // Rows.
+  rows_times(s, g, d_pq, n, 4 * F, back, F, nullptr, du, g.out, false);
+  float* of_rows = s.space.take(4 * F * F);
+  columns_times(s, g, d_pq, 4 * F, g.h, F, F, of_rows);
+  q = g;
+  q.x = of_rows;
+  q.grad = d_filter;
+  q.totals = totals;
+  s.launch(weight_gradient, 2 * F, 128 * sizeof(double), q);
+}
+
+const char* sequence(const DeviceConv& g, void (*steps)(Sequence&, const DeviceConv&), void* stream) {
+  Sequence s{{static_cast<char*>(g.space)}, stream};
+  steps(s, g);
+  return s.error;
+}
+
+}  // namespace
+}  // namespace srcgcnn
+
+extern "C" {
+const char* srcgcnn_cuda_edge_moments(const DeviceConv* given, void* stream) { return sequence(*given, moments, stream); }
+const char* srcgcnn_cuda_linear(const DeviceConv* given, void* stream) { return sequence(*given, only_linear, stream); }
+const char* srcgcnn_cuda_layer(const DeviceConv* given, void* stream) { return sequence(*given, forward, stream); }
+const char* srcgcnn_cuda_layer_backward(const DeviceConv* given, void* stream) {
+  return sequence(*given, backward, stream);
+}
+const char* srcgcnn_cuda_transpose(const DeviceConv* given, void* stream) {
+  Sequence s{{reinterpret_cast<char*>(given->out_col_ptr)}, stream};  // takes no space
+  const int64_t more = given->n_edges > given->n_rows ? given->n_edges : given->n_rows + 1;
+  s.launch(transpose_index, threads(more), 0, *given);
+  return s.error;
+}
+const char* srcgcnn_cuda_mean(const DeviceConv* given, void* stream) {
+  Sequence s{{reinterpret_cast<char*>(given->out)}, stream};  // takes no space
+  s.launch(crystal_mean, given->n_rows, 128 * sizeof(float), *given);
+  return s.error;
+}
+const char* srcgcnn_cuda_mean_backward(const DeviceConv* given, void* stream) {
+  Sequence s{{reinterpret_cast<char*>(given->out)}, stream};
+  s.launch(crystal_mean_backward, given->n_rows, 0, *given);
+  return s.error;
+}
+int64_t srcgcnn_cuda_space(const DeviceConv* given, int which) {
+  DeviceConv g = *given;
+  g.space = nullptr;
+  Sequence s{{nullptr}, nullptr};
+  (which == 0 ? moments : which == 1 ? forward : which == 2 ? backward : only_linear)(s, g);
+  return s.space.most;
+}
+}
