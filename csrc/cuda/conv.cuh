@@ -23,14 +23,13 @@ constexpr int kSteps = kTerms / 8;
 constexpr float kCut = 20.25f;       // squared distance from a Gaussian's centre in its widths; beyond it is below 2e-9
 
 // In shared memory, in numbers; strides that spread what lanes touch together over the banks.
-constexpr int kMessageStride = kChunk + 4, kTileStride = 4 * kChunk + 4;
-constexpr int kMessageSize = kTile * kMessageStride, kTileSize = kTile * kTileStride;
+constexpr int kTileStride = 4 * kChunk + 4, kTileSize = kTile * kTileStride;
 constexpr int kVectors = 4 * kChunk;     // of a block: gamma and beta of its channels, in the units of gate2
 constexpr int kNorms = 2 * kChunk;       // of a block: scale and shift of bn2 of its channels
 constexpr int kCorrection = 6 * kChunk;  // of a block: a, c1 and c2 of its channels
 
-SRCGCNN_DEVICE float gaussian(float u, int k) {
-  const float x = u - float(k), x2 = x * x;
+SRCGCNN_DEVICE float gaussian(float u, float k) {
+  const float x = u - k, x2 = x * x;
   return x2 > kCut ? 0.0f : device::exp2(x2 * float(-kLog2e));  // a NaN stays one
 }
 
@@ -184,17 +183,16 @@ struct Product {
   float sum[4][2][4], small[4][2][4];
 
   template <bool kFirst>
-  SRCGCNN_DEVICE void add(const float* weights, const float (&u)[2], int step) {
+  SRCGCNN_DEVICE void add(const float* at, const float (&u)[2], float k) {
     float e[2][2], low[2][2];
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
       for (int v = 0; v < 2; ++v) {
-        const float x = gaussian(u[half], 8 * step + lane_of() % 4 + 4 * v);
+        const float x = gaussian(u[half], k + float(4 * v));
         e[half][v] = x;
         if (!kRelaxed) split(x, e[half][v], low[half][v]);
       }
-    const float* at = row_at(weights, step, 1024 * sizeof(float));
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const auto w = load<4>(at + j * 256);
@@ -214,9 +212,12 @@ struct Product {
     }
   }
   SRCGCNN_DEVICE Product(Values& r, const float* weights, const float (&u)[2], const Reach& reach) {
-    add<true>(weights, u, reach.from);  // of zeros, if none is in reach
+    const float* at = weights + 1024 * reach.from;
+    float k = float(8 * reach.from + lane_of() % 4);
+    const float end = float(8 * reach.to - 8);
+    add<true>(at, u, k);  // of zeros, if none is in reach
 #pragma unroll 1
-    for (int step = reach.from + 1; step < reach.to; ++step) add<false>(weights, u, step);
+    while (k < end) add<false>(at += 1024, u, k += 8.0f);
 #pragma unroll
     for (int k = 0; k < 4; ++k)
 #pragma unroll
@@ -229,10 +230,11 @@ struct Product {
 
 // r of 16 edges for the chunk's channels; NaN where the other end is outside. T: how pq and term are stored.
 template <class T>
-SRCGCNN_DEVICE void edge_terms(Values& r, const DeviceConv& g, const Record& record, const Reach& reach, int chunk) {
+SRCGCNN_DEVICE void edge_terms(Values& r, const DeviceConv& g, const float (&u_of)[kTile], const int (&number_of)[kTile],
+                               const Reach& reach, int chunk) {
   if (g.term) {
-    const auto u = of_edges(record.u);
-    const auto number = of_edges(record.number);
+    const auto u = of_edges(u_of);
+    const auto number = of_edges(number_of);
     const T* table = static_cast<const T*>(g.term) + chunk * kChunk + channel_of();
     const int stride = int(2 * g.width * sizeof(T));
 #pragma unroll
@@ -247,7 +249,7 @@ SRCGCNN_DEVICE void edge_terms(Values& r, const DeviceConv& g, const Record& rec
     }
     return;
   }
-  const float u[2] = {record.u[lane_of() / 4], record.u[lane_of() / 4 + 8]};
+  const float u[2] = {u_of[lane_of() / 4], u_of[lane_of() / 4 + 8]};
   const float* weights = g.filter + int64_t(chunk * 1024) * (int(g.n_features + 7) / 8) + lane_of() * 4;
   if (g.relaxed)
     Product<true>(r, weights, u, reach);
@@ -362,57 +364,173 @@ SRCGCNN_DEVICE void walk(float* tile, int stride, unsigned last, float (&sum)[V]
   }
 }
 
+// Sixteen rows, whose k-th edges are a tile: so what is summed over a row stays with the lanes that have its edges, and
+// where rows are sorted by distance, those of a tile are alike. Lanes l and l + 16 have row first + l, or the last one.
+struct Rows {
+  int first, row, begin, degree, most;  // the row's first edge, how many it has, -1 if nobody knows; the largest degree
+  SRCGCNN_DEVICE Rows(const DeviceConv& g, int number) : first(number * kTaskRows) {
+    const int at = first + (lane_of() & (kTaskRows - 1)), end = int(g.n_rows) - 1;
+    row = at < end ? at : end;
+    const int64_t from = g.ptr[row], to = g.ptr[int64_t(row) + 1];
+    const bool bad = from < 0 || to < from || to > g.n_edges;
+    begin = int(from);
+    degree = bad ? -1 : at > end ? 0 : int(to - from);
+    most = __reduce_max_sync(kAllLanes, degree);
+  }
+};
+
+// Of two such tiles, what lanes tell each other.
+struct Pair {
+  alignas(16) int other[2][kTile];  // can be followed
+  alignas(16) float u[2][kTile];    // as of a record
+  alignas(16) int number[2][kTile];
+};
+constexpr int kPair = int(sizeof(Pair) / sizeof(float));
+
+// The tiles of these rows: each(k, which of the pair, reach).
+template <class Each>
+SRCGCNN_DEVICE void for_kth_edges(const DeviceConv& g, const Rows& rows, Pair& pair, Each each) {
+  const int ahead = lane_of() / kTile;  // lanes 16 and on have the second tile
+  int other = 0;
+  float distance = g.dmin;
+  const auto send = [&](int k) {
+    const int place = rows.begin + k + ahead;
+    if (k + ahead >= rows.degree) return;
+    other = g.other[place];
+    if (g.distance) distance = g.distance[place];
+  };
+  send(0);
+  float u = 0.0f;
+  for (int k = 0; k < rows.most; ++k) {
+    if (k % 2 == 0) {
+      const bool live = k + ahead < rows.degree, good = live && unsigned(other) < uint64_t(g.n_rows);
+      u = good ? (distance - g.dmin) * g.inverse_step : live ? NAN : -1e3f;
+      __syncwarp();
+      (&pair.other[0][0])[lane_of()] = good ? other : rows.row;
+      (&pair.u[0][0])[lane_of()] = u;
+      (&pair.number[0][0])[lane_of()] = good ? rows.begin + k + ahead : 0;
+      __syncwarp();
+      send(k + 2);
+    }
+    each(k, k % 2, Reach(g, ahead == k % 2 ? u : -1e3f));
+  }
+}
+
+// Four channels of a row of F, of which those from `channel` on that there are.
+SRCGCNN_DEVICE void store_channels(float* row, int channel, int64_t F, const float (&x)[4]) {
+  if (F % 4 == 0) {
+    if (channel < F) store<4>(row + channel, {{x[0], x[1], x[2], x[3]}});
+    return;
+  }
+#pragma unroll 1
+  for (int v = 0; v < 4 && channel + v < F; ++v) row[channel + v] = v < 2 ? (v ? x[1] : x[0]) : v < 3 ? x[2] : x[3];
+}
+SRCGCNN_DEVICE Channels<4> load_channels(const float* row, int channel, int64_t F) {
+  if (F % 4 == 0) return channel < F ? load<4>(row + channel) : Channels<4>{};
+  Channels<4> x;
+#pragma unroll
+  for (int v = 0; v < 4; ++v) x.x[v] = channel + v < F ? row[channel + v] : 0.0f;
+  return x;
+}
+
+// gamma p + beta of the lane's rows, so that y = gamma (q + r) + this; kept in shared memory, each lane its own.
+constexpr int kScaledSize = kTaskRows * 2 * kChunk;
+template <class T>
+SRCGCNN_DEVICE void scale_rows(float* scaled, const DeviceConv& g, const Rows& rows, int chunk, const float* vectors) {
+  const T* pq = static_cast<const T*>(g.pq) + chunk * kChunk + channel_of();
+  const Scaling y(vectors);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const int row = __shfl_sync(kAllLanes, rows.row, edge_of(k)), stride = int(4 * g.width * sizeof(T));
+    auto f = row_of<4>(pq, row, stride), c = row_of<4>(pq + g.width, row, stride);
+#pragma unroll
+    for (int v = 0; v < 4; ++v) {
+      f.x[v] = y.filter(f.x[v], v);
+      c.x[v] = y.core(c.x[v], v);
+    }
+    store<4>(scaled + 256 * k + 4 * lane_of(), f);
+    store<4>(scaled + 256 * k + 128 + 4 * lane_of(), c);
+  }
+}
+
+// q_j + r_ij of a lane's edges, in place of r.
+template <class T>
+SRCGCNN_DEVICE void add_others(Values& x, const DeviceConv& g, const int (&other_of)[kTile], int chunk) {
+  const T* q = static_cast<const T*>(g.pq) + 2 * g.width + chunk * kChunk + channel_of();
+  const int stride = int(4 * g.width * sizeof(T));
+  const auto other = of_edges(other_of);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const auto f = row_of<4>(q, other.x[k], stride), c = row_of<4>(q + g.width, other.x[k], stride);
+#pragma unroll
+    for (int v = 0; v < 4; ++v) {
+      x.filter[k][v] += f.x[v];
+      x.core[k][v] += c.x[v];
+    }
+  }
+}
+
 template <bool kHalf>
 __global__ void __launch_bounds__(kThreads, 4) gate_sum(const DeviceConv g) {
   using T = typename Storage<kHalf>::type;
   SRCGCNN_SHARED(shared);
-  const int chunks = int(g.width / kChunk), chunk = int(blockIdx.x % chunks), channel = chunk * kChunk + lane_of();
-  float* messages = shared + kVectors + kNorms + warp_of() * (kMessageSize + kRecord);
-  Record& record = *reinterpret_cast<Record*>(messages + kMessageSize);
+  const int chunks = int(g.width / kChunk), chunk = int(blockIdx.x % chunks);
+  float* scaled = shared + kVectors + kNorms + warp_of() * (kScaledSize + kPair);
+  Pair& pair = *reinterpret_cast<Pair*>(scaled + kScaledSize);
   float* norms = shared + kVectors;
-  if (g.out && warp_of() == 0 && channel < g.F) {
-    const Norm norm(g, channel);
+  if (g.out && warp_of() == 0 && chunk * kChunk + lane_of() < g.F) {
+    const Norm norm(g, chunk * kChunk + lane_of());
     norms[lane_of()] = norm.scale;
     norms[kChunk + lane_of()] = norm.shift;
   }
   read_vectors(shared, g, chunk);
   const int number = int(blockIdx.x / chunks) * kWarps + warp_of();
   if (number >= tasks_of(g)) return;
-  const auto done = [&](int row, float sum) {
-    const int64_t at = int64_t(row) * int(g.F) + channel;
-    if (channel >= int(g.F)) return;
-    if (g.out_m) g.out_m[at] = sum;
-    if (g.out) g.out[at] = finished(g.h[at], sum, norms[lane_of()], norms[kChunk + lane_of()]);
-  };
-  const Task task(g, number, record);
-  rows_without_edges(g, task, done);
-  const T* pq = static_cast<const T*>(g.pq) + chunk * kChunk + channel_of();
-  float* mine_at = messages + edge_of(0) * kMessageStride + channel_of();
-  float sum[1] = {};
-  for_tiles<Weight::kNone>(g, task, record, [&](unsigned last, int, const Reach& reach, auto send) {
-    Values x;
-    edge_terms<T>(x, g, record, reach, chunk);
-    send(0);
-    const auto ends = of_edges(record.ends);
+  const Rows rows(g, number);
+  scale_rows<T>(scaled, g, rows, chunk, shared);
+  int degree[4];
+  float sum[4][4];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) add_ends(x.filter[k], x.core[k], pq, g.width, ends.x[k].row, ends.x[k].other);
-    send(1);
-    const Scaling y(shared);
+  for (int k = 0; k < 4; ++k) {
+    degree[k] = __shfl_sync(kAllLanes, rows.degree, edge_of(k));
+#pragma unroll
+    for (int v = 0; v < 4; ++v) sum[k][v] = degree[k] < 0 ? NAN : 0.0f;
+  }
+  for_kth_edges(g, rows, pair, [&](int n, int which, const Reach& reach) {
+    Values x;
+    edge_terms<T>(x, g, pair.u[which], pair.number[which], reach, chunk);
+    add_others<T>(x, g, pair.other[which], chunk);
+    const auto gamma_f = load<4>(shared + channel_of()), gamma_c = load<4>(shared + kChunk + channel_of());
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      Channels<4> message;
+      const auto f = load<4>(scaled + 256 * k + 4 * lane_of()), c = load<4>(scaled + 256 * k + 128 + 4 * lane_of());
 #pragma unroll
-      for (int v = 0; v < 4; ++v)
-        message.x[v] = gate2<DeviceMath>(y.filter(x.filter[k][v], v), y.core(x.core[k][v], v));
-      store<4>(mine_at + (k % 2 + k / 2 * 8) * kMessageStride, message);
-    }
-    __syncwarp();
-    walk<1>(messages, kMessageStride, last, sum);
-    for (unsigned left = last; left; left &= left - 1) {
-      const int k = __ffs(left) - 1;
-      done(record.ends[k].row, messages[k * kMessageStride + lane_of()] * DeviceMath::ln2);
+      for (int v = 0; v < 4; ++v) {
+        const float y_f = fmaf(x.filter[k][v], gamma_f.x[v], f.x[v]), y_c = fmaf(x.core[k][v], gamma_c.x[v], c.x[v]);
+        const float message = gate2<DeviceMath>(y_f, y_c);
+        if (n < degree[k]) sum[k][v] += message;
+      }
     }
   });
+  __syncwarp();
+#pragma unroll
+  for (int k = 0; k < 16; ++k) scaled[32 * k + lane_of()] = sum[k / 4][k % 4];  // lest the loop keep them in fours
+  const auto scale = load<4>(norms + channel_of()), shift = load<4>(norms + kChunk + channel_of());
+  const int channel = chunk * kChunk + channel_of();
+#pragma unroll 1
+  for (int k = 0; k < 4; ++k) {
+    const int64_t row = rows.first + edge_of(k);
+    if (row >= g.n_rows) continue;
+    Channels<4> m;
+#pragma unroll
+    for (int v = 0; v < 4; ++v) m.x[v] = scaled[128 * k + 32 * v + lane_of()] * DeviceMath::ln2;
+    if (g.out_m) store_channels(g.out_m + row * g.F, channel, g.F, m.x);
+    if (!g.out) continue;
+    const auto h = load_channels(g.h + row * g.F, channel, g.F);
+#pragma unroll
+    for (int v = 0; v < 4; ++v) m.x[v] = finished(h.x[v], m.x[v], scale.x[v], shift.x[v]);
+    store_channels(g.out + row * g.F, channel, g.F, m.x);
+  }
 }
 
 // dy, the gradients at y of a lane's edges, in place of r. x and dy go to shared memory: of an edge x filter, x core, dy
@@ -469,16 +587,6 @@ SRCGCNN_DEVICE void add(float* to, const float (&x)[V]) {
   store<V>(to, sum);
 }
 
-// Four channels of a row of F, of which those from `channel` on that there are.
-SRCGCNN_DEVICE void store_channels(float* row, int channel, int64_t F, const float (&x)[4]) {
-  if (F % 4 == 0) {
-    if (channel < F) store<4>(row + channel, {{x[0], x[1], x[2], x[3]}});
-    return;
-  }
-#pragma unroll 1
-  for (int v = 0; v < 4 && channel + v < F; ++v) row[channel + v] = v < 2 ? (v ? x[1] : x[0]) : v < 3 ? x[2] : x[3];
-}
-
 // Numbers of a lane's edges as two operands of eight edges, high and low. The order of the edges within an operand is that
 // of the lanes' own, on both sides of a product.
 template <bool kRelaxed, int kNumbers>
@@ -533,7 +641,7 @@ struct Terms {
   SRCGCNN_DEVICE void read(float (&e)[4], const DeviceConv& g, const Record& record, int later) const {
     if (g.distance) {
 #pragma unroll
-      for (int n = 0; n < 4; ++n) e[n] = gaussian(u.x[n], later);
+      for (int n = 0; n < 4; ++n) e[n] = gaussian(u.x[n], float(later));
       return;
     }
     const auto number = of_edges(record.number);
@@ -625,7 +733,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_receivers(const DeviceCo
     store<4>(of_row, {});
     for_tiles<Weight::kNone>(g, task, record, [&](unsigned last, int count, const Reach& reach, auto send) {
       Values dy;
-      edge_terms<T>(dy, g, record, reach, chunk);
+      edge_terms<T>(dy, g, record.u, record.number, reach, chunk);
       send(0);
       float of_gamma[2][4] = {};
       gradients<false, T>(tile, dy, of_gamma, g, count, record, chunk, shared);
@@ -728,7 +836,7 @@ __global__ void __launch_bounds__(kThreads, 4) backward_senders(const DeviceConv
   float sum[4] = {};
   for_tiles<Weight::kOther>(g, task, record, [&](unsigned last, int count, const Reach& reach, auto send) {
     Values x;
-    edge_terms<T>(x, g, record, reach, chunk);
+    edge_terms<T>(x, g, record.u, record.number, reach, chunk);
     send(0);
     float unused[2][4];
     gradients<true, T>(tile, x, unused, g, count, record, chunk, shared);
@@ -930,7 +1038,7 @@ __global__ void __launch_bounds__(kThreads, 12) edge_sum(const DeviceConv g) {
 #pragma unroll 4
           for (int t = 0; t < count; ++t) {
             const float u = __shfl_sync(kAllLanes, my_u, t);
-            add(t, gaussian(u, lane_of()), gaussian(u, lane_of() + 32));
+            add(t, gaussian(u, float(lane_of())), gaussian(u, float(lane_of() + 32)));
           }
         } else {
 #pragma unroll 4
