@@ -27,8 +27,7 @@ int64_t threads(int64_t n) {  // blocks of a kernel whose threads share out n nu
 }
 
 constexpr int kGram = kTerms * kTerms;
-static_assert(kTerms * 2 * kChunk <= kWarps * kReceivers, "sums take the tiles' place");
-static_assert(kWarps * kRecord <= kGram, "and the edges' place");
+static_assert(kWarps * kRecord <= kGram, "sums take the edges' place");
 
 }  // namespace
 }  // namespace srcgcnn

@@ -49,7 +49,6 @@ struct Record {
   alignas(16) int number[kTile];
 };
 constexpr int kRecord = int(sizeof(Record) / sizeof(float));
-constexpr int kReceivers = kTileSize + kRecord + 32 * 16;  // of a warp of backward_receivers
 
 SRCGCNN_DEVICE int tasks_of(const DeviceConv& g) { return int((g.n_rows + kTaskRows - 1) / kTaskRows); }
 
@@ -533,22 +532,22 @@ __global__ void __launch_bounds__(kThreads, 4) gate_sum(const DeviceConv g) {
   }
 }
 
-// dy, the gradients at y of a lane's edges, in place of r. x and dy go to shared memory: of an edge x filter, x core, dy
-// filter, dy core. Edges that are not there leave zeros in dy. Sums of dy x are added to by_gamma.
-template <bool kBySender, class T>
-SRCGCNN_DEVICE void gradients(float* tile, Values& x, float (&by_gamma)[2][4], const DeviceConv& g, int count,
-                              const Record& record, int chunk, const float* vectors) {
+// By sender: w_i x and dy, the gradients at y, of a lane's edges go to shared memory: of an edge x filter, x core, dy
+// filter, dy core. Edges that are not there leave zeros.
+template <class T>
+SRCGCNN_DEVICE void gradients(float* tile, Values& x, const DeviceConv& g, int count, const Record& record, int chunk,
+                              const float* vectors) {
   const int64_t channel = chunk * kChunk + channel_of();
   const T* pq = static_cast<const T*>(g.pq) + channel;
   const auto ends = of_edges(record.ends);
   Channels<4> upstream[4];
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    const int own = ends.x[k].row, other = ends.x[k].other, p_row = kBySender ? other : own;
-    add_ends(x.filter[k], x.core[k], pq, g.width, p_row, kBySender ? own : other);
-    upstream[k] = row_of<4>(g.d_m + channel, p_row, int(g.width * sizeof(float)));
+    const int own = ends.x[k].row, other = ends.x[k].other;
+    add_ends(x.filter[k], x.core[k], pq, g.width, other, own);
+    upstream[k] = row_of<4>(g.d_m + channel, other, int(g.width * sizeof(float)));
   }
-  if (kBySender) __syncwarp();  // lest the compiler send for all at once, with registers that it has not
+  __syncwarp();  // lest the compiler send for all at once, with registers that it has not
   if (count < kTile) {
 #pragma unroll
     for (int k = 0; k < 4; ++k)
@@ -558,20 +557,15 @@ SRCGCNN_DEVICE void gradients(float* tile, Values& x, float (&by_gamma)[2][4], c
   float* at = tile + edge_of(0) * kTileStride + channel_of();
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    const float weight = kBySender ? record.weight[edge_of(k)] : 1.0f;
+    const float weight = record.weight[edge_of(k)];
     Channels<4> out[4];
 #pragma unroll
     for (int v = 0; v < 4; ++v) {
       const auto d = gate_gradient2<DeviceMath>(y.filter(x.filter[k][v], v), y.core(x.core[k][v], v));
-      out[0].x[v] = kBySender ? weight * x.filter[k][v] : x.filter[k][v];
-      out[1].x[v] = kBySender ? weight * x.core[k][v] : x.core[k][v];
+      out[0].x[v] = weight * x.filter[k][v];
+      out[1].x[v] = weight * x.core[k][v];
       out[2].x[v] = upstream[k].x[v] * d.d_filter;
       out[3].x[v] = upstream[k].x[v] * d.d_core;
-      if (kBySender) continue;
-      by_gamma[0][v] = fmaf(out[2].x[v], x.filter[k][v], by_gamma[0][v]);
-      by_gamma[1][v] = fmaf(out[3].x[v], x.core[k][v], by_gamma[1][v]);
-      x.filter[k][v] = out[2].x[v];
-      x.core[k][v] = out[3].x[v];
     }
 #pragma unroll
     for (int part = 0; part < 4; ++part)
@@ -633,18 +627,19 @@ SRCGCNN_DEVICE void add_product(float (&sum)[4], const Operand<kRelaxed, 4>& lef
 // The edge vectors of a lane's edges: e, their numbers lane / 4, as many again later, and so on, from number `first` on.
 struct Terms {
   Four<float> u;  // less that of the first of them
+  Four<int> number;
   int first;
-  SRCGCNN_DEVICE Terms(const Record& record, int of) : u(of_edges(record.u)), first(of + lane_of() / 4) {
+  SRCGCNN_DEVICE Terms(const float (&u_of)[kTile], const int (&number_of)[kTile], int of)
+      : u(of_edges(u_of)), number(of_edges(number_of)), first(of + lane_of() / 4) {
 #pragma unroll
     for (int n = 0; n < 4; ++n) u.x[n] -= float(first);
   }
-  SRCGCNN_DEVICE void read(float (&e)[4], const DeviceConv& g, const Record& record, int later) const {
+  SRCGCNN_DEVICE void read(float (&e)[4], const DeviceConv& g, int later) const {
     if (g.distance) {
 #pragma unroll
       for (int n = 0; n < 4; ++n) e[n] = gaussian(u.x[n], float(later));
       return;
     }
-    const auto number = of_edges(record.number);
     const int k = first + later < g.n_features ? first + later : 0;  // nobody reads the sums of others
 #pragma unroll
     for (int n = 0; n < 4; ++n) e[n] = g.features[int64_t(number.x[n]) * g.n_features + k];
@@ -652,11 +647,11 @@ struct Terms {
 };
 
 // Sums of dy e^T over the edges, of 48 Gaussians: of each 8 four tiles as `product` has them on its left side, with the
-// Gaussians in the edges' place.
-using FilterSums = float[kSteps][4][4];
+// Gaussians in the edges' place. They stay in shared memory, four numbers of each lane.
+constexpr int kFilterSums = kSteps * 4 * 128;
 template <bool kRelaxed>
-SRCGCNN_DEVICE void add_filter(FilterSums& sums, const Values& dy, const DeviceConv& g, const Record& record,
-                               const Reach& reach, int first_term) {
+SRCGCNN_DEVICE void add_filter(float* sums, const Values& dy, const DeviceConv& g, const Terms& e, const Reach& reach,
+                               int first_term) {
   Operand<kRelaxed, 4> left[4];
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
@@ -664,16 +659,21 @@ SRCGCNN_DEVICE void add_filter(FilterSums& sums, const Values& dy, const DeviceC
     const float c[4] = {dy.core[0][j], dy.core[1][j], dy.core[2][j], dy.core[3][j]};
     left[j] = left_side<kRelaxed>(f, c);
   }
-  const Terms e(record, first_term);
-  const int from = g.distance ? reach.from - first_term / 8 : 0, to = g.distance ? reach.to - first_term / 8 : kSteps;
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    if (step < from || step >= to) continue;
+  int step = g.distance ? reach.from - first_term / 8 : 0, end = g.distance ? reach.to - first_term / 8 : kSteps;
+  step = step > 0 ? step : 0;
+  end = end < kSteps ? end : kSteps;
+#pragma unroll 1
+  for (; step < end; ++step) {
     float terms[4];
-    e.read(terms, g, record, 8 * step);
+    e.read(terms, g, 8 * step);
     const auto right = right_side<kRelaxed>(terms);
+    float* at = sums + step * 512 + 4 * lane_of();
 #pragma unroll
-    for (int j = 0; j < 4; ++j) add_product(sums[step][j], left[j], right);
+    for (int j = 0; j < 4; ++j) {
+      auto sum = load<4>(at + 128 * j);
+      add_product(sum.x, left[j], right);
+      store<4>(at + 128 * j, sum);
+    }
   }
 }
 
@@ -705,91 +705,164 @@ SRCGCNN_DEVICE void add_lanes(float* shared, const float (&sums)[kNumbers], Done
   }
 }
 
+// What a warp of backward_receivers keeps in shared memory; of each lane four numbers side by side.
+struct Receivers {
+  float filter[kFilterSums];
+  float scaled[kScaledSize];  // of a task; then the sums of its rows
+  float by[4][4 * 32];        // sums of dy x, filter and core, and of dy
+  Pair pair;
+};
+constexpr int kReceivers = int(sizeof(Receivers) / sizeof(float));
+
 // A block is one of `programs`, for one chunk of channels and one block of 48 Gaussians.
 template <bool kHalf>
 __global__ void __launch_bounds__(kThreads, 2) backward_receivers(const DeviceConv g) {
   using T = typename Storage<kHalf>::type;
   SRCGCNN_SHARED(shared);
-  const int chunks = int(g.width / kChunk), chunk = int(blockIdx.x % chunks);
-  const int program = int(blockIdx.x / chunks % g.programs), first_term = int(blockIdx.x / chunks / g.programs) * kTerms;
-  float* tile = shared + kVectors + warp_of() * kReceivers;
-  Record& record = *reinterpret_cast<Record*>(tile + kTileSize);
+  const int chunks = int(g.width / kChunk), chunk = int(blockIdx.x % chunks), channel = chunk * kChunk + channel_of();
+  const int program = int(blockIdx.x / chunks % g.programs);
+  const int first_term = int(blockIdx.x / chunks / g.programs) * kTerms;
+  Receivers* warps = reinterpret_cast<Receivers*>(shared + kVectors);
+  Receivers& mine = warps[warp_of()];
   read_vectors(shared, g, chunk);
-  const bool of_dy = lane_of() >= 16;
-  const int half = lane_of() / 8 % 2, walked = chunk * kChunk + lane_of() % 8 * 4;  // columns in `walk`
-  // Sums of the lane: of dy x of its edges, filter and core; of dy of its rows in `walk`; of the row at hand.
-  float *by_gamma = reinterpret_cast<float*>(&record + 1) + 4 * lane_of(), *by_beta = by_gamma + 256;
-  float* of_row = by_gamma + 384;
-  for (int k = 0; k < 3; ++k) store<4>(by_gamma + 128 * k, {});
-  const auto done = [&](int row, const Channels<4>& sum) {
-    add<4>(by_beta, sum.x);
-    float* to = of_dy ? g.out + (int64_t(row) * 4 + half) * g.F : g.out_x + (int64_t(row) * 2 + half) * g.F;
-    if (first_term == 0 && (of_dy || g.out_x)) store_channels(to, walked, g.F, sum.x);
-  };
-  FilterSums sums = {};
+  for (int k = 0; k < kFilterSums; k += 128) store<4>(mine.filter + k + 4 * lane_of(), {});
+  for (int k = 0; k < 4; ++k) store<4>(mine.by[k] + 4 * lane_of(), {});
+  const T* p = static_cast<const T*>(g.pq) + channel;
+  const int stride = int(4 * g.width * sizeof(T));
   for (int number = program * kWarps + warp_of(); number < tasks_of(g); number += int(g.programs) * kWarps) {
-    const Task task(g, number, record);
-    rows_without_edges(g, task, [&](int row, float value) { done(row, {{value, value, value, value}}); });
-    store<4>(of_row, {});
-    for_tiles<Weight::kNone>(g, task, record, [&](unsigned last, int count, const Reach& reach, auto send) {
-      Values dy;
-      edge_terms<T>(dy, g, record.u, record.number, reach, chunk);
-      send(0);
-      float of_gamma[2][4] = {};
-      gradients<false, T>(tile, dy, of_gamma, g, count, record, chunk, shared);
-      send(1);
-      add<4>(by_gamma, of_gamma[0]);
-      add<4>(by_gamma + 128, of_gamma[1]);
-      if (g.out_edge && first_term == 0) {
-        const auto number = of_edges(record.number);
+    const Rows rows(g, number);
+    scale_rows<T>(mine.scaled, g, rows, chunk, shared);
+    int degree[4];
+    Channels<4> upstream[4];
+    Values dy_sum, x_sum;  // over a row, of x less p
+    float of_gamma[2][4] = {};
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          if (edge_of(k) >= count) continue;
-          float* to = g.out_edge + int64_t(number.x[k]) * 2 * g.F;
-          store_channels(to, chunk * kChunk + channel_of(), g.F, dy.filter[k]);
-          store_channels(to + g.F, chunk * kChunk + channel_of(), g.F, dy.core[k]);
+    for (int k = 0; k < 4; ++k) {
+      degree[k] = __shfl_sync(kAllLanes, rows.degree, edge_of(k));
+      const int row = __shfl_sync(kAllLanes, rows.row, edge_of(k));
+      upstream[k] = row_of<4>(g.d_m + channel, row, int(g.width * sizeof(float)));
+#pragma unroll
+      for (int v = 0; v < 4; ++v)
+        dy_sum.filter[k][v] = dy_sum.core[k][v] = x_sum.filter[k][v] = x_sum.core[k][v] = degree[k] < 0 ? NAN : 0.0f;
+    }
+    for_kth_edges(g, rows, mine.pair, [&](int n, int which, const Reach& reach) {
+      Values x;
+      edge_terms<T>(x, g, mine.pair.u[which], mine.pair.number[which], reach, chunk);
+      add_others<T>(x, g, mine.pair.other[which], chunk);
+      const auto gamma_f = load<4>(shared + channel_of()), gamma_c = load<4>(shared + kChunk + channel_of());
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const auto f = load<4>(mine.scaled + 256 * k + 4 * lane_of());
+        const auto c = load<4>(mine.scaled + 256 * k + 128 + 4 * lane_of());
+        const bool live = n < degree[k];
+        if (!live) upstream[k] = {};
+#pragma unroll
+        for (int v = 0; v < 4; ++v) {
+          float &x_f = x.filter[k][v], &x_c = x.core[k][v];
+          const auto d = gate_gradient2<DeviceMath>(fmaf(x_f, gamma_f.x[v], f.x[v]), fmaf(x_c, gamma_c.x[v], c.x[v]));
+          const float dy_f = upstream[k].x[v] * d.d_filter, dy_c = upstream[k].x[v] * d.d_core;
+          of_gamma[0][v] = fmaf(dy_f, x_f, of_gamma[0][v]);
+          of_gamma[1][v] = fmaf(dy_c, x_c, of_gamma[1][v]);
+          if (live) {
+            x_sum.filter[k][v] += x_f;
+            x_sum.core[k][v] += x_c;
+            dy_sum.filter[k][v] += dy_f;
+            dy_sum.core[k][v] += dy_c;
+          }
+          x_f = dy_f;
+          x_c = dy_c;
         }
       }
-      if (g.relaxed)
-        add_filter<true>(sums, dy, g, record, reach, first_term);
-      else
-        add_filter<false>(sums, dy, g, record, reach, first_term);
-      __syncwarp();
-      auto sum = load<4>(of_row);
-      walk<4>(tile, kTileStride, last, sum.x);
-      store<4>(of_row, sum);
-      for (unsigned left = last; left; left &= left - 1) {
-        const int k = __ffs(left) - 1;
-        done(record.ends[k].row, load<4>(tile + k * kTileStride + 4 * lane_of()));
+      if (g.out_edge && first_term == 0) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          if (n >= degree[k]) continue;
+          const int begin = g.ptr[rows.first + edge_of(k)];
+          float* to = g.out_edge + int64_t(begin + n) * 2 * g.F;
+          store_channels(to, channel, g.F, x.filter[k]);
+          store_channels(to + g.F, channel, g.F, x.core[k]);
+        }
       }
+      const Terms e(mine.pair.u[which], mine.pair.number[which], first_term);
+      if (g.relaxed)
+        add_filter<true>(mine.filter, x, g, e, reach, first_term);
+      else
+        add_filter<false>(mine.filter, x, g, e, reach, first_term);
     });
-  }
-  const auto of_rows = load<4>(by_beta), of_filter = load<4>(by_gamma), of_core = load<4>(by_gamma + 128);
-  float* total = shared + kVectors;
-  add_warps<kSteps * 16>(total, &sums[0][0][0]);
-  for (int k = int(threadIdx.x); k < kTerms * 2 * kChunk; k += kThreads) {
-    const int lane = k % 32, number = k / 32 % 4, j = k / 128 % 4;
-    const int term = first_term + k / 512 * 8 + lane % 4 * 2 + number % 2, c = chunk * kChunk + lane / 4 * 4 + j;
-    if (term < g.n_features && c < g.F)
-      g.out_filter[((int64_t(program) * g.n_features + term) * 2 + number / 2) * g.F + c] = total[k];
-  }
-  __syncthreads();
-  float* lanes = total + warp_of() * 4 * kChunk;
+    // The rows' sums, by way of shared memory lest the loop keep them in fours; first those of dy, then those of x.
+    Channels<4> by[4];
 #pragma unroll
-  for (int v = 0; v < 4; ++v) {
+    for (int k = 0; k < 4; ++k) by[k] = load<4>(mine.by[k] + 4 * lane_of());
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      float x = n ? of_core.x[v] : of_filter.x[v];
+    for (int v = 0; v < 4; ++v) {
+      by[0].x[v] += of_gamma[0][v];
+      by[1].x[v] += of_gamma[1][v];
+    }
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      if (part && (!g.out_x || first_term)) break;
+      const Values& sum = part ? x_sum : dy_sum;
+      __syncwarp();
+#pragma unroll
+      for (int k = 0; k < 16; ++k) {
+        mine.scaled[64 * k + lane_of()] = sum.filter[k / 4][k % 4];
+        mine.scaled[64 * k + 32 + lane_of()] = sum.core[k / 4][k % 4];
+      }
+#pragma unroll 1
+      for (int k = 0; k < 4; ++k) {
+        const int64_t row = rows.first + edge_of(k);
+        if (row >= g.n_rows) continue;
+        const auto f = row_of<4>(p, int(row), stride), c = row_of<4>(p + g.width, int(row), stride);
+        const float edges = part ? float(g.ptr[row + 1] - g.ptr[row]) : 0.0f;
+        float of_filter[4], of_core[4];
+#pragma unroll
+        for (int v = 0; v < 4; ++v) {
+          of_filter[v] = mine.scaled[256 * k + 64 * v + lane_of()];
+          of_core[v] = mine.scaled[256 * k + 64 * v + 32 + lane_of()];
+          if (part) {
+            of_filter[v] = fmaf(edges, f.x[v], of_filter[v]);
+            of_core[v] = fmaf(edges, c.x[v], of_core[v]);
+            continue;
+          }
+          by[0].x[v] = fmaf(f.x[v], of_filter[v], by[0].x[v]);
+          by[1].x[v] = fmaf(c.x[v], of_core[v], by[1].x[v]);
+          by[2].x[v] += of_filter[v];
+          by[3].x[v] += of_core[v];
+        }
+        if (first_term) continue;
+        float* to = part ? g.out_x + row * 2 * g.F : g.out + row * 4 * g.F;
+        store_channels(to, channel, g.F, of_filter);
+        store_channels(to + g.F, channel, g.F, of_core);
+      }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) store<4>(mine.by[k] + 4 * lane_of(), by[k]);
+  }
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const auto sum = load<4>(mine.by[k] + 4 * lane_of());
+#pragma unroll
+    for (int v = 0; v < 4; ++v) {
+      float x = sum.x[v];
       x += __shfl_xor_sync(kAllLanes, x, 1);
       x += __shfl_xor_sync(kAllLanes, x, 2);
-      if (lane_of() % 4 == 0) lanes[n * kChunk + channel_of() + v] = x;
+      if (lane_of() % 4 == 0) mine.scaled[k * kChunk + channel_of() + v] = x;
     }
-    if (of_dy) lanes[(2 + half) * kChunk + lane_of() % 8 * 4 + v] = of_rows.x[v];
   }
   __syncthreads();
+  // Sums of the four warps in their order.
+  for (int k = int(threadIdx.x); k < kFilterSums; k += kThreads) {
+    const int number = k % 4, lane = k / 4 % 32, j = k / 128 % 4;
+    const int term = first_term + k / 512 * 8 + lane % 4 * 2 + number % 2, c = chunk * kChunk + lane / 4 * 4 + j;
+    if (term >= g.n_features || c >= g.F) continue;
+    float sum = 0.0f;
+    for (int warp = 0; warp < kWarps; ++warp) sum += warps[warp].filter[k];
+    g.out_filter[((int64_t(program) * g.n_features + term) * 2 + number / 2) * g.F + c] = sum;
+  }
   const int c = chunk * kChunk + lane_of();  // a warp one of the four sums
   float sum = 0.0f;
-  for (int warp = 0; warp < kWarps; ++warp) sum += total[(warp * 4 + warp_of()) * kChunk + lane_of()];
+  for (int warp = 0; warp < kWarps; ++warp) sum += warps[warp].scaled[warp_of() * kChunk + lane_of()];
   if (c < g.F && first_term == 0) g.out_gamma[(int64_t(program) * 4 + warp_of()) * g.F + c] = sum;
 }
 
@@ -838,8 +911,7 @@ __global__ void __launch_bounds__(kThreads, 4) backward_senders(const DeviceConv
     Values x;
     edge_terms<T>(x, g, record.u, record.number, reach, chunk);
     send(0);
-    float unused[2][4];
-    gradients<true, T>(tile, x, unused, g, count, record, chunk, shared);
+    gradients<T>(tile, x, g, count, record, chunk, shared);
     send(1);
     __syncwarp();
     walk<4>(tile, kTileStride, last, sum);
@@ -1064,7 +1136,7 @@ SRCGCNN_DEVICE void add_gram(GramSums& sums, const DeviceConv& g, const Record& 
                              int right) {
   const bool all = !g.distance;
   const auto weight = of_edges(record.weight);
-  const Terms of_left(record, left), of_right(record, right);
+  const Terms of_left(record.u, record.number, left), of_right(record.u, record.number, right);
   // Tiles of 8 that are in reach, counted from the first on either side.
   const int rows_from = reach.from - left / 8, rows_to = reach.to - left / 8;
   const int from = reach.from - right / 8, to = reach.to - right / 8, apart = (right - left) / 8;
@@ -1075,7 +1147,7 @@ SRCGCNN_DEVICE void add_gram(GramSums& sums, const DeviceConv& g, const Record& 
     float e[2][4];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      of_left.read(e[half], g, record, 16 * tile + 8 * half);
+      of_left.read(e[half], g, 16 * tile + 8 * half);
 #pragma unroll
       for (int n = 0; n < 4; ++n) e[half][n] *= weight.x[n];
     }
@@ -1085,7 +1157,7 @@ SRCGCNN_DEVICE void add_gram(GramSums& sums, const DeviceConv& g, const Record& 
   for (int step = 0; step < kSteps; ++step) {
     if (!all && (step < from || step >= to)) continue;
     float e[4];
-    of_right.read(e, g, record, 8 * step);
+    of_right.read(e, g, 8 * step);
     const auto b = right_side<kRelaxed>(e);
 #pragma unroll
     for (int tile = 0; tile < kTerms / 16; ++tile) {
