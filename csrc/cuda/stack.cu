@@ -14,14 +14,17 @@ struct Room {
   using P = Places<W, T>;
   int words, most, together;
 
-  // A crystal may fill it with rows. Several are joined while there is room for 15 distances to 4 rows, of which real
-  // crystals need 8 and their symmetry quotients 20; a distance without a place costs more than weights read more often.
+  // A crystal may fill a large one with rows, a small one while there is room for 10 distances to 4 rows. Several are joined
+  // while there is room for 15 at first, then as their distances ask for: real crystals have 8, their symmetry quotients 20; a
+  // distance without a place costs more than weights read more often.
   void take(int bytes) {
     constexpr int least = 16 * P::per_row + P::fixed;
     words = bytes / 16 * 4 > least ? bytes / 16 * 4 : least;
     most = together = Shape<W, kWarps>::rows;
     while (most > 16 && most * P::per_row + P::fixed > words) most -= 8;
-    while (together > 16 && (together > most || 4 * P::of(together, words).shells < 15 * together)) together -= 8;
+    const auto leaves = [&](int rows, int for_four) { return 4 * P::of(rows, words).shells >= for_four * rows; };
+    while (together > 16 && (together > most || !leaves(together, 15))) together -= 8;
+    while (kWarps == kSmall && most > together && !leaves(most, 10)) most -= 8;
   }
 };
 
@@ -39,7 +42,6 @@ struct Device {
     if (!error) error = cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device);
     if (error) return message(error);
     small.take(per_processor / Shape<W, kSmall>::blocks - reserved);
-    small.most = small.together;
     large.take(per_processor / Shape<W, kLarge>::blocks - reserved);
     return nullptr;
   }

@@ -118,7 +118,7 @@ struct Stack {
   Finding asked;     // without which there is nothing to do
   int words;         // of a block's shared memory
   int least, most;   // crystals with more rows than `least` are meant, and in one block those with at most `most`
-  int together;      // crystals are joined up to so many rows
+  int together;      // crystals are joined up to so many rows, at first
   int wide;          // numbers that the readout keeps of a crystal, at most
   int n_tasks, wide_tasks;         // the latter come first, of `wide_rows` rows each; the others have `narrow_rows`
   int wide_rows, narrow_rows;
@@ -846,6 +846,16 @@ SRCGCNN_DEVICE void spoil(const Stack<W, kHalf>& s) {
     to[x] = NAN;
 }
 
+// Up to how many rows the next crystals are joined: as many as leave room for the distances that they will have if they are
+// like these. Fewer distances than these, more rows share a reading of the weights.
+template <int W, int kWarps, bool kHalf>
+SRCGCNN_DEVICE int joined_next(const Block<W, kWarps, kHalf>& b, int now) {
+  using P = typename Block<W, kWarps, kHalf>::P;
+  const int row = P::per_row + (*b.count() * P::per_shell + b.n - 1) / b.n, room = (b.s.words - P::fixed) / 8 * 7 / row;
+  const int wanted = room < 16 ? 16 : room < Shape<W, kWarps>::rows ? room : Shape<W, kWarps>::rows;
+  return (now + wanted) / 2;
+}
+
 // The first task of a block is that of its number; each further one is the next that no block has.
 template <int W, bool kHalf>
 SRCGCNN_DEVICE int next_of(const Stack<W, kHalf>& s, int* shared) {
@@ -865,7 +875,10 @@ __global__ void __launch_bounds__(Shape<W, kWarps>::threads, Shape<W, kWarps>::b
   const DeviceGraph& g = s.g;
   if (s.found(kBad)) spoil(s);
   if (s.found(kBad) || !s.has_work()) return;
-  int* next_task = reinterpret_cast<int*>(shared) + s.words - 1;  // which Places leave alone
+  int* next_task = reinterpret_cast<int*>(shared) + s.words - 1;  // Places leave these alone
+  int* together = next_task - 1;
+  if (threadIdx.x == 0) *together = s.together;
+  __syncthreads();
   for (int task = int(blockIdx.x); task < s.n_tasks; task = next_of(s, next_task)) {
     const int64_t first_row = s.row_of(task);
     int c = first_not_below(g.crystal_ptr, int(g.n_crystals), first_row);
@@ -880,7 +893,7 @@ __global__ void __launch_bounds__(Shape<W, kWarps>::threads, Shape<W, kWarps>::b
         c += skip < 0 ? 32 : skip;
         continue;
       }
-      const unsigned fit = __ballot_sync(kAllLanes, wanted && (mine == c || begin + size - first <= s.together));
+      const unsigned fit = __ballot_sync(kAllLanes, wanted && (mine == c || begin + size - first <= *together));
       const int count = ~fit ? __ffs(~fit) - 1 : 32;
       const int n = g.crystal_ptr[c + count] - first;
       const Block<W, kWarps, kHalf> b{s, shared, first, n, Places<W, typename Storage<kHalf>::type>::of(n, s.words)};
@@ -890,6 +903,7 @@ __global__ void __launch_bounds__(Shape<W, kWarps>::threads, Shape<W, kWarps>::b
         find_shells(b);
         __syncthreads();
         find_links(b);
+        if (threadIdx.x == 0 && n) *together = joined_next(b, *together);
       }
       __syncthreads();
       for (int t = 0; t < s.at.plan.n_steps; ++t) {
