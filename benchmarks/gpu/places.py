@@ -18,38 +18,49 @@ import srcgcnn_fast as sf
 
 GPUS = {"A100": 164, "H100, H200": 228}
 """kB of shared memory of a multiprocessor."""
-SLOTS, MOST_DISTANCES, MOST_CRYSTALS = 1024, 512, 32
+SLOTS, LINKS, MOST_DISTANCES, MOST_CRYSTALS = 512, 12, 512, 32
 MOST_ROWS = {(8, 32): 64, (8, 64): 48, (8, 128): 32, (16, 32): 128, (16, 64): 128, (16, 128): 64}
 
 
 class Room:
-    """A block of so many warps: words of its shared memory, rows that crystals are joined to, rows of the largest."""
+    """A block of so many warps: words of its shared memory, rows that crystals are joined to at first, rows of the largest.
+
+    ``rows_first``: as if distances did not matter.
+    """
 
     def __init__(self, kilobytes: int, warps: int, width: int, half: bool, rows_first: bool = False) -> None:
         stored = 2 if half else 1  # numbers in a word
-        self.per_row = width + 4 * stored + (4 * width + 8) // stored + 2
+        self.per_row = width + 4 * stored + (4 * width + 8) // stored + 4 + LINKS
         self.per_distance, self.fixed = 2 * width // stored + 1, 2 * SLOTS + 4
         self.words = max((kilobytes * 1024 * warps // 16 - 1024) // 16 * 4, 16 * self.per_row + self.fixed)
-        self.most = self.joined = MOST_ROWS[warps, width]
+        self.most_rows, self.rows_first = MOST_ROWS[warps, width], rows_first
+        self.most = self.joined = self.most_rows
         while self.most > 16 and self.most * self.per_row + self.fixed > self.words:
-            self.most -= 16
+            self.most -= 8
         while self.joined > 16 and (self.joined > self.most or 4 * self.distances(self.joined) < 15 * self.joined):
-            self.joined -= 16
-        if rows_first:  # as if distances did not matter
+            self.joined -= 8
+        while warps == 8 and self.most > self.joined and 4 * self.distances(self.most) < 10 * self.most:
+            self.most -= 8
+        if rows_first:
             self.joined = self.most
-        if warps == 8:
-            self.most = self.joined
 
     def distances(self, rows: int) -> int:
         """That have places beside so many rows."""
-        left = self.words - self.fixed - max(16, -(-rows // 16) * 16) * self.per_row
-        return min(MOST_DISTANCES, max(0, left) // self.per_distance) // 2 * 2
+        left = self.words - self.fixed - max(16, -(-rows // 8) * 8) * self.per_row
+        return min(MOST_DISTANCES, max(0, left) // self.per_distance) // 4 * 4
+
+    def next(self, joined: int, rows: int, distances: int) -> int:
+        """``joined_next`` after a block of so many rows and distances."""
+        if self.rows_first:
+            return joined
+        fit = (self.words - self.fixed) // 8 * 7 // (self.per_row + -(-distances * self.per_distance // rows))
+        return (joined + min(max(fit, 16), self.most_rows)) // 2
 
 
 def served(graphs: list[sf.CrystalGraph], room: Room, more_than: int) -> tuple[float, float, float]:
     """Of the crystals with more rows than ``more_than``: share of all rows, of edges served, mean rows of a block."""
     sizes = [len(g.numbers) for g in graphs]
-    rows, blocks, found, edges, k = 0, 0, 0, 0, 0
+    rows, blocks, found, edges, k, joined = 0, 0, 0, 0, 0, room.joined
     while k < len(graphs):
         if not more_than < sizes[k] <= room.most:
             k += 1
@@ -58,13 +69,14 @@ def served(graphs: list[sf.CrystalGraph], room: Room, more_than: int) -> tuple[f
         while (
             end < min(len(graphs), k + MOST_CRYSTALS)
             and more_than < sizes[end] <= room.most
-            and n + sizes[end] <= room.joined
+            and n + sizes[end] <= joined
         ):
             n += sizes[end]
             end += 1
         bits = np.concatenate([g.distance for g in graphs[k:end]]).view(np.uint32)
         _, first, count = np.unique(bits, return_index=True, return_counts=True)
         found += count[np.argsort(first)][: room.distances(n)].sum()
+        joined = room.next(joined, n, len(first))
         rows, blocks, edges, k = rows + n, blocks + 1, edges + len(bits), end
     return rows / sum(sizes), found / max(edges, 1), rows / max(blocks, 1)
 
