@@ -27,15 +27,15 @@ constexpr int kReach = 9;        // Gaussians in reach of a distance; those left
 constexpr int kLinks = 12;       // edges of a row whose ends and distances are kept from step to step, at most
 constexpr unsigned kEmpty = 0xffffffffu;
 
-// A block of so many warps: how many a multiprocessor holds, and how many rows one takes at most, whose sums fill up to 64
+// A block of so many warps: how many a multiprocessor holds, and how many rows one takes at most, whose sums fill up to 48
 // registers of a thread.
 template <int W, int kWarps>
 struct Shape {
   static constexpr int threads = 32 * kWarps, blocks = 16 / kWarps, rows = kWarps == kLarge ? (W == 128 ? 64 : 128) : W == 32 ? 64 : W == 64 ? 48 : 32;
-  // Of a product, in tiles of 16 channels and 8 rows: all its channels, and those of a warp; where there are more warps than
-  // tiles of channels, they share out the rows.
-  static constexpr int channels = 4 * W / 16, mine = channels > kWarps ? channels / kWarps : 1;
-  static constexpr int shares = channels < kWarps ? kWarps / channels : 1, tiles = rows / 8 / shares;
+  // Of a product, in tiles of 16 channels and 8 rows: all its channels, and those of a warp, at least two, so that they share
+  // what is made of a row; where there are more warps, they share out the rows.
+  static constexpr int channels = 4 * W / 16, mine = channels > 2 * kWarps ? channels / kWarps : 2;
+  static constexpr int parts = channels / mine, shares = kWarps / parts, tiles = rows / 8 / shares;
 };
 
 // Places in shared memory, in numbers of 4 bytes, for a block with so many rows; distances take what they leave. The
@@ -420,15 +420,15 @@ template <bool kRelaxed, int W, int kWarps, bool kHalf>
 SRCGCNN_DEVICE void multiply(const Block<W, kWarps, kHalf>& b, int t) {
   using T = typename Storage<kHalf>::type;
   using S = Shape<W, kWarps>;
-  constexpr int depth = Tile<T>::depth, together = S::mine < 2 || S::tiles > 6 || !kHopper ? 1 : 2;
-  constexpr int tiles = S::tiles > 8 && !kHopper ? 8 : S::tiles, stride = Places<W, T>::h_stride;
+  constexpr int depth = Tile<T>::depth, together = kHopper ? 2 : 1;
+  constexpr int tiles = S::tiles > 6 ? S::tiles / 2 : S::tiles, stride = Places<W, T>::h_stride;
   const int lane = lane_of(), group = lane / 4, in_group = lane % 4;
-  const int share = warp_of() / S::channels;
+  const int share = warp_of() / S::parts;
   const T* nodes = b.s.nodes(t);
   const float* scale = b.s.vectors(t);
   const float* shift = scale + 2 * W;
   for (int pass = 0; pass < S::mine / together * (S::tiles / tiles); ++pass) {
-    const int first = warp_of() % S::channels * S::mine + pass % (S::mine / together) * together;
+    const int first = warp_of() % S::parts * S::mine + pass % (S::mine / together) * together;
     const int from = (pass / (S::mine / together) * tiles * S::shares + share) * 8;
     if (from >= b.n) break;
     float sum[tiles][together][4] = {};
@@ -749,12 +749,23 @@ SRCGCNN_DEVICE void apply_maps(const Stack<W, kHalf>& s, float* space, int size,
         float sum[4];
 #pragma unroll
         for (int y = 0; y < 4; ++y) sum[y] = bias[o];
-#pragma unroll 4
-        for (int i = 0; i < in; ++i) {
-          const float w = weight[i * out + o];
+        int i = 0;
+#pragma unroll 2
+        for (; i + 4 <= in; i += 4) {
+          float w[4];
 #pragma unroll
-          for (int y = 0; y < 4; ++y) sum[y] = fmaf(w, space[(k + y < many ? k + y : k) * size + here + i], sum[y]);
+          for (int v = 0; v < 4; ++v) w[v] = weight[(i + v) * out + o];
+#pragma unroll
+          for (int y = 0; y < 4; ++y) {
+            const auto x = load<4>(space + (k + y < many ? k + y : k) * size + here + i);
+#pragma unroll
+            for (int v = 0; v < 4; ++v) sum[y] = fmaf(w[v], x.x[v], sum[y]);
+          }
         }
+        for (; i < in; ++i)
+#pragma unroll
+          for (int y = 0; y < 4; ++y)
+            sum[y] = fmaf(weight[i * out + o], space[(k + y < many ? k + y : k) * size + here + i], sum[y]);
 #pragma unroll
         for (int y = 0; y < 4; ++y)
           if (k + y < many) put(k + y, o, sum[y]);
