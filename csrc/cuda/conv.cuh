@@ -1,12 +1,12 @@
 // Training: the edge passes of a convolution, and the node kernels around them.
 //
-// A warp takes the edges of 16 rows, 16 at a time, for 32 of the F channels. r = w_e e(d) of 16 edges is a product on the
-// tensor cores, whose operand e(d) is formed in registers, and of which only the steps in reach of the distances are
-// done. The product leaves a lane 4 channels of 4 edges, filter and core; there q (or p) of the other end is gathered and
-// the gate formed. What is summed over a row goes through shared memory, where each lane then walks its columns of the
-// edges in their order. So no sum depends on the order of threads, of warps or of blocks. Nothing of an edge is stored.
-// In sum e dy^T a lane's dy are an operand as they are. The tensor cores cut sums off: so none there is longer than a few
-// products, small ones first, and the rest is added in float32.
+// A warp takes 16 edges at a time, for 32 of the F channels. r = w_e e(d) of 16 edges is a product on the tensor cores,
+// whose operand e(d) is formed in registers, and of which only the steps in reach of the distances are done. There q (or p)
+// of the other end is gathered and the gate formed. By receiver a tile has two edges of each of 8 rows, whose sums stay in
+// registers. By sender it has the next 16 edges of 16 rows, and what is summed over a row goes through shared memory, where
+// each lane walks its columns of the edges in their order. So no sum depends on the order of threads, of warps or of blocks.
+// Nothing of an edge is stored. In sum e dy^T a lane's dy are an operand as they are. The tensor cores cut sums off: so none
+// there is longer than a few products, small ones first, and the rest is added in float32.
 #pragma once
 #include "conv.h"
 #include "device.cuh"
@@ -16,7 +16,7 @@ namespace srcgcnn {
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kChunk = 32;           // channels of a block
 constexpr int kTile = 16;            // edges that a warp takes at a time
-constexpr int kTaskRows = 16;        // whose edges these are
+constexpr int kTaskRows = 16;        // whose edges these are, where they are packed
 constexpr int kMostDegree = 1 << 26;  // so that the edges of a task can be counted
 constexpr int kTerms = 48;           // Gaussians whose sums e^T dy a block holds
 constexpr int kSteps = kTerms / 8;
