@@ -550,7 +550,8 @@ __global__ void __launch_bounds__(kThreads, 4) gate_sum(const DeviceConv g) {
       for (int k = 0; k < 2; ++k)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float y_f = fmaf(x.filter[k][v + i], gamma_f.x[i], f.x[i]), y_c = fmaf(x.core[k][v + i], gamma_c.x[i], c.x[i]);
+          const float y_f = fmaf(x.filter[k][v + i], gamma_f.x[i], f.x[i]);
+          const float y_c = fmaf(x.core[k][v + i], gamma_c.x[i], c.x[i]);
           const float message = gate2<DeviceMath>(y_f, y_c);
           if (n + k < degree) sum[v + i] += message;
         }
