@@ -23,7 +23,7 @@ MOST_ROWS = {(8, 32): 64, (8, 64): 48, (8, 128): 32, (16, 32): 128, (16, 64): 12
 
 
 class Room:
-    """A block of so many warps: words of its shared memory, rows that crystals are joined to at first, rows of the largest.
+    """A block of so many warps: words of its memory, rows that crystals are joined to at first, rows of the largest.
 
     ``rows_first``: as if distances did not matter.
     """
