@@ -1,4 +1,9 @@
 // The launchers of conv.cuh.
+#include <algorithm>
+#include <mutex>
+#include <utility>
+#include <vector>
+
 #include "conv.cuh"
 #include "rows.cuh"
 
@@ -7,13 +12,43 @@ namespace {
 
 const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
+// The current device, and what a block may have of its shared memory.
+struct Device {
+  int processors, shared;
+
+  const char* ask() {
+    int device = 0, reserved = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (!error) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    if (!error) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+    if (!error) error = cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device);
+    shared -= reserved;
+    return message(error);
+  }
+};
+
+// More shared memory than every kernel may have without asking: asked for once for each kernel and device.
+template <class Kernel>
+const char* allow(Kernel kernel, int size) {
+  if (size <= (48 << 10)) return nullptr;
+  static std::mutex mutex;
+  static std::vector<std::pair<Kernel, int>> allowed;
+  int number = 0;
+  cudaError_t error = cudaGetDevice(&number);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (error || std::find(allowed.begin(), allowed.end(), std::make_pair(kernel, number)) != allowed.end())
+    return message(error);
+  Device device;
+  if (const char* wrong = device.ask()) return wrong;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared);
+  if (!error) allowed.emplace_back(kernel, number);
+  return message(error);
+}
+
 template <class Kernel>
 const char* launch(Kernel kernel, int64_t blocks, int numbers, const DeviceConv& given, void* stream) {
   const int size = (numbers + 3) / 4 * 16;
-  if (size > (48 << 10)) {  // what every kernel may have without asking
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, size);
-    if (error) return message(error);
-  }
+  if (const char* wrong = allow(kernel, size)) return wrong;
   SRCGCNN_LAUNCH(kernel, unsigned(blocks), kThreads, size, stream, given);
   return message(cudaGetLastError());
 }

@@ -37,6 +37,18 @@ template <class T>
 SRCGCNN_DEVICE void prefetch(const T* from, int64_t at, int64_t count) {
   if (at < count) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
 }
+// Four numbers on their way from memory to shared memory, zeros if they are not there; the copies of a thread since its
+// last commit are a group, and it waits until all but its last kLeft groups have come.
+SRCGCNN_DEVICE void copy_async(float* to, const float* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(unsigned(__cvta_generic_to_shared(to))), "l"(from),
+               "r"(there ? 16 : 0)
+               : "memory");
+}
+SRCGCNN_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kLeft>
+SRCGCNN_DEVICE void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
 // d += a b for one (16, 8) tile a, row by row, and one (8, 8) tile b; PTX ISA, "mma.m16n8k8", says who holds what.
 SRCGCNN_DEVICE void mma(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -114,6 +126,14 @@ SRCGCNN_DEVICE Channels<V> load(const float* p) {
 template <int V>
 SRCGCNN_DEVICE void store(float* p, const Channels<V>& v) {
   *reinterpret_cast<Channels<V>*>(p) = v;
+}
+// Numbers at .. at + 3 of a row of n, zeros beyond it. by_four: they are an aligned vector, all there or none.
+SRCGCNN_DEVICE Channels<4> four_of(const float* row, int64_t at, int64_t n, bool by_four) {
+  if (by_four) return at < n ? load<4>(row + at) : Channels<4>{};
+  Channels<4> x;
+#pragma unroll
+  for (int v = 0; v < 4; ++v) x.x[v] = at + v < n ? row[at + v] : 0.0f;
+  return x;
 }
 template <int V>
 struct alignas(2 * V) Halves {

@@ -21,6 +21,7 @@ struct Space {
 struct Sequence {
   Space space;
   void* stream;
+  Device device = {};
   const char* error = nullptr;
 
   bool goes() const { return space.base && !error; }
@@ -28,9 +29,11 @@ struct Sequence {
     if (goes()) error = function(&g, stream);
   }
   template <class Kernel, class Given>
-  void launch(Kernel kernel, int64_t blocks, int bytes, const Given& given) {
+  void launch(Kernel kernel, int64_t blocks, int64_t bytes, const Given& given, int n_threads = kThreads) {
     if (!goes() || blocks == 0) return;
-    SRCGCNN_LAUNCH(kernel, unsigned(blocks), 128, bytes, stream, given);
+    error = allow(kernel, int(bytes));
+    if (error) return;
+    SRCGCNN_LAUNCH(kernel, unsigned(blocks), n_threads, int(bytes), stream, given);
     error = message(cudaGetLastError());
   }
 
@@ -55,23 +58,36 @@ struct Sequence {
 
 bool by_four(const float* x, int64_t stride) { return stride % 4 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0; }
 
-// half: of `out`.
+// half: of `out`. Persistent blocks, one for each multiprocessor; as many columns' weights as have room are kept in each.
 void rows_times(Sequence& s, const DeviceConv& g, const float* a, int64_t n, int64_t inner, const float* b,
                 int64_t columns, const float* shift, const float* add, void* out, bool half) {
-  const RowProduct given{a, b, shift, add, out, n, inner, columns, int(g.relaxed), by_four(a, inner)};
-  const int64_t blocks = parts(columns, kProductColumns) * parts(n, 4 * kProductRows);
-  if (half)
-    s.launch(multiply_rows<true>, blocks, 0, given);
-  else
-    s.launch(multiply_rows<false>, blocks, 0, given);
+  if (!s.goes() || n == 0) return;
+  constexpr int rows = 2 * kProductWarps * kPieceSize * int(sizeof(float));
+  const int64_t of_block = ordered_size(inner, kProductColumns) * int64_t(sizeof(float));
+  const int64_t all = parts(columns, kProductColumns), room = (s.device.shared - rows) / of_block;
+  const int64_t slices = room > 0 ? parts(all, room < all ? room : all) : 1, held = room > 0 ? parts(all, slices) : 0;
+  const int64_t units = parts(n, kProductRows) * (held ? held : all), most = s.device.processors / slices;
+  const int64_t enough = parts(units, 4), blocks = enough < most ? enough : most > 0 ? most : 1;
+  const bool aligned = by_four(add, columns) && reinterpret_cast<uintptr_t>(out) % 16 == 0;
+  const RowProduct given{a, b, shift, add, out, n, inner, columns, int(held), int(g.relaxed), by_four(a, inner), aligned};
+  auto kernel = half ? held ? multiply_rows<true, true> : multiply_rows<true, false>
+                     : held ? multiply_rows<false, true> : multiply_rows<false, false>;
+  s.launch(kernel, blocks * slices, rows + held * of_block, given, 32 * kProductWarps);
 }
 
 // a^T b (left, right), rounded.
 void columns_times(Sequence& s, const DeviceConv& g, const float* a, int64_t left, const float* b, int64_t right,
                    int64_t b_stride, float* out) {
   float* sums = s.space.take(g.programs * left * right);
-  const ColumnProduct given{a, b, sums, g.n_rows, left, right, left, b_stride, g.programs, by_four(a, left), by_four(b, b_stride)};
-  s.launch(multiply_columns, parts(parts(left, kLeft) * parts(right, kRight), 4) * g.programs, 0, given);
+  const int64_t a_tiles = parts(left, kLeft), b_tiles = parts(right, kRight);
+  const int64_t lefts = a_tiles < kColumnWarps ? a_tiles : kColumnWarps, room = kColumnWarps / lefts;
+  const int64_t rights = parts(b_tiles, parts(b_tiles, room < 4 ? room : 4));  // equal shares
+  const int64_t stride = kLeft * lefts + kRight * rights + 2 * kSpread;
+  const ColumnProduct given{a,     b,        sums,       g.n_rows,    left,        right,
+                            left,  b_stride, g.programs, int(lefts), int(rights), by_four(a, left),
+                            by_four(b, b_stride)};
+  s.launch(multiply_columns, parts(a_tiles, lefts) * parts(b_tiles, rights) * g.programs,
+           kStages * kStageRows * stride * int64_t(sizeof(float)), given, 32 * int(lefts * rights));
   s.add(g.programs, {{sums, left * right, nullptr, out}});
 }
 
@@ -285,6 +301,7 @@ void backward(Sequence& s, const DeviceConv& given) {
 
 const char* sequence(const DeviceConv& g, void (*steps)(Sequence&, const DeviceConv&), void* stream) {
   Sequence s{{static_cast<char*>(g.space)}, stream};
+  s.error = s.device.ask();
   steps(s, g);
   return s.error;
 }

@@ -1,8 +1,8 @@
 // Products of rows on the tensor cores, and the sums and small vectors of a layer that are left between its passes.
 //
 // Both products take float32 as the sum of two TF32 numbers. The tensor cores cut off what does not fit their sums, so a
-// sum begins at zero, takes the six products of 16 numbers, small ones first, and is then added in float32. Which lane
-// holds which number is chosen so that it reads four neighbours at once.
+// sum begins at zero, takes the products of 16 numbers (8 in multiply_columns), small ones first, and is then added in
+// float32. Rows are on their way to shared memory while those before them are multiplied.
 #pragma once
 #include "conv.h"
 #include "device.cuh"
@@ -12,20 +12,28 @@ namespace srcgcnn {
 constexpr int kInner = 16;         // numbers of a sum that are multiplied at a time
 constexpr int kProductRows = 32;   // of a warp of multiply_rows
 constexpr int kProductColumns = 64;
+constexpr int kProductWarps = 12;  // of a block, the only one of its multiprocessor
+constexpr int kPiece = 32;         // numbers of its rows that a warp has in shared memory, twice
+constexpr int kPieceSize = kProductRows * kPiece;
 constexpr int kLeft = 32, kRight = 64;  // columns of a warp of multiply_columns
+constexpr int kColumnWarps = 8;         // of a block, at most
+constexpr int kStageRows = 16, kStages = 3;
+constexpr int kSpread = 8;  // numbers after a row, so that four rows fall on different banks
 
 // out (N, columns) = a (N, inner) b + shift + add, stored as kHalf says. b was ordered by order_weights.
 struct RowProduct {
   const float *a, *b, *shift, *add;  // add (N, columns); either may be null
   void* out;
   int64_t n_rows, inner, columns;
-  int relaxed, by_four;  // by_four: rows of a are vectors of four, aligned
+  int held;  // 64 columns each, whose weights a block keeps in shared memory; 0: none
+  int relaxed, by_four, out_by_four;  // by_four: rows of a are vectors of four, aligned; those of add and out
 };
 // out (programs, left, right): sums of a^T b over the rows of a program; a (N, left), b (N, right), `stride` apart.
 struct ColumnProduct {
   const float *a, *b;
   float* out;
   int64_t n_rows, left, right, a_stride, b_stride, programs;
+  int lefts, rights;  // a block's warps
   int a_by_four, b_by_four;
 };
 // Parts (parts, n) added up in their order: `exact` and `rounded` (n), either null.
@@ -40,12 +48,12 @@ struct PartSums {
   PartSum of[kMostSums];
 };
 
-SRCGCNN_DEVICE Channels<4> four_of(const float* row, int64_t at, int64_t n, bool by_four) {
-  if (by_four) return at < n ? load<4>(row + at) : Channels<4>{};
-  Channels<4> x;
-#pragma unroll
-  for (int v = 0; v < 4; ++v) x.x[v] = at + v < n ? row[at + v] : 0.0f;
-  return x;
+// Numbers at .. at + 3 of a row of n to shared memory, zeros beyond it.
+SRCGCNN_DEVICE void fetch_four(float* to, const float* row, int64_t at, int64_t n, bool by_four) {
+  if (by_four)
+    device::copy_async(to, row + (at < n ? at : 0), at < n);
+  else
+    store<4>(to, four_of(row, at, n, false));
 }
 // Relaxed: `high` alone, of which a NaN stays one.
 SRCGCNN_DEVICE void split_or_round(float x, bool relaxed, float& high, float& low) {
@@ -53,153 +61,239 @@ SRCGCNN_DEVICE void split_or_round(float x, bool relaxed, float& high, float& lo
   if (relaxed && x != x) high = x;
 }
 
+SRCGCNN_DEVICE void add_to(Channels<4>& y, const Channels<4>& x) {
+#pragma unroll
+  for (int v = 0; v < 4; ++v) y.x[v] += x.x[v];
+}
 SRCGCNN_DEVICE void store_one(float* p, float x) { *p = x; }
 SRCGCNN_DEVICE void store_one(Bfloat16* p, float x) { p->bits = uint16_t(device::to_bfloat16(x, 0.0f)); }
 
-template <bool kHalf>
-__global__ void __launch_bounds__(128, 3) multiply_rows(const RowProduct g) {
+// Each warp has a share of the products of 32 rows with 64 columns, those of the same rows one after the other. kHeld:
+// weights are in shared memory, before the pieces of the warps' rows.
+template <bool kHalf, bool kHeld>
+__global__ void __launch_bounds__(32 * kProductWarps, 1) multiply_rows(const RowProduct g) {
   using T = typename Storage<kHalf>::type;
+  SRCGCNN_SHARED(shared);
   const int group = lane_of() / 4, in_group = lane_of() % 4;
-  const int blocks = int((g.columns + kProductColumns - 1) / kProductColumns), block = int(blockIdx.x % blocks);
-  const int64_t first = (int64_t(blockIdx.x / blocks) * 4 + warp_of()) * kProductRows;
-  if (first >= g.n_rows) return;
-  const int steps = int((g.inner + kInner - 1) / kInner);
-  const float* rows[4];
+  const int all = int((g.columns + kProductColumns - 1) / kProductColumns), held = kHeld ? g.held : all;
+  const int slices = (all + held - 1) / held, first_block = int(blockIdx.x) % slices * held;
+  const int blocks = held < all - first_block ? held : all - first_block;
+  const int steps = int((g.inner + kInner - 1) / kInner), pieces = (steps + 1) / 2;
+  const int64_t units = (g.n_rows + kProductRows - 1) / kProductRows * blocks;
+  const int64_t groups = gridDim.x / slices, ranks = groups * kProductWarps;
+  const int64_t rank = warp_of() * groups + blockIdx.x / slices;
+  const int64_t from = rank * units / ranks, to = (rank + 1) * units / ranks;
+  float* ring = shared + (kHeld ? held * steps * 2048 : 0) + warp_of() * 2 * kPieceSize;
+  const float* weights = g.b + int64_t(first_block) * steps * 2048;
+  const auto read = [&](int64_t tile, int piece, float* at) {
+    const int row = lane_of() / 8, four = lane_of() % 8;
 #pragma unroll
-  for (int v = 0; v < 4; ++v) {
-    const int64_t row = first + group + 8 * v;
-    rows[v] = g.a + (row < g.n_rows ? row : g.n_rows - 1) * g.inner;
+    for (int v = 0; v < kProductRows; v += 4) {
+      const int64_t n = tile * kProductRows + v + row;
+      const float* x = g.a + (n < g.n_rows ? n : g.n_rows - 1) * g.inner;
+      fetch_four(at + (v + row) * kPiece + (four ^ row % 2 * 4) * 4, x, piece * kPiece + 4 * four, g.inner, g.by_four);
+    }
+  };
+  int64_t tile = from / blocks;
+  int block = int(from % blocks), slot = 0;
+  if (from < to) read(tile, 0, ring);
+  if (kHeld) {
+    for (int x = int(threadIdx.x); x < blocks * steps * 512; x += 32 * kProductWarps)
+      device::copy_async(shared + 4 * x, weights + 4 * x, true);
+    weights = shared;
   }
-  const float* weights = g.b + (int64_t(block) * steps * 8 * 32 + lane_of()) * 8;
-  float sums[2][8][4] = {};
+  device::commit_copies();
+  device::wait_for_copies<0>();
+  __syncthreads();
+  bool fresh = true;  // the warp's first product with these rows
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
-    float high[2][2][4], low[2][2][4];  // tile of 16 rows, half of the 16 numbers
+  for (int64_t unit = from; unit < to; ++unit) {
+    float sums[2][8][4] = {};
+#pragma unroll 1
+    for (int piece = 0; piece < pieces; ++piece) {
+      device::wait_for_copies<0>();
+      __syncwarp();
+      // Two pieces are all of the rows, or else the next one takes the place of the last.
+      const bool ends = piece + 1 == pieces, moves = ends && block + 1 == blocks;
+      const int next = pieces == 1 && !moves ? slot : 1 - slot;
+      if ((pieces > 2 || moves || (!ends && fresh)) && !(ends && unit + 1 == to))
+        read(tile + moves, ends ? 0 : piece + 1, ring + next * kPieceSize);
+      device::commit_copies();
+      const float* rows = ring + slot * kPieceSize + group * kPiece;
+      const float* b = weights + (int64_t(block) * steps + 2 * piece) * 2048 + 4 * lane_of();
+      const int here = steps - 2 * piece < 2 ? 1 : 2;
+#pragma unroll 1
+      for (int step = 0; step < here; ++step, b += 2048) {
+        float high[2][2][4], low[2][2][4];  // tile of 16 rows, half of the 16 numbers
+#pragma unroll
+        for (int v = 0; v < 4; ++v) {
+          const auto x = load<4>(rows + 8 * v * kPiece + ((4 * step + in_group) ^ group % 2 * 4) * 4);
+#pragma unroll
+          for (int k = 0; k < 4; ++k)
+            split_or_round(x.x[k], g.relaxed, high[v / 2][k / 2][k % 2 * 2 + v % 2],
+                           low[v / 2][k / 2][k % 2 * 2 + v % 2]);
+        }
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+          const auto w0 = load<4>(b + n * 256), w1 = load<4>(b + n * 256 + 128);
+          const float b0[2] = {w0.x[0], w0.x[1]}, b0_low[2] = {w0.x[2], w0.x[3]};
+          const float b1[2] = {w1.x[0], w1.x[1]}, b1_low[2] = {w1.x[2], w1.x[3]};
+#pragma unroll
+          for (int m = 0; m < 2; ++m) {
+            float d[4] = {}, first_half[4] = {}, second_half[4] = {};  // small ones together, large ones by themselves
+            if (!g.relaxed) {
+              device::mma(d, low[m][0], b0);
+              device::mma(d, low[m][1], b1);
+              device::mma(d, high[m][0], b0_low);
+              device::mma(d, high[m][1], b1_low);
+            }
+            device::mma(first_half, high[m][0], b0);
+            device::mma(second_half, high[m][1], b1);
+#pragma unroll
+            for (int v = 0; v < 4; ++v) sums[m][n][v] += (first_half[v] + second_half[v]) + d[v];
+          }
+        }
+      }
+      slot = next;
+    }
+    // A lane has columns 4 in_group .. + 3 of each 16.
+    const int64_t first_column = int64_t(first_block + block) * kProductColumns + 4 * in_group;
 #pragma unroll
     for (int v = 0; v < 4; ++v) {
-      const auto x = four_of(rows[v], step * kInner + 4 * in_group, g.inner, g.by_four);
-#pragma unroll
-      for (int k = 0; k < 4; ++k)
-        split_or_round(x.x[k], g.relaxed, high[v / 2][k / 2][k % 2 * 2 + v % 2], low[v / 2][k / 2][k % 2 * 2 + v % 2]);
-    }
-#pragma unroll
-    for (int n = 0; n < 8; ++n, weights += 32 * 8) {
-      const auto w0 = load<4>(weights), w1 = load<4>(weights + 4);
-      const float b0[2] = {w0.x[0], w0.x[1]}, b0_low[2] = {w0.x[2], w0.x[3]};
-      const float b1[2] = {w1.x[0], w1.x[1]}, b1_low[2] = {w1.x[2], w1.x[3]};
-#pragma unroll
-      for (int tile = 0; tile < 2; ++tile) {
-        float d[4] = {}, first_half[4] = {}, second_half[4] = {};  // small ones together, large ones by themselves
-        if (!g.relaxed) {
-          device::mma(d, low[tile][0], b0);
-          device::mma(d, low[tile][1], b1);
-          device::mma(d, high[tile][0], b0_low);
-          device::mma(d, high[tile][1], b1_low);
-        }
-        device::mma(first_half, high[tile][0], b0);
-        device::mma(second_half, high[tile][1], b1);
-#pragma unroll
-        for (int v = 0; v < 4; ++v) sums[tile][n][v] += (first_half[v] + second_half[v]) + d[v];
-      }
-    }
-  }
-  const bool in_pairs = g.columns % 2 == 0;
-#pragma unroll
-  for (int tile = 0; tile < 2; ++tile)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t row = first + 16 * tile + 8 * half + group;
+      const int64_t row = tile * kProductRows + 8 * v + group;
       if (row >= g.n_rows) continue;
       T* out = static_cast<T*>(g.out) + row * g.columns;
       const float* add = g.add ? g.add + row * g.columns : nullptr;
 #pragma unroll
-      for (int n = 0; n < 8; ++n) {
-        const int64_t c = block * kProductColumns + 8 * n + 2 * in_group;
-        Channels<2> y;
+      for (int n = 0; n < 8; n += 2) {
+        const int64_t c = first_column + 8 * n;
+        if (c >= g.columns) continue;
+        Channels<4> y;
 #pragma unroll
-        for (int v = 0; v < 2; ++v) {
-          y.x[v] = sums[tile][n][2 * half + v];
-          if (c + v >= g.columns) continue;
-          if (g.shift) y.x[v] += g.shift[c + v];
-          if (add) y.x[v] += add[c + v];
-        }
-        if (in_pairs) {
-          if (c < g.columns) store<2>(out + c, y);
+        for (int k = 0; k < 4; ++k) y.x[k] = sums[v / 2][n + k / 2][v % 2 * 2 + k % 2];
+        if (g.shift) add_to(y, four_of(g.shift, c, g.columns, g.out_by_four));
+        if (add) add_to(y, four_of(add, c, g.columns, g.out_by_four));
+        if (g.out_by_four) {
+          store<4>(out + c, y);
         } else {
 #pragma unroll
-          for (int v = 0; v < 2; ++v)
-            if (c + v < g.columns) store_one(out + c + v, y.x[v]);
+          for (int k = 0; k < 4; ++k)
+            if (c + k < g.columns) store_one(out + c + k, y.x[k]);
         }
       }
     }
-}
-
-// Three products even where one would do: memory bounds it. The columns of a and b that a lane reads, four neighbours, belong
-// to the tiles as the comments say.
-__global__ void __launch_bounds__(128, 3) multiply_columns(const ColumnProduct g) {
-  const int group = lane_of() / 4, in_group = lane_of() % 4;
-  const int64_t lefts = (g.left + kLeft - 1) / kLeft, rights = (g.right + kRight - 1) / kRight;
-  const int64_t blocks = (lefts * rights + 3) / 4, program = blockIdx.x / blocks;
-  const int64_t tile = blockIdx.x % blocks * 4 + warp_of();
-  if (tile >= lefts * rights) return;
-  const int64_t left = tile % lefts * kLeft + 4 * group, right = tile / lefts * kRight + 4 * group;
-  float sums[2][8][4] = {};
-#pragma unroll 1
-  for (int64_t first = program * kInner; first < g.n_rows; first += g.programs * kInner) {
-    float high[2][2][4], low[2][2][4];  // tile of 16 columns (4 group + 2 tile, + 1), half of the rows
-#pragma unroll
-    for (int v = 0; v < 4; ++v) {  // rows in_group + 4 v
-      const int64_t row = first + in_group + 4 * v;
-      const auto x = row < g.n_rows ? four_of(g.a + row * g.a_stride, left, g.left, g.a_by_four) : Channels<4>{};
-#pragma unroll
-      for (int k = 0; k < 4; ++k)
-        split(x.x[k], high[k / 2][v / 2][v % 2 * 2 + k % 2], low[k / 2][v / 2][v % 2 * 2 + k % 2]);
-    }
-#pragma unroll
-    for (int q = 0; q < 2; ++q) {
-      float b[4][2][2], b_low[4][2][2];  // tile of 8 columns (32 q + 4 group + tile), half of the rows
-#pragma unroll
-      for (int v = 0; v < 4; ++v) {
-        const int64_t row = first + in_group + 4 * v;
-        const auto x =
-            row < g.n_rows ? four_of(g.b + row * g.b_stride, right + 32 * q, g.right, g.b_by_four) : Channels<4>{};
-#pragma unroll
-        for (int k = 0; k < 4; ++k) split(x.x[k], b[k][v / 2][v % 2], b_low[k][v / 2][v % 2]);
-      }
-#pragma unroll
-      for (int n = 0; n < 4; ++n)
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          float d[4] = {};
-          device::mma(d, low[m][0], b[n][0]);
-          device::mma(d, low[m][1], b[n][1]);
-          device::mma(d, high[m][0], b_low[n][0]);
-          device::mma(d, high[m][1], b_low[n][1]);
-          device::mma(d, high[m][0], b[n][0]);
-          device::mma(d, high[m][1], b[n][1]);
-#pragma unroll
-          for (int v = 0; v < 4; ++v) sums[m][4 * q + n][v] += d[v];
-        }
+    fresh = pieces > 2 || block + 1 == blocks;
+    if (++block == blocks) {
+      block = 0;
+      ++tile;
     }
   }
-  // A lane has rows 4 group + 2 m + half of the block, and of each 32 columns the eight from 8 in_group on.
+}
+
+// Three products even where one would do: memory bounds it. Each warp has 32 of the block's columns of a and 64 of b; a block
+// reads 16 rows at a time, two ahead. The columns of a and b that a lane reads, four neighbours, belong to the tiles as the
+// comments say.
+__global__ void __launch_bounds__(32 * kColumnWarps, 2) multiply_columns(const ColumnProduct g) {
+  SRCGCNN_SHARED(shared);
+  const int group = lane_of() / 4, in_group = lane_of() % 4, warps = g.lefts * g.rights;
+  const int a_stride = kLeft * g.lefts + kSpread, b_stride = kRight * g.rights + kSpread;
+  const int stage_size = kStageRows * (a_stride + b_stride), fours = (kLeft * g.lefts + kRight * g.rights) / 4;
+  const int64_t a_blocks = (g.left + kLeft * g.lefts - 1) / (kLeft * g.lefts);
+  const int64_t b_blocks = (g.right + kRight * g.rights - 1) / (kRight * g.rights);
+  const int64_t block = blockIdx.x % (a_blocks * b_blocks), program = blockIdx.x / (a_blocks * b_blocks);
+  const int64_t first_left = block % a_blocks * kLeft * g.lefts, first_right = block / a_blocks * kRight * g.rights;
+  const int64_t apart = g.programs * kStageRows, begin = program * kStageRows;
+  const int64_t n = begin < g.n_rows ? (g.n_rows - begin + apart - 1) / apart : 0;
+  const auto read = [&](int64_t step) {
+    float* stage = shared + int(step % kStages) * stage_size;
+    for (int row = warp_of(); step < n && row < kStageRows; row += warps) {
+      const int64_t at = begin + step * apart + row;
+      const bool there = at < g.n_rows;
+      const float *a = g.a + (there ? at : 0) * g.a_stride, *b = g.b + (there ? at : 0) * g.b_stride;
+      for (int x = lane_of(); x < fours; x += 32) {
+        const int c = 4 * x - kLeft * g.lefts;  // of b
+        if (c < 0)
+          fetch_four(stage + row * a_stride + 4 * x, a, first_left + 4 * x, there ? g.left : 0, g.a_by_four);
+        else
+          fetch_four(stage + kStageRows * a_stride + row * b_stride + c, b, first_right + c, there ? g.right : 0,
+                     g.b_by_four);
+      }
+    }
+    device::commit_copies();
+  };
+  const int own_left = warp_of() % g.lefts * kLeft, own_right = warp_of() / g.lefts * kRight;
+  const bool busy = first_left + own_left < g.left && first_right + own_right < g.right;
+  float sums[2][8][4] = {};
+#pragma unroll
+  for (int step = 0; step < kStages - 1; ++step) read(step);
+#pragma unroll 1
+  for (int64_t step = 0; step < n; ++step) {
+    device::wait_for_copies<kStages - 2>();
+    __syncthreads();
+    read(step + kStages - 1);
+    if (!busy) continue;
+    const float* a = shared + int(step % kStages) * stage_size + in_group * a_stride + own_left + 4 * group;
+    const float* b = shared + int(step % kStages) * stage_size + kStageRows * a_stride + in_group * b_stride + own_right +
+                     4 * group;
+#pragma unroll 1
+    for (int half = 0; half < kStageRows / 8; ++half, a += 8 * a_stride, b += 8 * b_stride) {
+      float high[2][4], low[2][4];  // tile of 16 columns (4 group + 2 tile, + 1)
+#pragma unroll
+      for (int v = 0; v < 2; ++v) {  // rows in_group + 4 v
+        const auto x = load<4>(a + 4 * v * a_stride);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) split(x.x[k], high[k / 2][v * 2 + k % 2], low[k / 2][v * 2 + k % 2]);
+      }
+#pragma unroll
+      for (int q = 0; q < 2; ++q) {
+        float right[4][2], right_low[4][2];  // tile of 8 columns (32 q + 4 group + tile)
+#pragma unroll
+        for (int v = 0; v < 2; ++v) {
+          const auto x = load<4>(b + 4 * v * b_stride + 32 * q);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) split(x.x[k], right[k][v], right_low[k][v]);
+        }
+#pragma unroll
+        for (int t = 0; t < 4; ++t)
+#pragma unroll
+          for (int m = 0; m < 2; ++m) {
+            float d[4] = {};
+            device::mma(d, low[m], right[t]);
+            device::mma(d, high[m], right_low[t]);
+            device::mma(d, high[m], right[t]);
+#pragma unroll
+            for (int v = 0; v < 4; ++v) sums[m][4 * q + t][v] += d[v];
+          }
+      }
+    }
+  }
+  device::wait_for_copies<0>();
+  if (!busy) return;
+  // A lane has rows 4 group + 2 m + half of the warp's, and of each 32 columns the eight from 8 in_group on.
   float* out = g.out + program * g.left * g.right;
-  const int64_t column = tile / lefts * kRight + 8 * in_group;
+  const int64_t column = first_right + own_right + 8 * in_group;
 #pragma unroll
   for (int m = 0; m < 2; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t row = left + 2 * m + half;
+      const int64_t row = first_left + own_left + 4 * group + 2 * m + half;
       if (row >= g.left) continue;
 #pragma unroll
       for (int q = 0; q < 2; ++q)
 #pragma unroll
-        for (int v = 0; v < 2; ++v)
+        for (int v = 0; v < 2; ++v) {
+          const int64_t c = column + 32 * q + 4 * v;
+          Channels<4> y;
 #pragma unroll
-          for (int n = 0; n < 4; ++n) {
-            const int64_t c = column + 32 * q + 4 * v + n;
-            if (c < g.right) out[row * g.right + c] = sums[m][4 * q + n][2 * half + v];
+          for (int t = 0; t < 4; ++t) y.x[t] = sums[m][4 * q + t][2 * half + v];
+          if (g.right % 4 == 0) {
+            if (c < g.right) store<4>(out + row * g.right + c, y);
+          } else {
+#pragma unroll
+            for (int t = 0; t < 4; ++t)
+              if (c + t < g.right) out[row * g.right + c + t] = y.x[t];
           }
+        }
     }
 }
 
@@ -232,16 +326,17 @@ __global__ void __launch_bounds__(128) add_parts(const __grid_constant__ PartSum
   if (s.rounded) s.rounded[at] = float(sum);
 }
 
-// Where number `x` of a product's ordered right side comes from: 64 columns, steps of 16, 8 tiles, lanes, 8 numbers.
+// Where number `x` of a product's ordered right side comes from: 64 columns, steps of 16, 8 tiles, halves of the step,
+// lanes, 4 numbers. Of two tiles a lane of the result has four neighbours.
 struct Ordered {
   int64_t inner, column;
   bool low;
   SRCGCNN_DEVICE Ordered(int64_t x, int64_t steps) {
-    const int number = int(x % 8), lane = int(x / 8 % 32), tile = int(x / 256 % 8);
+    const int number = int(x % 4), lane = int(x / 4 % 32), half = int(x / 128 % 2), tile = int(x / 256 % 8);
     const int64_t step = x / 2048 % steps, block = x / 2048 / steps;
-    inner = step * kInner + lane % 4 * 4 + number / 4 * 2 + number % 2;
-    column = block * kProductColumns + tile * 8 + lane / 4;
-    low = number / 2 % 2;
+    inner = step * kInner + lane % 4 * 4 + half * 2 + number % 2;
+    column = block * kProductColumns + tile / 2 * 16 + lane / 8 * 4 + tile % 2 * 2 + lane / 4 % 2;
+    low = number / 2;
   }
 };
 SRCGCNN_HOST_DEVICE int64_t ordered_size(int64_t inner, int64_t columns) {

@@ -120,8 +120,9 @@ def test_bits_do_not_depend_on_the_gpu(training_library):
         problem = Problem("weighted", 40, 41, features=features)
         training_library.gpu(132, 228 << 10)
         first = problem.found(training)
-        training_library.gpu(3, 228 << 10, True)
-        assert all(torch.equal(first[name], x) for name, x in problem.found(training).items())
+        for shared in (228, 164, 100):  # kB: room for all, some and none of the weights of rows' products
+            training_library.gpu(3, shared << 10, True)
+            assert all(torch.equal(first[name], x) for name, x in problem.found(training).items())
 
 
 def test_bits_do_not_depend_on_what_else_is_in_the_batch():
@@ -432,6 +433,7 @@ def test_products_of_rows_beyond_two_to_the_31(training_library, half):
             )
             x, pq = far(rows, width), sparse((rows, 4 * width), storage)
             x[-tail:] = h
+            training_library.gpu(rows // 64, 228 << 10)  # blocks with few rows each
             training_library.only(last_blocks=64)  # all of those that order the weights
             try:
                 found.append(Kernels.linear(x, layer, edges, pq).pq[-tail:])

@@ -17,6 +17,7 @@
 #include <ucontext.h>
 
 #include <functional>
+#include <vector>
 
 #define __global__
 #define __grid_constant__
@@ -64,8 +65,16 @@ struct Warp {
   uint32_t half_a[2][32][4], half_b[2][32][2];
   uint32_t words[2][32];
 };
+struct Copy {  // to shared memory: it comes when the thread waits for its group, no sooner
+  void* to;
+  const void* from;
+  bool there;
+  int group;
+};
 struct Thread {
   State state = kDone;
+  int group = 0;
+  std::vector<Copy> copies;
   int meeting = 0, turn = 0;  // what it waits for; which half of the warp's mailboxes is next
   bool begun = false;
   jmp_buf at;
@@ -144,6 +153,8 @@ inline void run_block(int n_threads) {
       at_block += threads[t].state == kAtBlock;
       done += threads[t].state == kDone;
     }
+    for (int t = 0; t < n_threads && done == n_threads; ++t)
+      if (!threads[t].copies.empty()) fail("a thread ends before its copies have come");
     if (done == n_threads) return;
     if (at_block == n_threads)
       for (int t = 0; t < n_threads; ++t) threads[t].state = kReady;
@@ -249,6 +260,25 @@ inline float exp2(float x) { return flushed(::exp2f(flushed(x))); }
 inline float reciprocal(float x) { return flushed(1.0f / flushed(x)); }
 template <class T>
 void prefetch(const T*, int64_t, int64_t) {}
+inline void copy_async(float* to, const float* from, bool there) {
+  auto& thread = emulation::threads[emulation::current];
+  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) emulation::fail("a copy is not aligned");
+  thread.copies.push_back({to, from, there, thread.group});
+}
+inline void commit_copies() { ++emulation::threads[emulation::current].group; }
+template <int kLeft>
+void wait_for_copies() {
+  auto& thread = emulation::threads[emulation::current];
+  std::vector<emulation::Copy> later;
+  for (const auto& copy : thread.copies)
+    if (copy.group >= thread.group - kLeft)
+      later.push_back(copy);
+    else if (copy.there)
+      memcpy(copy.to, copy.from, 16);
+    else
+      memset(copy.to, 0, 16);
+  thread.copies.swap(later);
+}
 // The tensor core does not look at the last 13 bits of its operands.
 inline float seen(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000); }
 // Nor does it round a sum to the nearest number: what does not fit is cut off.
