@@ -734,19 +734,6 @@ SRCGCNN_DEVICE void add_warps(float* total, const float* mine) {
   __syncthreads();
 }
 
-// Sums of the four warps in their order, for k numbers of each lane: done(number, sum), one warp a number.
-template <int kNumbers, class Done>
-SRCGCNN_DEVICE void add_lanes(float* shared, const float (&sums)[kNumbers], Done done) {
-#pragma unroll
-  for (int k = 0; k < kNumbers; ++k) shared[(warp_of() * kNumbers + k) * 32 + lane_of()] = sums[k];
-  __syncthreads();
-  for (int k = warp_of(); k < kNumbers; k += kWarps) {
-    float sum = 0.0f;
-    for (int warp = 0; warp < kWarps; ++warp) sum += shared[(warp * kNumbers + k) * 32 + lane_of()];
-    done(k, sum);
-  }
-}
-
 // What a warp of backward_receivers keeps in shared memory; of each lane four numbers side by side.
 struct Receivers {
   float filter[kFilterSums];
@@ -972,32 +959,138 @@ __global__ void __launch_bounds__(kThreads, 4) backward_senders(const DeviceConv
   });
 }
 
-// A block is one of `programs` for 32 channels; warp w takes every fourth row.
-__global__ void __launch_bounds__(kThreads) column_sums(const DeviceConv g) {
-  SRCGCNN_SHARED(shared);
-  const int chunks = int(g.width / kChunk), channel = int(blockIdx.x % chunks) * kChunk + lane_of();
-  const int64_t program = blockIdx.x / chunks;
-  const bool mine = channel < g.F;
-  const float centre = g.totals && mine ? float(g.totals[channel] / g.totals[3 * g.F + channel]) : 0.0f;
-  float sums[4] = {};
-  for (int64_t row = program * kWarps + warp_of(); row < g.n_rows; row += g.programs * kWarps) {
-    float u = g.row_weight[row];
-    if (g.ptr) {
-      const int64_t begin = g.ptr[row], end = g.ptr[row + 1];
-      u *= begin < 0 || end < begin || end > g.n_edges ? NAN : float(end - begin);
-    }
-    const float x = mine ? g.x[row * g.F + channel] - centre : 0.0f;
-    sums[0] = fmaf(u, x, sums[0]);
-    if (g.degree) sums[1] = fmaf(g.degree[row], x, sums[1]);
-    sums[2] = fmaf(u * x, x, sums[2]);
-    sums[3] += u;
+// Of column_sums, finish, finish_backward and correct: a block is one of `programs` for 32 channels, of 16 rows at a time, of
+// which a lane has four channels of one; the rows that it reads before it goes on are `apart`.
+constexpr int kRowsAtOnce = 4 * kWarps;
+SRCGCNN_DEVICE int four_channels_of() { return lane_of() % 8 * 4; }
+SRCGCNN_DEVICE int64_t first_row(int64_t program) { return program * kRowsAtOnce + 4 * warp_of() + lane_of() / 8; }
+
+SRCGCNN_DEVICE bool in_fours(int64_t stride, const float* x) {
+  return stride % 4 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
+}
+SRCGCNN_DEVICE void store_four(float* row, int64_t at, int64_t n, bool by_four, const Channels<4>& x) {
+  if (by_four) {
+    if (at < n) store<4>(row + at, x);
+    return;
   }
-  add_lanes(shared, sums, [&](int k, float sum) {
-    if (mine) g.out[(program * 4 + k) * g.F + channel] = sum;
+#pragma unroll
+  for (int v = 0; v < 4; ++v)
+    if (at + v < n) row[at + v] = x.x[v];
+}
+// Sums over the block's rows, in an order of its own: done(number, sum), a lane a channel.
+template <int kNumbers, class Done>
+SRCGCNN_DEVICE void add_rows(float* shared, float (&sums)[kNumbers][4], Done done) {
+#pragma unroll
+  for (int k = 0; k < kNumbers; ++k) {
+    Channels<4> sum;
+#pragma unroll
+    for (int v = 0; v < 4; ++v) {
+      sum.x[v] = sums[k][v] + __shfl_xor_sync(kAllLanes, sums[k][v], 8);
+      sum.x[v] += __shfl_xor_sync(kAllLanes, sum.x[v], 16);
+    }
+    if (lane_of() < 8) store<4>(shared + (warp_of() * kNumbers + k) * 32 + 4 * lane_of(), sum);
+  }
+  __syncthreads();
+  for (int k = warp_of(); k < kNumbers; k += kWarps) {
+    float sum = 0.0f;
+    for (int warp = 0; warp < kWarps; ++warp) sum += shared[(warp * kNumbers + k) * 32 + lane_of()];
+    done(k, sum);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) column_sums(const DeviceConv g) {
+  constexpr int kAhead = 4;
+  SRCGCNN_SHARED(shared);
+  const int chunks = int(g.width / kChunk), chunk = int(blockIdx.x % chunks) * kChunk, channel = chunk + four_channels_of();
+  const int64_t program = blockIdx.x / chunks, apart = g.programs * kRowsAtOnce;
+  const bool by_four = in_fours(g.F, g.x);
+  Channels<4> centre = {};
+#pragma unroll
+  for (int v = 0; v < 4; ++v)
+    if (g.totals && channel + v < g.F) centre.x[v] = float(g.totals[channel + v] / g.totals[3 * g.F + channel + v]);
+  float sums[4][4] = {};
+#pragma unroll 1
+  for (int64_t first = first_row(program); first < g.n_rows; first += kAhead * apart) {
+    Channels<4> x[kAhead];
+    float u[kAhead], degree[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int64_t row = first + k * apart;
+      const bool there = row < g.n_rows;
+      x[k] = there ? four_of(g.x + row * g.F, channel, g.F, by_four) : centre;
+      u[k] = there ? g.row_weight[row] : 0.0f;
+      degree[k] = there && g.degree ? g.degree[row] : 0.0f;
+      if (!g.ptr || !there) continue;
+      const int64_t begin = g.ptr[row], end = g.ptr[row + 1];
+      u[k] *= begin < 0 || end < begin || end > g.n_edges ? NAN : float(end - begin);
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k)
+#pragma unroll
+      for (int v = 0; v < 4; ++v) {
+        const float y = x[k].x[v] - centre.x[v];
+        sums[0][v] = fmaf(u[k], y, sums[0][v]);
+        sums[1][v] = fmaf(degree[k], y, sums[1][v]);
+        sums[2][v] = fmaf(u[k] * y, y, sums[2][v]);
+        sums[3][v] += u[k];
+      }
+  }
+  add_rows(shared, sums, [&](int k, float sum) {
+    const int64_t c = chunk + lane_of();
+    if (c < g.F) g.out[(program * 4 + k) * g.F + c] = sum;
   });
 }
 
-// A warp a row, a lane a channel, or a Gaussian.
+constexpr int kGramRows = 32;  // of a block, neighbours, as edges stay within a crystal
+
+// h less its mean, and its neighbours', to out_x and the first 3F numbers of out; a lane V channels. Lanes read the numbers of
+// the neighbours, four of which are on their way at a time.
+template <int V>
+SRCGCNN_DEVICE void gram_channels(const DeviceConv& g, const float* centre, int64_t row, int64_t begin, int count,
+                                  float by_own, float w, float in_degree, float* out) {
+  const int F = int(g.F);
+  const float* h = g.h;
+  for (int first = 0; first < F; first += 32 * V) {
+    const int c = first + V * lane_of(), at = c < F ? c : 0;
+    const auto mean = load<V>(centre + at);
+    auto x = load<V>(h + row * F + at);
+    float sum[V] = {};
+    for (int from = 0; from < count; from += 32) {
+      int other = from + lane_of() < count ? g.other[begin + from + lane_of()] : 0;
+      if (unsigned(other) >= uint64_t(g.n_rows)) other = -1;
+      const int here = count - from < 32 ? count - from : 32;
+      for (int k = 0; k < here; k += 4) {
+        Channels<V> y[4];
+        int j[4];
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+          j[t] = __shfl_sync(kAllLanes, other, k + t);
+          y[t] = load<V>(h + int64_t(j[t] < 0 ? 0 : j[t]) * F + at);
+        }
+#pragma unroll
+        for (int t = 0; t < 4; ++t)
+#pragma unroll
+          for (int v = 0; v < V; ++v)
+            if (k + t < here) sum[v] += j[t] < 0 ? NAN : y[t].x[v] - mean.x[v];
+      }
+    }
+    if (c >= F) continue;
+    Channels<V> own, around, into;
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      x.x[v] -= mean.x[v];
+      own.x[v] = by_own * x.x[v];
+      around.x[v] = w * sum[v];
+      into.x[v] = in_degree * x.x[v];
+    }
+    store<V>(g.out_x + row * F + c, x);
+    store<V>(out + c, own);
+    store<V>(out + F + c, around);
+    store<V>(out + 2 * F + c, into);
+  }
+}
+
+// A warp a row.
 __global__ void __launch_bounds__(kThreads, 8) gram_rows(const DeviceConv g) {
   SRCGCNN_SHARED(shared);
   float *centre = shared, *e_mean = shared + g.F;
@@ -1006,23 +1099,19 @@ __global__ void __launch_bounds__(kThreads, 8) gram_rows(const DeviceConv g) {
   for (int64_t k = threadIdx.x; k < g.n_features; k += kThreads) e_mean[k] = float(g.e_sum[k] / count);
   __syncthreads();
   const int64_t F = g.F, K = g.n_features, columns = 3 * F + 2 * K + 2, stride = g.stride ? g.stride : columns;
-  for (int64_t row = int64_t(blockIdx.x) * kWarps + warp_of(); row < g.n_rows; row += int64_t(gridDim.x) * kWarps) {
+  const bool in_pairs = F % 2 == 0 && stride % 2 == 0 && reinterpret_cast<uintptr_t>(g.h) % 8 == 0;
+  for (int r = warp_of(); r < kGramRows; r += kWarps) {
+    const int64_t row = int64_t(blockIdx.x) * kGramRows + r;
+    if (row >= g.n_rows) return;
     const int64_t begin = g.ptr[row], end = g.ptr[row + 1];
     const bool bad = begin < 0 || end < begin || end > g.n_edges;
     const float w = g.row_weight[row], degree = bad ? NAN : float(end - begin), in_degree = g.degree[row];
     float* out = g.out + row * stride;
-    for (int64_t c = lane_of(); c < F; c += 32) {
-      const float x = g.h[row * F + c] - centre[c];
-      float sum = 0.0f;
-      for (int64_t e = begin; !bad && e < end; ++e) {
-        const int64_t j = g.other[e];
-        sum += j >= 0 && j < g.n_rows ? g.h[j * F + c] - centre[c] : NAN;
-      }
-      g.out_x[row * F + c] = x;
-      out[c] = w * degree * x;
-      out[F + c] = w * sum;
-      out[2 * F + c] = in_degree * x;
-    }
+    const int n = bad ? 0 : int(end - begin);
+    if (in_pairs)
+      gram_channels<2>(g, centre, row, begin, n, w * degree, w, in_degree, out);
+    else
+      gram_channels<1>(g, centre, row, begin, n, w * degree, w, in_degree, out);
     for (int64_t k = lane_of(); k < K; k += 32) {
       out[3 * F + k] = w * fmaf(-degree, e_mean[k], g.by_receiver[row * K + k]);
       out[3 * F + K + k] = fmaf(-in_degree, e_mean[k], g.by_sender[row * K + k]);
@@ -1251,90 +1340,159 @@ __global__ void __launch_bounds__(kThreads, 2) edge_gram(const DeviceConv g) {
   }
 }
 
-// A block is one of `programs` for 32 channels; warp w takes every fourth row.
-__global__ void __launch_bounds__(kThreads) finish(const DeviceConv g) {
-  const int chunks = int(g.width / kChunk), channel = int(blockIdx.x % chunks) * kChunk + lane_of();
-  const int64_t program = blockIdx.x / chunks;
-  if (channel >= g.F) return;
-  const double count = g.totals[3 * g.F + channel], rest = g.more_totals[channel] / count;
-  const double mean = double(float(g.totals[channel] / count)) + rest;  // as column_sums rounds it
-  double var = g.more_totals[2 * g.F + channel] / count - rest * rest;
-  if (var < 0) var = 0;
-  const Norm norm(g, channel, mean, var);
-  for (int64_t row = program * kWarps + warp_of(); row < g.n_rows; row += g.programs * kWarps) {
-    const int64_t at = row * g.F + channel;
-    g.out[at] = finished(g.h[at], g.m[at], norm.scale, norm.shift);
+// What the norm of the messages does to four channels; zeros beyond the last.
+struct Norms {
+  Channels<4> scale = {}, shift = {}, mean = {}, rstd = {};
+  SRCGCNN_DEVICE void put(int v, const Norm& norm) {
+    scale.x[v] = norm.scale;
+    shift.x[v] = norm.shift;
+    mean.x[v] = norm.mean;
+    rstd.x[v] = norm.rstd;
   }
-  if (program == 0 && warp_of() == 0) {
-    g.out_m[channel] = float(mean);
-    g.out_x[channel] = float(var);
+};
+
+__global__ void __launch_bounds__(kThreads) finish(const DeviceConv g) {
+  constexpr int kAhead = 2;
+  const int chunks = int(g.width / kChunk), channel = int(blockIdx.x % chunks) * kChunk + four_channels_of();
+  const int64_t program = blockIdx.x / chunks, apart = g.programs * kRowsAtOnce;
+  const bool by_four = in_fours(g.F, g.h) && in_fours(g.F, g.m) && in_fours(g.F, g.out);
+  Norms norms;
+#pragma unroll 1
+  for (int v = 0; v < 4 && channel + v < g.F; ++v) {
+    const int64_t c = channel + v;
+    const double count = g.totals[3 * g.F + c], rest = g.more_totals[c] / count;
+    const double mean = double(float(g.totals[c] / count)) + rest;  // as column_sums rounds it
+    double var = g.more_totals[2 * g.F + c] / count - rest * rest;
+    if (var < 0) var = 0;
+    const Norm norm(g, c, mean, var);
+#pragma unroll
+    for (int at = 0; at < 4; ++at)
+      if (at == v) norms.put(at, norm);
+    if (program != 0 || threadIdx.x >= 8) continue;
+    g.out_m[c] = float(mean);
+    g.out_x[c] = float(var);
     if (g.running_mean2) {
-      move(g.running_mean2[channel], float(mean), g.momentum2);
-      move(g.running_var2[channel], float(var * (count / (count - 1))), g.momentum2);
+      move(g.running_mean2[c], float(mean), g.momentum2);
+      move(g.running_var2[c], float(var * (count / (count - 1))), g.momentum2);
+    }
+  }
+#pragma unroll 1
+  for (int64_t first = first_row(program); first < g.n_rows; first += kAhead * apart) {
+    Channels<4> h[kAhead], m[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int64_t row = first + k * apart, at = row < g.n_rows ? row : first;
+      h[k] = four_of(g.h + at * g.F, channel, g.F, by_four);
+      m[k] = four_of(g.m + at * g.F, channel, g.F, by_four);
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int64_t row = first + k * apart;
+      if (row >= g.n_rows) break;
+#pragma unroll
+      for (int v = 0; v < 4; ++v) h[k].x[v] = finished(h[k].x[v], m[k].x[v], norms.scale.x[v], norms.shift.x[v]);
+      store_four(g.out + row * g.F, channel, g.F, by_four, h[k]);
     }
   }
 }
 
-// A block is one of `programs` for 32 channels; warp w takes every fourth row.
 __global__ void __launch_bounds__(kThreads) finish_backward(const DeviceConv g) {
+  constexpr int kAhead = 2;
   SRCGCNN_SHARED(shared);
-  const int chunks = int(g.width / kChunk), channel = int(blockIdx.x % chunks) * kChunk + lane_of();
-  const int64_t program = blockIdx.x / chunks;
-  const bool mine = channel < g.F;
-  float sums[4] = {};
-  const Norm norm(g, mine ? channel : 0);
-  for (int64_t row = program * kWarps + warp_of(); row < g.n_rows; row += g.programs * kWarps) {
-    if (mine) {
-      const int64_t at = row * g.F + channel;
-      const float m = g.m[at], u = g.h[at] + fmaf(m, norm.scale, norm.shift);
-      const float d = g.grad[at] * softplus_slope2<DeviceMath>(u * DeviceMath::log2e);
-      g.out[at] = d;
-      if (g.out_m) g.out_m[row * g.width + channel] = d * norm.scale;
-      sums[0] += d;
-      sums[1] = fmaf(d, (m - norm.mean) * norm.rstd, sums[1]);
-    } else if (g.out_m) {
-      g.out_m[row * g.width + channel] = 0.0f;
+  const int chunks = int(g.width / kChunk), chunk = int(blockIdx.x % chunks) * kChunk, channel = chunk + four_channels_of();
+  const int64_t program = blockIdx.x / chunks, apart = g.programs * kRowsAtOnce;
+  const bool by_four = in_fours(g.F, g.h) && in_fours(g.F, g.m) && in_fours(g.F, g.grad) && in_fours(g.F, g.out);
+  const bool m_by_four = in_fours(g.width, g.out_m);
+  Norms norms;
+#pragma unroll
+  for (int v = 0; v < 4; ++v)
+    if (channel + v < g.F) norms.put(v, Norm(g, channel + v));
+  float sums[4][4] = {};
+#pragma unroll 1
+  for (int64_t first = first_row(program); first < g.n_rows; first += kAhead * apart) {
+    Channels<4> h[kAhead], m[kAhead], d[kAhead];
+    float w[kAhead], edges[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int64_t row = first + k * apart, at = row < g.n_rows ? row : first;
+      h[k] = four_of(g.h + at * g.F, channel, g.F, by_four);
+      m[k] = four_of(g.m + at * g.F, channel, g.F, by_four);
+      d[k] = four_of(g.grad + at * g.F, channel, g.F, by_four);
+      w[k] = g.row_weight[at];
+      edges[k] = float(g.ptr[at + 1] - g.ptr[at]);
     }
-    const float w = g.row_weight[row];
-    sums[2] += w;
-    sums[3] = fmaf(w, float(g.ptr[row + 1] - g.ptr[row]), sums[3]);
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int64_t row = first + k * apart;
+      if (row >= g.n_rows) break;
+      Channels<4> scaled;
+#pragma unroll
+      for (int v = 0; v < 4; ++v) {
+        const float u = h[k].x[v] + fmaf(m[k].x[v], norms.scale.x[v], norms.shift.x[v]);
+        d[k].x[v] *= softplus_slope2<DeviceMath>(u * DeviceMath::log2e);
+        scaled.x[v] = d[k].x[v] * norms.scale.x[v];
+        sums[0][v] += d[k].x[v];
+        sums[1][v] = fmaf(d[k].x[v], (m[k].x[v] - norms.mean.x[v]) * norms.rstd.x[v], sums[1][v]);
+        sums[2][v] += w[k];
+        sums[3][v] = fmaf(w[k], edges[k], sums[3][v]);
+      }
+      store_four(g.out + row * g.F, channel, g.F, by_four, d[k]);
+      if (g.out_m) store_four(g.out_m + row * g.width, channel, g.width, m_by_four, scaled);
+    }
   }
-  add_lanes(shared, sums, [&](int k, float sum) {
-    if (mine) g.out_x[(program * 4 + k) * g.F + channel] = sum;
+  add_rows(shared, sums, [&](int k, float sum) {
+    const int64_t c = chunk + lane_of();
+    if (c < g.F) g.out_x[(program * 4 + k) * g.F + c] = sum;
   });
 }
 
-// A block is one of `programs` for 32 columns; warp w takes every fourth row.
 __global__ void __launch_bounds__(kThreads) correct(const DeviceConv g) {
-  const int64_t blocks = (g.columns + kChunk - 1) / kChunk, c = blockIdx.x % blocks * kChunk + lane_of();
-  const bool mine = c < g.columns;
-  if (!mine && (!g.var2 || c >= g.stride)) return;
-  float c1 = 0.0f, c2 = 0.0f, a = 0.0f, mean = 0.0f;
-  if (mine) {
+  constexpr int kAhead = 4;
+  const int64_t blocks = (g.columns + kChunk - 1) / kChunk, c = blockIdx.x % blocks * kChunk + four_channels_of();
+  const int64_t program = blockIdx.x / blocks, apart = g.programs * kRowsAtOnce;
+  const int64_t from_stride = g.var2 ? g.columns : g.stride, written = g.var2 ? g.stride : g.columns;
+  const bool by_four = g.columns % 4 == 0 && in_fours(from_stride, g.grad) && in_fours(g.stride, g.out) &&
+                       (!g.c1 || in_fours(g.columns, g.x));
+  Channels<4> c1 = {}, c2 = {}, a = {}, mean = {};
+#pragma unroll
+  for (int v = 0; v < 4; ++v) {
+    if (c + v >= g.columns) continue;
     const float count = g.count ? *g.count : 1.0f;
-    if (g.c1) c1 = g.c1[c] / count;
-    if (g.c2) c2 = g.c2[c] / count;
+    if (g.c1) c1.x[v] = g.c1[c + v] / count;
+    if (g.c2) c2.x[v] = g.c2[c + v] / count;
     if (g.var2) {
-      const Norm norm(g, c);
-      a = norm.scale;
-      c2 *= norm.rstd;
-      mean = norm.mean;
+      const Norm norm(g, c + v);
+      a.x[v] = norm.scale;
+      c2.x[v] *= norm.rstd;
+      mean.x[v] = norm.mean;
     } else {
-      a = g.a[c];
+      a.x[v] = g.a[c + v];
     }
   }
-  for (int64_t row = int64_t(blockIdx.x / blocks) * kWarps + warp_of(); row < g.n_rows; row += g.programs * kWarps) {
-    const int64_t at = row * g.stride + c;
-    if (!mine) {  // beyond the channels of m: zeros
-      g.out[at] = 0.0f;
-      continue;
+#pragma unroll 1
+  for (int64_t first = first_row(program); first < g.n_rows; first += kAhead * apart) {
+    Channels<4> d[kAhead], x[kAhead];
+    float w[kAhead], times[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int64_t row = first + k * apart, at = row < g.n_rows ? row : first;
+      d[k] = four_of(g.grad + at * from_stride, c, g.columns, by_four);
+      if (!g.c1) continue;
+      x[k] = four_of(g.x + at * g.columns, c, g.columns, by_four);
+      w[k] = g.row_weight[at];
+      times[k] = g.degree ? g.degree[at] : g.ptr ? float(g.ptr[at + 1] - g.ptr[at]) : 1.0f;
     }
-    float d = g.grad[g.var2 ? row * g.columns + c : at];
-    if (g.c1) {
-      const float first = g.degree ? g.degree[row] * c1 : g.ptr ? float(g.ptr[row + 1] - g.ptr[row]) * c1 : c1;
-      d -= g.row_weight[row] * fmaf(g.x[row * g.columns + c] - mean, c2, first);
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int64_t row = first + k * apart;
+      if (row >= g.n_rows) break;
+#pragma unroll
+      for (int v = 0; v < 4; ++v) {
+        if (g.c1) d[k].x[v] -= w[k] * fmaf(x[k].x[v] - mean.x[v], c2.x[v], times[k] * c1.x[v]);
+        d[k].x[v] = c + v < g.columns ? a.x[v] * d[k].x[v] : 0.0f;  // zeros beyond the channels of m
+      }
+      store_four(g.out + row * g.stride, c, written, by_four, d[k]);
     }
-    g.out[at] = a * d;
   }
 }
 

@@ -82,12 +82,25 @@ void columns_times(Sequence& s, const DeviceConv& g, const float* a, int64_t lef
   const int64_t a_tiles = parts(left, kLeft), b_tiles = parts(right, kRight);
   const int64_t lefts = a_tiles < kColumnWarps ? a_tiles : kColumnWarps, room = kColumnWarps / lefts;
   const int64_t rights = parts(b_tiles, parts(b_tiles, room < 4 ? room : 4));  // equal shares
-  const int64_t stride = kLeft * lefts + kRight * rights + 2 * kSpread;
-  const ColumnProduct given{a,     b,        sums,       g.n_rows,    left,        right,
-                            left,  b_stride, g.programs, int(lefts), int(rights), by_four(a, left),
-                            by_four(b, b_stride)};
-  s.launch(multiply_columns, parts(a_tiles, lefts) * parts(b_tiles, rights) * g.programs,
-           kStages * kStageRows * stride * int64_t(sizeof(float)), given, 32 * int(lefts * rights));
+  const int64_t a_blocks = parts(a_tiles, lefts), b_blocks = parts(b_tiles, rights);
+  ColumnProduct given = {};
+  given.a = a;
+  given.b = b;
+  given.out = sums;
+  given.n_rows = g.n_rows;
+  given.left = given.a_stride = int(left);
+  given.right = int(right);
+  given.b_stride = int(b_stride);
+  given.programs = int(g.programs);
+  given.lefts = int(lefts);
+  given.rights = int(rights);
+  given.a_blocks = int(a_blocks);
+  given.b_blocks = int(b_blocks);
+  given.steps = int(parts(g.n_rows, kStageRows));
+  given.a_by_four = by_four(a, left);
+  given.b_by_four = by_four(b, b_stride);
+  s.launch(multiply_columns, a_blocks * b_blocks * g.programs, kStages * kStageSize * sizeof(float), given,
+           32 * given.lefts * given.rights);
   s.add(g.programs, {{sums, left * right, nullptr, out}});
 }
 

@@ -17,8 +17,14 @@ constexpr int kPiece = 32;         // numbers of its rows that a warp has in sha
 constexpr int kPieceSize = kProductRows * kPiece;
 constexpr int kLeft = 32, kRight = 64;  // columns of a warp of multiply_columns
 constexpr int kColumnWarps = 8;         // of a block, at most
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kColumnBlocks = 1;  // of a multiprocessor: with two, two registers would spill there
+#else
+constexpr int kColumnBlocks = 2;
+#endif
 constexpr int kStageRows = 16, kStages = 3;
-constexpr int kSpread = 8;  // numbers after a row, so that four rows fall on different banks
+// Numbers of a row of a stage, those of b after those of a; it spreads four rows over the banks.
+constexpr int kStageWidth = 320, kStageStride = kStageWidth + 8, kStageSize = kStageRows * kStageStride;
 
 // out (N, columns) = a (N, inner) b + shift + add, stored as kHalf says. b was ordered by order_weights.
 struct RowProduct {
@@ -32,8 +38,10 @@ struct RowProduct {
 struct ColumnProduct {
   const float *a, *b;
   float* out;
-  int64_t n_rows, left, right, a_stride, b_stride, programs;
-  int lefts, rights;  // a block's warps
+  int64_t n_rows;
+  int left, right, a_stride, b_stride, programs;
+  int lefts, rights, a_blocks, b_blocks;  // a block's warps; blocks of a program
+  int steps;                              // 16 rows each, of all programs
   int a_by_four, b_by_four;
 };
 // Parts (parts, n) added up in their order: `exact` and `rounded` (n), either null.
@@ -49,7 +57,7 @@ struct PartSums {
 };
 
 // Numbers at .. at + 3 of a row of n to shared memory, zeros beyond it.
-SRCGCNN_DEVICE void fetch_four(float* to, const float* row, int64_t at, int64_t n, bool by_four) {
+SRCGCNN_DEVICE void fetch_four(float* to, const float* row, int at, int n, bool by_four) {
   if (by_four)
     device::copy_async(to, row + (at < n ? at : 0), at < n);
   else
@@ -91,7 +99,7 @@ __global__ void __launch_bounds__(32 * kProductWarps, 1) multiply_rows(const Row
     for (int v = 0; v < kProductRows; v += 4) {
       const int64_t n = tile * kProductRows + v + row;
       const float* x = g.a + (n < g.n_rows ? n : g.n_rows - 1) * g.inner;
-      fetch_four(at + (v + row) * kPiece + (four ^ row % 2 * 4) * 4, x, piece * kPiece + 4 * four, g.inner, g.by_four);
+      fetch_four(at + (v + row) * kPiece + (four ^ row % 2 * 4) * 4, x, piece * kPiece + 4 * four, int(g.inner), g.by_four);
     }
   };
   int64_t tile = from / blocks;
@@ -193,30 +201,25 @@ __global__ void __launch_bounds__(32 * kProductWarps, 1) multiply_rows(const Row
 // Three products even where one would do: memory bounds it. Each warp has 32 of the block's columns of a and 64 of b; a block
 // reads 16 rows at a time, two ahead. The columns of a and b that a lane reads, four neighbours, belong to the tiles as the
 // comments say.
-__global__ void __launch_bounds__(32 * kColumnWarps, 2) multiply_columns(const ColumnProduct g) {
+__global__ void __launch_bounds__(32 * kColumnWarps, kColumnBlocks) multiply_columns(const ColumnProduct g) {
   SRCGCNN_SHARED(shared);
-  const int group = lane_of() / 4, in_group = lane_of() % 4, warps = g.lefts * g.rights;
-  const int a_stride = kLeft * g.lefts + kSpread, b_stride = kRight * g.rights + kSpread;
-  const int stage_size = kStageRows * (a_stride + b_stride), fours = (kLeft * g.lefts + kRight * g.rights) / 4;
-  const int64_t a_blocks = (g.left + kLeft * g.lefts - 1) / (kLeft * g.lefts);
-  const int64_t b_blocks = (g.right + kRight * g.rights - 1) / (kRight * g.rights);
-  const int64_t block = blockIdx.x % (a_blocks * b_blocks), program = blockIdx.x / (a_blocks * b_blocks);
-  const int64_t first_left = block % a_blocks * kLeft * g.lefts, first_right = block / a_blocks * kRight * g.rights;
-  const int64_t apart = g.programs * kStageRows, begin = program * kStageRows;
-  const int64_t n = begin < g.n_rows ? (g.n_rows - begin + apart - 1) / apart : 0;
-  const auto read = [&](int64_t step) {
-    float* stage = shared + int(step % kStages) * stage_size;
-    for (int row = warp_of(); step < n && row < kStageRows; row += warps) {
-      const int64_t at = begin + step * apart + row;
+  const int group = lane_of() / 4, in_group = lane_of() % 4;
+  const int block = int(blockIdx.x) % (g.a_blocks * g.b_blocks), program = int(blockIdx.x) / (g.a_blocks * g.b_blocks);
+  const int first_left = block % g.a_blocks * kLeft * g.lefts, first_right = block / g.a_blocks * kRight * g.rights;
+  const auto read = [&](int step) {
+    float* stage = shared + step % kStages * kStageSize;
+#pragma unroll 1
+    for (int row = warp_of(); row < kStageRows; row += g.lefts * g.rights) {
+      const int64_t at = int64_t(program + step * g.programs) * kStageRows + row;
       const bool there = at < g.n_rows;
       const float *a = g.a + (there ? at : 0) * g.a_stride, *b = g.b + (there ? at : 0) * g.b_stride;
-      for (int x = lane_of(); x < fours; x += 32) {
+#pragma unroll 1
+      for (int x = lane_of(); x < (kLeft * g.lefts + kRight * g.rights) / 4; x += 32) {
         const int c = 4 * x - kLeft * g.lefts;  // of b
         if (c < 0)
-          fetch_four(stage + row * a_stride + 4 * x, a, first_left + 4 * x, there ? g.left : 0, g.a_by_four);
+          fetch_four(stage + row * kStageStride + 4 * x, a, first_left + 4 * x, there ? g.left : 0, g.a_by_four);
         else
-          fetch_four(stage + kStageRows * a_stride + row * b_stride + c, b, first_right + c, there ? g.right : 0,
-                     g.b_by_four);
+          fetch_four(stage + row * kStageStride + 4 * x, b, first_right + c, there ? g.right : 0, g.b_by_four);
       }
     }
     device::commit_copies();
@@ -224,23 +227,23 @@ __global__ void __launch_bounds__(32 * kColumnWarps, 2) multiply_columns(const C
   const int own_left = warp_of() % g.lefts * kLeft, own_right = warp_of() / g.lefts * kRight;
   const bool busy = first_left + own_left < g.left && first_right + own_right < g.right;
   float sums[2][8][4] = {};
-#pragma unroll
+#pragma unroll 1
   for (int step = 0; step < kStages - 1; ++step) read(step);
 #pragma unroll 1
-  for (int64_t step = 0; step < n; ++step) {
+  for (int step = 0; program + step * g.programs < g.steps; ++step) {
     device::wait_for_copies<kStages - 2>();
     __syncthreads();
     read(step + kStages - 1);
     if (!busy) continue;
-    const float* a = shared + int(step % kStages) * stage_size + in_group * a_stride + own_left + 4 * group;
-    const float* b = shared + int(step % kStages) * stage_size + kStageRows * a_stride + in_group * b_stride + own_right +
-                     4 * group;
+    const float* a = shared + step % kStages * kStageSize + in_group * kStageStride + 4 * group;
+    const float* b = a + kLeft * g.lefts + own_right;
+    a += own_left;
 #pragma unroll 1
-    for (int half = 0; half < kStageRows / 8; ++half, a += 8 * a_stride, b += 8 * b_stride) {
+    for (int half = 0; half < kStageRows / 8; ++half, a += 8 * kStageStride, b += 8 * kStageStride) {
       float high[2][4], low[2][4];  // tile of 16 columns (4 group + 2 tile, + 1)
 #pragma unroll
       for (int v = 0; v < 2; ++v) {  // rows in_group + 4 v
-        const auto x = load<4>(a + 4 * v * a_stride);
+        const auto x = load<4>(a + 4 * v * kStageStride);
 #pragma unroll
         for (int k = 0; k < 4; ++k) split(x.x[k], high[k / 2][v * 2 + k % 2], low[k / 2][v * 2 + k % 2]);
       }
@@ -249,12 +252,12 @@ __global__ void __launch_bounds__(32 * kColumnWarps, 2) multiply_columns(const C
         float right[4][2], right_low[4][2];  // tile of 8 columns (32 q + 4 group + tile)
 #pragma unroll
         for (int v = 0; v < 2; ++v) {
-          const auto x = load<4>(b + 4 * v * b_stride + 32 * q);
+          const auto x = load<4>(b + 4 * v * kStageStride + 32 * q);
 #pragma unroll
           for (int k = 0; k < 4; ++k) split(x.x[k], right[k][v], right_low[k][v]);
         }
 #pragma unroll
-        for (int t = 0; t < 4; ++t)
+        for (int t = 0; t < 4; ++t) {
 #pragma unroll
           for (int m = 0; m < 2; ++m) {
             float d[4] = {};
@@ -264,25 +267,26 @@ __global__ void __launch_bounds__(32 * kColumnWarps, 2) multiply_columns(const C
 #pragma unroll
             for (int v = 0; v < 4; ++v) sums[m][4 * q + t][v] += d[v];
           }
+        }
       }
     }
   }
   device::wait_for_copies<0>();
   if (!busy) return;
   // A lane has rows 4 group + 2 m + half of the warp's, and of each 32 columns the eight from 8 in_group on.
-  float* out = g.out + program * g.left * g.right;
-  const int64_t column = first_right + own_right + 8 * in_group;
+  float* out = g.out + int64_t(program) * g.left * g.right;
+  const int column = first_right + own_right + 8 * in_group;
 #pragma unroll
   for (int m = 0; m < 2; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t row = first_left + own_left + 4 * group + 2 * m + half;
+      const int row = first_left + own_left + 4 * group + 2 * m + half;
       if (row >= g.left) continue;
 #pragma unroll
       for (int q = 0; q < 2; ++q)
 #pragma unroll
         for (int v = 0; v < 2; ++v) {
-          const int64_t c = column + 32 * q + 4 * v;
+          const int c = column + 32 * q + 4 * v;
           Channels<4> y;
 #pragma unroll
           for (int t = 0; t < 4; ++t) y.x[t] = sums[m][4 * q + t][2 * half + v];

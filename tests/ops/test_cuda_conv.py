@@ -451,7 +451,7 @@ def test_offsets_beyond_two_to_the_31_of_rows(training_library):
     totals = {"totals": rand(4, width).double() + 1, "more_totals": rand(4, width).double() + 2}
     found = []
     for rows in (4, 2**23 + 32768):  # which the last block of gram_rows has some of
-        sizes = {**backend._rows(rows, width), "programs": rows // 4, "n_features": k, "n_edges": 8, "eps": 1e-5}
+        sizes = {**backend._rows(rows, width), "programs": -(-rows // 16), "n_features": k, "n_edges": 8, "eps": 1e-5}
 
         def last(*shape: int, rows: int = rows) -> torch.Tensor:
             x = far(rows, *shape)
@@ -464,9 +464,9 @@ def test_offsets_beyond_two_to_the_31_of_rows(training_library):
         weights = {"row_weight": last(), "degree": last()}
         sums, du, dm, out, rows_of_gram, centred = (
             far(*shape)
-            for shape in ((rows // 4, 4, width), *[(rows, width)] * 3, (rows, 3 * width + 2 * k + 2), (rows, width))
+            for shape in ((-(-rows // 16), 4, width), *[(rows, width)] * 3, (rows, 3 * width + 2 * k + 2), (rows, width))
         )
-        d_pq, x, unused = last(4 * width), last(2 * width), far(rows // 4, 4, width)
+        d_pq, x, unused = last(4 * width), last(2 * width), far(-(-rows // 16), 4, width)
         of = lambda *names: {name: vectors[name] for name in names}  # noqa: E731
         try:
             training_library.only(last_blocks=16)  # all channels of the last rows
