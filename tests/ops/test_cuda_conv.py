@@ -464,7 +464,12 @@ def test_offsets_beyond_two_to_the_31_of_rows(training_library):
         weights = {"row_weight": last(), "degree": last()}
         sums, du, dm, out, rows_of_gram, centred = (
             far(*shape)
-            for shape in ((-(-rows // 16), 4, width), *[(rows, width)] * 3, (rows, 3 * width + 2 * k + 2), (rows, width))
+            for shape in (
+                (-(-rows // 16), 4, width),
+                *[(rows, width)] * 3,
+                (rows, 3 * width + 2 * k + 2),
+                (rows, width),
+            )
         )
         d_pq, x, unused = last(4 * width), last(2 * width), far(-(-rows // 16), 4, width)
         of = lambda *names: {name: vectors[name] for name in names}  # noqa: E731
