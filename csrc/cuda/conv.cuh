@@ -1,12 +1,12 @@
 // Training: the edge passes of a convolution, and the node kernels around them.
 //
-// A warp takes 16 edges at a time, for 32 of the F channels. r = w_e e(d) of 16 edges is a product on the tensor cores,
-// whose operand e(d) is formed in registers, and of which only the steps in reach of the distances are done. There q (or p)
-// of the other end is gathered and the gate formed. By receiver a tile has two edges of each of 8 rows, whose sums stay in
-// registers. By sender it has the next 16 edges of 16 rows, and what is summed over a row goes through shared memory, where
-// each lane walks its columns of the edges in their order. So no sum depends on the order of threads, of warps or of blocks.
-// Nothing of an edge is stored. In sum e dy^T a lane's dy are an operand as they are. The tensor cores cut sums off: so none
-// there is longer than a few products, small ones first, and the rest is added in float32.
+// A warp takes the edges of 16 rows, 16 at a time, for 32 of the F channels. r = w_e e(d) of 16 edges is a product on the
+// tensor cores, whose operand e(d) is formed in registers, and of which only the steps in reach of the distances are
+// done. The product leaves a lane 4 channels of 4 edges, filter and core; there q (or p) of the other end is gathered and
+// the gate formed. What is summed over a row goes through shared memory, where each lane then walks its columns of the
+// edges in their order. So no sum depends on the order of threads, of warps or of blocks. Nothing of an edge is stored.
+// In sum e dy^T a lane's dy are an operand as they are. The tensor cores cut sums off: so none there is longer than a few
+// products, small ones first, and the rest is added in float32.
 #pragma once
 #include "conv.h"
 #include "device.cuh"
@@ -16,7 +16,7 @@ namespace srcgcnn {
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kChunk = 32;           // channels of a block
 constexpr int kTile = 16;            // edges that a warp takes at a time
-constexpr int kTaskRows = 16;        // whose edges these are, where they are packed
+constexpr int kTaskRows = 16;        // whose edges these are
 constexpr int kMostDegree = 1 << 26;  // so that the edges of a task can be counted
 constexpr int kTerms = 48;           // Gaussians whose sums e^T dy a block holds
 constexpr int kSteps = kTerms / 8;
@@ -129,64 +129,40 @@ struct Edges {
   }
 };
 
-// Gaussians in reach of a distance: the first and the last one, before they are known to exist.
-struct Span {
-  static constexpr int kMost = 1 << 20;
-  int low, high;
-  SRCGCNN_DEVICE Span() : low(kMost), high(0) {}  // none
-  SRCGCNN_DEVICE explicit Span(float u)
-      : low(int(u < -5.0f ? float(kMost) : fminf(fmaxf(u - 4.5f, 0.0f), float(kMost)))),  // 0 for a NaN
-        high(int(fmaxf(fminf(u + 4.5f, float(kMost)), 0.0f))) {}                          // all for a NaN
-};
-// Steps of 8 Gaussians that are in reach of some lane's distance: [from, to).
+// Steps of 8 Gaussians that are in reach of some of the 16 edges: [from, to).
 struct Reach {
   int from, to;
-  SRCGCNN_DEVICE Reach(const DeviceConv& g, const Span& of) {
-    const unsigned last = unsigned(g.n_features) - 1;
-    const unsigned first = __reduce_min_sync(kAllLanes, of.low), end = __reduce_max_sync(kAllLanes, of.high);
-    from = int((first < last ? first : last) / 8);
-    to = int((end < last ? end : last) / 8 + 1);
+  SRCGCNN_DEVICE Reach(const DeviceConv& g, float u) {
+    constexpr float kMost = 1 << 20;
+    const int last = int(g.n_features) - 1;
+    const int low = int(u < -5.0f ? kMost : fminf(fmaxf(u - 4.5f, 0.0f), kMost));  // 0 for a NaN
+    const int high = int(fmaxf(fminf(u + 4.5f, kMost), 0.0f));                     // all for a NaN
+    const int first = __reduce_min_sync(kAllLanes, low), end = __reduce_max_sync(kAllLanes, high);
+    from = (first < last ? first : last) / 8;
+    to = (end < last ? end : last) / 8 + 1;
   }
 };
 
-// What a lane has of 16 edges after a product. Wide: edges lane / 4 and the one 8 later, of each the eight channels from
-// 8 (lane % 4) on; four lanes gather a line of a row, and no fewer do with less work of the cache.
-// Tall: edges 2 (lane % 4), the next one, and those 8 later, of each the four channels from 4 (lane / 4) on: as they are an
-// operand of a product whose sums are over edges.
-struct Wide {
-  static constexpr int kEdges = 2, kChannels = 8;
-  float filter[2][8], core[2][8];
-  static SRCGCNN_DEVICE int edge(int k) { return lane_of() / 4 + 8 * k; }
-  static SRCGCNN_DEVICE int channel() { return lane_of() % 4 * 8; }
+// What a lane has of 16 edges after a product: edges 2 (lane % 4), the next one, and those 8 later; of each the four
+// channels from 4 (lane / 4) on.
+SRCGCNN_DEVICE int edge_of(int k) { return 2 * (lane_of() % 4) + k % 2 + k / 2 * 8; }
+SRCGCNN_DEVICE int channel_of() { return lane_of() / 4 * 4; }
+struct Values {
+  float filter[4][4], core[4][4];  // edge, channel
 };
-struct Tall {
-  static constexpr int kEdges = 4, kChannels = 4;
-  float filter[4][4], core[4][4];
-  static SRCGCNN_DEVICE int edge(int k) { return 2 * (lane_of() % 4) + k % 2 + k / 2 * 8; }
-  static SRCGCNN_DEVICE int channel() { return lane_of() / 4 * 4; }
+template <class T>
+struct Four {
+  T x[4];
 };
-template <int N, class T>
-struct Numbers {
-  T x[N];
-};
-// Numbers of a lane's edges.
-template <class Layout, class T>
-SRCGCNN_DEVICE Numbers<Layout::kEdges, T> of_edges(const T (&all)[kTile]) {
-  struct alignas(2 * sizeof(T)) Two {
+// Numbers of these edges, of an array of the record.
+template <class T>
+SRCGCNN_DEVICE Four<T> of_edges(const T (&all)[kTile]) {
+  struct alignas(2 * sizeof(T)) Pair {
     T x[2];
   };
-  Numbers<Layout::kEdges, T> found;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    if (Layout::kEdges == 2) {
-      found.x[half] = all[Layout::edge(half)];
-      continue;
-    }
-    const Two two = *reinterpret_cast<const Two*>(all + Layout::edge(2 * half));
-    found.x[Layout::kEdges / 2 * half] = two.x[0];
-    found.x[Layout::kEdges / 2 * half + Layout::kEdges / 4] = two.x[1];
-  }
-  return found;
+  const int at = edge_of(0);
+  const Pair a = *reinterpret_cast<const Pair*>(all + at), b = *reinterpret_cast<const Pair*>(all + at + 8);
+  return {{a.x[0], a.x[1], b.x[0], b.x[1]}};
 }
 
 // Row `row` of a table whose rows are `stride` bytes apart.
@@ -199,30 +175,12 @@ SRCGCNN_DEVICE Channels<V> row_of(const T* table, int row, int stride) {
   return load<V>(row_at(table, row, stride));
 }
 
-template <int V, class T>
-SRCGCNN_DEVICE void load_channels(float (&x)[V], const T* from) {
-#pragma unroll
-  for (int v = 0; v < V; v += 4) {
-    const auto four = load<4>(from + v);
-#pragma unroll
-    for (int n = 0; n < 4; ++n) x[v + n] = four.x[n];
-  }
-}
-
-// The product of 16 edges' Gaussians with the filter, of which a lane reads filter and core of channels j, 4 + j, 8 + j, ...
-// at once. Tall: these are the rows of a left side, first the filter's, and the right sides are the first and the last 8
-// edges. Wide: they are the columns of two right sides, and the left one is the edges.
-template <bool kRelaxed, class Layout>
+// The product of 16 edges' Gaussians with the filter. Tile j of its left side is the filter (rows 0 to 7) and the core
+// (8 to 15) of channels j, 4 + j, 8 + j, ...; its right sides are the first and the last 8 edges.
+template <bool kRelaxed>
 struct Product {
-  static constexpr bool kTall = Layout::kEdges == 4;
   float sum[4][2][4], small[4][2][4];
 
-  static SRCGCNN_DEVICE void multiply(float (&to)[4], const Channels<4>& w, const float (&e)[2][2], int side) {
-    if constexpr (kTall)
-      device::mma(to, w.x, e[side]);
-    else
-      device::mma(to, {e[0][0], e[1][0], e[0][1], e[1][1]}, {w.x[2 * side], w.x[2 * side + 1]});
-  }
   template <bool kFirst>
   SRCGCNN_DEVICE void add(const float* at, const float (&u)[2], float k) {
     float e[2][2], low[2][2];
@@ -238,21 +196,21 @@ struct Product {
     for (int j = 0; j < 4; ++j) {
       const auto w = load<4>(at + j * 256);
 #pragma unroll
-      for (int side = 0; side < 2; ++side) {
+      for (int half = 0; half < 2; ++half) {
 #pragma unroll
-        for (int v = 0; v < 4 && kFirst; ++v) sum[j][side][v] = small[j][side][v] = 0.0f;
-        multiply(sum[j][side], w, e, side);
+        for (int v = 0; v < 4 && kFirst; ++v) sum[j][half][v] = small[j][half][v] = 0.0f;
+        device::mma(sum[j][half], w.x, e[half]);
       }
       if (kRelaxed) continue;
       const auto w_low = load<4>(at + j * 256 + 128);
 #pragma unroll
-      for (int side = 0; side < 2; ++side) {
-        multiply(small[j][side], w, low, side);
-        multiply(small[j][side], w_low, e, side);
+      for (int half = 0; half < 2; ++half) {
+        device::mma(small[j][half], w.x, low[half]);
+        device::mma(small[j][half], w_low.x, e[half]);
       }
     }
   }
-  SRCGCNN_DEVICE Product(Layout& r, const float* weights, const float (&u)[2], const Reach& reach) {
+  SRCGCNN_DEVICE Product(Values& r, const float* weights, const float (&u)[2], const Reach& reach) {
     const float* at = weights + 1024 * reach.from;
     float k = float(8 * reach.from + lane_of() % 4);
     const float end = float(8 * reach.to - 8);
@@ -260,63 +218,54 @@ struct Product {
 #pragma unroll 1
     while (k < end) add<false>(at += 1024, u, k += 8.0f);
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
+    for (int k = 0; k < 4; ++k)
 #pragma unroll
-      for (int side = 0; side < 2; ++side)
-#pragma unroll
-        for (int v = 0; v < 4; ++v) {
-          const float x = sum[j][side][v] + small[j][side][v];
-          if constexpr (kTall)
-            (v < 2 ? r.filter : r.core)[2 * side + v % 2][j] = x;
-          else
-            (side ? r.core : r.filter)[v / 2][v % 2 * 4 + j] = x;
-        }
+      for (int j = 0; j < 4; ++j) {
+        r.filter[k][j] = sum[j][k / 2][k % 2] + small[j][k / 2][k % 2];
+        r.core[k][j] = sum[j][k / 2][2 + k % 2] + small[j][k / 2][2 + k % 2];
+      }
   }
 };
 
 // r of 16 edges for the chunk's channels; NaN where the other end is outside. T: how pq and term are stored.
-template <class T, class Layout>
-SRCGCNN_DEVICE void edge_terms(Layout& r, const DeviceConv& g, const float (&u_of)[kTile], const int (&number_of)[kTile],
+template <class T>
+SRCGCNN_DEVICE void edge_terms(Values& r, const DeviceConv& g, const float (&u_of)[kTile], const int (&number_of)[kTile],
                                const Reach& reach, int chunk) {
   if (g.term) {
-    const auto u = of_edges<Layout>(u_of);
-    const auto number = of_edges<Layout>(number_of);
-    const T* table = static_cast<const T*>(g.term) + chunk * kChunk + Layout::channel();
+    const auto u = of_edges(u_of);
+    const auto number = of_edges(number_of);
+    const T* table = static_cast<const T*>(g.term) + chunk * kChunk + channel_of();
     const int stride = int(2 * g.width * sizeof(T));
 #pragma unroll
-    for (int k = 0; k < Layout::kEdges; ++k) {
-      const T* at = row_at(table, number.x[k], stride);
-      load_channels(r.filter[k], at);
-      load_channels(r.core[k], at + g.width);
+    for (int k = 0; k < 4; ++k) {
+      const auto f = row_of<4>(table, number.x[k], stride), c = row_of<4>(table + g.width, number.x[k], stride);
       const float poison = u.x[k] - u.x[k];
 #pragma unroll
-      for (int v = 0; v < Layout::kChannels; ++v) {
-        r.filter[k][v] += poison;
-        r.core[k][v] += poison;
+      for (int v = 0; v < 4; ++v) {
+        r.filter[k][v] = f.x[v] + poison;
+        r.core[k][v] = c.x[v] + poison;
       }
     }
     return;
   }
   const float u[2] = {u_of[lane_of() / 4], u_of[lane_of() / 4 + 8]};
-  const int order = Layout::kEdges == 2 ? int(g.width / kChunk) : 0;
-  const float* weights = g.filter + int64_t(order + chunk) * (int(g.n_features + 7) / 8 * 1024) + lane_of() * 4;
+  const float* weights = g.filter + int64_t(chunk * 1024) * (int(g.n_features + 7) / 8) + lane_of() * 4;
   if (g.relaxed)
-    Product<true, Layout>(r, weights, u, reach);
+    Product<true>(r, weights, u, reach);
   else
-    Product<false, Layout>(r, weights, u, reach);
+    Product<false>(r, weights, u, reach);
 }
 
-// Numbers of a row of pq (0 filter of p, 1 core of p, 2 and 3 of q) added to x. `pq`: the first row's of these channels.
-template <int V, class T>
-SRCGCNN_DEVICE void add_row(float (&filter)[V], float (&core)[V], const T* pq, int64_t width, int row, int which) {
-  const T* at = row_at(pq + which * width, row, int(4 * width * sizeof(T)));
-  float f[V], c[V];
-  load_channels(f, at);
-  load_channels(c, at + width);
+// x = p_i + q_j + r_ij of an edge, four channels of it, in place of r. `pq`: the first row's numbers of these channels.
+template <class T>
+SRCGCNN_DEVICE void add_ends(float (&filter)[4], float (&core)[4], const T* pq, int64_t width, int p_row, int q_row) {
+  const int stride = int(4 * width * sizeof(T));
+  const auto pf = row_of<4>(pq, p_row, stride), pc = row_of<4>(pq + width, p_row, stride);
+  const auto qf = row_of<4>(pq + 2 * width, q_row, stride), qc = row_of<4>(pq + 3 * width, q_row, stride);
 #pragma unroll
-  for (int v = 0; v < V; ++v) {
-    filter[v] += f[v];
-    core[v] += c[v];
+  for (int v = 0; v < 4; ++v) {
+    filter[v] = pf.x[v] + (qf.x[v] + filter[v]);
+    core[v] = pc.x[v] + (qc.x[v] + core[v]);
   }
 }
 
@@ -330,18 +279,14 @@ SRCGCNN_DEVICE void read_vectors(float* vectors, const DeviceConv& g, int chunk)
   }
   __syncthreads();
 }
-// y of V channels from `channel` on, in these units.
-template <int V>
+// y of four channels in these units.
 struct Scaling {
-  float gamma_f[V], gamma_c[V], beta_f[V], beta_c[V];
-  SRCGCNN_DEVICE Scaling(const float* vectors, int channel) {
-    load_channels(gamma_f, vectors + channel);
-    load_channels(gamma_c, vectors + kChunk + channel);
-    load_channels(beta_f, vectors + 2 * kChunk + channel);
-    load_channels(beta_c, vectors + 3 * kChunk + channel);
-  }
-  SRCGCNN_DEVICE float filter(float x, int v) const { return fmaf(x, gamma_f[v], beta_f[v]); }
-  SRCGCNN_DEVICE float core(float x, int v) const { return fmaf(x, gamma_c[v], beta_c[v]); }
+  Channels<4> gamma_f, gamma_c, beta_f, beta_c;
+  SRCGCNN_DEVICE explicit Scaling(const float* vectors)
+      : gamma_f(load<4>(vectors + channel_of())), gamma_c(load<4>(vectors + kChunk + channel_of())),
+        beta_f(load<4>(vectors + 2 * kChunk + channel_of())), beta_c(load<4>(vectors + 3 * kChunk + channel_of())) {}
+  SRCGCNN_DEVICE float filter(float x, int v) const { return fmaf(x, gamma_f.x[v], beta_f.x[v]); }
+  SRCGCNN_DEVICE float core(float x, int v) const { return fmaf(x, gamma_c.x[v], beta_c.x[v]); }
 };
 
 // Rows of the task without edges, or whose pointers are bad: done(row, 0 or NaN).
@@ -364,7 +309,7 @@ SRCGCNN_DEVICE void for_tiles(const DeviceConv& g, const Task& task, Record& rec
   edges.begin(g, record, 0, task.total);
   edges.end(g);
   for (int left = task.total; left > 0; left -= kTile) {
-    const Reach reach(g, Span(edges.publish(g, record, left)));
+    const Reach reach(g, edges.publish(g, record, left));
     const unsigned last = edges.last;
     __syncwarp();
     const bool more = left > kTile;
@@ -418,14 +363,12 @@ SRCGCNN_DEVICE void walk(float* tile, int stride, unsigned last, float (&sum)[V]
   }
 }
 
-// Eight rows, of each of which a tile has two edges: so what is summed over a row stays with the lanes that have its edges,
-// and where rows are sorted by distance, those of a tile are alike. Lane l has row first + l % 8, or the last one.
-constexpr int kRows = 8;
-SRCGCNN_DEVICE int eights_of(const DeviceConv& g) { return int((g.n_rows + kRows - 1) / kRows); }
+// Sixteen rows, whose k-th edges are a tile: so what is summed over a row stays with the lanes that have its edges, and
+// where rows are sorted by distance, those of a tile are alike. Lanes l and l + 16 have row first + l, or the last one.
 struct Rows {
   int first, row, begin, degree, most;  // the row's first edge, how many it has, -1 if nobody knows; the largest degree
-  SRCGCNN_DEVICE Rows(const DeviceConv& g, int number) : first(number * kRows) {
-    const int at = first + lane_of() % kRows, end = int(g.n_rows) - 1;
+  SRCGCNN_DEVICE Rows(const DeviceConv& g, int number) : first(number * kTaskRows) {
+    const int at = first + (lane_of() & (kTaskRows - 1)), end = int(g.n_rows) - 1;
     row = at < end ? at : end;
     const int64_t from = g.ptr[row], to = g.ptr[int64_t(row) + 1];
     const bool bad = from < 0 || to < from || to > g.n_edges;
@@ -435,7 +378,7 @@ struct Rows {
   }
 };
 
-// Of two tiles, what lanes tell each other: row 0's edge, ..., row 7's edge, row 0's next edge, ...
+// Of two such tiles, what lanes tell each other.
 struct Pair {
   alignas(16) int other[2][kTile];  // can be followed
   alignas(16) float u[2][kTile];    // as of a record
@@ -443,34 +386,32 @@ struct Pair {
 };
 constexpr int kPair = int(sizeof(Pair) / sizeof(float));
 
-// The tiles of these rows: each(n, which of the pair, reach) has their edges number n and n + 1.
+// The tiles of these rows: each(k, which of the pair, reach).
 template <class Each>
-SRCGCNN_DEVICE void for_edges(const DeviceConv& g, const Rows& rows, Pair& pair, Each each) {
-  const int ahead = lane_of() / kRows;  // lanes 16 and on have the second tile
+SRCGCNN_DEVICE void for_kth_edges(const DeviceConv& g, const Rows& rows, Pair& pair, Each each) {
+  const int ahead = lane_of() / kTile;  // lanes 16 and on have the second tile
   int other = 0;
   float distance = g.dmin;
-  const auto send = [&](int n) {
-    const int place = rows.begin + n + ahead;
-    if (n + ahead >= rows.degree) return;
+  const auto send = [&](int k) {
+    const int place = rows.begin + k + ahead;
+    if (k + ahead >= rows.degree) return;
     other = g.other[place];
     if (g.distance) distance = g.distance[place];
   };
   send(0);
-  Span span;
-  for (int n = 0; n < rows.most; n += 2) {
-    const int which = n / 2 % 2;
-    if (which == 0) {
-      const bool live = n + ahead < rows.degree, good = live && unsigned(other) < uint64_t(g.n_rows);
-      const float u = good ? (distance - g.dmin) * g.inverse_step : live ? NAN : -1e3f;
+  float u = 0.0f;
+  for (int k = 0; k < rows.most; ++k) {
+    if (k % 2 == 0) {
+      const bool live = k + ahead < rows.degree, good = live && unsigned(other) < uint64_t(g.n_rows);
+      u = good ? (distance - g.dmin) * g.inverse_step : live ? NAN : -1e3f;
       __syncwarp();
       (&pair.other[0][0])[lane_of()] = good ? other : rows.row;
       (&pair.u[0][0])[lane_of()] = u;
-      (&pair.number[0][0])[lane_of()] = good ? rows.begin + n + ahead : 0;
+      (&pair.number[0][0])[lane_of()] = good ? rows.begin + k + ahead : 0;
       __syncwarp();
-      span = Span(u);
-      send(n + 4);
+      send(k + 2);
     }
-    each(n, which, Reach(g, ahead / 2 == which ? span : Span()));
+    each(k, k % 2, Reach(g, ahead == k % 2 ? u : -1e3f));
   }
 }
 
@@ -483,7 +424,7 @@ SRCGCNN_DEVICE void store_channels(float* row, int channel, int64_t F, const flo
 #pragma unroll 1
   for (int v = 0; v < 4 && channel + v < F; ++v) row[channel + v] = v < 2 ? (v ? x[1] : x[0]) : v < 3 ? x[2] : x[3];
 }
-SRCGCNN_DEVICE Channels<4> read_channels(const float* row, int channel, int64_t F) {
+SRCGCNN_DEVICE Channels<4> load_channels(const float* row, int channel, int64_t F) {
   if (F % 4 == 0) return channel < F ? load<4>(row + channel) : Channels<4>{};
   Channels<4> x;
 #pragma unroll
@@ -491,23 +432,40 @@ SRCGCNN_DEVICE Channels<4> read_channels(const float* row, int channel, int64_t 
   return x;
 }
 
-// gamma p + beta of the lane's part of a row, so that y = gamma (q + r) + this; kept in shared memory, four numbers of each
-// lane side by side.
-constexpr int kScaledSize = kRows * 2 * kChunk;
-template <int V, class T>
-SRCGCNN_DEVICE void scale_row(float* scaled, const T* pq, int64_t width, int row, const float* vectors, int channel) {
-  const T* at = row_at(pq, row, int(4 * width * sizeof(T)));
+// gamma p + beta of the lane's rows, so that y = gamma (q + r) + this; kept in shared memory, each lane its own.
+constexpr int kScaledSize = kTaskRows * 2 * kChunk;
+template <class T>
+SRCGCNN_DEVICE void scale_rows(float* scaled, const DeviceConv& g, const Rows& rows, int chunk, const float* vectors) {
+  const T* pq = static_cast<const T*>(g.pq) + chunk * kChunk + channel_of();
+  const Scaling y(vectors);
 #pragma unroll
-  for (int v = 0; v < V; v += 4) {
-    const Scaling<4> y(vectors, channel + v);
-    auto f = load<4>(at + v), c = load<4>(at + width + v);
+  for (int k = 0; k < 4; ++k) {
+    const int row = __shfl_sync(kAllLanes, rows.row, edge_of(k)), stride = int(4 * g.width * sizeof(T));
+    auto f = row_of<4>(pq, row, stride), c = row_of<4>(pq + g.width, row, stride);
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      f.x[n] = y.filter(f.x[n], n);
-      c.x[n] = y.core(c.x[n], n);
+    for (int v = 0; v < 4; ++v) {
+      f.x[v] = y.filter(f.x[v], v);
+      c.x[v] = y.core(c.x[v], v);
     }
-    store<4>(scaled + 64 * v + 4 * lane_of(), f);
-    store<4>(scaled + 64 * v + 128 + 4 * lane_of(), c);
+    store<4>(scaled + 256 * k + 4 * lane_of(), f);
+    store<4>(scaled + 256 * k + 128 + 4 * lane_of(), c);
+  }
+}
+
+// q_j + r_ij of a lane's edges, in place of r.
+template <class T>
+SRCGCNN_DEVICE void add_others(Values& x, const DeviceConv& g, const int (&other_of)[kTile], int chunk) {
+  const T* q = static_cast<const T*>(g.pq) + 2 * g.width + chunk * kChunk + channel_of();
+  const int stride = int(4 * g.width * sizeof(T));
+  const auto other = of_edges(other_of);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const auto f = row_of<4>(q, other.x[k], stride), c = row_of<4>(q + g.width, other.x[k], stride);
+#pragma unroll
+    for (int v = 0; v < 4; ++v) {
+      x.filter[k][v] += f.x[v];
+      x.core[k][v] += c.x[v];
+    }
   }
 }
 
@@ -516,9 +474,9 @@ __global__ void __launch_bounds__(kThreads, 4) gate_sum(const DeviceConv g) {
   using T = typename Storage<kHalf>::type;
   SRCGCNN_SHARED(shared);
   const int chunks = int(g.width / kChunk), chunk = int(blockIdx.x % chunks);
-  float* norms = shared + kVectors;
-  float* scaled = norms + kNorms + warp_of() * (kScaledSize + kPair);
+  float* scaled = shared + kVectors + kNorms + warp_of() * (kScaledSize + kPair);
   Pair& pair = *reinterpret_cast<Pair*>(scaled + kScaledSize);
+  float* norms = shared + kVectors;
   if (g.out && warp_of() == 0 && chunk * kChunk + lane_of() < g.F) {
     const Norm norm(g, chunk * kChunk + lane_of());
     norms[lane_of()] = norm.scale;
@@ -526,100 +484,101 @@ __global__ void __launch_bounds__(kThreads, 4) gate_sum(const DeviceConv g) {
   }
   read_vectors(shared, g, chunk);
   const int number = int(blockIdx.x / chunks) * kWarps + warp_of();
-  if (number >= eights_of(g)) return;
+  if (number >= tasks_of(g)) return;
   const Rows rows(g, number);
-  const T* pq = static_cast<const T*>(g.pq) + chunk * kChunk + Wide::channel();
-  const int degree = __shfl_sync(kAllLanes, rows.degree, Wide::edge(0));
-  const int mine = __shfl_sync(kAllLanes, rows.row, Wide::edge(0));
-  float sum[8];
-  scale_row<8>(scaled, pq, g.width, mine, shared, Wide::channel());
+  scale_rows<T>(scaled, g, rows, chunk, shared);
+  int degree[4];
+  float sum[4][4];
 #pragma unroll
-  for (int v = 0; v < 8; ++v) sum[v] = degree < 0 ? NAN : 0.0f;
-  for_edges(g, rows, pair, [&](int n, int which, const Reach& reach) {
-    Wide x;
+  for (int k = 0; k < 4; ++k) {
+    degree[k] = __shfl_sync(kAllLanes, rows.degree, edge_of(k));
+#pragma unroll
+    for (int v = 0; v < 4; ++v) sum[k][v] = degree[k] < 0 ? NAN : 0.0f;
+  }
+  for_kth_edges(g, rows, pair, [&](int n, int which, const Reach& reach) {
+    Values x;
     edge_terms<T>(x, g, pair.u[which], pair.number[which], reach, chunk);
-    const auto other = of_edges<Wide>(pair.other[which]);
+    add_others<T>(x, g, pair.other[which], chunk);
+    const auto gamma_f = load<4>(shared + channel_of()), gamma_c = load<4>(shared + kChunk + channel_of());
 #pragma unroll
-    for (int k = 0; k < 2; ++k) add_row(x.filter[k], x.core[k], pq, g.width, other.x[k], 2);
+    for (int k = 0; k < 4; ++k) {
+      const auto f = load<4>(scaled + 256 * k + 4 * lane_of()), c = load<4>(scaled + 256 * k + 128 + 4 * lane_of());
 #pragma unroll
-    for (int v = 0; v < 8; v += 4) {
-      const auto gamma_f = load<4>(shared + Wide::channel() + v), f = load<4>(scaled + 64 * v + 4 * lane_of());
-      const auto gamma_c = load<4>(shared + kChunk + Wide::channel() + v);
-      const auto c = load<4>(scaled + 64 * v + 128 + 4 * lane_of());
-#pragma unroll
-      for (int k = 0; k < 2; ++k)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float y_f = fmaf(x.filter[k][v + i], gamma_f.x[i], f.x[i]);
-          const float y_c = fmaf(x.core[k][v + i], gamma_c.x[i], c.x[i]);
-          const float message = gate2<DeviceMath>(y_f, y_c);
-          if (n + k < degree) sum[v + i] += message;
-        }
+      for (int v = 0; v < 4; ++v) {
+        const float y_f = fmaf(x.filter[k][v], gamma_f.x[v], f.x[v]), y_c = fmaf(x.core[k][v], gamma_c.x[v], c.x[v]);
+        const float message = gate2<DeviceMath>(y_f, y_c);
+        if (n < degree[k]) sum[k][v] += message;
+      }
     }
   });
-  const int64_t row = rows.first + Wide::edge(0);
-  if (row >= g.n_rows) return;
+  __syncwarp();
 #pragma unroll
-  for (int v = 0; v < 8; v += 4) {
-    float m[4] = {sum[v], sum[v + 1], sum[v + 2], sum[v + 3]};
-    const int channel = chunk * kChunk + Wide::channel() + v;
+  for (int k = 0; k < 16; ++k) scaled[32 * k + lane_of()] = sum[k / 4][k % 4];  // lest the loop keep them in fours
+  const auto scale = load<4>(norms + channel_of()), shift = load<4>(norms + kChunk + channel_of());
+  const int channel = chunk * kChunk + channel_of();
+#pragma unroll 1
+  for (int k = 0; k < 4; ++k) {
+    const int64_t row = rows.first + edge_of(k);
+    if (row >= g.n_rows) continue;
+    Channels<4> m;
 #pragma unroll
-    for (int n = 0; n < 4; ++n) m[n] *= DeviceMath::ln2;
-    if (g.out_m) store_channels(g.out_m + row * g.F, channel, g.F, m);
+    for (int v = 0; v < 4; ++v) m.x[v] = scaled[128 * k + 32 * v + lane_of()] * DeviceMath::ln2;
+    if (g.out_m) store_channels(g.out_m + row * g.F, channel, g.F, m.x);
     if (!g.out) continue;
-    const auto h = read_channels(g.h + row * g.F, channel, g.F);
-    const auto scale = load<4>(norms + Wide::channel() + v), shift = load<4>(norms + kChunk + Wide::channel() + v);
+    const auto h = load_channels(g.h + row * g.F, channel, g.F);
 #pragma unroll
-    for (int n = 0; n < 4; ++n) m[n] = finished(h.x[n], m[n], scale.x[n], shift.x[n]);
-    store_channels(g.out + row * g.F, channel, g.F, m);
+    for (int v = 0; v < 4; ++v) m.x[v] = finished(h.x[v], m.x[v], scale.x[v], shift.x[v]);
+    store_channels(g.out + row * g.F, channel, g.F, m.x);
   }
 }
 
 // By sender: w_i x and dy, the gradients at y, of a lane's edges go to shared memory: of an edge x filter, x core, dy
 // filter, dy core. Edges that are not there leave zeros.
 template <class T>
-SRCGCNN_DEVICE void gradients(float* tile, Wide& x, const DeviceConv& g, int count, const Record& record, int chunk,
+SRCGCNN_DEVICE void gradients(float* tile, Values& x, const DeviceConv& g, int count, const Record& record, int chunk,
                               const float* vectors) {
-  const int channel = chunk * kChunk + Wide::channel();
+  const int64_t channel = chunk * kChunk + channel_of();
   const T* pq = static_cast<const T*>(g.pq) + channel;
-  const auto ends = of_edges<Wide>(record.ends);
-  float upstream[2][8];
+  const auto ends = of_edges(record.ends);
+  Channels<4> upstream[4];
 #pragma unroll
-  for (int k = 0; k < 2; ++k) {
+  for (int k = 0; k < 4; ++k) {
     const int own = ends.x[k].row, other = ends.x[k].other;
-    add_row(x.filter[k], x.core[k], pq, g.width, own, 2);
-    add_row(x.filter[k], x.core[k], pq, g.width, other, 0);
-    load_channels(upstream[k], row_at(g.d_m + channel, other, int(g.width * sizeof(float))));
+    add_ends(x.filter[k], x.core[k], pq, g.width, other, own);
+    upstream[k] = row_of<4>(g.d_m + channel, other, int(g.width * sizeof(float)));
   }
   __syncwarp();  // lest the compiler send for all at once, with registers that it has not
   if (count < kTile) {
 #pragma unroll
-    for (int k = 0; k < 2; ++k)
-#pragma unroll
-      for (int v = 0; v < 8; ++v)
-        if (Wide::edge(k) >= count) upstream[k][v] = 0.0f;
+    for (int k = 0; k < 4; ++k)
+      if (edge_of(k) >= count) upstream[k] = {};
   }
+  const Scaling y(vectors);
+  float* at = tile + edge_of(0) * kTileStride + channel_of();
 #pragma unroll
-  for (int v = 0; v < 8; v += 4) {
-    const Scaling<4> y(vectors, Wide::channel() + v);
+  for (int k = 0; k < 4; ++k) {
+    const float weight = record.weight[edge_of(k)];
+    Channels<4> out[4];
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const float weight = record.weight[Wide::edge(k)];
-      Channels<4> out[4];
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        const float x_f = x.filter[k][v + n], x_c = x.core[k][v + n];
-        const auto d = gate_gradient2<DeviceMath>(y.filter(x_f, n), y.core(x_c, n));
-        out[0].x[n] = weight * x_f;
-        out[1].x[n] = weight * x_c;
-        out[2].x[n] = upstream[k][v + n] * d.d_filter;
-        out[3].x[n] = upstream[k][v + n] * d.d_core;
-      }
-      float* at = tile + Wide::edge(k) * kTileStride + Wide::channel() + v;
-#pragma unroll
-      for (int part = 0; part < 4; ++part) store<4>(at + part * kChunk, out[part]);
+    for (int v = 0; v < 4; ++v) {
+      const auto d = gate_gradient2<DeviceMath>(y.filter(x.filter[k][v], v), y.core(x.core[k][v], v));
+      out[0].x[v] = weight * x.filter[k][v];
+      out[1].x[v] = weight * x.core[k][v];
+      out[2].x[v] = upstream[k].x[v] * d.d_filter;
+      out[3].x[v] = upstream[k].x[v] * d.d_core;
     }
+#pragma unroll
+    for (int part = 0; part < 4; ++part)
+      store<4>(at + (k % 2 + k / 2 * 8) * kTileStride + part * kChunk, out[part]);
   }
+}
+
+template <int V>
+SRCGCNN_DEVICE void add(float* to, const float (&x)[V]) {
+  auto sum = load<V>(to);
+#pragma unroll
+  for (int v = 0; v < V; ++v) sum.x[v] += x[v];
+  store<V>(to, sum);
 }
 
 // Numbers of a lane's edges as two operands of eight edges, high and low. The order of the edges within an operand is that
@@ -667,11 +626,11 @@ SRCGCNN_DEVICE void add_product(float (&sum)[4], const Operand<kRelaxed, 4>& lef
 
 // The edge vectors of a lane's edges: e, their numbers lane / 4, as many again later, and so on, from number `first` on.
 struct Terms {
-  Numbers<4, float> u;  // less that of the first of them
-  const int (&number_of)[kTile];
+  Four<float> u;  // less that of the first of them
+  Four<int> number;
   int first;
-  SRCGCNN_DEVICE Terms(const float (&u_of)[kTile], const int (&numbers)[kTile], int of)
-      : u(of_edges<Tall>(u_of)), number_of(numbers), first(of + lane_of() / 4) {
+  SRCGCNN_DEVICE Terms(const float (&u_of)[kTile], const int (&number_of)[kTile], int of)
+      : u(of_edges(u_of)), number(of_edges(number_of)), first(of + lane_of() / 4) {
 #pragma unroll
     for (int n = 0; n < 4; ++n) u.x[n] -= float(first);
   }
@@ -681,7 +640,6 @@ struct Terms {
       for (int n = 0; n < 4; ++n) e[n] = gaussian(u.x[n], float(later));
       return;
     }
-    const auto number = of_edges<Tall>(number_of);
     const int k = first + later < g.n_features ? first + later : 0;  // nobody reads the sums of others
 #pragma unroll
     for (int n = 0; n < 4; ++n) e[n] = g.features[int64_t(number.x[n]) * g.n_features + k];
@@ -692,7 +650,7 @@ struct Terms {
 // Gaussians in the edges' place. They stay in shared memory, four numbers of each lane.
 constexpr int kFilterSums = kSteps * 4 * 128;
 template <bool kRelaxed>
-SRCGCNN_DEVICE void add_filter(float* sums, const Tall& dy, const DeviceConv& g, const Terms& e, const Reach& reach,
+SRCGCNN_DEVICE void add_filter(float* sums, const Values& dy, const DeviceConv& g, const Terms& e, const Reach& reach,
                                int first_term) {
   Operand<kRelaxed, 4> left[4];
 #pragma unroll
@@ -737,7 +695,7 @@ SRCGCNN_DEVICE void add_warps(float* total, const float* mine) {
 // What a warp of backward_receivers keeps in shared memory; of each lane four numbers side by side.
 struct Receivers {
   float filter[kFilterSums];
-  float rows[kScaledSize];  // of a task: gamma p + beta, then sums
+  float scaled[kScaledSize];  // of a task; then the sums of its rows
   float by[4][4 * 32];        // sums of dy x, filter and core, and of dy
   Pair pair;
 };
@@ -745,10 +703,10 @@ constexpr int kReceivers = int(sizeof(Receivers) / sizeof(float));
 
 // A block is one of `programs`, for one chunk of channels and one block of 48 Gaussians.
 template <bool kHalf>
-__global__ void __launch_bounds__(kThreads, 3) backward_receivers(const DeviceConv g) {
+__global__ void __launch_bounds__(kThreads, 2) backward_receivers(const DeviceConv g) {
   using T = typename Storage<kHalf>::type;
   SRCGCNN_SHARED(shared);
-  const int chunks = int(g.width / kChunk), chunk = int(blockIdx.x % chunks), channel = chunk * kChunk + Tall::channel();
+  const int chunks = int(g.width / kChunk), chunk = int(blockIdx.x % chunks), channel = chunk * kChunk + channel_of();
   const int program = int(blockIdx.x / chunks % g.programs);
   const int first_term = int(blockIdx.x / chunks / g.programs) * kTerms;
   Receivers* warps = reinterpret_cast<Receivers*>(shared + kVectors);
@@ -756,71 +714,60 @@ __global__ void __launch_bounds__(kThreads, 3) backward_receivers(const DeviceCo
   read_vectors(shared, g, chunk);
   for (int k = 0; k < kFilterSums; k += 128) store<4>(mine.filter + k + 4 * lane_of(), {});
   for (int k = 0; k < 4; ++k) store<4>(mine.by[k] + 4 * lane_of(), {});
-  const T* pq = static_cast<const T*>(g.pq) + channel;
-  for (int number = program * kWarps + warp_of(); number < eights_of(g); number += int(g.programs) * kWarps) {
+  const T* p = static_cast<const T*>(g.pq) + channel;
+  const int stride = int(4 * g.width * sizeof(T));
+  for (int number = program * kWarps + warp_of(); number < tasks_of(g); number += int(g.programs) * kWarps) {
     const Rows rows(g, number);
-    int degree[2];  // of the rows of the lane's first two edges, and of its last two
-    float upstream[2][4], of_gamma[2][4] = {};
-    float dy_sum[2][2][4], x_sum[2][2][4];  // over a row, filter and core; of x less p
+    scale_rows<T>(mine.scaled, g, rows, chunk, shared);
+    int degree[4];
+    Channels<4> upstream[4];
+    Values dy_sum, x_sum;  // over a row, of x less p
+    float of_gamma[2][4] = {};
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      degree[r] = __shfl_sync(kAllLanes, rows.degree, Tall::edge(r));
-      const int row = __shfl_sync(kAllLanes, rows.row, Tall::edge(r));
-      load_channels(upstream[r], row_at(g.d_m + channel, row, int(g.width * sizeof(float))));
-      scale_row<4>(mine.rows + 256 * r, pq, g.width, row, shared, Tall::channel());
+    for (int k = 0; k < 4; ++k) {
+      degree[k] = __shfl_sync(kAllLanes, rows.degree, edge_of(k));
+      const int row = __shfl_sync(kAllLanes, rows.row, edge_of(k));
+      upstream[k] = row_of<4>(g.d_m + channel, row, int(g.width * sizeof(float)));
 #pragma unroll
       for (int v = 0; v < 4; ++v)
-#pragma unroll
-        for (int part = 0; part < 2; ++part) dy_sum[r][part][v] = x_sum[r][part][v] = degree[r] < 0 ? NAN : 0.0f;
+        dy_sum.filter[k][v] = dy_sum.core[k][v] = x_sum.filter[k][v] = x_sum.core[k][v] = degree[k] < 0 ? NAN : 0.0f;
     }
-    for_edges(g, rows, mine.pair, [&](int n, int which, const Reach& reach) {
-      Tall x;
+    for_kth_edges(g, rows, mine.pair, [&](int n, int which, const Reach& reach) {
+      Values x;
       edge_terms<T>(x, g, mine.pair.u[which], mine.pair.number[which], reach, chunk);
-      const auto other = of_edges<Tall>(mine.pair.other[which]);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) add_row(x.filter[k], x.core[k], pq, g.width, other.x[k], 2);
-      const auto gamma_f = load<4>(shared + Tall::channel()), gamma_c = load<4>(shared + kChunk + Tall::channel());
+      add_others<T>(x, g, mine.pair.other[which], chunk);
+      const auto gamma_f = load<4>(shared + channel_of()), gamma_c = load<4>(shared + kChunk + channel_of());
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const int r = k % 2;
-        const bool live = n + k / 2 < degree[r];
-        const float* scaled = mine.rows + 256 * r + 4 * lane_of();
-        const auto f = load<4>(scaled), c = load<4>(scaled + 128);
-        if (!live)
-#pragma unroll
-          for (int v = 0; v < 4; ++v) upstream[r][v] = 0.0f;
+        const auto f = load<4>(mine.scaled + 256 * k + 4 * lane_of());
+        const auto c = load<4>(mine.scaled + 256 * k + 128 + 4 * lane_of());
+        const bool live = n < degree[k];
+        if (!live) upstream[k] = {};
 #pragma unroll
         for (int v = 0; v < 4; ++v) {
           float &x_f = x.filter[k][v], &x_c = x.core[k][v];
-          const float y_f = fmaf(x_f, gamma_f.x[v], f.x[v]), y_c = fmaf(x_c, gamma_c.x[v], c.x[v]);
-          const auto d = gate_gradient2<DeviceMath>(y_f, y_c);
-          const float dy_f = upstream[r][v] * d.d_filter, dy_c = upstream[r][v] * d.d_core;
+          const auto d = gate_gradient2<DeviceMath>(fmaf(x_f, gamma_f.x[v], f.x[v]), fmaf(x_c, gamma_c.x[v], c.x[v]));
+          const float dy_f = upstream[k].x[v] * d.d_filter, dy_c = upstream[k].x[v] * d.d_core;
           of_gamma[0][v] = fmaf(dy_f, x_f, of_gamma[0][v]);
           of_gamma[1][v] = fmaf(dy_c, x_c, of_gamma[1][v]);
           if (live) {
-            x_sum[r][0][v] += x_f;
-            x_sum[r][1][v] += x_c;
-            dy_sum[r][0][v] += dy_f;
-            dy_sum[r][1][v] += dy_c;
+            x_sum.filter[k][v] += x_f;
+            x_sum.core[k][v] += x_c;
+            dy_sum.filter[k][v] += dy_f;
+            dy_sum.core[k][v] += dy_c;
           }
           x_f = dy_f;
           x_c = dy_c;
         }
       }
       if (g.out_edge && first_term == 0) {
-#pragma unroll 1
-        for (int k = 0; k < 4; ++k) {
-          if (n + k / 2 >= (k % 2 ? degree[1] : degree[0])) continue;
-          const int place = g.ptr[rows.first + Tall::edge(k % 2)] + n + k / 2;
-          float* to = g.out_edge + int64_t(place) * 2 * g.F;
-          const auto four = [&](const float(&of)[4][4]) {
-            Channels<4> y;
 #pragma unroll
-            for (int v = 0; v < 4; ++v) y.x[v] = k < 2 ? (k ? of[1][v] : of[0][v]) : k < 3 ? of[2][v] : of[3][v];
-            return y;
-          };
-          store_channels(to, channel, g.F, four(x.filter).x);
-          store_channels(to + g.F, channel, g.F, four(x.core).x);
+        for (int k = 0; k < 4; ++k) {
+          if (n >= degree[k]) continue;
+          const int begin = g.ptr[rows.first + edge_of(k)];
+          float* to = g.out_edge + int64_t(begin + n) * 2 * g.F;
+          store_channels(to, channel, g.F, x.filter[k]);
+          store_channels(to + g.F, channel, g.F, x.core[k]);
         }
       }
       const Terms e(mine.pair.u[which], mine.pair.number[which], first_term);
@@ -841,28 +788,31 @@ __global__ void __launch_bounds__(kThreads, 3) backward_receivers(const DeviceCo
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
       if (part && (!g.out_x || first_term)) break;
+      const Values& sum = part ? x_sum : dy_sum;
       __syncwarp();
 #pragma unroll
-      for (int k = 0; k < 16; ++k)
-        mine.rows[32 * k + lane_of()] = (part ? x_sum : dy_sum)[k / 8][k / 4 % 2][k % 4];
+      for (int k = 0; k < 16; ++k) {
+        mine.scaled[64 * k + lane_of()] = sum.filter[k / 4][k % 4];
+        mine.scaled[64 * k + 32 + lane_of()] = sum.core[k / 4][k % 4];
+      }
 #pragma unroll 1
-      for (int r = 0; r < 2; ++r) {
-        const int64_t row = rows.first + Tall::edge(r);
+      for (int k = 0; k < 4; ++k) {
+        const int64_t row = rows.first + edge_of(k);
         if (row >= g.n_rows) continue;
-        float p_f[4] = {}, p_c[4] = {}, of_filter[4], of_core[4];
-        add_row(p_f, p_c, pq, g.width, int(row), 0);
+        const auto f = row_of<4>(p, int(row), stride), c = row_of<4>(p + g.width, int(row), stride);
         const float edges = part ? float(g.ptr[row + 1] - g.ptr[row]) : 0.0f;
+        float of_filter[4], of_core[4];
 #pragma unroll
         for (int v = 0; v < 4; ++v) {
-          of_filter[v] = mine.rows[256 * r + 32 * v + lane_of()];
-          of_core[v] = mine.rows[256 * r + 128 + 32 * v + lane_of()];
+          of_filter[v] = mine.scaled[256 * k + 64 * v + lane_of()];
+          of_core[v] = mine.scaled[256 * k + 64 * v + 32 + lane_of()];
           if (part) {
-            of_filter[v] = fmaf(edges, p_f[v], of_filter[v]);
-            of_core[v] = fmaf(edges, p_c[v], of_core[v]);
+            of_filter[v] = fmaf(edges, f.x[v], of_filter[v]);
+            of_core[v] = fmaf(edges, c.x[v], of_core[v]);
             continue;
           }
-          by[0].x[v] = fmaf(p_f[v], of_filter[v], by[0].x[v]);
-          by[1].x[v] = fmaf(p_c[v], of_core[v], by[1].x[v]);
+          by[0].x[v] = fmaf(f.x[v], of_filter[v], by[0].x[v]);
+          by[1].x[v] = fmaf(c.x[v], of_core[v], by[1].x[v]);
           by[2].x[v] += of_filter[v];
           by[3].x[v] += of_core[v];
         }
@@ -884,7 +834,7 @@ __global__ void __launch_bounds__(kThreads, 3) backward_receivers(const DeviceCo
       float x = sum.x[v];
       x += __shfl_xor_sync(kAllLanes, x, 1);
       x += __shfl_xor_sync(kAllLanes, x, 2);
-      if (lane_of() % 4 == 0) mine.rows[k * kChunk + Tall::channel() + v] = x;
+      if (lane_of() % 4 == 0) mine.scaled[k * kChunk + channel_of() + v] = x;
     }
   }
   __syncthreads();
@@ -899,7 +849,7 @@ __global__ void __launch_bounds__(kThreads, 3) backward_receivers(const DeviceCo
   }
   const int c = chunk * kChunk + lane_of();  // a warp one of the four sums
   float sum = 0.0f;
-  for (int warp = 0; warp < kWarps; ++warp) sum += warps[warp].rows[warp_of() * kChunk + lane_of()];
+  for (int warp = 0; warp < kWarps; ++warp) sum += warps[warp].scaled[warp_of() * kChunk + lane_of()];
   if (c < g.F && first_term == 0) g.out_gamma[(int64_t(program) * 4 + warp_of()) * g.F + c] = sum;
 }
 
@@ -945,7 +895,7 @@ __global__ void __launch_bounds__(kThreads, 4) backward_senders(const DeviceConv
   });
   float sum[4] = {};
   for_tiles<Weight::kOther>(g, task, record, [&](unsigned last, int count, const Reach& reach, auto send) {
-    Wide x;
+    Values x;
     edge_terms<T>(x, g, record.u, record.number, reach, chunk);
     send(0);
     gradients<T>(tile, x, g, count, record, chunk, shared);
@@ -1202,21 +1152,16 @@ __global__ void __launch_bounds__(kThreads) scale_weights(const DeviceConv g) {
     const int64_t n = x % (2 * F);
     g.out_edge[x] = g.weight[n * columns + 2 * F + x / (2 * F)] * rstd_of(g, n);
   }
-  const int64_t ordered = W / kChunk * steps * 1024;
-  for (int64_t x = thread; x < ordered / 2; x += threads) {  // chunk, step, tile, lane, number: see Product
+  for (int64_t x = thread; x < W / kChunk * steps * 512; x += threads) {  // chunk, step, tile, lane, number: see Product
     const int64_t number = x % 4, lane = x / 4 % 32, tile = x / 128 % 4;
     const int64_t c = x / 512 / steps * kChunk + lane / 4 * 4 + tile, n = number % 2 * F + c;
     const int64_t k = x / 512 % steps * 8 + lane % 4 + number / 2 * 4;
     const float weight = c < F && k < K ? g.weight[n * columns + 2 * F + k] * rstd_of(g, n) : 0.0f;
-    float* at = g.out_filter + x / 128 * 256 + lane * 4;
+    float* at = g.out_filter + x / 128 * 256 + x % 128;
     float high, low;
     split(weight, high, low);
-    if (weight != weight) high = weight;
-    at[number] = high;
-    at[128 + number] = low;
-    const int64_t wide = ordered + number % 2 * 2 + number / 2;
-    at[wide] = high;
-    at[128 + wide] = low;
+    at[0] = weight == weight ? high : weight;
+    at[128] = low;
   }
   for (int64_t n = thread; n < 2 * F; n += threads) g.out_gamma[n] = rstd_of(g, n);
 }
@@ -1279,7 +1224,7 @@ template <bool kRelaxed>
 SRCGCNN_DEVICE void add_gram(GramSums& sums, const DeviceConv& g, const Record& record, const Reach& reach, int left,
                              int right) {
   const bool all = !g.distance;
-  const auto weight = of_edges<Tall>(record.weight);
+  const auto weight = of_edges(record.weight);
   const Terms of_left(record.u, record.number, left), of_right(record.u, record.number, right);
   // Tiles of 8 that are in reach, counted from the first on either side.
   const int rows_from = reach.from - left / 8, rows_to = reach.to - left / 8;

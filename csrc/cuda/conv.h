@@ -13,7 +13,7 @@ struct DeviceConv {
   const float* features;  // (E, K)
   const int32_t *ptr, *other, *number;
   const void* pq;                 // (N, 4W): x_ij = p_i + q_j + r_ij, stored as `half` says
-  const float* filter;            // (2, W / 32, K / 8 up to whole, 4, 2, 32, 4): w_e, high and low, as two products read it
+  const float* filter;            // (W / 32, K / 8 up to whole, 4, 2, 32, 4): w_e, high and low, as a product reads it
   const float *gamma1, *beta1;    // (2F)
   const float *weight, *bias;     // (2F, 2F + K), (2F) or null
   const float *mean1, *var1;      // (2F)

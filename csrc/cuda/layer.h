@@ -141,7 +141,7 @@ const float* linear(Sequence& s, DeviceConv& g, bool back, const DeviceConv& to 
   q.out = nullptr;
   q.out_x = s.space.take(4 * W);
   q.out_edge = to.out_edge ? to.out_edge : s.space.take(K * 2 * F);
-  q.out_filter = to.out_filter ? to.out_filter : s.space.take(2 * W / kChunk * parts(K, 8) * 1024);
+  q.out_filter = to.out_filter ? to.out_filter : s.space.take(W / kChunk * parts(K, 8) * 1024);
   q.out_gamma = s.space.take(2 * F);
   s.run(srcgcnn_cuda_scale_weights, q);
   const float* shift = q.out_x;

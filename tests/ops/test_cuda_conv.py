@@ -56,7 +56,7 @@ class Kernels:
         wide = backend._rows(n, width)["width"]
         pq = h.new_empty(n, 4 * wide, dtype=storage) if pq is None else pq
         found = types.SimpleNamespace(pq=pq, table=None)
-        found.filter, found.of_edges = h.new_empty(2, wide // 32, -(-k // 8), 4, 2, 32, 4), h.new_empty(k, 2 * width)
+        found.filter, found.of_edges = h.new_empty(wide // 32, -(-k // 8), 4, 2, 32, 4), h.new_empty(k, 2 * width)
         if edges.distance is None:
             found.table = h.new_empty(edges.n_edges, 2 * wide, dtype=storage)
         vectors = {name: getattr(layer, name) for name in ("weight", "bias", "mean1", "var1")}
