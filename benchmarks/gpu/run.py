@@ -63,13 +63,19 @@ class Job:
         return {"code": code, "seconds": time.monotonic() - self.begin, "tail": "\n".join(dict.fromkeys(tail))}
 
 
-def checks(say: Callable[..., None], dry_run: bool, build: bool, compiling: dict[str, Job]) -> dict[str, Any]:
+def build() -> None:
+    """Install this checkout, then begin anew: a process that began before does not find what was built."""
+    install = (sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-e", ".")
+    found = Job("build", *install, limit=240).result()
+    print(f"build: {found['seconds']:.0f} s, {found['tail'].splitlines()[-1]}", flush=True)
+    if found["code"] != 0:
+        raise SystemExit(found["tail"])
+    os.execv(sys.executable, [sys.executable, *(x for x in sys.argv if x != "--build")])
+
+
+def checks(say: Callable[..., None], dry_run: bool, compiling: dict[str, Job]) -> dict[str, Any]:
     """The conformance tests on the GPU, beside them the sanitizer on small graphs and the compilation of peers."""
     found: dict[str, Any] = {}
-    if build:
-        install = (sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-e", ".")
-        found["build"] = Job("build", *install, limit=240).result()
-        say(f"build: {found['build']['seconds']:.0f} s, {found['build']['tail'].splitlines()[-1]}")
     pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=8", "tests/gpu")
     small = (sys.executable, str(HERE / "small.py"))
     if dry_run:
@@ -94,15 +100,16 @@ def checks(say: Callable[..., None], dry_run: bool, build: bool, compiling: dict
     return found
 
 
-def steps(bench: Any) -> dict[str, tuple[float, Callable[[], Any]]]:
-    """Name -> seconds that it needs at least, and what is measured; the targets first."""
+def steps(bench: Any, programs: set[str]) -> dict[str, tuple[float, Callable[[], Any]]]:
+    """Name -> seconds that it needs at least, and what is measured; the targets first. ``programs``: no others."""
     import candidates
     import crystals
     import measured
     import precision
 
     def line(kind: str, work: str, *names: str, size: int | None = None, made_up: bool = False) -> Callable[[], Any]:
-        return lambda: measured.compare(bench, kind, work, size or measured.SIZES[work], names, made_up)
+        chosen = tuple(name for name in names if not programs or name in programs)
+        return lambda: measured.compare(bench, kind, work, size or measured.SIZES[work], chosen, made_up)
 
     def effects() -> Any:
         if not bench.dry_run:
@@ -153,13 +160,16 @@ def about(dry_run: bool) -> dict[str, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", metavar="NAME", help="write NAME.json and NAME.md into benchmarks/results")
-    parser.add_argument("--minutes", type=float, default=9.0, help="leave out what does not fit (default 9)")
+    parser.add_argument("--minutes", type=float, default=8.5, help="leave out what does not fit (default 8.5)")
     parser.add_argument("--build", action="store_true", help="install this checkout first, without dependencies")
     parser.add_argument("--skip-checks", action="store_true", help="measure only")
+    parser.add_argument("--program", action="append", default=[], metavar="NAME", help="compare with these alone")
     parser.add_argument("--dry-run", action="store_true", help="every step on the CPU, with tiny sizes")
     options = parser.parse_args()
-    begin = time.monotonic()
     LOGS.mkdir(parents=True, exist_ok=True)
+    if options.build:
+        build()
+    begin = time.monotonic()
     say = lambda text: print(f"[{time.monotonic() - begin:4.0f} s] {text}", flush=True)  # noqa: E731
     compiling = {}
     if not options.dry_run and not options.skip_checks:
@@ -167,7 +177,7 @@ def main() -> int:
             words = (sys.executable, str(HERE / "measured.py"), kind)
             compiling[f"compile {kind}"] = Job(f"compile {kind}", *words, limit=300)
     result: dict[str, Any] = {"name": options.record or "gpu", "command": " ".join(["python", *sys.argv])}
-    result["checks"] = {} if options.skip_checks else checks(say, options.dry_run, options.build, compiling)
+    result["checks"] = {} if options.skip_checks else checks(say, options.dry_run, compiling)
 
     import measured  # not before the build
     import report
@@ -175,10 +185,12 @@ def main() -> int:
 
     if not options.dry_run and not torch.cuda.is_available():
         raise SystemExit("torch sees no CUDA device; --dry-run goes through the steps on the CPU.")
+    if not options.dry_run and not measured.sf.backends()["cuda"].available:
+        raise SystemExit(f"The compiled kernels cannot run: {measured.sf.backends()['cuda'].reason}.")
     bench = measured.Bench(options.dry_run, options.minutes - (time.monotonic() - begin) / 60)
     result["machine"] = about(options.dry_run)
     result["found"], result["seconds"] = {}, {}
-    for name, (needed, run) in steps(bench).items():
+    for name, (needed, run) in steps(bench, set(options.program)).items():
         start = time.monotonic()
         try:
             result["found"][name] = "left out: no time" if bench.time_is_up(needed) else run()

@@ -242,7 +242,8 @@ def waits(mode: FakeTensorMode, make: type[Problem], also: Callable[..., None] =
         problem = make("weighted", 20, 41, features=features)
         fake = lambda x: None if x is None else mode.from_tensor(x) if isinstance(x, torch.Tensor) else x  # noqa: E731
         graph, layer = Graph(*map(fake, problem.graph())), Layer(*map(fake, problem.layer((training, training))))
-        h, weight = fake(problem.parameters[0].float()), fake(problem.row_weight.float())
+        device = problem.graph().sender.device
+        h, weight = (fake(x.float().to(device)) for x in (problem.parameters[0], problem.row_weight))
         moments = Moments(weight, *make.backend.edge_moments(weight, graph, 41))
         out, m, *_ = make.backend.conv(h, layer, graph, moments)
         make.backend.conv_backward(out, h, m, layer, graph, moments, not training)
