@@ -33,6 +33,8 @@ Chunk = tuple[Sequence[str], np.ndarray, list[str | None]]
 
 _CHUNK = 1024
 """Crystals read and turned into graphs at a time: what bounds the memory of a long input."""
+_PREPARED = 16
+"""So many times as many, where the graphs are there: a GPU takes a thousand in less time than their names."""
 
 
 def predict(
@@ -237,11 +239,11 @@ def _of_store(
             "predict from the structures."
         )
     has_vector = model.element_table.any(dim=1).cpu()
-    dtype = _distance_dtype(model)
-    for first in range(0, len(store), _CHUNK):
-        chosen = range(first, min(first + _CHUNK, len(store)))
+    dtype, many = _distance_dtype(model), _PREPARED * _CHUNK
+    for first in range(0, len(store), many):
+        chosen = range(first, min(first + many, len(store)))
         places = list(_batches({i: int(store.row_counts[i]) for i in chosen}, batch_atoms))
-        names, errors = store.ids[first : first + _CHUNK], _nothing(len(chosen))
+        names, errors = store.ids[first : first + many], _nothing(len(chosen))
         for place, batch in zip(places, given := [store.batch(np.array(place)) for place in places], strict=True):
             for row in torch.nonzero(~has_vector[batch.numbers.long()])[:, 0].tolist():
                 crystal = place[int(batch.atom_crystal[row])] - first
@@ -280,10 +282,10 @@ def _distance_dtype(model: Any) -> torch.dtype:
 
 def _mark(values: np.ndarray, places: Iterable[int], names: Sequence[str], errors: list[str | None]) -> None:
     """Turn the rows of ``places`` that are not finite into errors."""
-    for i in places:
-        if not np.isfinite(values[i]).all():
-            values[i] = np.nan
-            errors[i] = f"{names[i]}: the model's output is not finite; check its weights and the structure."
+    at = np.fromiter(places, dtype=np.int64)
+    for i in at[~np.isfinite(values[at]).all(axis=1)].tolist():
+        values[i] = np.nan
+        errors[i] = f"{names[i]}: the model's output is not finite; check its weights and the structure."
 
 
 def _graphs(

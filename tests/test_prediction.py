@@ -275,6 +275,7 @@ def test_a_store_is_predicted_as_its_structures(tmp_path, monkeypatch):
     expected = sf.predict(model, inputs)
     store = sf.prepare(inputs, tmp_path / "store")
     monkeypatch.setattr(prediction, "_CHUNK", 5)
+    monkeypatch.setattr(prediction, "_PREPARED", 1)
     counts: list[int] = []
     for given, atoms in ((store, 20_000), (tmp_path / "store", 20), (str(tmp_path / "store"), 1)):
         counts.clear()

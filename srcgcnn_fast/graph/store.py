@@ -68,7 +68,13 @@ class _Ids(Sequence[str]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+            first, stop, step = index.indices(len(self))
+            if step != 1 or stop <= first:
+                return [self[i] for i in range(first, stop, step)]
+            begin = int(self._end[first - 1]) if first else 0
+            text = self._text[begin : self._end[stop - 1]].tobytes()
+            ends = (self._end[first:stop] - begin).tolist()
+            return [text[a:b].decode() for a, b in zip([0, *ends], ends, strict=False)]
         i = range(len(self))[index]
         return self._text[self._end[i - 1] if i else 0 : self._end[i]].tobytes().decode()
 
