@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -115,7 +116,8 @@ class StaticBatch:
         spans = {name: -(-torch.Size(shape).numel() // 32) * 32 for name, shape in shapes.items()}  # 128 bytes
         self._there = torch.zeros(sum(spans.values()), dtype=torch.int32, device=device)
         self._here = torch.zeros(self._there.shape, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self.batch, self._staged = (self._views(x, shapes, spans) for x in (self._there, self._here))
+        self.batch, staged = (self._views(x, shapes, spans) for x in (self._there, self._here))
+        self._staged = {name: getattr(staged, name).numpy() for name in shapes}
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
 
     def _views(self, block: Tensor, shapes: dict[str, tuple[int, ...]], spans: dict[str, int]) -> GraphBatch:
@@ -134,19 +136,38 @@ class StaticBatch:
             return
         if self._copied is not None:
             self._copied.synchronize()  # the copy before may still read what is written now
-        _fill(self._staged, batch)
+        _fill_arrays(self._staged, batch)
         self._there.copy_(self._here, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
 
 
-def _fill(target: GraphBatch, batch: GraphBatch) -> None:
-    n, e, b, device = batch.num_rows, batch.num_edges, batch.num_crystals, target.device
-    rows, edges = target.num_rows - n, target.num_edges - e
-    for name, count, padding in (
+def _parts(batch: GraphBatch, rows: int) -> tuple[tuple[str, int, float], ...]:
+    """Each field, how much of it is the batch's, and what the rest is in a batch of so many rows."""
+    n, e, b = batch.num_rows, batch.num_edges, batch.num_crystals
+    return (
         ("numbers", n, 1), ("weight", n, 1.0), ("distance", e, _PADDING_DISTANCE), ("row_ptr", n + 1, 0),
-        ("crystal_ptr", b + 1, target.num_rows), ("sender", e, 0), ("atom_features", n, 0.0), ("edge_features", e, 0.0),
-    ):  # fmt: skip
+        ("crystal_ptr", b + 1, rows), ("sender", e, 0), ("atom_features", n, 0.0), ("edge_features", e, 0.0),
+    )  # fmt: skip
+
+
+def _fill_arrays(target: dict[str, np.ndarray], batch: GraphBatch) -> None:
+    """As ``_fill``, on the CPU, where NumPy does a few numbers in a tenth of PyTorch's time."""
+    n, e, total = batch.num_rows, batch.num_edges, len(target["numbers"])
+    for name, count, padding in _parts(batch, total):
+        if name in target:
+            target[name][:count] = getattr(batch, name).detach().numpy()
+            target[name][count:] = padding
+    rows, edges = total - n, len(target["sender"]) - e
+    ends = np.arange(1, rows + 1) * edges // rows
+    target["row_ptr"][n + 1 :] = e + ends
+    target["sender"][e:] = n + np.searchsorted(ends, np.arange(edges), side="right")
+
+
+def _fill(target: GraphBatch, batch: GraphBatch) -> None:
+    n, e, device = batch.num_rows, batch.num_edges, target.device
+    rows, edges = target.num_rows - n, target.num_edges - e
+    for name, count, padding in _parts(batch, target.num_rows):
         into = getattr(target, name)
         if into is not None:
             into[:count].copy_(getattr(batch, name))

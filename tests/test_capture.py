@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import srcgcnn_fast as sf
-from srcgcnn_fast.capture import CapturedModel, StaticBatch, _next_size, sizes
+from srcgcnn_fast.capture import CapturedModel, StaticBatch, _fill, _next_size, sizes
 
 CPU = torch.device("cpu")
 
@@ -53,6 +53,17 @@ def test_nothing_is_left_of_the_batch_before(make_batch):
         static.fill(large)
         torch.testing.assert_close(model(static.batch)[: large.num_crystals], model(large), rtol=2e-5, atol=2e-6)
         torch.testing.assert_close(found[:1], model(small), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["plain", "ragged", "one atom", "no edges"])
+def test_a_batch_on_the_device_is_padded_as_one_on_the_cpu(make_batch, kind):
+    batch = make_batch(kind)
+    ours, on_device = StaticBatch(batch, CPU), StaticBatch(batch, CPU)
+    on_device._there.fill_(-1)
+    ours.fill(batch)
+    _fill(on_device.batch, batch)
+    for name in ("numbers", "weight", "sender", "distance", "row_ptr", "crystal_ptr"):
+        assert torch.equal(getattr(ours.batch, name), getattr(on_device.batch, name)), name
 
 
 def test_no_two_parts_of_a_static_batch_share_memory(make_batch):
