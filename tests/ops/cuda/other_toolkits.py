@@ -19,7 +19,7 @@ CSRC = Path(__file__).parents[3] / "csrc"
 FOUND = re.compile(r"'(\S+)' for '(sm_\d+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", re.DOTALL)
 STDINT = """
 typedef signed int int32_t; typedef unsigned int uint32_t; typedef unsigned short uint16_t; typedef long long int64_t;
-typedef unsigned long long uint64_t;
+typedef unsigned long long uint64_t; typedef unsigned long long uintptr_t;
 #define NAN __int_as_float(0x7fffffff)
 """
 
@@ -37,7 +37,10 @@ def inference() -> str:
                 f"template __global__ void layer_of_crystals<{width}, {gate}, {half}>({stack}, int);\n"
                 for gate in ("false", "true")
             )
-            text += f"template __global__ void readout_of_crystals<{width}, {half}>({stack});\n"
+            text += "".join(
+                f"template __global__ void {name}<{width}, {half}>({stack});\n"
+                for name in ("readout_of_crystals", "maps_of_crystals", "list_parts")
+            )
             prepared = f"const __grid_constant__ Prepared<{width}, typename Storage<{half}>::type>"
             rest = "const __grid_constant__ Layers, int, int, const DeviceGraph, int, int"
             text += f"template __global__ void prepare<{width}, {half}>(float*, {prepared}, {rest});\n"
@@ -51,7 +54,9 @@ def training() -> str:
     )
     text = "".join(f"template __global__ void {name}<{half}>(const DeviceConv);\n" for name, half in kernels)
     text += "".join(
-        f"template __global__ void multiply_rows<{half}>(const RowProduct);\n" for half in ("false", "true")
+        f"template __global__ void multiply_rows<{half}, {kept}>(const RowProduct);\n"
+        for half in ("false", "true")
+        for kept in ("false", "true")
     )
     return '#include "cuda/conv.cuh"\n#include "cuda/rows.cuh"\nnamespace srcgcnn {\n' + text + "}\n"
 
