@@ -295,3 +295,11 @@ def test_a_store_of_other_graphs_is_refused(tmp_path):
 def test_captured_prediction_needs_a_gpu():
     with pytest.raises(sf.InputError, match="CUDA graph needs a model on a CUDA device, not on cpu"):
         sf.predict(make_model(), crystals(2), captured=True)
+
+
+def test_one_target_of_several_that_is_not_finite_is_an_error():
+    values, errors = np.array([[1.0, 2.0], [1.0, np.nan], [np.inf, 1.0], [3.0, 4.0]]), [None] * 4
+    prediction._mark(values, [0, 1, 2], "abcd", errors)
+    assert [error is not None for error in errors] == [False, True, True, False] and errors[1].startswith("b: ")
+    np.testing.assert_array_equal(values, [[1, 2], [np.nan] * 2, [np.nan] * 2, [3, 4]])
+    prediction._mark(values, [], "abcd", errors)
