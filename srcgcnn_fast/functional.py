@@ -30,6 +30,10 @@ __all__ = [
 ]
 
 
+_MANY_ROWS = 65_536
+"""Beyond which the memory of a training step counts for more than five launches."""
+
+
 class ConvParameters(NamedTuple):
     """One convolution: the linear map of [h_i, h_j, e_ij] and its two batch norms."""
 
@@ -164,17 +168,24 @@ def readout(atom_fea: Tensor, batch: GraphBatch, layers: Sequence[Dense]) -> Ten
     Raises:
         InputError: shapes do not fit.
     """
-    width = atom_fea.shape[-1]
     if not layers or atom_fea.shape[:-1] != (batch.num_rows,):
         raise InputError(f"readout takes (N, F) with N = {batch.num_rows} rows of the batch, and at least one layer.")
+    _check_maps(atom_fea.shape[-1], layers)
+    autocast = torch.is_autocast_enabled(atom_fea.device.type)
+    if not autocast and fused.takes_readout(atom_fea, layers) and registry.select(atom_fea) == "cpu":
+        return fused.readout(atom_fea, batch.weight.to(atom_fea.dtype), batch.crystal_ptr, layers)
+    return _maps(crystal_mean(atom_fea, batch), layers)
+
+
+def _check_maps(width: int, layers: Sequence[Dense]) -> None:
     for layer in layers:
         if layer.weight.shape[1] != width:
             raise InputError(f"A layer of the readout takes {layer.weight.shape[1]} features, but is given {width}.")
         width = layer.weight.shape[0]
-    autocast = torch.is_autocast_enabled(atom_fea.device.type)
-    if not autocast and fused.takes_readout(atom_fea, layers) and registry.select(atom_fea) == "cpu":
-        return fused.readout(atom_fea, batch.weight.to(atom_fea.dtype), batch.crystal_ptr, layers)
-    x = crystal_mean(atom_fea, batch)
+
+
+def _maps(x: Tensor, layers: Sequence[Dense]) -> Tensor:
+    """(B, F) -> (B, O)"""
     for layer in layers:
         x = torch.nn.functional.linear(torch.nn.functional.softplus(x), *layer)
     return x
@@ -213,6 +224,9 @@ def network(
     )
     if not runs_at_once:
         h = torch.nn.functional.linear(atom_fea, *embedding)
+        if fused.runs_compiled(h):  # which do not give out the rows where nobody asks for them
+            _check_maps(h.shape[1], readout_layers)
+            return _maps(_stack(h, batch, layers, species, dmin, step, False, None, pooled=True)[0], readout_layers)
         h, _ = stacked_gated_conv(h, batch, layers, species=species, dmin=dmin, step=step)
         return readout(h, batch, readout_layers) if readout_layers else crystal_mean(h, batch)
     width, n_features = embedding.weight.shape[0], None if batch.edge_features is None else batch.edge_features.shape[1]
@@ -266,11 +280,13 @@ def _stack(
     step: float,
     return_steps: bool,
     after: Callable[[int, Tensor, Tensor], Tensor] | None,
+    pooled: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
+    """``pooled``, of a plain stack: the crystals' means, (B, F), in place of the rows."""
     device = h.device.type
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
-            return _stack(h.float(), batch, layers, species, dmin, step, return_steps, after)
+            return _stack(h.float(), batch, layers, species, dmin, step, return_steps, after, pooled)
     _check_features(h, batch, species)
     for layer in layers:
         _check(h.shape[1], batch, layer)
@@ -285,6 +301,7 @@ def _stack(
     # A table pays where many rows share its rows, and the steps after the first have none. A traced graph keeps no
     # table, and would otherwise be bound to batches on one side of this comparison.
     tracing = torch.compiler.is_compiling()
+    pool = (lambda h: crystal_mean(h, batch)) if pooled else None
     if species is not None and (
         is_reference or (is_synchronized and not has_own) or not plain or tracing or 4 * h.shape[0] > batch.num_rows
     ):
@@ -302,7 +319,8 @@ def _stack(
         graph = _with_shells(batch, edges, h.dtype)
         if infers:
             shared = all(layer.weight is layers[0].weight for layer in layers)
-            return fused.stack(h, graph, layers, shared, species), []
+            rows = fused.stack(h, graph, layers, shared, species)
+            return rows if pool is None else pool(rows), []
         moments = _moments(batch, graph, layers, h.dtype, trains)
         around = _neighbors(batch, graph, moments) if is_synchronized and trains and not has_own else None
 
@@ -313,8 +331,11 @@ def _stack(
                 return synchronized.gated_convs(h, graph, moments, around, layers, species)
             return fused.gated_convs(h, graph, moments, layers, species)
 
+        if plain and not is_synchronized:
+            return fused.gated_convs(h, graph, moments, layers, species, pool), []
     if plain:
-        return convolve(h, layers), []
+        rows = convolve(h, layers)
+        return rows if pool is None else pool(rows), []
     steps: list[Tensor] = []
     for t, layer in enumerate(layers):
         new = convolve(h, [layer])
@@ -332,12 +353,14 @@ def _with_shells(batch: GraphBatch, edges: Edges, dtype: torch.dtype) -> fused.G
 def _moments(
     batch: GraphBatch, graph: fused.Graph, layers: Sequence[ConvParameters], dtype: torch.dtype, trains: bool
 ) -> fused.Moments:
-    """What batch statistics need of the graph, which the batch keeps."""
+    """What batch statistics need of the graph, which the batch keeps, unless its size makes memory dear."""
     row_weight = batch.weight.to(dtype)
     if not trains:
         return fused.Moments(row_weight, None, None, None, None, None)
     n_features = layers[0].weight.shape[1] - layers[0].weight.shape[0]
     key = ("moments", n_features, graph.dmin, graph.step, dtype)
+    if batch.num_rows > _MANY_ROWS and fused.runs_compiled(row_weight):
+        return fused.moments(row_weight, graph, n_features)
     return batch.cached(key, lambda: fused.moments(row_weight, graph, n_features))
 
 

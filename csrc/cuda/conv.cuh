@@ -275,7 +275,7 @@ SRCGCNN_DEVICE void read_vectors(float* vectors, const DeviceConv& g, int chunk)
     const int c = chunk * kChunk + k % kChunk, half = k / kChunk % 2;
     const float* from = k < 2 * kChunk ? g.gamma1 : g.beta1;
     const float unit = half ? DeviceMath::log2e : -DeviceMath::log2e;
-    vectors[k] = c < g.F ? from[half * g.F + c] * unit : 0.0f;
+    vectors[k] = c < g.F ? from[half * g.all + c] * unit : 0.0f;
   }
   __syncthreads();
 }
@@ -336,6 +336,11 @@ struct Norm {
   }
   SRCGCNN_DEVICE Norm(const DeviceConv& g, int64_t c) : Norm(g, c, g.mean2[c], g.var2[c]) {}
 };
+
+SRCGCNN_DEVICE void keep(const DeviceConv& g, int64_t c, const Norm& norm) {
+  g.new_norm[c] = norm.scale;
+  g.new_norm[g.F + c] = norm.shift;
+}
 
 SRCGCNN_DEVICE float finished(float h, float m, float scale, float shift) {
   return softplus<DeviceMath>(h + fmaf(m, scale, shift));
@@ -415,9 +420,9 @@ SRCGCNN_DEVICE void for_kth_edges(const DeviceConv& g, const Rows& rows, Pair& p
   }
 }
 
-// Four channels of a row of F, of which those from `channel` on that there are.
-SRCGCNN_DEVICE void store_channels(float* row, int channel, int64_t F, const float (&x)[4]) {
-  if (F % 4 == 0) {
+// Four channels of a row of F, of which those from `channel` on that there are; apart: rows are multiples of it.
+SRCGCNN_DEVICE void store_channels(float* row, int channel, int64_t F, const float (&x)[4], int64_t apart = 0) {
+  if (F % 4 == 0 && apart % 4 == 0) {
     if (channel < F) store<4>(row + channel, {{x[0], x[1], x[2], x[3]}});
     return;
   }
@@ -481,6 +486,7 @@ __global__ void __launch_bounds__(kThreads, 4) gate_sum(const DeviceConv g) {
     const Norm norm(g, chunk * kChunk + lane_of());
     norms[lane_of()] = norm.scale;
     norms[kChunk + lane_of()] = norm.shift;
+    if (g.new_norm && int(blockIdx.x) < chunks) keep(g, chunk * kChunk + lane_of(), norm);
   }
   read_vectors(shared, g, chunk);
   const int number = int(blockIdx.x / chunks) * kWarps + warp_of();
@@ -545,7 +551,7 @@ SRCGCNN_DEVICE void gradients(float* tile, Values& x, const DeviceConv& g, int c
   for (int k = 0; k < 4; ++k) {
     const int own = ends.x[k].row, other = ends.x[k].other;
     add_ends(x.filter[k], x.core[k], pq, g.width, other, own);
-    upstream[k] = row_of<4>(g.d_m + channel, other, int(g.width * sizeof(float)));
+    upstream[k] = row_of<4>(g.d_m + channel, other, int(g.m_stride * sizeof(float)));
   }
   __syncwarp();  // lest the compiler send for all at once, with registers that it has not
   if (count < kTile) {
@@ -727,7 +733,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_receivers(const DeviceCo
     for (int k = 0; k < 4; ++k) {
       degree[k] = __shfl_sync(kAllLanes, rows.degree, edge_of(k));
       const int row = __shfl_sync(kAllLanes, rows.row, edge_of(k));
-      upstream[k] = row_of<4>(g.d_m + channel, row, int(g.width * sizeof(float)));
+      upstream[k] = row_of<4>(g.d_m + channel, row, int(g.m_stride * sizeof(float)));
 #pragma unroll
       for (int v = 0; v < 4; ++v)
         dy_sum.filter[k][v] = dy_sum.core[k][v] = x_sum.filter[k][v] = x_sum.core[k][v] = degree[k] < 0 ? NAN : 0.0f;
@@ -765,9 +771,9 @@ __global__ void __launch_bounds__(kThreads, 2) backward_receivers(const DeviceCo
         for (int k = 0; k < 4; ++k) {
           if (n >= degree[k]) continue;
           const int begin = g.ptr[rows.first + edge_of(k)];
-          float* to = g.out_edge + int64_t(begin + n) * 2 * g.F;
-          store_channels(to, channel, g.F, x.filter[k]);
-          store_channels(to + g.F, channel, g.F, x.core[k]);
+          float* to = g.out_edge + int64_t(begin + n) * 2 * g.all;
+          store_channels(to, channel, g.F, x.filter[k], g.all);
+          store_channels(to + g.all, channel, g.F, x.core[k], g.all);
         }
       }
       const Terms e(mine.pair.u[which], mine.pair.number[which], first_term);
@@ -817,7 +823,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_receivers(const DeviceCo
           by[3].x[v] += of_core[v];
         }
         if (first_term) continue;
-        float* to = part ? g.out_x + row * 2 * g.F : g.out + row * 4 * g.F;
+        float* to = (part ? g.out_x : g.out) + row * 4 * g.F;
         store_channels(to, channel, g.F, of_filter);
         store_channels(to + g.F, channel, g.F, of_core);
       }
@@ -1138,32 +1144,32 @@ SRCGCNN_DEVICE float rstd_of(const DeviceConv& g, int64_t n) { return float(1 / 
 
 __global__ void __launch_bounds__(kThreads) scale_weights(const DeviceConv g) {
   const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x, threads = int64_t(gridDim.x) * kThreads;
-  const int64_t F = g.F, W = g.width, K = g.n_features, columns = 2 * F + K, steps = (K + 7) / 8;
-  for (int64_t x = thread; g.out && x < 4 * W * F; x += threads) {  // rows: p filter, p core, q filter, q core
-    const int64_t row = x / F, c = row % W, half = row / W % 2, n = half * F + c;
-    g.out[x] = c < F ? g.weight[n * columns + row / (2 * W) * F + x % F] * rstd_of(g, n) : 0.0f;
+  const int64_t F = g.F, W = g.width, K = g.n_features, all = g.all, columns = 2 * all + K, steps = (K + 7) / 8;
+  for (int64_t x = thread; g.out && x < 4 * W * all; x += threads) {  // rows: p filter, p core, q filter, q core
+    const int64_t row = x / all, c = row % W, half = row / W % 2, n = half * all + c;
+    g.out[x] = c < F ? g.weight[n * columns + row / (2 * W) * all + x % all] * rstd_of(g, n) : 0.0f;
   }
   for (int64_t x = thread; x < 4 * W; x += threads) {
-    const int64_t c = x % W, n = x / W * F + c;
+    const int64_t c = x % W, n = x / W * all + c;
     const bool there = c < F && x < 2 * W;
     g.out_x[x] = there ? ((g.bias ? g.bias[n] : 0.0f) - g.mean1[n]) * rstd_of(g, n) : 0.0f;
   }
   for (int64_t x = thread; x < K * 2 * F; x += threads) {
-    const int64_t n = x % (2 * F);
-    g.out_edge[x] = g.weight[n * columns + 2 * F + x / (2 * F)] * rstd_of(g, n);
+    const int64_t n = x / F % 2 * all + x % F;
+    g.out_edge[x] = g.weight[n * columns + 2 * all + x / (2 * F)] * rstd_of(g, n);
   }
   for (int64_t x = thread; x < W / kChunk * steps * 512; x += threads) {  // chunk, step, tile, lane, number: see Product
     const int64_t number = x % 4, lane = x / 4 % 32, tile = x / 128 % 4;
-    const int64_t c = x / 512 / steps * kChunk + lane / 4 * 4 + tile, n = number % 2 * F + c;
+    const int64_t c = x / 512 / steps * kChunk + lane / 4 * 4 + tile, n = number % 2 * all + c;
     const int64_t k = x / 512 % steps * 8 + lane % 4 + number / 2 * 4;
-    const float weight = c < F && k < K ? g.weight[n * columns + 2 * F + k] * rstd_of(g, n) : 0.0f;
+    const float weight = c < F && k < K ? g.weight[n * columns + 2 * all + k] * rstd_of(g, n) : 0.0f;
     float* at = g.out_filter + x / 128 * 256 + x % 128;
     float high, low;
     split(weight, high, low);
     at[0] = weight == weight ? high : weight;
     at[128] = low;
   }
-  for (int64_t n = thread; n < 2 * F; n += threads) g.out_gamma[n] = rstd_of(g, n);
+  for (int64_t n = thread; n < 2 * F; n += threads) g.out_gamma[n] = rstd_of(g, n / F * all + n % F);
 }
 
 // A warp a row, a lane two Gaussians of 64.
@@ -1316,6 +1322,7 @@ __global__ void __launch_bounds__(kThreads) finish(const DeviceConv g) {
     if (program != 0 || threadIdx.x >= 8) continue;
     g.out_m[c] = float(mean);
     g.out_x[c] = float(var);
+    if (g.new_norm) keep(g, c, norm);
     if (g.running_mean2) {
       move(g.running_mean2[c], float(mean), g.momentum2);
       move(g.running_var2[c], float(var * (count / (count - 1))), g.momentum2);
@@ -1338,6 +1345,28 @@ __global__ void __launch_bounds__(kThreads) finish(const DeviceConv g) {
       for (int v = 0; v < 4; ++v) h[k].x[v] = finished(h[k].x[v], m[k].x[v], norms.scale.x[v], norms.shift.x[v]);
       store_four(g.out + row * g.F, channel, g.F, by_four, h[k]);
     }
+  }
+}
+
+// Features of the rows after some steps, as `finish` made them from the messages that are kept. A thread four channels of a row.
+__global__ void __launch_bounds__(128) features_of_rows(const DeviceConv g) {
+  const int64_t fours = (g.F + 3) / 4, all = g.n_rows * fours, threads = int64_t(gridDim.x) * 128;
+  const bool by_four = g.F % 4 == 0 && (reinterpret_cast<uintptr_t>(g.h) | reinterpret_cast<uintptr_t>(g.m) |
+                                        reinterpret_cast<uintptr_t>(g.a) | reinterpret_cast<uintptr_t>(g.out)) % 16 == 0;
+  for (int64_t at = int64_t(blockIdx.x) * 128 + threadIdx.x; at < all; at += threads) {
+    const int64_t row = at / fours, c = at % fours * 4, from = g.other ? g.other[row] : row;
+    const bool good = uint64_t(from) < uint64_t(g.other ? g.n_edges : g.n_rows);
+    auto x = four_of(g.h + (good ? from : 0) * g.F, c, g.F, by_four);
+#pragma unroll 1
+    for (int64_t t = 0; t < g.columns; ++t) {
+      const auto m = four_of(g.m + (t * g.n_rows + row) * g.F, c, g.F, by_four);
+      const auto scale = four_of(g.a + 2 * t * g.F, c, g.F, by_four), shift = four_of(g.a + (2 * t + 1) * g.F, c, g.F, by_four);
+#pragma unroll
+      for (int v = 0; v < 4; ++v) x.x[v] = finished(x.x[v], m.x[v], scale.x[v], shift.x[v]);
+    }
+#pragma unroll
+    for (int v = 0; v < 4; ++v) x.x[v] = good ? x.x[v] : NAN;
+    store_four(g.out + row * g.F, c, g.F, by_four, x);
   }
 }
 
@@ -1397,7 +1426,7 @@ __global__ void __launch_bounds__(kThreads) correct(const DeviceConv g) {
   const int64_t program = blockIdx.x / blocks, apart = g.programs * kRowsAtOnce;
   const int64_t from_stride = g.var2 ? g.columns : g.stride, written = g.var2 ? g.stride : g.columns;
   const bool by_four = g.columns % 4 == 0 && in_fours(from_stride, g.grad) && in_fours(g.stride, g.out) &&
-                       (!g.c1 || in_fours(g.columns, g.x));
+                       (!g.c1 || in_fours(from_stride, g.x));
   Channels<4> c1 = {}, c2 = {}, a = {}, mean = {};
 #pragma unroll
   for (int v = 0; v < 4; ++v) {
@@ -1423,7 +1452,7 @@ __global__ void __launch_bounds__(kThreads) correct(const DeviceConv g) {
       const int64_t row = first + k * apart, at = row < g.n_rows ? row : first;
       d[k] = four_of(g.grad + at * from_stride, c, g.columns, by_four);
       if (!g.c1) continue;
-      x[k] = four_of(g.x + at * g.columns, c, g.columns, by_four);
+      x[k] = four_of(g.x + at * from_stride, c, g.columns, by_four);
       w[k] = g.row_weight[at];
       times[k] = g.degree ? g.degree[at] : g.ptr ? float(g.ptr[at + 1] - g.ptr[at]) : 1.0f;
     }

@@ -37,6 +37,7 @@ struct DeviceConv {
   const int32_t *receiver, *col_ptr;
   const int64_t* order;
   float *new_mean1, *new_var1, *new_mean2, *new_var2;      // statistics of the batch
+  float* new_norm;  // (2, F): scale and shift of bn2, as the layer's output has them
   float *running_mean1, *running_var1, *running_mean2, *running_var2;  // those that move towards them, or null
   float *d_weight, *d_bias, *d_gamma1, *d_beta1, *d_gamma2, *d_beta2;
   int32_t *out_receiver, *out_number, *out_col_ptr;
@@ -46,6 +47,9 @@ struct DeviceConv {
   int64_t train1, train2;
   int64_t relaxed;  // one TF32 product, not three
   int64_t half;     // pq and term are bfloat16, not float32
+  int64_t all;       // channels of the layer, of which F are at hand, from where gamma1, weight … point on
+  int64_t m_stride;  // of the rows of d_m
+  int64_t at_once;   // bytes of pq that a layer backward has at a time, if chunks of its channels can go one after the other
   float dmin, inverse_step;
   float eps;  // of bn2, where both norms take part
   float eps1, momentum1, momentum2;
@@ -72,10 +76,10 @@ struct DeviceConv {
 //                more_totals (of m less their mean)
 // finish_backward  out (N, F) = du, the gradient at h + bn2(m), out_m (N, W) = scale du or null; out_x (programs, 4, F): sums
 //                of du, of du times m normalised, of w and of w times the row's edges
-// correct        out = a (grad - w (degree c1 + c2 x)): rows of `columns` numbers, `stride` apart, those of x together;
+// correct        out = a (grad - w (degree c1 + c2 x)): rows of `columns` numbers, `stride` apart;
 //                degree null: the row's edges by ptr, or 1; c1 null: a grad. With var2 x is normalised first, a is the scale of
-//                bn2, rows of grad are together, and out gets zeros up to its stride
-// backward_receivers  with dy = the gradient at y: out (N, 4F), its first two quarters: sum_j dy; out_x (N, 2F), or null:
+//                bn2, rows of grad and x are together, and out gets zeros up to its stride
+// backward_receivers  with dy = the gradient at y: out (N, 4F), its first two quarters: sum_j dy; out_x, or null: likewise
 //                sum_j x; out_gamma (programs, 2, 2F): sums of dy x and of dy; out_filter (programs, K, 2F): sums of e dy; out_edge
 //                (E, 2F), or null: dy
 // backward_senders  out (N, 4F), its last two quarters: a (sum_i dy - degree c1 - c2 sum_i w_i x); row_weight null: no c
@@ -89,14 +93,17 @@ struct DeviceConv {
 // mean           out (B, F): the mean of the rows x (E, F) of each of B = n_rows crystals, whose first rows are ptr, by row_weight
 // mean_backward  out (E, F): the gradient at x from grad (B, F)
 // linear         out = pq, out_x = term, out_filter = filter, out_edge (K, 2F) = w_e rstd: what x of an edge follows from
-// layer          out, out_m (N, F): softplus(h + bn2(m)) and m; with train1 new_mean1, new_var1 and product (F, P), with train2
-//                new_mean2, new_var2, and moved running ones
-// layer_backward d_h = out (N, F), d_weight … d_beta2 from grad, h, m, the statistics used and product (null: made again);
+// features       out (N, F): h, or of a table h (E, F) the rows `other` (N), after `columns` steps h <- softplus(h + scale m + shift)
+//                with m (steps, N, F) and scale and shift a (steps, 2, F); those that a backward needs of its forward
+// layer          out, out_m (N, F): softplus(h + bn2(m)), which may take the place of h, and m; new_norm; with train1 new_mean1,
+//                new_var1 and product (F, P), with train2 new_mean2, new_var2, and moved running ones
+// layer_backward d_h = out (N, F), which may take the place of grad, d_weight … d_beta2 from grad, h, m, the statistics used and
+//                product (null: made again);
 //                out_edge (E, 2F), or null: dy
 #define SRCGCNN_CONV_FUNCTIONS(DO)                                                                            \
   DO(edge_sum) DO(edge_gram) DO(column_sums) DO(gram_rows) DO(edge_statistics) DO(scale_weights) DO(gate_sum) \
   DO(finish) DO(finish_backward) DO(correct) DO(backward_receivers) DO(backward_senders)                      \
-  DO(edge_moments) DO(transpose) DO(mean) DO(mean_backward) DO(linear) DO(layer) DO(layer_backward)
+  DO(edge_moments) DO(transpose) DO(mean) DO(mean_backward) DO(linear) DO(features) DO(layer) DO(layer_backward)
 #define SRCGCNN_CONV(name) const char* srcgcnn_cuda_##name(const srcgcnn::DeviceConv* given, void* stream);
 extern "C" {
 SRCGCNN_CONV_FUNCTIONS(SRCGCNN_CONV)

@@ -132,9 +132,9 @@ const double* gram(Sequence& s, const DeviceConv& g) {
   return totals;
 }
 
-// What x of an edge follows from, into g; back: the weights for the gradient at h, too. `to`: where some of it goes.
+// What x of an edge follows from, of the channels at hand, into g; back: the weights for the gradient at h, too. `to`: where some of it goes.
 const float* linear(Sequence& s, DeviceConv& g, bool back, const DeviceConv& to = {}) {
-  const int64_t F = g.F, W = g.width, K = g.n_features, size = g.half ? 2 : 4;
+  const int64_t F = g.F, all = g.all, W = g.width, K = g.n_features, size = g.half ? 2 : 4;
   DeviceConv q = g;
   q.eps = g.eps1;
   if (g.train1) q.bias = nullptr;
@@ -146,12 +146,12 @@ const float* linear(Sequence& s, DeviceConv& g, bool back, const DeviceConv& to 
   s.run(srcgcnn_cuda_scale_weights, q);
   const float* shift = q.out_x;
   g.filter = q.out_filter;
-  q.out = s.space.take(ordered_size(F, 4 * W));
-  q.out_x = back ? s.space.take(ordered_size(4 * F, F)) : nullptr;
+  q.out = s.space.take(ordered_size(all, 4 * W));
+  q.out_x = back ? s.space.take(ordered_size(4 * F, all)) : nullptr;
   q.out_edge = g.distance ? nullptr : s.space.take(ordered_size(K, 2 * W));
-  s.launch(order_weights, threads(ordered_size(F, 4 * W)), 0, q);
+  s.launch(order_weights, threads(ordered_size(all, 4 * W)), 0, q);
   char* pq = to.out ? reinterpret_cast<char*>(to.out) : s.space.take<char>(g.n_rows * 4 * W * size);
-  rows_times(s, g, g.h, g.n_rows, F, q.out, 4 * W, shift, nullptr, pq, g.half);
+  rows_times(s, g, g.h, g.n_rows, all, q.out, 4 * W, shift, nullptr, pq, g.half);
   g.pq = pq;
   if (!g.distance) {
     char* term = to.out_x ? reinterpret_cast<char*>(to.out_x) : s.space.take<char>(g.n_edges * 2 * W * size);
@@ -224,52 +224,38 @@ void forward(Sequence& s, const DeviceConv& given) {
   s.run(srcgcnn_cuda_finish, q);
 }
 
-void backward(Sequence& s, const DeviceConv& given) {
+// The channels from `first` on, as many as `width` has room for.
+DeviceConv channels_of(const DeviceConv& g, int64_t first, int64_t width) {
+  DeviceConv q = g;
+  q.F = g.all - first < width ? g.all - first : width;
+  q.width = parts(q.F, kChunk) * kChunk;
+  for (const float** x : {&q.gamma1, &q.beta1, &q.mean1, &q.var1, &q.gamma2, &q.beta2, &q.mean2, &q.var2, &q.bias})
+    if (*x) *x += first;
+  for (float** x : {&q.d_gamma1, &q.d_beta1, &q.d_gamma2, &q.d_beta2, &q.d_bias, &q.out_edge})
+    if (*x) *x += first;
+  q.weight += first * (2 * g.all + g.n_features);
+  if (q.d_weight) q.d_weight += first * (2 * g.all + g.n_features);
+  q.d_m += first;
+  return q;
+}
+
+// Of the channels at hand, with d_m: the gradients of their parameters, and their share of that at h, which is added to g.out.
+// of_messages (4, all) of finish_backward, and its exact sums.
+void backward_of_channels(Sequence& s, const DeviceConv& given, const float* of_messages, const double* totals) {
   DeviceConv g = given, q;
+  const int64_t n = g.n_rows, F = g.F, K = g.n_features;
   g.number = nullptr;
   g.out_edge = nullptr;
-  const int64_t n = g.n_rows, F = g.F, W = g.width, K = g.n_features;
-  if (g.train1 && !g.product) {
-    g.product = s.space.take(F * (3 * F + 2 * K + 2));
-    const int64_t before = s.space.used;
-    gram(s, g);
-    s.space.used = before;
-  }
   const float* back = linear(s, g, true);
-  float *du = s.space.take(n * F), *dm = s.space.take(n * W), *d_pq = s.space.take(n * 4 * F);
-  float* x_rows = g.train1 ? s.space.take(n * 2 * F) : nullptr;
-  // The norm of the messages.
-  float *sums = s.space.take(g.programs * 4 * F), *of_messages = s.space.take(4 * F);
-  auto* totals = s.space.take<double>(4 * F);
-  q = g;
-  q.out = du;
-  q.out_m = g.train2 ? nullptr : dm;
-  q.out_x = sums;
-  s.run(srcgcnn_cuda_finish_backward, q);
-  s.add(g.programs, {{sums, 4 * F, totals, of_messages}});
-  if (g.train2) {
-    q = g;
-    q.ptr = nullptr;
-    q.degree = nullptr;
-    q.out = dm;
-    q.grad = du;
-    q.x = g.m;
-    q.c1 = of_messages;
-    q.c2 = of_messages + F;
-    q.count = of_messages + 2 * F;
-    q.stride = W;
-    q.columns = F;
-    s.run(srcgcnn_cuda_correct, q);
-  }
+  float* d_pq = s.space.take(n * 4 * F);  // whose second half has sums of x before it has the gradient at q
   // Edges by receiver.
   float *by_vector = s.space.take(g.programs * 4 * F), *by_filter = s.space.take(g.programs * K * 2 * F);
   q = g;
   q.out = d_pq;
-  q.out_x = x_rows;
+  q.out_x = g.train1 ? d_pq + 2 * F : nullptr;
   q.out_gamma = by_vector;
   q.out_filter = by_filter;
   q.out_edge = given.out_edge;
-  q.d_m = dm;
   s.run(srcgcnn_cuda_backward_receivers, q);
   auto* d_vectors = s.space.take<double>(4 * F);
   float *d_filter = s.space.take(K * 2 * F), *vectors = s.space.take(6 * F);
@@ -285,7 +271,7 @@ void backward(Sequence& s, const DeviceConv& given) {
   q = g;
   q.out = d_pq;
   q.grad = d_pq;
-  q.x = x_rows;
+  q.x = d_pq + 2 * F;
   q.degree = nullptr;
   q.var2 = nullptr;
   q.stride = 4 * F;
@@ -298,18 +284,64 @@ void backward(Sequence& s, const DeviceConv& given) {
   q.other = g.receiver;
   q.number = given.number;
   q.out = d_pq;
-  q.d_m = dm;
   if (!g.train1) q.row_weight = nullptr;
   s.run(srcgcnn_cuda_backward_senders, q);
   // Rows.
-  rows_times(s, g, d_pq, n, 4 * F, back, F, nullptr, du, g.out, false);
-  float* of_rows = s.space.take(4 * F * F);
-  columns_times(s, g, d_pq, 4 * F, g.h, F, F, of_rows);
+  rows_times(s, g, d_pq, n, 4 * F, back, g.all, nullptr, g.out, g.out, false);
+  float* of_rows = s.space.take(4 * F * g.all);
+  columns_times(s, g, d_pq, 4 * F, g.h, g.all, g.all, of_rows);
   q = g;
   q.x = of_rows;
   q.grad = d_filter;
   q.totals = totals;
   s.launch(weight_gradient, 2 * F, 128 * sizeof(double), q);
+}
+
+// The products of all channels at once are 1 kB a row (F = 64), and so are their gradients: so in large batches chunks of
+// the channels, which do not meet but in the gradient at h, take the same memory one after the other.
+void backward(Sequence& s, const DeviceConv& given) {
+  DeviceConv g = given, q;
+  const int64_t n = g.n_rows, F = g.F, W = g.width, K = g.n_features;
+  if (g.train1 && !g.product) {
+    g.product = s.space.take(F * (3 * F + 2 * K + 2));
+    const int64_t before = s.space.used;
+    gram(s, g);
+    s.space.used = before;
+  }
+  // The norm of the messages. The gradient before the last softplus stays in g.out.
+  float *dm = s.space.take(n * W), *of_messages = s.space.take(4 * F);
+  auto* totals = s.space.take<double>(4 * F);
+  int64_t before = s.space.used;
+  float* sums = s.space.take(g.programs * 4 * F);
+  q = g;
+  q.out_m = g.train2 ? nullptr : dm;
+  q.out_x = sums;
+  s.run(srcgcnn_cuda_finish_backward, q);
+  s.add(g.programs, {{sums, 4 * F, totals, of_messages}});
+  s.space.used = before;
+  if (g.train2) {
+    q = g;
+    q.ptr = nullptr;
+    q.degree = nullptr;
+    q.out = dm;
+    q.grad = g.out;
+    q.x = g.m;
+    q.c1 = of_messages;
+    q.c2 = of_messages + F;
+    q.count = of_messages + 2 * F;
+    q.stride = W;
+    q.columns = F;
+    s.run(srcgcnn_cuda_correct, q);
+  }
+  g.d_m = dm;
+  g.m_stride = W;
+  const int64_t chunk = n * 4 * kChunk * (g.half ? 2 : 4), room = g.at_once / chunk;
+  const int64_t passes = parts(chunks(g), room > 1 ? room : 1), width = parts(chunks(g), passes) * kChunk;
+  for (int64_t first = 0; first < F; first += width) {
+    before = s.space.used;
+    backward_of_channels(s, channels_of(g, first, width), of_messages + first, totals);
+    s.space.used = before;
+  }
 }
 
 const char* sequence(const DeviceConv& g, void (*steps)(Sequence&, const DeviceConv&), void* stream) {
@@ -333,6 +365,11 @@ const char* srcgcnn_cuda_transpose(const DeviceConv* given, void* stream) {
   Sequence s{{reinterpret_cast<char*>(given->out_col_ptr)}, stream};  // takes no space
   const int64_t more = given->n_edges > given->n_rows ? given->n_edges : given->n_rows + 1;
   s.launch(transpose_index, threads(more), 0, *given);
+  return s.error;
+}
+const char* srcgcnn_cuda_features(const DeviceConv* given, void* stream) {
+  Sequence s{{reinterpret_cast<char*>(given->out)}, stream};  // takes no space
+  s.launch(features_of_rows, threads(given->n_rows * parts(given->F, 4)), 0, *given);
   return s.error;
 }
 const char* srcgcnn_cuda_mean(const DeviceConv* given, void* stream) {

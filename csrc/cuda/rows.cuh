@@ -359,67 +359,69 @@ SRCGCNN_DEVICE float rstd1_of(const DeviceConv& g, int64_t n) { return float(1 /
 // features for term. The latter two may be null.
 __global__ void __launch_bounds__(128) order_weights(const DeviceConv g) {
   const int64_t thread = int64_t(blockIdx.x) * 128 + threadIdx.x, threads = int64_t(gridDim.x) * 128;
-  const int64_t F = g.F, W = g.width, K = g.n_features, columns = 2 * F + K;
-  for (int64_t x = thread; x < ordered_size(F, 4 * W); x += threads) {  // columns: p filter, p core, q filter, q core
-    const Ordered o(x, (F + kInner - 1) / kInner);
-    const int64_t c = o.column % W, n = o.column / W % 2 * F + c;
-    const bool there = o.inner < F && c < F && o.column < 4 * W;
-    const float w = there ? g.weight[n * columns + o.column / (2 * W) * F + o.inner] * rstd1_of(g, n) : 0.0f;
+  const int64_t F = g.F, W = g.width, K = g.n_features, all = g.all, columns = 2 * all + K;
+  for (int64_t x = thread; x < ordered_size(all, 4 * W); x += threads) {  // columns: p filter, p core, q filter, q core
+    const Ordered o(x, (all + kInner - 1) / kInner);
+    const int64_t c = o.column % W, n = o.column / W % 2 * all + c;
+    const bool there = o.inner < all && c < F && o.column < 4 * W;
+    const float w = there ? g.weight[n * columns + o.column / (2 * W) * all + o.inner] * rstd1_of(g, n) : 0.0f;
     g.out[x] = ordered(w, o.low, g.relaxed);
   }
-  for (int64_t x = thread; g.out_x && x < ordered_size(4 * F, F); x += threads) {
+  for (int64_t x = thread; g.out_x && x < ordered_size(4 * F, all); x += threads) {
     const Ordered o(x, (4 * F + kInner - 1) / kInner);
-    const bool there = o.inner < 4 * F && o.column < F;
-    const float w = there ? g.weight[o.inner % (2 * F) * columns + o.inner / (2 * F) * F + o.column] : 0.0f;
+    const bool there = o.inner < 4 * F && o.column < all;
+    const int64_t n = o.inner / F % 2 * all + o.inner % F;
+    const float w = there ? g.weight[n * columns + o.inner / (2 * F) * all + o.column] : 0.0f;
     g.out_x[x] = ordered(w, o.low, g.relaxed);
   }
   for (int64_t x = thread; g.out_edge && x < ordered_size(K, 2 * W); x += threads) {
     const Ordered o(x, (K + kInner - 1) / kInner);
-    const int64_t c = o.column % W, n = o.column / W * F + c;
+    const int64_t c = o.column % W, n = o.column / W * all + c;
     const bool there = o.inner < K && c < F && o.column < 2 * W;
-    const float w = there ? g.weight[n * columns + 2 * F + o.inner] * rstd1_of(g, n) : 0.0f;
+    const float w = there ? g.weight[n * columns + 2 * all + o.inner] * rstd1_of(g, n) : 0.0f;
     g.out_edge[x] = ordered(w, o.low, g.relaxed);
   }
 }
 
-// From the sums `totals` (2, 2F) of dy x and dy and `a` (4, F) of finish_backward: out (3, 2F) = a, c1 and c2 of `correct`;
-// the gradients of vectors.
+// From the sums `totals` (2, 2F) of dy x and dy and `a` (4, all) of finish_backward, whose last row is one number: out (3, 2F) = a,
+// c1 and c2 of `correct`; the gradients of vectors.
 __global__ void __launch_bounds__(128) vector_gradients(const DeviceConv g) {
-  const int64_t n = int64_t(blockIdx.x) * 128 + threadIdx.x, F = g.F;
+  const int64_t n = int64_t(blockIdx.x) * 128 + threadIdx.x, F = g.F, of_all = n / F * g.all + n % F;
   if (n >= 2 * F) return;
-  const float a = g.gamma1[n] * rstd1_of(g, n), edges = g.a[3 * F];
+  const float a = g.gamma1[of_all] * rstd1_of(g, of_all), edges = g.a[3 * g.all];
   const double d_gamma = g.totals[n], d_beta = g.totals[2 * F + n];
   g.out[n] = a;
   g.out[2 * F + n] = float(d_beta / edges);
   g.out[4 * F + n] = float(d_gamma / edges);
-  g.d_gamma1[n] = float(d_gamma);
-  g.d_beta1[n] = float(d_beta);
-  if (g.d_bias) g.d_bias[n] = g.train1 ? 0.0f : float(d_beta) * a;
+  g.d_gamma1[of_all] = float(d_gamma);
+  g.d_beta1[of_all] = float(d_beta);
+  if (g.d_bias) g.d_bias[of_all] = g.train1 ? 0.0f : float(d_beta) * a;
   if (n >= F) return;
   g.d_beta2[n] = g.a[n];
-  g.d_gamma2[n] = g.a[F + n];
+  g.d_gamma2[n] = g.a[g.all + n];
 }
 
-// A block a column of z. d_weight from x (4F, F), the product of the gradient at pq with h, and grad (K, 2F), the sums of
+// A block a column of z. d_weight from x (4F, all), the product of the gradient at pq with h, and grad (K, 2F), the sums of
 // e dy, less sum_ij w_i e_ij (c1 + c2 x_ij) where statistics are the batch's: which the Gram matrix holds, as the sum of
 // w_i x_ij is zero. a, c1, c2 (2F); totals (4, F) of finish_backward.
 __global__ void __launch_bounds__(128) weight_gradient(const DeviceConv g) {
   SRCGCNN_SHARED(shared);
   double* sums = reinterpret_cast<double*>(shared);
-  const int64_t F = g.F, K = g.n_features, columns = 2 * F + K, n = blockIdx.x, gram = 3 * F + 2 * K + 2;
-  const float* w = g.weight + n * columns;
-  float* out = g.d_weight + n * columns;
-  for (int64_t k = threadIdx.x; k < 2 * F; k += 128) out[k] = g.x[(k / F * 2 * F + n) * F + k % F];
+  const int64_t F = g.F, K = g.n_features, all = g.all, columns = 2 * all + K, n = blockIdx.x, gram = 3 * all + 2 * K + 2;
+  const int64_t of_all = n / F * all + n % F;
+  const float* w = g.weight + of_all * columns;
+  float* out = g.d_weight + of_all * columns;
+  for (int64_t k = threadIdx.x; k < 2 * all; k += 128) out[k] = g.x[(k / all * 2 * F + n) * all + k % all];
   for (int64_t first = 0; first < K; first += 32) {
     const int64_t k = first + lane_of();
     double sum = 0;
     if (g.train1 && k < K) {
-      for (int64_t f = warp_of(); f < F; f += 4) {
-        const float* row = g.product + f * gram + 3 * F + k;
-        sum += double(w[f]) * row[0] + double(w[F + f]) * row[K];
+      for (int64_t f = warp_of(); f < all; f += 4) {
+        const float* row = g.product + f * gram + 3 * all + k;
+        sum += double(w[f]) * row[0] + double(w[all + f]) * row[K];
       }
-      const double mean = g.e_sum[k] / g.totals[3 * F];
-      for (int64_t l = warp_of(); l < K; l += 4) sum += w[2 * F + l] * (g.e_gram[l * K + k] - mean * g.e_sum[l]);
+      const double mean = g.e_sum[k] / g.totals[3 * all];
+      for (int64_t l = warp_of(); l < K; l += 4) sum += w[2 * all + l] * (g.e_gram[l * K + k] - mean * g.e_sum[l]);
     }
     __syncthreads();
     sums[threadIdx.x] = sum;
@@ -428,9 +430,9 @@ __global__ void __launch_bounds__(128) weight_gradient(const DeviceConv g) {
     double d = g.grad[k * 2 * F + n];
     if (g.train1) {
       for (int warp = 1; warp < 4; ++warp) sum += sums[32 * warp + lane_of()];
-      d -= g.e_sum[k] * g.c1[n] + sum * rstd1_of(g, n) * g.c2[n];
+      d -= g.e_sum[k] * g.c1[n] + sum * rstd1_of(g, of_all) * g.c2[n];
     }
-    out[2 * F + k] = float(d * g.a[n]);
+    out[2 * all + k] = float(d * g.a[n]);
   }
 }
 

@@ -25,19 +25,22 @@ PROGRAMS = 264
 bits do not depend on the GPU."""
 _CHUNK, _ROWS = 32, 64
 """Channels and rows of a block."""
+AT_ONCE = 64 << 20
+"""Bytes of the rows' products that a layer has at a time backward: beyond it, chunks of its channels go one after the
+other."""
 FIELDS = (
     "distance", "term", "features", "ptr", "other", "number", "pq", "filter", "gamma1", "beta1", "weight", "bias",
     "mean1", "var1", "gamma2", "beta2", "mean2", "var2", "h", "m", "grad", "d_m", "x", "row_weight", "degree", "a",
     "c1", "c2", "count", "by_receiver", "by_sender", "product", "totals", "more_totals", "e_sum", "e_gram", "out",
     "out_m", "out_x", "out_degree", "out_gamma", "out_filter", "out_edge", "receiver", "col_ptr", "order", "new_mean1",
-    "new_var1", "new_mean2", "new_var2", "running_mean1", "running_var1", "running_mean2", "running_var2", "d_weight",
-    "d_bias", "d_gamma1", "d_beta1", "d_gamma2", "d_beta2", "out_receiver", "out_number", "out_col_ptr", "out_sum",
-    "out_gram", "space",
+    "new_var1", "new_mean2", "new_var2", "new_norm", "running_mean1", "running_var1", "running_mean2", "running_var2",
+    "d_weight", "d_bias", "d_gamma1", "d_beta1", "d_gamma2", "d_beta2", "out_receiver", "out_number", "out_col_ptr",
+    "out_sum", "out_gram", "space",
 )  # fmt: skip
 """The pointers of ``DeviceConv`` in csrc/cuda/conv.h, in their order."""
 SIZES = (
     "n_rows", "n_edges", "n_features", "F", "width", "programs", "stride", "columns", "train1", "train2", "relaxed",
-    "half",
+    "half", "all", "m_stride", "at_once",
 )  # fmt: skip
 NUMBERS = ("dmin", "inverse_step", "eps", "eps1", "momentum1", "momentum2")
 
@@ -73,7 +76,8 @@ def _programs(n_rows: int) -> int:
 
 
 def _rows(n: int, width: int) -> dict[str, Any]:
-    return {"n_rows": n, "F": width, "width": width + -width % _CHUNK, "programs": _programs(n)}
+    wide = width + -width % _CHUNK
+    return {"n_rows": n, "F": width, "width": wide, "programs": _programs(n), "all": width, "m_stride": wide}
 
 
 class Kept(NamedTuple):
@@ -85,6 +89,15 @@ class Kept(NamedTuple):
     """mean1, var1, mean2, var2 that were used."""
     product: Tensor | None
     """The Gram matrix that statistics of the batch follow from."""
+
+
+class Messages(NamedTuple):
+    """Those of several layers, which :func:`features` makes the rows' features from again."""
+
+    sums: Tensor
+    """(steps, N, F)"""
+    norms: Tensor
+    """(steps, 2, F), what scales and shifts them."""
 
 
 class Running(NamedTuple):
@@ -110,7 +123,7 @@ class Call:
         self.graph, self.edges, self.width, self.like = graph, edges, like.shape[1], like
         sizes = {
             **_rows(edges.n_rows, self.width), "n_edges": edges.n_edges, "n_features": n_features,
-            "relaxed": _precision() != "tf32x3", "half": _storage() == torch.bfloat16,
+            "relaxed": _precision() != "tf32x3", "half": _storage() == torch.bfloat16, "at_once": AT_ONCE,
         }  # fmt: skip
         self.sizes = [int(sizes.get(name, 0)) for name in SIZES]
         row_weight, in_degree, by_receiver, by_sender, e_sum, e_gram = moments
@@ -146,17 +159,28 @@ class Call:
             beta2=beta2, mean1=mean1, var1=var1, mean2=mean2, var2=var2,
         )  # fmt: skip
 
-    def forward(self, h: Tensor, layer: Layer, stream: int, running: Running | None = None) -> tuple[Tensor, Kept]:
-        """softplus(h + bn2(m)), (N, F), and what its backward needs."""
-        width, k = self.width, self.edges.n_features
-        out, m, product = torch.empty_like(h), torch.empty_like(h), None
+    def forward(
+        self,
+        h: Tensor,
+        layer: Layer,
+        stream: int,
+        into: tuple[Tensor, Tensor, Tensor | None],
+        running: Running | None = None,
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """What its backward needs: statistics and product of :class:`Kept`.
+
+        ``into``: where softplus(h + bn2(m)), (N, F), goes, which may be h itself, m, and, if they are kept, the
+        norm's scale and shift (2, F).
+        """
+        width, k, product = self.width, self.edges.n_features, None
+        out, m, norm = into
         trains = (layer.train1,) * 2 + (layer.train2,) * 2
         used = [torch.empty_like(x) if new else x.clone() for x, new in zip(layer[6:10], trains, strict=True)]
         if layer.train1:
             product = h.new_empty(width, 3 * width + 2 * k + 2)
         pointers = _put(
             self._given(h, layer, running), out=out, out_m=m, product=product, new_mean1=used[0], new_var1=used[1],
-            new_mean2=used[2], new_var2=used[3],
+            new_mean2=used[2], new_var2=used[3], new_norm=norm,
         )  # fmt: skip
         if running is not None:
             _put(
@@ -164,7 +188,7 @@ class Call:
                 running_var2=running.var2,
             )  # fmt: skip
         self.run("layer", _LAYER, layer[12:], pointers, stream)
-        return out, Kept(m, used, product)
+        return used, product
 
     def by_sender(self) -> None:
         """The backward goes through the edges by sender, too."""
@@ -172,13 +196,16 @@ class Call:
         _put(self.pointers, **dict(zip(("receiver", "number", "col_ptr"), self.transposed, strict=True)))
 
     def backward(
-        self, grad: Tensor, h: Tensor, layer: Layer, kept: Kept, edge_grad: bool, stream: int
+        self, grad: Tensor, h: Tensor, layer: Layer, kept: Kept, edge_grad: bool, stream: int, out: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """Gradients of h, weight, bias, gamma1, beta1, gamma2, beta2, and at y of the edges, (E, 2F), or ()."""
+        """Gradients of h, weight, bias, gamma1, beta1, gamma2, beta2, and at y of the edges, (E, 2F), or ().
+
+        ``out``: where the first of them goes; it may be ``grad`` itself.
+        """
         mean1, var1, mean2, var2 = kept.statistics
         layer = layer._replace(mean1=mean1, var1=var1, mean2=mean2, var2=var2)
-        like = (h, layer.weight, layer.gamma1, layer.gamma1, layer.beta1, layer.gamma2, layer.beta2)
-        found = [torch.empty_like(x) for x in like]
+        like = (layer.weight, layer.gamma1, layer.gamma1, layer.beta1, layer.gamma2, layer.beta2)
+        found = [torch.empty_like(h) if out is None else out, *(torch.empty_like(x) for x in like)]
         dy = h.new_empty(self.edges.n_edges, 2 * self.width) if edge_grad else None
         names = ("out", "d_weight", "d_bias", "d_gamma1", "d_beta1", "d_gamma2", "d_beta2")
         pointers = _put(
@@ -214,6 +241,17 @@ def _transpose(sender: Tensor, row_ptr: Tensor) -> Transposed:
 def transposed(graph: Graph) -> Transposed:
     """As ``triton.transposed``."""
     return triton.transposed(graph, _transpose)
+
+
+def features(h: Tensor, species: Tensor | None, messages: Messages, steps: int) -> Tensor:
+    """(N, F): rows of h, or of a table h (U, F) those that ``species`` (N,) names, after so many layers."""
+    n, width = messages.sums.shape[1:]
+    if species is not None:
+        triton._check("species", species, (n,), torch.int32, h.device)
+    out = h.new_empty(n, width)
+    sizes = {"n_rows": n, "n_edges": len(h), "F": width, "columns": steps}
+    _call("features", sizes, h=h, other=species, m=messages.sums, a=messages.norms, out=out)
+    return out
 
 
 def crystal_mean(h: Tensor, row_weight: Tensor, crystal_ptr: Tensor) -> Tensor:
@@ -268,8 +306,9 @@ def conv(
     run.check(layer, h=h)
     if h.shape[0] == 0:
         return torch.empty_like(h), torch.empty_like(h), *(x.clone() for x in layer[6:10])  # type: ignore[return-value]
+    out, m = torch.empty_like(h), torch.empty_like(h)
     with triton.launching(h.device) as stream:
-        out, (m, (mean1, var1, mean2, var2), _) = run.forward(h, layer, stream)
+        (mean1, var1, mean2, var2), _ = run.forward(h, layer, stream, (out, m, None))
     return out, m, mean1, var1, mean2, var2
 
 

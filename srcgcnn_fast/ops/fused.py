@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -210,15 +210,26 @@ class _Convolutions(torch.autograd.Function):
 
 
 def _differentiable(
-    ctx: Any, grad: Tensor, h: Tensor, edge_values: Tensor, parameters: list[Tensor | None], first: int = 5
+    ctx: Any,
+    grad: Tensor,
+    h: Tensor,
+    edge_values: Tensor,
+    parameters: list[Tensor | None],
+    first: int = 5,
+    after: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Tensor | None]:
-    """The gradients once more, from operators that can be differentiated again; ``first``: the place of ``h``."""
+    """The gradients once more, from operators that can be differentiated again.
+
+    ``first``: the place of ``h`` among the inputs; ``after``: what became of the rows.
+    """
     with torch.enable_grad():
         x = h if ctx.species is None else h.index_select(0, ctx.species)
         slot = "distance" if ctx.graph.features is None else "features"
         graph = ctx.graph._replace(**{slot: edge_values})
         for t, norm in enumerate(ctx.norms):
             x = _ops.gated_conv(x, *parameters[6 * t : 6 * t + 6], *norm, *graph, *ctx.moments)[0]
+        if after is not None:
+            x = after(x)
         inputs = [h, edge_values, *parameters]
         wanted = [x for x, want in zip(inputs, ctx.needs_input_grad[first:], strict=True) if x is not None and want]
         found = iter(torch.autograd.grad(x, wanted, grad, create_graph=True, allow_unused=True))
@@ -297,61 +308,85 @@ class _CrystalMeanBackward(torch.autograd.Function):
 
 
 class _DeviceConvolutions(torch.autograd.Function):
-    """As :class:`_Convolutions` on a GPU: a layer is one call forward and one backward, and running statistics move."""
+    """As :class:`_Convolutions` on a GPU: a layer is one call forward and one backward, and running statistics move.
+
+    Kept are the summed messages alone, (N, F) a layer: the features that they led to are soon formed again. With
+    ``pooled`` the result is the mean over the rows of each crystal, (B, F), and the rows' features need not be kept
+    either, nor their gradient be given.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         graph: Graph,
         moments: Moments,
+        species: Tensor | None,
         norms: list[tuple[Any, ...]],
         running: list[cuda_conv.Running],
+        pooled: bool,
         h: Tensor,
         edge_values: Tensor,
         *parameters: Tensor | None,
     ) -> Tensor:
         run = cuda_conv.Call(graph, moments, h, parameters[0].shape[1] - 2 * h.shape[1])  # type: ignore[union-attr]
-        ctx.graph, ctx.moments, ctx.species, ctx.norms = graph, moments, None, norms
+        n, steps = len(moments.row_weight), len(norms)
+        messages = cuda_conv.Messages(h.new_empty(steps, n, h.shape[1]), h.new_empty(steps, 2, h.shape[1]))
         kept: list[Tensor | None] = []
-        x = h
+        x = h if species is None else cuda_conv.features(h, species, messages, 0)
         with triton.launching(h.device) as stream:
             for t, norm in enumerate(norms):
                 layer = Layer(*parameters[6 * t : 6 * t + 6], *norm)  # type: ignore[arg-type]
                 run.check(layer, h=x)
-                out, (m, statistics, product) = run.forward(x, layer, stream, running[t])
-                kept += [x, m, *statistics, product]
+                out = torch.empty_like(x) if x is h else x
+                into = out, messages.sums[t], messages.norms[t]
+                statistics, product = run.forward(x, layer, stream, into, running[t])
+                kept += [*statistics, product]
                 x = out
+        ctx.graph, ctx.species, ctx.norms, ctx.pooled = graph, species, norms, pooled
+        row_weight, in_degree, _, _, e_sum, gram = moments  # those in between led to the Gram matrices, and are large
+        ctx.moments = Moments(row_weight, in_degree, None, None, e_sum, gram)
         ctx.n_parameters = len(parameters)
-        ctx.save_for_backward(h, edge_values, *parameters, *kept)
-        return x
+        ctx.save_for_backward(h, edge_values, *parameters, *messages, *kept)
+        return cuda_conv.crystal_mean(x, row_weight, graph.crystal_ptr) if pooled else x
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        none: list[Any] = [None] * 4
+        none: list[Any] = [None] * 6
         h, edge_values, *saved = ctx.saved_tensors
-        parameters, kept = saved[: ctx.n_parameters], saved[ctx.n_parameters :]
+        parameters, (sums, scales, *kept) = saved[: ctx.n_parameters], saved[ctx.n_parameters :]
+        row_weight, crystal_ptr = ctx.moments.row_weight, ctx.graph.crystal_ptr
+        n_features = parameters[0].shape[1] - 2 * h.shape[1]
         if torch.is_grad_enabled():
-            return (*none, *_differentiable(ctx, grad, h, edge_values, parameters, 4))
-        edge_grad = ctx.needs_input_grad[5]
+            if any(norm[-2] for norm in ctx.norms):
+                ctx.moments = moments(row_weight, ctx.graph, n_features)
+            pool = (lambda x: CrystalMean.apply(x, row_weight, crystal_ptr)) if ctx.pooled else None
+            return (*none, *_differentiable(ctx, grad, h, edge_values, parameters, 6, pool))
+        edge_grad = ctx.needs_input_grad[7]
         layers = [Layer(*parameters[6 * t : 6 * t + 6], *norm) for t, norm in enumerate(ctx.norms)]
         if edge_grad:
             cuda_conv.refuse_edge_grad(layers)
-        run = cuda_conv.Call(ctx.graph, ctx.moments, h, layers[0].weight.shape[1] - 2 * h.shape[1])
+        run = cuda_conv.Call(ctx.graph, ctx.moments, h, n_features)
         run.by_sender()
+        messages, d_edge = cuda_conv.Messages(sums, scales), None
         gradients: list[Any] = [None] * len(parameters)
-        d_edge = None
         grad = grad.contiguous()
+        if ctx.pooled:
+            grad = cuda_conv.crystal_mean_backward(grad, row_weight, crystal_ptr)
+        into = grad if ctx.pooled else torch.empty_like(grad)
         with triton.launching(h.device) as stream:
             for t in reversed(range(len(layers))):
-                x, m, *statistics, product = kept[7 * t : 7 * t + 7]
-                grad, *rest, dy = run.backward(
-                    grad, x, layers[t], cuda_conv.Kept(m, statistics, product), edge_grad, stream
-                )
+                x = h if t == 0 and ctx.species is None else cuda_conv.features(h, ctx.species, messages, t)
+                *statistics, product = kept[5 * t : 5 * t + 5]
+                of_layer = cuda_conv.Kept(sums[t], statistics, product)
+                grad, *rest, dy = run.backward(grad, x, layers[t], of_layer, edge_grad, stream, into)
                 gradients[6 * t : 6 * t + 6] = rest
+                del x  # before the next one asks for memory
                 if edge_grad:
                     d = cuda_conv.edge_gradient(dy, layers[t], statistics[1], ctx.graph)
                     d_edge = d if d_edge is None else d_edge + d
-        wanted = ctx.needs_input_grad[6:]
+        if ctx.species is not None and ctx.needs_input_grad[6]:
+            grad = triton.sum_by_species(grad, ctx.species, len(h))
+        wanted = ctx.needs_input_grad[8:]
         gradients = [g if want else None for g, want in zip(gradients, wanted, strict=True)]
         return (*none, grad, d_edge, *gradients)
 
@@ -382,11 +417,13 @@ def gated_convs(
     moments: Moments,
     layers: Sequence[tuple[Tensor, Tensor | None, BatchNorm, BatchNorm]],
     species: Tensor | None = None,
+    pool: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Gated graph convolutions one after the other, (N, F) -> (N, F), each with one pass over the edges backward.
 
     With ``species`` (N,), h is a table (U, F) of which row i takes row species[i]. Norms with a group share their batch
-    with other processes where nothing is traced; for others see :mod:`.synchronized`.
+    with other processes where nothing is traced; for others see :mod:`.synchronized`. With ``pool``, which gives the
+    mean over each crystal's rows, the result is that, (B, F); kernels that can do so themselves do.
     """
     width, more = h.shape[1], _missing(h)
     wide = pad(h, (0, more)) if more else h.contiguous()
@@ -403,11 +440,12 @@ def gated_convs(
         results = function.apply(graph, moments, species, norms, shared, wide, edge_values, *parameters)
         out, _block, *statistics = results
     elif len(moments.row_weight) > 0 and runs_compiled(h) and (running := _running(layers)) is not None:
-        rows = h.contiguous() if species is None else lookup(h, species)
         edge_values = graph.distance if graph.features is None else graph.features
         parameters = [x for layer in given for x in layer[:6]]
-        norms = [tuple(x[6:]) for x in given]
-        found: Tensor = _DeviceConvolutions.apply(graph, moments, norms, running, rows, edge_values, *parameters)
+        norms, pooled = [tuple(x[6:]) for x in given], pool is not None
+        found: Tensor = _DeviceConvolutions.apply(
+            graph, moments, species, norms, running, pooled, h.contiguous(), edge_values, *parameters
+        )
         for moved in (x for state in running for x in state[:4] if x is not None):
             torch.autograd.graph.increment_version(moved)
         return found
@@ -418,7 +456,8 @@ def gated_convs(
             out, _m, *used = _ops.gated_conv(out, *layer, *graph, *moments)
             statistics += used
     _update(layers, statistics, graph, moments, width, more, shared.counts if shared is not None else None)
-    return out[:, :width] if more else out
+    out = out[:, :width] if more else out
+    return out if pool is None else pool(out)
 
 
 def _update(

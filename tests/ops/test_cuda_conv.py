@@ -26,6 +26,7 @@ from srcgcnn_fast.ops.cpu import Graph, Layer, Moments
 from srcgcnn_fast.ops.reference import BatchNorm, Edges
 
 pytestmark = pytest.mark.usefixtures("training_on_the_emulation")
+NEW_EMPTY, EMPTY_LIKE = torch.Tensor.new_empty, torch.empty_like
 
 
 class Kernels:
@@ -99,6 +100,19 @@ def test_any_width_and_number_of_gaussians(width, n_features):
 @pytest.mark.parametrize(("width", "n_features"), [(16, 23), (40, 60)])
 def test_generic_edge_features(width, n_features, training):
     compare([Problem("weighted", width, n_features, features=True, seed=6)], training)
+
+
+@pytest.mark.parametrize("training", TRAINING, ids=["train", "eval", "frozen bn1"])
+@pytest.mark.parametrize(("width", "features"), [(33, False), (64, False), (128, False), (72, True)])
+def test_channels_one_chunk_after_the_other(training_library, monkeypatch, width, features, training):
+    """As backward in large batches; the last chunk of 33 channels has one."""
+    problem, launches = Problem("weighted", width, 41, features=features), []
+    for at_once in (backend.AT_ONCE, 1):
+        monkeypatch.setattr(backend, "AT_ONCE", at_once)
+        before = training_library.launches()
+        compare([problem], training)
+        launches.append(training_library.launches() - before)
+    assert launches[1] >= launches[0] + 10 * (-(-width // 32) - 1)
 
 
 @pytest.mark.parametrize("training", TRAINING[:2], ids=["train", "eval"])
@@ -230,7 +244,126 @@ def test_layers_in_one_node_of_the_graph(pretend_gpu, monkeypatch, training):
             assert relative(ours, exact) <= 2 * relative(plain, exact) + 3e-7, k
 
 
-def test_second_derivatives_of_layers(pretend_gpu, monkeypatch):
+def small_model(dtype: torch.dtype, kind: type, width: int = 40) -> sf.SRCGCNN:
+    torch.manual_seed(3)
+    model = kind(3, width, 48).to(dtype).train()
+    for module in model.modules():  # norms that do something
+        if isinstance(module, torch.nn.BatchNorm1d) and module.affine:
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.uniform_(module.bias, -0.5, 0.5)
+    return model
+
+
+def batch_of(problem: Problem, dtype: torch.dtype = torch.float32) -> sf.GraphBatch:
+    """Of three crystals."""
+    rows = (0, 7, 8, n := len(problem.row_weight))
+    index = lambda *x: torch.tensor(x, dtype=torch.int32)  # noqa: E731
+    numbers = torch.randint(1, 95, (n,), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    crystal = torch.repeat_interleave(torch.arange(len(rows) - 1), index(*rows).diff()).int()
+    return sf.GraphBatch(
+        numbers, problem.row_weight.float(), problem.edges.sender, problem.edges.distance.to(dtype),
+        problem.edges.row_ptr, index(*rows), crystal,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("table", [True, False], ids=["table", "rows"])
+@pytest.mark.parametrize("kind", [sf.SRCGCNN, sf.CGCNN])
+def test_whole_networks(pretend_gpu, training_library, monkeypatch, kind, table):
+    """From elements to the loss: rows looked up in a table, their features formed again backward, means of crystals."""
+    problem, results = Problem("weighted", 40, 41), []
+    monkeypatch.setattr(backend, "AT_ONCE", 1)
+    for name, dtype in (("reference", torch.float64), ("reference", torch.float32), ("cuda", torch.float32)):
+        monkeypatch.setattr(registry, "select", lambda *_a, name=name, **_k: name)
+        monkeypatch.setattr(registry, "trains_compiled", lambda _h, name=name: name == "cuda")
+        model, batch = small_model(dtype, kind), batch_of(problem, dtype)
+        if table:  # as in a batch of many more rows than elements
+            model.element_table, batch.numbers = model.element_table[:15].clone(), batch.numbers % 15
+        else:
+            batch.atom_features = model.element_table[batch.numbers.long()] + batch.numbers[:, None] / 100
+        before = training_library.launches()
+        out = model(batch)
+        (out * torch.tensor([[1.0], [-2.0], [3.0]], dtype=dtype)).sum().backward()
+        assert (training_library.launches() > before) == (name == "cuda")
+        found = {key: x.grad for key, x in model.named_parameters()}
+        state = {key: x for key, x in model.named_buffers() if "running" in key}
+        results.append({"out": out.detach(), **found, **state})
+    for key, exact in results[0].items():
+        plain, ours = results[1][key], results[2][key]
+        if key.endswith("fc_full.bias"):  # zero in exact arithmetic
+            assert ours.abs().max() <= 1e-5
+        else:
+            assert relative(ours, exact) <= 2 * relative(plain, exact) + 5e-7, key
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_gradients_that_are_asked_for_twice(pretend_gpu, monkeypatch, pooled):
+    """Nothing that is kept, and no gradient that is given, is written to."""
+    monkeypatch.setattr(registry, "select", lambda *_a, **_k: "cuda")
+    problem, (layers, leaves) = Problem("weighted", 40, 41), layers_of(torch.float32, 40, (True, True))
+    batch, h = batch_of(problem), problem.parameters[0].float().requires_grad_()
+    pool = (lambda h: functional.crystal_mean(h, batch)) if pooled else None
+    graph = problem.graph()._replace(crystal_ptr=batch.crystal_ptr)
+    moments = problem.moments(graph, True)
+    given = h.detach().clone()
+    out = fused.gated_convs(h, graph, moments, layers, None, pool)
+    upstream = torch.rand(out.shape, generator=torch.Generator().manual_seed(0))
+    kept = upstream.clone()
+    first, again = (torch.autograd.grad(out, [h, *leaves], upstream, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert torch.equal(upstream, kept) and torch.equal(h, given)
+
+
+def test_features_that_are_formed_again_have_the_bits_of_those_that_left():
+    problem, stream = Problem("weighted", 40, 41), 0
+    h, layer, graph, _ = arguments(problem)
+    moments = problem.moments(graph, True)
+    for training in TRAINING:
+        of_layer = layer._replace(train1=training[0], train2=training[1])
+        run = backend.Call(graph, moments, h, 41)
+        messages, x = backend.Messages(h.new_empty(3, len(h), 40), h.new_empty(3, 2, 40)), h
+        for t in range(3):
+            out = torch.empty_like(x) if x is h else x
+            run.forward(x, of_layer, stream, (out, messages.sums[t], messages.norms[t]))
+            x = out
+            assert torch.equal(backend.features(h, None, messages, t + 1), x)
+    species = torch.tensor([3, 0, 59, 60, -1], dtype=torch.int32)
+    few = backend.Messages(messages.sums[:, :5].contiguous(), messages.norms)
+    found = backend.features(h, species, few, 0)
+    assert torch.equal(found[:3], h[[3, 0, 59]]) and found[3:].isnan().all()
+    assert backend.features(h, species, few, 3).isnan().any(1).tolist() == [False] * 3 + [True] * 2
+
+
+def test_memory_of_a_training_step(pretend_gpu, monkeypatch):
+    """Rows of F numbers at its peak: 3 of messages, the gradient, features, 5 in a layer, 2/5 of the edges' index."""
+    monkeypatch.setattr(registry, "select", lambda *_a, **_k: "cuda")
+    monkeypatch.setattr(torch.Tensor, "new_empty", NEW_EMPTY)  # the fences would stay
+    monkeypatch.setattr(torch, "empty_like", EMPTY_LIKE)
+    monkeypatch.setattr(functional, "_MANY_ROWS", 1)
+    monkeypatch.setattr(backend, "PROGRAMS", 1)
+    monkeypatch.setattr(backend, "AT_ONCE", 1)
+    width, rows, peaks = 64, (200, 400), []
+    model = small_model(torch.float32, sf.SRCGCNN, width)
+    for n in rows:
+        g, index = torch.Generator().manual_seed(0), lambda x: torch.tensor(x, dtype=torch.int32)
+        draw = lambda top, k: torch.randint(1, top, (k,), generator=g, dtype=torch.int32)  # noqa: B023, E731
+        numbers, sender = draw(90, n), draw(n, 12 * n)
+        batch = sf.GraphBatch(
+            numbers, torch.ones(n), sender, torch.rand(12 * n, generator=g) + 2, index(range(0, 12 * n + 1, 12)),
+            index([0, n]), torch.zeros_like(numbers),
+        )  # fmt: skip
+        kinds = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=kinds, profile_memory=True) as profile:
+            model(batch).sum().backward()
+        model.zero_grad()
+        events = [x for x in profile.profiler.kineto_results.events() if x.name() == "[memory]"]
+        sizes = [x.nbytes() for x in sorted(events, key=lambda x: x.start_ns())]
+        peaks.append(max(itertools.accumulate(sizes)))
+    a_row = (peaks[1] - peaks[0]) / (rows[1] - rows[0]) / (4 * width)
+    assert 9 < a_row < 11.7
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_second_derivatives_of_layers(pretend_gpu, monkeypatch, pooled):
     """They go through operators that can be differentiated again, here the reference in their place."""
 
     def gated_conv(h, *arguments):
@@ -253,7 +386,7 @@ def test_second_derivatives_of_layers(pretend_gpu, monkeypatch):
             numbers, problem.row_weight.float(), problem.edges.sender, distance, problem.edges.row_ptr,
             problem.edges.crystal_ptr, numbers,
         )  # fmt: skip
-        out, _ = functional.stacked_gated_conv(h, batch, layers)
+        out, _ = functional._stack(h, batch, layers, None, 0.0, 0.2, False, None, pooled)
         first = torch.autograd.grad(out.square().sum(), [h, distance, *leaves], create_graph=True)
         loss = sum(x.square().sum() for x in first)
         results.append([x.detach() for x in (*first, *torch.autograd.grad(loss, [h, distance, *leaves]))])
@@ -471,7 +604,7 @@ def test_offsets_beyond_two_to_the_31_of_rows(training_library):
                 (rows, width),
             )
         )
-        d_pq, x, unused = last(4 * width), last(2 * width), far(-(-rows // 16), 4, width)
+        d_pq, unused = last(4 * width), far(-(-rows // 16), 4, width)
         of = lambda *names: {name: vectors[name] for name in names}  # noqa: E731
         try:
             training_library.only(last_blocks=16)  # all channels of the last rows
@@ -481,6 +614,7 @@ def test_offsets_beyond_two_to_the_31_of_rows(training_library):
             more = {**totals, **of("gamma2", "beta2"), "out_m": far(width), "out_x": far(width)}
             backend._call("finish", sizes, out=out, h=given["h"], m=given["m"], **more)
             strided = {**sizes, "stride": 4 * width, "columns": 2 * width}
+            x = d_pq[:, 2 * width :]
             backend._call("correct", strided, out=d_pq, grad=d_pq, x=x, **weights, **of("a", "c1", "c2"))
             training_library.only(last_blocks=1)
             backend._call(
