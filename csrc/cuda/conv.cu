@@ -1,10 +1,11 @@
-// The launchers of conv.cuh.
+// The launchers of conv.cuh, gram.cuh and rows.cuh.
 #include <algorithm>
 #include <mutex>
 #include <utility>
 #include <vector>
 
 #include "conv.cuh"
+#include "gram.cuh"
 #include "rows.cuh"
 
 namespace srcgcnn {
@@ -80,8 +81,7 @@ using namespace srcgcnn;
 SRCGCNN_LAUNCHER(edge_sum, threads(32 * g.n_rows), 0)
 SRCGCNN_LAUNCHER(edge_gram, parts(g.n_features, kTerms) * g.programs * parts(g.n_features, kTerms), kGram)
 SRCGCNN_LAUNCHER(column_sums, chunks(g) * g.programs, 4 * kWarps * 32)
-SRCGCNN_LAUNCHER(gram_rows, parts(g.n_rows, kGramRows), int(g.F + g.n_features))
-SRCGCNN_LAUNCHER(edge_statistics, 2 * g.F, 2 * kSums * kThreads + int(2 * g.F + g.n_features))
+SRCGCNN_LAUNCHER(neighbors, counts_of(g.n_rows), 2 * kSamples + 4 * kThreads + int(g.F))
 SRCGCNN_LAUNCHER(scale_weights, threads(4 * g.width * g.F), 0)
 SRCGCNN_LAUNCHER_BY_STORAGE(gate_sum, chunks(g) * tasks(g), kVectors + kNorms + kWarps * (kScaledSize + kPair))
 SRCGCNN_LAUNCHER(finish, chunks(g) * g.programs, 0)

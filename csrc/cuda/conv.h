@@ -28,7 +28,7 @@ struct DeviceConv {
   const float *a, *c1, *c2;
   const float* count;                    // () by which c1 and c2 are divided, or null
   const float *by_receiver, *by_sender;  // (N, K): sum_j e_ij, sum_i w_i e_ij
-  float* product;                        // (F, P) = out_x^T out of gram_rows, P = 3F + 2K + 2
+  float* product;                        // (F, P), P = 3F + 2K + 2: the Gram matrix of gram.cuh
   const double *totals, *more_totals;    // (4, F): sums over the parts of column_sums
   const double *e_sum, *e_gram;          // (K), (K, K): sums of w e and w e^T e
   float* out;
@@ -65,9 +65,8 @@ struct DeviceConv {
 // edge_gram      out (programs, K, K): sums of w e^T e
 // column_sums    out (programs, 4, F): sums of u x, v x, u x^2 and u over the rows of x (N, F), less totals[0] / totals[3]
 //                where those are given; u = row_weight, with ptr times the row's number of edges; v = degree, or 0
-// gram_rows      with c = totals[0] / totals[3], the mean of h_i over the edges, and e less its mean: out_x (N, F) = h - c;
-//                out (N, P): w degree (h - c), w sum_j (h_j - c), in_degree (h - c), w sum_j e, sum_i w_i e, w degree, in_degree
-// edge_statistics  out, out_x (2F): mean and biased variance of z = [h_i, h_j, e_ij] weight^T over the edges
+// neighbors      out_x (F) = c, the mean of h_i over the edges of 64 rows; out (N, F) = sum_j (h_j - c); out_m (1 for 32 rows, at
+//                most 1056): w degree of the rows of a block
 // scale_weights  with rstd = 1 / sqrt(var1 + eps): out (4W, F) and out_x (4W), the weights and the shift of pq; out_edge
 //                (K, 2F) = w_e rstd; out_filter, the same as `filter` has it; out_gamma (2F) = rstd
 // gate_sum       out_m (N, F) = m_i = sum_j sigmoid(y[:F]) softplus(y[F:]), y = gamma1 x + beta1; out (N, F) =
@@ -101,9 +100,9 @@ struct DeviceConv {
 //                product (null: made again);
 //                out_edge (E, 2F), or null: dy
 #define SRCGCNN_CONV_FUNCTIONS(DO)                                                                            \
-  DO(edge_sum) DO(edge_gram) DO(column_sums) DO(gram_rows) DO(edge_statistics) DO(scale_weights) DO(gate_sum) \
-  DO(finish) DO(finish_backward) DO(correct) DO(backward_receivers) DO(backward_senders)                      \
-  DO(edge_moments) DO(transpose) DO(mean) DO(mean_backward) DO(linear) DO(features) DO(layer) DO(layer_backward)
+  DO(edge_sum) DO(edge_gram) DO(column_sums) DO(neighbors) DO(scale_weights) DO(gate_sum) DO(finish)          \
+  DO(finish_backward) DO(correct) DO(backward_receivers) DO(backward_senders) DO(edge_moments) DO(transpose)  \
+  DO(mean) DO(mean_backward) DO(linear) DO(features) DO(layer) DO(layer_backward)
 #define SRCGCNN_CONV(name) const char* srcgcnn_cuda_##name(const srcgcnn::DeviceConv* given, void* stream);
 extern "C" {
 SRCGCNN_CONV_FUNCTIONS(SRCGCNN_CONV)

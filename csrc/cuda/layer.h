@@ -105,31 +105,65 @@ void columns_times(Sequence& s, const DeviceConv& g, const float* a, int64_t lef
 }
 
 // Sums over the rows: see column_sums.
-double* totals_of(Sequence& s, const DeviceConv& g, const float* x, const double* about, bool over_edges) {
+double* totals_of(Sequence& s, const DeviceConv& g, const float* x, const double* about) {
   DeviceConv q = g;
   float* sums = s.space.take(g.programs * 4 * g.F);
   auto* totals = s.space.take<double>(4 * g.F);
   q.out = sums;
   q.x = x;
   q.totals = about;
-  if (!over_edges) q.ptr = nullptr, q.degree = nullptr;
+  q.ptr = nullptr;
   s.run(srcgcnn_cuda_column_sums, q);
   s.add(g.programs, {{sums, 4 * g.F, totals, nullptr}});
   return totals;
 }
 
-// The Gram matrix of h with the ends and the vectors of the edges, to g.product; the totals it is about.
-const double* gram(Sequence& s, const DeviceConv& g) {
-  const int64_t columns = 3 * g.F + 2 * g.n_features + 2;
-  const double* totals = totals_of(s, g, g.h, nullptr, true);
+// What the statistics of the edges follow from, besides the product: the mean that h was less, and the sum of w over edges.
+struct Gram {
+  const float* centre;
+  const double* count;
+};
+
+// The Gram matrix of h with the ends and the vectors of the edges, to g.product.
+Gram gram(Sequence& s, const DeviceConv& g) {
+  const int64_t F = g.F, K = g.n_features, columns = 3 * F + 2 * K + 2, programs = parts(g.programs, 2);
+  float *centre = s.space.take(F), *counts = s.space.take(counts_of(g.n_rows));
+  auto* count = s.space.take<double>(1);
+  float *around = s.space.take(g.n_rows * F), *sums = s.space.take(programs * F * columns);
   DeviceConv q = g;
-  q.totals = totals;
-  q.stride = (columns + 3) / 4 * 4;
-  q.out = s.space.take(g.n_rows * q.stride);
-  q.out_x = s.space.take(g.n_rows * g.F);
-  s.run(srcgcnn_cuda_gram_rows, q);
-  columns_times(s, g, q.out_x, g.F, q.out, columns, q.stride, g.product);
-  return totals;
+  q.out = around;
+  q.out_x = centre;
+  q.out_m = counts;
+  s.run(srcgcnn_cuda_neighbors, q);
+  GramProduct given = {};
+  given.h = g.h;
+  given.around = around;
+  given.by_receiver = g.by_receiver;
+  given.by_sender = g.by_sender;
+  given.row_weight = g.row_weight;
+  given.in_degree = g.degree;
+  given.centre = centre;
+  given.counts = counts;
+  given.e_sum = g.e_sum;
+  given.ptr = g.ptr;
+  given.out = sums;
+  given.count = count;
+  given.n_rows = g.n_rows;
+  given.n_edges = g.n_edges;
+  given.n_counts = int(counts_of(g.n_rows));
+  given.F = int(F);
+  given.K = int(K);
+  given.programs = int(programs);
+  given.steps = int(parts(g.n_rows, kStageRows));
+  const int64_t tiles = 3 * parts(F, kRight) + 2 * parts(K + 1, kRight);
+  given.lefts = F <= kLeft ? 1 : 2;
+  given.rights = int(parts(tiles, parts(tiles, kMostRights)));
+  given.left_blocks = int(parts(F, kRight));
+  given.right_blocks = int(parts(tiles, given.rights));
+  s.launch(gram_products, programs * given.left_blocks * given.right_blocks,
+           (kSlots * kWordsOfSource + kStages * kGramStage) * sizeof(float), given, 32 * given.lefts * given.rights + kReaders);
+  s.add(programs, {{sums, F * columns, nullptr, g.product}});
+  return {centre, count};
 }
 
 // What x of an edge follows from, of the channels at hand, into g; back: the weights for the gradient at h, too. `to`: where some of it goes.
@@ -198,12 +232,15 @@ void forward(Sequence& s, const DeviceConv& given) {
   DeviceConv g = given, q;
   if (g.train1) {
     const int64_t before = s.space.used;
-    const double* totals = gram(s, g);
+    const Gram found = gram(s, g);
     q = g;
-    q.totals = totals;
+    q.totals = found.count;
+    q.x = found.centre;
     q.out = g.new_mean1;
     q.out_x = g.new_var1;
-    s.run(srcgcnn_cuda_edge_statistics, q);
+    const int64_t numbers = parts(5 * g.F + 3 * g.n_features + 2, 4) * 4;
+    s.launch(edge_statistics, 2 * g.F, kSums * kStatisticsThreads * sizeof(double) + numbers * sizeof(float), q,
+             kStatisticsThreads);
     g.mean1 = g.new_mean1;
     g.var1 = g.new_var1;
     s.space.used = before;
@@ -213,8 +250,8 @@ void forward(Sequence& s, const DeviceConv& given) {
   if (g.train2) q.out = nullptr;
   s.run(srcgcnn_cuda_gate_sum, q);
   if (!g.train2) return;
-  const double* totals = totals_of(s, g, g.out_m, nullptr, false);
-  const double* more = totals_of(s, g, g.out_m, totals, false);
+  const double* totals = totals_of(s, g, g.out_m, nullptr);
+  const double* more = totals_of(s, g, g.out_m, totals);
   q = g;
   q.m = g.out_m;
   q.totals = totals;

@@ -198,6 +198,41 @@ __global__ void __launch_bounds__(32 * kProductWarps, 1) multiply_rows(const Row
   }
 }
 
+// What a warp adds for 8 rows: 32 columns of a, four of the eight tiles of 8 columns of b. Three products always.
+SRCGCNN_DEVICE void add_products(float (&sums)[2][8][4], int q, const float (&high)[2][4], const float (&low)[2][4],
+                                 const float (&right)[4][2], const float (&right_low)[4][2]) {
+#pragma unroll
+  for (int t = 0; t < 4; ++t)
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      float d[4] = {};
+      device::mma(d, low[m], right[t]);
+      device::mma(d, high[m], right_low[t]);
+      device::mma(d, high[m], right[t]);
+#pragma unroll
+      for (int v = 0; v < 4; ++v) sums[m][4 * q + t][v] += d[v];
+    }
+}
+// done(row, column, four sums): a lane has rows 4 group + 2 m + half of the warp's 32, and of each 32 columns the eight from
+// 8 in_group on.
+template <class Done>
+SRCGCNN_DEVICE void for_columns(const float (&sums)[2][8][4], int first_row, Done done) {
+  const int group = lane_of() / 4, in_group = lane_of() % 4;
+#pragma unroll
+  for (int m = 0; m < 2; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int q = 0; q < 2; ++q)
+#pragma unroll
+        for (int v = 0; v < 2; ++v) {
+          Channels<4> y;
+#pragma unroll
+          for (int t = 0; t < 4; ++t) y.x[t] = sums[m][4 * q + t][2 * half + v];
+          done(first_row + 4 * group + 2 * m + half, 8 * in_group + 32 * q + 4 * v, y);
+        }
+}
+
 // Three products even where one would do: memory bounds it. Each warp has 32 of the block's columns of a and 64 of b; a block
 // reads 16 rows at a time, two ahead. The columns of a and b that a lane reads, four neighbours, belong to the tiles as the
 // comments say.
@@ -256,49 +291,25 @@ __global__ void __launch_bounds__(32 * kColumnWarps, kColumnBlocks) multiply_col
 #pragma unroll
           for (int k = 0; k < 4; ++k) split(x.x[k], right[k][v], right_low[k][v]);
         }
-#pragma unroll
-        for (int t = 0; t < 4; ++t) {
-#pragma unroll
-          for (int m = 0; m < 2; ++m) {
-            float d[4] = {};
-            device::mma(d, low[m], right[t]);
-            device::mma(d, high[m], right_low[t]);
-            device::mma(d, high[m], right[t]);
-#pragma unroll
-            for (int v = 0; v < 4; ++v) sums[m][4 * q + t][v] += d[v];
-          }
-        }
+        add_products(sums, q, high, low, right, right_low);
       }
     }
   }
   device::wait_for_copies<0>();
   if (!busy) return;
-  // A lane has rows 4 group + 2 m + half of the warp's, and of each 32 columns the eight from 8 in_group on.
   float* out = g.out + int64_t(program) * g.left * g.right;
-  const int column = first_right + own_right + 8 * in_group;
+  for_columns(sums, own_left, [&](int row, int c, const Channels<4>& y) {
+    row += first_left;
+    c += first_right + own_right;
+    if (row >= g.left) return;
+    if (g.right % 4 == 0) {
+      if (c < g.right) store<4>(out + row * g.right + c, y);
+    } else {
 #pragma unroll
-  for (int m = 0; m < 2; ++m)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = first_left + own_left + 4 * group + 2 * m + half;
-      if (row >= g.left) continue;
-#pragma unroll
-      for (int q = 0; q < 2; ++q)
-#pragma unroll
-        for (int v = 0; v < 2; ++v) {
-          const int c = column + 32 * q + 4 * v;
-          Channels<4> y;
-#pragma unroll
-          for (int t = 0; t < 4; ++t) y.x[t] = sums[m][4 * q + t][2 * half + v];
-          if (g.right % 4 == 0) {
-            if (c < g.right) store<4>(out + row * g.right + c, y);
-          } else {
-#pragma unroll
-            for (int t = 0; t < 4; ++t)
-              if (c + t < g.right) out[row * g.right + c + t] = y.x[t];
-          }
-        }
+      for (int t = 0; t < 4; ++t)
+        if (c + t < g.right) out[row * g.right + c + t] = y.x[t];
     }
+  });
 }
 
 // Warps take every fourth part; their sums are then added in order. A lane a number.

@@ -164,6 +164,37 @@ def test_moments_of_the_edges(features, n_features):
     convolution.moments_of_the_edges(Problem("ragged", 8, n_features, features=features))
 
 
+@pytest.mark.parametrize("width", [7, 20, 64, 100])
+def test_sums_of_neighbors(width):
+    """About a mean of some rows; that of a row with an index outside is NaN, and so is the number of edges of bad pointers."""
+    problem = Problem("long", width, 3)
+    h, _, graph, _ = arguments(problem)
+    n, degree = len(h), graph.row_ptr.diff()
+    assert int(degree.max()) > 4 and n > 2 * 64
+    h += 5
+    weight, sender, ptr = torch.rand(n) + 0.5, graph.sender.clone(), graph.row_ptr.clone()
+    around, centre, counts = torch.empty_like(h), h.new_empty(width), h.new_empty(-(-n // 32))
+    given = {"h": h, "ptr": ptr, "other": sender, "row_weight": weight, "out": around, "out_x": centre, "out_m": counts}
+    sizes = {**backend._rows(n, width), "n_edges": len(sender)}
+    backend._call("neighbors", sizes, **given)
+    rows = torch.arange(64) * n // 64
+    share = (weight * degree)[rows].double()
+    assert relative(centre, share @ h[rows].double() / share.sum()) < 1e-6
+    assert relative(counts.sum(), (weight * degree).double().sum()) < 1e-6
+    receiver = torch.repeat_interleave(torch.arange(n), degree)
+    truth = torch.zeros(n, width).double().index_add_(0, receiver, (h[sender.long()] - centre).double())
+    assert relative(around, truth) < 3e-7
+    sender[ptr[5]], sender[ptr[9] - 1] = -1, n
+    backend._call("neighbors", sizes, **given)
+    bad = torch.zeros(n, dtype=torch.bool)
+    bad[[5, 8]] = True
+    assert torch.equal(around.isnan(), bad[:, None].expand(-1, width)) and not centre.isnan().any()
+    ptr[-1] = len(sender) + 1
+    backend._call("neighbors", sizes, **given)
+    bad[-1] = True
+    assert torch.equal(around.isnan(), bad[:, None].expand(-1, width)) and counts.isnan().tolist()[-2:] == [False, True]
+
+
 def test_the_term_of_an_edge():
     """At distances within, between and beyond the Gaussians, where nothing else hides its error."""
     n, width, k = 16, 32, 41
@@ -583,7 +614,7 @@ def test_offsets_beyond_two_to_the_31_of_rows(training_library):
     vectors |= {"c1": rand(2 * width), "c2": rand(2 * width) + 1, "a": rand(2 * width)}
     totals = {"totals": rand(4, width).double() + 1, "more_totals": rand(4, width).double() + 2}
     found = []
-    for rows in (4, 2**23 + 32768):  # which the last block of gram_rows has some of
+    for rows in (4, 2**23 + 32768):
         sizes = {**backend._rows(rows, width), "programs": -(-rows // 16), "n_features": k, "n_edges": 8, "eps": 1e-5}
 
         def last(*shape: int, rows: int = rows) -> torch.Tensor:
@@ -595,15 +626,9 @@ def test_offsets_beyond_two_to_the_31_of_rows(training_library):
         ptr[-5:] = torch.arange(0, 10, 2, dtype=torch.int32)
         given = {name: last(width) for name in ("h", "m", "grad")}
         weights = {"row_weight": last(), "degree": last()}
-        sums, du, dm, out, rows_of_gram, centred = (
-            far(*shape)
-            for shape in (
-                (-(-rows // 16), 4, width),
-                *[(rows, width)] * 3,
-                (rows, 3 * width + 2 * k + 2),
-                (rows, width),
-            )
-        )
+        sums, du, dm, out = (far(*shape) for shape in ((-(-rows // 16), 4, width), *[(rows, width)] * 3))
+        h, around, centre, counts = last(width), far(rows, width), far(width), far(min(1056, -(-rows // 32)))
+        h[-4] = 0  # as the rows before, of which the mean is: the last of 64 is not among the last four of many
         d_pq, unused = last(4 * width), far(-(-rows // 16), 4, width)
         of = lambda *names: {name: vectors[name] for name in names}  # noqa: E731
         try:
@@ -618,12 +643,12 @@ def test_offsets_beyond_two_to_the_31_of_rows(training_library):
             backend._call("correct", strided, out=d_pq, grad=d_pq, x=x, **weights, **of("a", "c1", "c2"))
             training_library.only(last_blocks=1)
             backend._call(
-                "gram_rows", sizes, out=rows_of_gram, out_x=centred, h=given["h"], by_receiver=last(k), ptr=ptr,
-                other=other, by_sender=last(k), totals=totals["totals"], e_sum=rand(k).double(), **weights,
+                "neighbors", sizes, out=around, out_x=centre, out_m=counts, h=h, ptr=ptr, other=other,
+                row_weight=far(rows),
             )  # fmt: skip
         finally:
             training_library.only()
-        found.append([sums[-1], *(y[-4:] for y in (du, dm, out, d_pq, rows_of_gram, centred))])
+        found.append([sums[-1], *(y[-4:] for y in (du, dm, out, d_pq, around))])
     for alone, at_the_end in zip(*found, strict=True):
         assert alone.abs().max() > 0.1 and torch.equal(alone, at_the_end)
 

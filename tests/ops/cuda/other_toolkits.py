@@ -48,7 +48,7 @@ def inference() -> str:
 
 
 def training() -> str:
-    """That of conv.cuh and rows.cuh."""
+    """That of conv.cuh, gram.cuh and rows.cuh."""
     kernels = (
         (name, half) for name in ("gate_sum", "backward_receivers", "backward_senders") for half in ("false", "true")
     )
@@ -58,7 +58,7 @@ def training() -> str:
         for half in ("false", "true")
         for kept in ("false", "true")
     )
-    return '#include "cuda/conv.cuh"\n#include "cuda/rows.cuh"\nnamespace srcgcnn {\n' + text + "}\n"
+    return '#include "cuda/gram.cuh"\nnamespace srcgcnn {\n' + text + "}\n"
 
 
 PROGRAMS = {"inference": inference(), "training": training()}
