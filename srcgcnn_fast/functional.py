@@ -303,7 +303,11 @@ def _stack(
     tracing = torch.compiler.is_compiling()
     pool = (lambda h: crystal_mean(h, batch)) if pooled else None
     if species is not None and (
-        is_reference or (is_synchronized and not has_own) or not plain or tracing or 4 * h.shape[0] > batch.num_rows
+        is_reference
+        or (is_synchronized and not has_own)
+        or not plain
+        or tracing
+        or (4 * h.shape[0] > batch.num_rows and not fused.runs_compiled(h))
     ):
         h, species = fused.lookup(h, species), None
     convolve: Callable[[Tensor, Sequence[ConvParameters]], Tensor]

@@ -21,6 +21,7 @@ from srcgcnn_fast.functional import BatchNorm
 from srcgcnn_fast.graph import CrystalGraph, GraphBatch, GraphStore
 from srcgcnn_fast.ops import cpu as cpu_backend
 from srcgcnn_fast.ops import cuda as cuda_backend
+from srcgcnn_fast.ops import cuda_conv
 from srcgcnn_fast.ops import triton as triton_backend
 
 DRY = os.environ.get("SRCGCNN_GPU_DRY_RUN") == "1"
@@ -293,6 +294,50 @@ def test_bits_repeat(backend, make_batch, model_type):
         for _ in range(3):
             again = step(batch)
             assert [name for name in first if not torch.equal(first[name], again[name])] == [], kind
+
+
+@each_backend
+@pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
+def test_training_steps_of_whole_models(backend, make_batch, monkeypatch, model_type):
+    """All channels at once backward, and chunks in turn, as in batches of more than 65 536 rows."""
+    model, batch = model_and_batch(model_type, make_batch)
+    double = model_type().double().to(DEVICE)
+    double.load_state_dict(model.state_dict())
+    step = training_step_of(model)
+    ours = [step(batch)]
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_conv, "AT_ONCE", 1)
+        ours.append(step(batch))
+    with sf.use_backend("reference"):
+        plain = step(batch)
+        exact = training_step_of(double)(batch.to(dtype=torch.float64))
+    for name, truth in exact.items():
+        assert name.endswith("fc_full.bias") or not truth.any() or difference(plain[name], truth) < 1e-4
+        if not truth.is_floating_point() or name.endswith("fc_full.bias"):  # whose gradient is zero in exact arithmetic
+            continue
+        for found in ours:
+            assert difference(found[name], truth) <= 2 * difference(plain[name], truth) + 1e-6, name
+
+
+@cuda_only
+def test_memory_of_a_training_step():
+    """Of 100 000 rows of F numbers: at most 12 at its peak."""
+    n, width = 100_000, 64
+    torch.manual_seed(0)
+    model = sf.SRCGCNN().to(DEVICE).train()
+    index = lambda *x: torch.arange(*x, dtype=torch.int32)  # noqa: E731
+    batch = sf.GraphBatch(
+        torch.randint(1, 90, (n,), dtype=torch.int32), torch.ones(n), torch.randint(0, n, (12 * n,), dtype=torch.int32),
+        torch.rand(12 * n) * 4 + 2, index(0, 12 * n + 1, 12), index(0, n + 1, 20), index(n) // 20,
+    ).to(DEVICE)  # fmt: skip
+    with sf.use_backend("cuda"):
+        for _ in range(2):
+            batch.cache.clear()
+            model.zero_grad()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            model(batch).square().mean().backward()
+    assert torch.cuda.max_memory_allocated() - before < 12 * n * width * 4
 
 
 @each_backend

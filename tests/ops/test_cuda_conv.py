@@ -390,7 +390,7 @@ def test_memory_of_a_training_step(pretend_gpu, monkeypatch):
         sizes = [x.nbytes() for x in sorted(events, key=lambda x: x.start_ns())]
         peaks.append(max(itertools.accumulate(sizes)))
     a_row = (peaks[1] - peaks[0]) / (rows[1] - rows[0]) / (4 * width)
-    assert 9 < a_row < 11.7
+    assert 9 < a_row < 10.6
 
 
 @pytest.mark.parametrize("pooled", [False, True])
