@@ -166,7 +166,7 @@ def test_moments_of_the_edges(features, n_features):
 
 @pytest.mark.parametrize("width", [7, 20, 64, 100])
 def test_sums_of_neighbors(width):
-    """About a mean of some rows; that of a row with an index outside is NaN, and so is the number of edges of bad pointers."""
+    """About a mean of some rows; NaN for a row with an index outside, and for the edges of bad pointers."""
     problem = Problem("long", width, 3)
     h, _, graph, _ = arguments(problem)
     n, degree = len(h), graph.row_ptr.diff()
