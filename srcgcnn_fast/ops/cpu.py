@@ -392,6 +392,7 @@ class NetworkParameters:
     def __init__(
         self, given: int, embedding: Dense | None, layers: Sequence[Layer], readout_layers: Sequence[Dense]
     ) -> None:
+        self.tensors = embedding, layers, readout_layers  # which live as long as their addresses are known
         self.dtype, self.width = layers[0].weight.dtype, layers[0].gamma2.shape[0]
         self.n_features = layers[0].weight.shape[1] - 2 * self.width
         self.first = [] if embedding is None else _dense_arguments("embedding", [embedding], given, self.dtype)
