@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -12,12 +13,18 @@ from torch import Tensor
 
 from .errors import InputError
 from .graph.batch import GraphBatch
+from .ops import cuda, registry, triton
 
 if TYPE_CHECKING:
     from .nn import CGCNN, SRCGCNN
 
+_DEVICE = "cuda"
 _MOST_GRAPHS = 32
 _PADDING_DISTANCE = 1.0  # Å; any that is a distance
+_FIELDS = ("numbers", "weight", "distance", "sender", "row_ptr", "crystal_ptr", "atom_features", "edge_features")
+"""BatchField of csrc/cuda/pad.h."""
+_TYPES = [torch.int32, torch.float32, torch.float32, torch.int32, torch.int32, torch.int32]
+"""Of those that every batch has."""
 
 
 class Sizes(NamedTuple):
@@ -46,49 +53,91 @@ class CapturedModel:
     def __init__(self, model: CGCNN | SRCGCNN) -> None:
         self.model = model
         self.device = model.fc_out.weight.device
-        if self.device.type != "cuda":
+        if self.device.type != _DEVICE:
             raise InputError(f"A CUDA graph needs a model on a CUDA device, not on {self.device}; call model.predict.")
-        self._graphs: OrderedDict[tuple[object, ...], tuple[StaticBatch, Callable[[], None], Tensor]] = OrderedDict()
+        self._graphs: OrderedDict[tuple[int, ...], _Captured] = OrderedDict()
+        self._units: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
+        n = len(model.metadata.std)
+        self._std, self._mean = (torch.empty(n, dtype=model.fc_out.weight.dtype, device=self.device) for _ in range(2))
 
     def __call__(self, batch: GraphBatch) -> Tensor:
         """(B, n_targets), as ``model.predict``."""
-        if self.model.training:
+        model = self.model
+        if model.training:
             raise InputError("A captured model predicts only; call model.eval() first.")
-        widths = [x if x is None else x.shape[1] for x in (batch.atom_features, batch.edge_features)]
-        key = (sizes(batch), *widths)
-        with torch.inference_mode(), torch.cuda.device(self.device):
-            if key not in self._graphs:
-                self._graphs[key] = self._capture(batch)
-                while len(self._graphs) > _MOST_GRAPHS:
-                    self._graphs.popitem(last=False)
+        if _DEVICE == "cuda" and torch.cuda.current_device() != self.device.index:
+            with torch.cuda.device(self.device):
+                return self(batch)
+        if self._units != (units := (model.metadata.std, model.metadata.mean)):
+            self._set_units(*units)
+        n_crystals = batch.crystal_ptr.numel() - 1
+        atoms, edges = batch.atom_features, batch.edge_features
+        key = (
+            *_sizes(batch.numbers.numel(), batch.sender.numel(), n_crystals),
+            -1 if atoms is None else atoms.shape[1], -1 if edges is None else edges.shape[1],
+        )  # fmt: skip
+        found = self._graphs.get(key)
+        if found is None:
+            found = self._graphs[key] = self._capture(batch)
+            while len(self._graphs) > _MOST_GRAPHS:
+                self._graphs.popitem(last=False)
+        else:
             self._graphs.move_to_end(key)
-            static, replay, out = self._graphs[key]
-            static.fill(batch)
-            replay()
-            return self.model.in_units(out[: batch.num_crystals])
+        found.static.fill(batch)
+        found.replay()
+        return found.out.narrow_copy(0, 0, n_crystals)
 
-    def _capture(self, batch: GraphBatch) -> tuple[StaticBatch, Callable[[], None], Tensor]:
+    def _capture(self, batch: GraphBatch) -> _Captured:
         static = StaticBatch(batch, self.device)
         static.fill(batch)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles the kernels and fills the libraries' workspaces
-            for _ in range(2):
-                static.batch.cache.clear()
-                self.model(static.batch)
-        torch.cuda.current_stream().wait_stream(stream)
-        static.batch.cache.clear()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = self.model(static.batch)
-        return static, graph.replay, out
+
+        def run() -> Tensor:
+            static.batch.cache.clear()
+            out: Tensor = self.model(static.batch)
+            return self.model.in_units(out) if self.model.classification else out * self._std + self._mean
+
+        with torch.inference_mode():
+            return _Captured(static, *_recorded(run))
+
+    def _set_units(self, std: tuple[float, ...], mean: tuple[float, ...]) -> None:
+        """As the metadata have them now, where every graph reads them."""
+        with torch.inference_mode():
+            self._std.copy_(torch.tensor(std))
+            self._mean.copy_(torch.tensor(mean))
+        self._units = (tuple(std), tuple(mean))
+
+
+class _Captured(NamedTuple):
+    static: StaticBatch
+    replay: Callable[[], None]
+    out: Tensor
+    """What a replay writes: a prediction for each crystal, those of the padding too."""
+
+
+def _recorded(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """A CUDA graph of ``run``: its replay, and the tensor that this writes."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles the kernels and fills the libraries' workspaces
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    return graph.replay, out
 
 
 def sizes(batch: GraphBatch) -> Sizes:
     """What ``batch`` is padded to: at least one more row and crystal, and as many edges a row."""
-    rows = _next_size(batch.num_rows + 1)
-    degree = max(1, -(-batch.num_edges // max(1, batch.num_rows)))
-    return Sizes(rows, rows * degree, _next_size(batch.num_crystals + 1))
+    return _sizes(batch.num_rows, batch.num_edges, batch.num_crystals)
+
+
+@lru_cache(4096)
+def _sizes(n_rows: int, n_edges: int, n_crystals: int) -> Sizes:
+    rows = _next_size(n_rows + 1)
+    degree = max(1, -(-n_edges // max(1, n_rows)))
+    return Sizes(rows, rows * degree, _next_size(n_crystals + 1))
 
 
 def _next_size(count: int) -> int:
@@ -100,18 +149,21 @@ def _next_size(count: int) -> int:
 class StaticBatch:
     """A batch of fixed sizes at a fixed address, which other batches are copied into.
 
-    ``batch`` is on ``device``. What comes from the CPU is put together there and copied at once.
+    ``batch`` is on ``device``. What comes from the CPU is put together there and copied at once. With the compiled
+    kernels either way is one call, of csrc/cuda/pad.h.
     """
 
     def __init__(self, like: GraphBatch, device: torch.device) -> None:
-        rows, edges, crystals = sizes(like)
+        rows, edges, crystals = self._sizes = sizes(like)
         shapes: dict[str, tuple[int, ...]] = {
             "numbers": (rows,), "weight": (rows,), "sender": (edges,), "distance": (edges,), "row_ptr": (rows + 1,),
             "crystal_ptr": (crystals + 1,),
         }  # fmt: skip
-        for name, count in (("atom_features", rows), ("edge_features", edges)):
-            if getattr(like, name) is not None:
-                shapes[name] = (count, getattr(like, name).shape[1])
+        self._widths = [0, 0]
+        for k, (name, count) in enumerate((("atom_features", rows), ("edge_features", edges))):
+            if (features := getattr(like, name)) is not None:
+                self._widths[k] = features.shape[1]
+                shapes[name] = (count, features.shape[1])
         self._floats = {"weight", "distance", "atom_features", "edge_features"}
         spans = {name: -(-torch.Size(shape).numel() // 32) * 32 for name, shape in shapes.items()}  # 128 bytes
         self._there = torch.zeros(sum(spans.values()), dtype=torch.int32, device=device)
@@ -119,6 +171,13 @@ class StaticBatch:
         self.batch, staged = (self._views(x, shapes, spans) for x in (self._there, self._here))
         self._staged = {name: getattr(staged, name).numpy() for name in shapes}
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        if self._copied is not None:
+            self._copied.record()
+        self._kernels, self._device = _kernels(device), device
+        fields = ([getattr(x, name) for name in _FIELDS] for x in (self.batch, staged))
+        self._on_device, self._on_cpu = ([0 if x is None else x.data_ptr() for x in some] for some in fields)
+        event = 0 if self._copied is None else self._copied.cuda_event
+        self._way = (self._there.data_ptr(), self._here.data_ptr(), self._there.nbytes, event)
 
     def _views(self, block: Tensor, shapes: dict[str, tuple[int, ...]], spans: dict[str, int]) -> GraphBatch:
         fields: dict[str, Any] = {}
@@ -131,15 +190,52 @@ class StaticBatch:
 
     def fill(self, batch: GraphBatch) -> None:
         """Copy ``batch`` into it; what it is padded with forms a crystal of its own."""
-        if batch.sender.device.type != "cpu":
-            _fill(self.batch, batch)
+        if self._kernels is not None and (source := self._addresses(batch)) is not None:
+            addresses, counts, is_on_cpu = source
+            stream = triton.current_stream(self._device)
+            if is_on_cpu:
+                self._kernels.cuda_send(addresses, self._on_cpu, counts, *self._way, stream)
+            else:
+                self._kernels.cuda_pad(addresses, self._on_device, counts, stream)
             return
-        if self._copied is not None:
-            self._copied.synchronize()  # the copy before may still read what is written now
-        _fill_arrays(self._staged, batch)
-        self._there.copy_(self._here, non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
+        with torch.inference_mode():
+            if batch.sender.device.type != "cpu":
+                _fill(self.batch, batch)
+                return
+            if self._copied is not None:
+                self._copied.synchronize()  # the copy before may still read what is written now
+            _fill_arrays(self._staged, batch)
+            self._there.copy_(self._here, non_blocking=True)
+            if self._copied is not None:
+                self._copied.record()
+
+    def _addresses(self, batch: GraphBatch) -> tuple[list[int], list[int], bool] | None:
+        """Those of its fields, its sizes, and whether it is on the CPU; None if the kernels cannot read it as it is."""
+        fields = [batch.numbers, batch.weight, batch.distance, batch.sender, batch.row_ptr, batch.crystal_ptr]
+        n, e, b = fields[0].numel(), fields[3].numel(), fields[5].numel() - 1
+        rows, edges, crystals = self._sizes
+        counts, types = [n, n, e, e, n + 1, b + 1], _TYPES
+        features = (batch.atom_features, batch.edge_features)
+        if features[0] is not None or features[1] is not None:
+            given = [(x, count * width) for x, count, width in zip(features, (n, e), self._widths, strict=True)]
+            fields += [x for x, _ in given if x is not None]
+            counts += [count for x, count in given if x is not None]
+            types = types + [torch.float32] * (len(fields) - len(types))
+        where = fields[3].get_device()
+        fits = n < rows and e <= edges and b < crystals and (where < 0 or where == self._there.get_device())
+        are_there = list(map(Tensor.get_device, fields)) == [where] * len(fields)
+        are_whole = list(map(Tensor.numel, fields)) == counts and all(map(Tensor.is_contiguous, fields))
+        if not (fits and are_there and are_whole and [x.dtype for x in fields] == types):
+            return None
+        addresses = list(map(Tensor.data_ptr, fields[:6]))
+        addresses += [0 if x is None else x.data_ptr() for x in features]
+        return addresses, [n, e, b, rows, edges, crystals, *self._widths], where < 0
+
+
+def _kernels(device: torch.device) -> Any:
+    """The compiled functions; None where Triton or the reference computes."""
+    is_cuda = device.type == "cuda" and registry.forced_backend() in (None, "cuda")
+    return cuda.native() if is_cuda and registry.cuda_problem() is None else None
 
 
 def _parts(batch: GraphBatch, rows: int) -> tuple[tuple[str, int, float], ...]:
@@ -159,7 +255,8 @@ def _fill_arrays(target: dict[str, np.ndarray], batch: GraphBatch) -> None:
             target[name][:count] = getattr(batch, name).detach().numpy()
             target[name][count:] = padding
     rows, edges = total - n, len(target["sender"]) - e
-    ends = np.arange(1, rows + 1) * edges // rows
+    row = np.arange(1, rows + 1)
+    ends = row * (edges // rows) + np.minimum(row, edges % rows)
     target["row_ptr"][n + 1 :] = e + ends
     target["sender"][e:] = n + np.searchsorted(ends, np.arange(edges), side="right")
 
@@ -172,7 +269,8 @@ def _fill(target: GraphBatch, batch: GraphBatch) -> None:
         if into is not None:
             into[:count].copy_(getattr(batch, name))
             into[count:].fill_(padding)
-    ends = torch.arange(1, rows + 1, device=device) * edges // rows  # edges of the padding, evenly
+    row = torch.arange(1, rows + 1, device=device)
+    ends = row * (edges // rows) + row.clamp(max=edges % rows)  # edges of the padding, evenly
     target.row_ptr[n + 1 :] = (e + ends).int()
     first = torch.arange(edges, device=device)
     target.sender[e:] = (n + torch.searchsorted(ends, first, right=True)).int()  # each from its own receiver

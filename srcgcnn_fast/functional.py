@@ -245,6 +245,70 @@ def network(
     return fused.network(atom_fea, species, first, graph, layers, batch.weight.to(dtype), readout_layers)
 
 
+class FrozenNetwork:
+    """:func:`network` of a table and parameters that stay where they are, laid out for the kernels once.
+
+    Their values may change in place. Raises what :func:`network` raises for parameters; make it where :func:`is_plain`
+    says so, and call it there.
+    """
+
+    def __init__(
+        self,
+        table: Tensor,
+        embedding: Dense,
+        layers: Sequence[ConvParameters],
+        readout_layers: Sequence[Dense],
+        dmin: float,
+        step: float,
+    ) -> None:
+        self._table, self._basis, self._dtype = table, (float(dmin), float(step)), table.dtype
+        self._shells = ("shells", table.dtype)
+        self._parameters: Any = None
+        width = embedding.weight.shape[0]
+        for layer in layers:
+            _check_width(width, layer.weight, None)
+        if (
+            fused.takes_network(table, embedding, layers, readout_layers)
+            and not any(layer.bn1.training or layer.bn2.training for layer in layers)
+            and registry.select(table, inference=True, width=width) == table.device.type
+        ):
+            self._parameters = fused.network_parameters(table, embedding, layers, readout_layers)
+
+    def takes(self, batch: GraphBatch) -> bool:
+        """Are kernels there that take all of it at once, and batches like this one as they are?"""
+        return (
+            self._parameters is not None
+            and batch.atom_features is None
+            and batch.edge_features is None
+            and batch.numbers.dtype is torch.int32
+            and batch.distance.dtype is batch.weight.dtype is self._dtype
+        )
+
+    def __call__(self, batch: GraphBatch) -> Tensor:
+        """(B, O)"""
+        of, distance, count = batch.cache.get(self._shells, (None, None, None))
+        graph = fused.Graph(
+            batch.distance, None, batch.sender, batch.row_ptr, batch.crystal_ptr, of, distance, count, *self._basis
+        )
+        out: Tensor = self._parameters.run(self._table, batch.numbers, graph, batch.weight)
+        return out
+
+
+def is_plain(device: torch.device) -> bool:
+    """Is this an ordinary call without gradients: not traced, transformed, captured, under autocast or on a backend by
+    force that is not the device's own?
+    """
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not registry._is_transformed()
+        and not torch.is_autocast_enabled(device.type)
+        and registry.forced_backend() in (None, device.type)
+        and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    )
+
+
 def _shares(batch: GraphBatch, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Number of each row, first row of each crystal (B + 1), and the share of each row in its crystal's mean (N)."""
     crystal, weight = batch.atom_crystal, batch.weight.to(dtype)

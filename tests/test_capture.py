@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import srcgcnn_fast as sf
+from srcgcnn_fast import capture
 from srcgcnn_fast.capture import CapturedModel, StaticBatch, _fill, _next_size, sizes
 
 CPU = torch.device("cpu")
@@ -79,3 +80,80 @@ def test_no_two_parts_of_a_static_batch_share_memory(make_batch):
 def test_a_model_on_the_cpu_is_refused():
     with pytest.raises(sf.InputError, match=r"needs a model on a CUDA device, not on cpu; call model\.predict"):
         CapturedModel(sf.SRCGCNN())
+
+
+@pytest.fixture
+def replayed(monkeypatch) -> list[int]:
+    """Graphs on the CPU: a replay computes anew into the same memory. Holds how many were captured."""
+    captured = [0]
+
+    def recorded(run):
+        captured[0] += 1
+        out = run()
+        return torch.inference_mode()(lambda: out.copy_(run())), out
+
+    monkeypatch.setattr(capture, "_DEVICE", "cpu")
+    monkeypatch.setattr(capture, "_recorded", recorded)
+    return captured
+
+
+def model_with_units(model_type=sf.SRCGCNN, **options):
+    torch.manual_seed(0)
+    model = model_type(atom_fea_len=16, **options).eval()
+    n = len(model.metadata.std)
+    model.metadata.std, model.metadata.mean = tuple(1.1 + k for k in range(n)), tuple(-3.7 * k - 1 for k in range(n))
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"n_targets": 3}, {"classification": True}], ids=["one", "three", "classes"])
+@pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
+def test_calls_give_what_predict_gives(replayed, make_batch, model_type, options):
+    """In the targets' units, in memory that no later call writes, with a graph for each size alone."""
+    model = model_with_units(model_type, **options)
+    captured, kept = CapturedModel(model), []
+    for kind, seed in (("plain", 1), ("one atom", 0), ("plain", 2), ("one atom", 3), ("weighted", 1), ("plain", 3)):
+        batch = make_batch(kind, seed)
+        with torch.no_grad():
+            kept.append((captured(batch), model.predict(batch)))
+        assert not kept[-1][0].requires_grad
+    for found, expected in kept:
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-6)
+    assert replayed == [3]
+
+
+def test_units_and_weights_are_those_of_the_moment(replayed, make_batch):
+    model, batch = model_with_units(), make_batch("weighted")
+    captured = CapturedModel(model)
+    captured(batch)
+    with torch.no_grad():
+        model.fc_out.bias += 1
+        model.metadata.std = (7.5,)
+        torch.testing.assert_close(captured(batch), model.predict(batch), rtol=2e-5, atol=2e-6)
+        model.metadata.mean = (-2.5,)
+        torch.testing.assert_close(captured(batch), model.predict(batch), rtol=2e-5, atol=2e-6)
+        with torch.inference_mode():
+            torch.testing.assert_close(captured(batch), model.predict(batch), rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(captured(batch), model.predict(batch).detach(), rtol=2e-5, atol=2e-6)
+    assert replayed == [1]
+    with pytest.raises(sf.InputError, match="A captured model predicts only"):
+        CapturedModel(model.train())(batch)
+
+
+def test_the_last_graphs_are_kept(replayed, monkeypatch, make_batch):
+    monkeypatch.setattr(capture, "_MOST_GRAPHS", 2)
+    captured = CapturedModel(model_with_units())
+    for kind in ("plain", "one atom", "plain", "weighted", "plain"):  # the third keeps the first one's
+        captured(make_batch(kind))
+    assert replayed == [3] and len(captured._graphs) == 2
+    captured(make_batch("one atom"))
+    assert replayed == [4]
+
+
+def test_batches_with_features_have_graphs_of_their_own(replayed, make_batch):
+    model = model_with_units(orig_atom_fea_len=92)
+    captured, batch = CapturedModel(model), make_batch("plain")
+    with torch.no_grad():
+        for features in (None, torch.rand(batch.num_rows, 92), None):
+            batch.atom_features = features
+            torch.testing.assert_close(captured(batch), model.predict(batch), rtol=2e-5, atol=2e-6)
+    assert replayed == [2]

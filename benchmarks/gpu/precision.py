@@ -81,30 +81,32 @@ def emulated_cuda() -> Iterator[None]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     with tempfile.TemporaryDirectory() as folder:
-        library, before = module.Emulated(module.build(Path(folder))), (cuda.native, cpu.network)
+        library, before = module.Emulated(module.build(Path(folder))), (cuda.native, cpu.NetworkParameters)
         library.gpu(132, 228 << 10)
-        cuda.native, cpu.network = lambda: library, cuda.network
+        cuda.native, cpu.NetworkParameters = lambda: library, cuda.NetworkParameters
         try:
             yield
         finally:
-            cuda.native, cpu.network = before
+            cuda.native, cpu.NetworkParameters = before
 
 
 @contextmanager
 def emulated() -> Iterator[None]:
     """The Triton backend for CPU tensors: kernels in the interpreter, TF32 by rounding what is multiplied."""
-    before = cpu.stack, torch.addmm, torch.nn.functional.linear, fused.takes_readout, dict(backend.TILES)
+    before = cpu.stack, torch.addmm, torch.nn.functional.linear, dict(backend.TILES)
+    takes = fused.takes_readout, fused.takes_network
     round_ = lambda x: tf32(x) if precision.tf32_is_allowed() and x.dtype == torch.float32 else x  # noqa: E731
     cpu.stack = backend.stack
-    fused.takes_readout = lambda *_: False  # nor the whole network at once
+    fused.takes_readout = fused.takes_network = lambda *_: False  # their maps are torch's
     torch.addmm = lambda bias, a, b, **more: before[1](bias, round_(a), round_(b), **more)
     torch.nn.functional.linear = lambda x, weight, bias=None: before[2](round_(x), round_(weight), bias)
     backend.TILES["gate_sum"] = backend.Tile(64, 16, 64, 4)  # a step of a program takes the interpreter milliseconds
     try:
         yield
     finally:
-        cpu.stack, torch.addmm, torch.nn.functional.linear, fused.takes_readout = before[:4]
-        backend.TILES.update(before[4])
+        cpu.stack, torch.addmm, torch.nn.functional.linear = before[:3]
+        backend.TILES.update(before[3])
+        fused.takes_readout, fused.takes_network = takes
 
 
 def tf32(x: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "conv.h"
+#include "pad.h"
 #include "stack.h"
 
 namespace srcgcnn {
@@ -93,6 +94,20 @@ inline void conv_function(const std::string& name, const std::vector<uintptr_t>&
   throw std::runtime_error("no CUDA kernel of this name: " + name);
 }
 
+// Addresses of the fields of a batch and of what they are copied to, then sizes in the order of BatchPadding.
+inline BatchPadding batch_padding(const std::vector<uintptr_t>& from, const std::vector<uintptr_t>& to,
+                                  const std::vector<int64_t>& sizes) {
+  BatchPadding given = {};
+  for (size_t k = 0; k < kBatchFields; ++k) {
+    given.from[k] = reinterpret_cast<const uint32_t*>(from.at(k));
+    given.to[k] = reinterpret_cast<uint32_t*>(to.at(k));
+  }
+  if (sizes.size() * sizeof(int64_t) != sizeof(BatchPadding) - offsetof(BatchPadding, n_rows))
+    throw std::runtime_error("not the sizes of BatchPadding");
+  std::memcpy(&given.n_rows, sizes.data(), sizes.size() * sizeof(int64_t));
+  return given;
+}
+
 inline void bind_cuda(nanobind::module_& m) {
   using Addresses = std::vector<uintptr_t>;
   using Sizes = std::tuple<int64_t, int64_t, int64_t, int>;
@@ -104,6 +119,16 @@ inline void bind_cuda(nanobind::module_& m) {
     const auto given = device_conv(pointers, sizes);
     return srcgcnn_cuda_space(&given, which);
   });
+  m.def("cuda_pad", [](const Addresses& from, const Addresses& to, const std::vector<int64_t>& sizes, uintptr_t stream) {
+    const auto given = batch_padding(from, to, sizes);
+    raise_if(srcgcnn_cuda_pad(&given, reinterpret_cast<void*>(stream)));
+  });
+  m.def("cuda_send", [](const Addresses& from, const Addresses& to, const std::vector<int64_t>& sizes, uintptr_t there,
+                        uintptr_t here, int64_t size, uintptr_t event, uintptr_t stream) {
+    const auto given = batch_padding(from, to, sizes);
+    raise_if(srcgcnn_cuda_send(&given, reinterpret_cast<void*>(there), reinterpret_cast<const void*>(here), size,
+                               reinterpret_cast<void*>(event), reinterpret_cast<void*>(stream)));
+  }, nanobind::call_guard<nanobind::gil_scoped_release>());
   using Plan = std::vector<int>;
   m.def("cuda_prepared_size", [](int width, const Plan& p) {
     const auto plan = device_plan(p);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ..errors import InputError
 from ..graph.batch import GraphBatch
 from ..graph.elements import element_features
 from .conv import GatedConv, batch_norm_states
+from .frozen import Frozen
 from .metadata import ModelMetadata
 
 
@@ -42,6 +44,7 @@ class CrystalModel(nn.Module):
     """
 
     element_table: Tensor
+    _frozen: Frozen | None = None
 
     def __init__(
         self,
@@ -159,8 +162,11 @@ class CrystalModel(nn.Module):
 
         With ``return_steps`` also the list of (N, F) features after each convolution.
         """
+        if not return_steps and (network := self._frozen_network()) is not None and network.takes(batch):
+            out = network(batch)
+            return log_softmax(out, dim=1) if self.classification else out
         steps: list[Tensor] = []
-        hidden = [self.conv_to_fc, *getattr(self, "fcs", ()), self.fc_out]
+        hidden = self._hidden()
         drops = self.dropout is not None and self.dropout.training
         plain = not drops and all(map(_is_plain_linear, hidden))
         if plain and not return_steps and self._is_stack() and _is_plain_linear(self.embedding):
@@ -183,6 +189,38 @@ class CrystalModel(nn.Module):
         return functional.network(
             atoms, batch, embedding, self._layers(), readout, species=species, dmin=p["dmin"], step=p["step"]
         )
+
+    def _hidden(self) -> list[nn.Linear]:
+        return [self.conv_to_fc, *getattr(self, "fcs", ()), self.fc_out]
+
+    def _frozen_network(self) -> functional.FrozenNetwork | None:
+        """What :meth:`_network` comes to without gradients and statistics of the batch, looked up and checked once."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return None
+        table = self._buffers["element_table"]
+        if table is None or not functional.is_plain(table.device):
+            return None
+        if self._frozen is None or not self._frozen.holds(self):
+            if any(type(x) not in (Tensor, nn.Parameter) for x in (*self.parameters(), *self.buffers())):
+                return None
+            self._frozen = Frozen(self, self._freeze(table), [self.embedding, *self._hidden()])
+        return self._frozen.network
+
+    def _freeze(self, table: Tensor) -> functional.FrozenNetwork | None:
+        linears = [self.embedding, *self._hidden()]
+        trains = any(module.training for module in self.modules())
+        is_ours = type(self) in (CGCNN, SRCGCNN)
+        if trains or not (is_ours and self._is_stack() and all(map(_is_plain_linear, linears))):
+            return None
+        embedding, *readout = (functional.Dense(x.weight, x.bias) for x in linears)
+        p = self._hyperparameters
+        with suppress(InputError):  # the ordinary call says it
+            return functional.FrozenNetwork(table, embedding, self._layers(), readout, p["dmin"], p["step"])
+        return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is bound to addresses."""
+        return {name: value for name, value in self.__dict__.items() if name != "_frozen"}
 
     def _head(self, pooled: Tensor) -> Tensor:
         """(B, F) -> (B, outputs), layer by layer, with the dropout."""

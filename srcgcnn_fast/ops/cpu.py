@@ -383,6 +383,40 @@ def readout_backward(
     return d_h, gradients
 
 
+class NetworkParameters:
+    """Those of :func:`network`, checked, as its kernel takes them; good while each stays where it is.
+
+    ``given``: columns of its ``h``.
+    """
+
+    def __init__(
+        self, given: int, embedding: Dense | None, layers: Sequence[Layer], readout_layers: Sequence[Dense]
+    ) -> None:
+        self.tensors = embedding, layers, readout_layers  # which live as long as their addresses are known
+        self.dtype, self.width = layers[0].weight.dtype, layers[0].gamma2.shape[0]
+        self.n_features = layers[0].weight.shape[1] - 2 * self.width
+        self.first = [] if embedding is None else _dense_arguments("embedding", [embedding], given, self.dtype)
+        if (self.first[0][3] if self.first else given) != self.width:
+            raise InputError(
+                f"The convolutions take {self.width} features of a row, but the embedding gives another number."
+            )
+        arguments = [_layer_arguments(layer, self.width, self.n_features) for layer in layers]
+        self.layers, self.norms = [a for a, _ in arguments], [n for _, n in arguments]
+        self.last = _dense_arguments("readout", readout_layers, self.width, self.dtype)
+        self.shared = all(a[0] == self.layers[0][0] for a in self.layers)
+
+    def run(self, h: Tensor, species: Tensor | None, graph: Graph, row_weight: Tensor) -> Tensor:
+        edges = _Edges(graph, self.n_features, self.dtype, with_shells=graph.shell_of is not None)
+        features = _features(h, species, edges.sizes[0], self.dtype)
+        _check("row_weight", row_weight, (edges.sizes[0],), self.dtype)
+        out = torch.empty(edges.sizes[2], self.last[-1][3], dtype=self.dtype)
+        _kernel("network", self.dtype)(
+            out.data_ptr(), features, self.first, self.layers, self.norms, self.shared, *edges.arguments,
+            row_weight.data_ptr(), self.last, self.width, torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+
 def network(
     h: Tensor,
     species: Tensor | None,
@@ -397,23 +431,7 @@ def network(
     With ``embedding``, h is a table (U, A) that goes through it first. The graph may come without shells.
     """
     assert embedding is None or species is not None
-    dtype, width = h.dtype, layers[0].gamma2.shape[0]
-    n_features = layers[0].weight.shape[1] - 2 * width
-    edges = _Edges(graph, n_features, dtype, with_shells=graph.shell_of is not None)
-    features = _features(h, species, edges.sizes[0], dtype)
-    first = [] if embedding is None else _dense_arguments("embedding", [embedding], h.shape[1], dtype)
-    if (first[0][3] if first else h.shape[1]) != width:
-        raise InputError(f"The convolutions take {width} features of a row, but the embedding gives another number.")
-    _check("row_weight", row_weight, (edges.sizes[0],), dtype)
-    arguments = [_layer_arguments(layer, width, n_features) for layer in layers]
-    last = _dense_arguments("readout", readout_layers, width, dtype)
-    shared = all(a[0] == arguments[0][0][0] for a, _ in arguments)
-    out = torch.empty(edges.sizes[2], last[-1][3], dtype=dtype)
-    _kernel("network", dtype)(
-        out.data_ptr(), features, first, [a for a, _ in arguments], [n for _, n in arguments], shared, *edges.arguments,
-        row_weight.data_ptr(), last, width, torch.get_num_threads(),
-    )  # fmt: skip
-    return out
+    return NetworkParameters(h.shape[1], embedding, layers, readout_layers).run(h, species, graph, row_weight)
 
 
 def stack(h: Tensor, layers: Sequence[Layer], graph: Graph, species: Tensor | None = None) -> Tensor:

@@ -7,7 +7,7 @@ graph. An index that leaves its crystal makes its row NaN. Results do not depend
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ def stack(h: Tensor, layers: Sequence[Layer], graph: Graph, species: Tensor | No
     Raises:
         InputError: a shape, type or device is wrong, or F is above 128.
     """
-    return _Call(h, species, None, layers, graph).run(None, ())
+    return NetworkParameters(h.shape[1], None, layers, None).run(h, species, graph, None)
 
 
 def network(
@@ -63,7 +63,7 @@ def network(
             than 1024.
     """
     assert embedding is None or species is not None
-    return _Call(h, species, embedding, layers, graph).run(row_weight, readout_layers)
+    return NetworkParameters(h.shape[1], embedding, layers, readout_layers).run(h, species, graph, row_weight)
 
 
 def readout_refusal(readout_layers: Sequence[Dense]) -> str | None:
@@ -76,91 +76,94 @@ def readout_refusal(readout_layers: Sequence[Dense]) -> str | None:
     return None
 
 
-class _Call:
-    """One call, checked: rows' features, layers and graph."""
+class NetworkParameters:
+    """Those of :func:`network`, checked, as the kernels take them; good while each stays where it is.
+
+    ``given``: columns of ``h``; ``readout`` None: the rows leave.
+    """
 
     def __init__(
-        self, h: Tensor, species: Tensor | None, embedding: Dense | None, layers: Sequence[Layer], graph: Graph
+        self, given: int, embedding: Dense | None, layers: Sequence[Layer], readout: Sequence[Dense] | None
     ) -> None:
-        features = h.shape[1] if embedding is None else embedding.weight.shape[0]
-        self.h, self.species, self.embedding, self.layers, self.graph = h, species, embedding, layers, graph
-        self.features = features
+        features = given if embedding is None else embedding.weight.shape[0]
+        self.given, self.features = given, features
+        self.embedding, self.layers, self.readout = embedding, layers, readout
+        self.dtype, self.device = layers[0].weight.dtype, layers[0].weight.device
         self.width = next((w for w in WIDTHS if features <= w), 0)
         if not self.width:
             raise InputError(f"The CUDA kernels take up to {MOST_FEATURES} features, not {features}.")
-        self.edges = _Edges(graph, layers[0].weight.shape[1] - 2 * features, h.dtype, h.device)
-        n, given = self.edges.n_rows, h.shape[1] if embedding is not None else features
-        _check("h", h, (n if species is None else h.shape[0], given), h.dtype, h.device)
-        if species is not None:
-            _check("species", species, (n,), torch.int32, h.device)
+        self.n_features = layers[0].weight.shape[1] - 2 * features
         if embedding is not None:
             self._check_dense("embedding", embedding, given, features)
         for layer in layers:
-            _check_layer(layer, features, self.edges.n_features, h.device)
-        self.n_crystals = graph.crystal_ptr.shape[0] - 1
-        _check("crystal_ptr", graph.crystal_ptr, (self.n_crystals + 1,), torch.int32, h.device)
+            _check_layer(layer, features, self.n_features, self.device)
+        widths = [features]
+        for dense in readout or ():
+            self._check_dense("readout", dense, widths[-1], dense.weight.shape[0])
+            widths.append(dense.weight.shape[0])
+        if readout is not None and (refusal := readout_refusal(readout)):
+            raise InputError(f"{refusal[0].upper()}{refusal[1:]}.")
+        self.widths = [] if readout is None else widths
+        self.shared = all(layer.weight is layers[0].weight for layer in layers)
+        self.addresses = [[_address(x) for x in layer[:10]] for layer in layers]
+        self.eps = [(float(layer.eps1), float(layer.eps2)) for layer in layers]
+        maps = ((None, None) if embedding is None else embedding, *(readout or ()))
+        self.ends = [_address(x) for one in maps for x in one]
 
     def _check_dense(self, name: str, layer: Dense, given: int, made: int) -> None:
-        _check(f"{name}'s weight", layer.weight, (made, given), self.h.dtype, self.h.device)
+        _check(f"{name}'s weight", layer.weight, (made, given), self.dtype, self.device)
         if layer.bias is not None:
-            _check(f"{name}'s bias", layer.bias, (made,), self.h.dtype, self.h.device)
+            _check(f"{name}'s bias", layer.bias, (made,), self.dtype, self.device)
 
-    def run(self, row_weight: Tensor | None, readout: Sequence[Dense]) -> Tensor:
+    def run(self, h: Tensor, species: Tensor | None, graph: Graph, row_weight: Tensor | None) -> Tensor:
         """Features of the rows, (N, F), or, with the rows' weights, what the readout makes of the crystals, (B, O)."""
-        widths = [self.features]
-        for layer in readout:
-            self._check_dense("readout", layer, widths[-1], layer.weight.shape[0])
-            widths.append(layer.weight.shape[0])
+        dtype, device = self.dtype, self.device
+        edges, n_crystals = _Edges(graph, self.n_features, dtype, device), graph.crystal_ptr.shape[0] - 1
+        n = edges.n_rows
+        _check("h", h, (n if species is None else h.shape[0], self.given), dtype, device)
+        if species is not None:
+            _check("species", species, (n,), torch.int32, device)
+        _check("crystal_ptr", graph.crystal_ptr, (n_crystals + 1,), torch.int32, device)
         if row_weight is not None:
-            _check("row_weight", row_weight, (self.edges.n_rows,), self.h.dtype, self.h.device)
-            if refusal := readout_refusal(readout):
-                raise InputError(f"{refusal[0].upper()}{refusal[1:]}.")
-        size = (self.edges.n_rows, self.features) if row_weight is None else (self.n_crystals, widths[-1])
-        if size[0] == 0:
-            return self.h.new_empty(size)
-        shared = all(layer.weight is self.layers[0].weight for layer in self.layers)
-        batches = [self.layers]
-        if self.graph.features is not None and not shared:  # r is a product made before, of one layer at a time
-            batches, shared = [[layer] for layer in self.layers], True
-        with triton.launching(self.h.device) as stream:
-            for some in batches[:-1]:
-                self.h = self._launch(stream, some, shared, None, [], (self.edges.n_rows, self.features))
-                self.species = self.embedding = None
-            widths = [] if row_weight is None else widths
-            return self._launch(stream, batches[-1], shared, row_weight, widths, size, readout)
+            _check("row_weight", row_weight, (n,), dtype, device)
+        if (n if row_weight is None else n_crystals) == 0:
+            return h.new_empty(0, self.features if row_weight is None else self.widths[-1])
+        with triton.launching(device) as stream:
+            if graph.features is None or self.shared:
+                return self._launch(stream, h, species, edges, row_weight)
+            for part in self._one_by_one():  # r is a product made before, of one layer at a time
+                h = part._launch(stream, h, species, edges, None if part.readout is None else row_weight)
+                species = None
+            return h
+
+    def _one_by_one(self) -> Iterator[NetworkParameters]:
+        last = len(self.layers) - 1
+        for k, layer in enumerate(self.layers):
+            given, embedding = (self.features, None) if k else (self.given, self.embedding)
+            yield NetworkParameters(given, embedding, [layer], self.readout if k == last else None)
 
     def _launch(
-        self,
-        stream: int,
-        layers: Sequence[Layer],
-        shared: bool,
-        row_weight: Tensor | None,
-        widths: list[int],
-        size: tuple[int, int],
-        readout: Sequence[Dense] = (),
+        self, stream: int, h: Tensor, species: Tensor | None, edges: _Edges, row_weight: Tensor | None
     ) -> Tensor:
-        call, h, edges, graph, width = native(), self.h, self.edges, self.graph, self.width
-        n, k = edges.n_rows, edges.n_features
-        embedding = self.embedding or Dense(None, None)  # type: ignore[arg-type]
+        call, graph, width = native(), edges.graph, self.width
+        n, k, n_crystals = edges.n_rows, edges.n_features, graph.crystal_ptr.shape[0] - 1
         table = (0, 0) if self.embedding is None else h.shape
-        plan = [self.features, len(layers), k, _exactness(), int(shared), *table, *widths]
-        addresses = [[_address(x) for x in layer[:10]] for layer in layers]
-        eps = [(float(layer.eps1), float(layer.eps2)) for layer in layers]
-        ends = [_address(x) for x in (h, *embedding, *(x for layer in readout for x in layer))]
-        sizes = (n, edges.n_edges, self.n_crystals, k)
+        plan = [self.features, len(self.layers), k, _exactness(), int(self.shared), *table, *self.widths]
+        sizes = (n, edges.n_edges, n_crystals, k)
         index = [x.data_ptr() for x in graph[2:5]]
         prepared = h.new_empty(call.cuda_prepared_size(width, plan))
         given = ([_address(edges.distance), 0, *index], sizes, edges.basis)
-        call.cuda_prepare(width, prepared.data_ptr(), plan, addresses, eps, ends, *given, stream)
+        ends = [h.data_ptr(), *self.ends]
+        call.cuda_prepare(width, prepared.data_ptr(), plan, self.addresses, self.eps, ends, *given, stream)
         products = None
         if graph.features is not None and edges.n_edges:
             at, storage = call.cuda_filter_at(width, plan), _storage()
             numbers = prepared[at:].view(storage)[: k * 2 * width]
             products = graph.features.to(storage) @ numbers.view(k, 2 * width)
             given = ([0, products.data_ptr(), *index], sizes, edges.basis)
-        scratch = h.new_empty(call.cuda_scratch_size(width, plan, n, self.n_crystals))
-        out = h.new_empty(size)
-        rows = (h.data_ptr(), _address(self.species), h.shape[0])
+        scratch = h.new_empty(call.cuda_scratch_size(width, plan, n, n_crystals))
+        out = h.new_empty((n, self.features) if row_weight is None else (n_crystals, self.widths[-1]))
+        rows = (h.data_ptr(), _address(species), h.shape[0])
         weights = _address(row_weight)
         call.cuda_stack(
             width, out.data_ptr(), scratch.data_ptr(), rows, weights, prepared.data_ptr(), plan, *given, stream

@@ -571,6 +571,21 @@ def network(
     return out
 
 
+def network_parameters(
+    h: Tensor,
+    embedding: Dense,
+    layers: Sequence[tuple[Tensor, Tensor | None, BatchNorm, BatchNorm]],
+    readout_layers: Sequence[Dense],
+) -> cpu.NetworkParameters | cuda.NetworkParameters | None:
+    """Those of :func:`network` with a table, for many calls; None where kernels would read copies of them."""
+    width = layers[0][0].shape[0] // 2
+    if not all(layer[0].is_contiguous() for layer in layers):
+        return None
+    folded = [_layer(*layer, width, 0) for layer in layers]
+    backend = cuda if h.device.type == "cuda" else cpu
+    return backend.NetworkParameters(h.shape[1], embedding, folded, readout_layers)
+
+
 def _lists(layers: list[Layer], shared: bool) -> tuple[Any, ...]:
     """Layers with fixed statistics as an operator takes them; ``shared``: they have one weight."""
     own = layers[:1] if shared else layers

@@ -17,6 +17,7 @@ from torch import nn
 
 import srcgcnn_fast as sf
 from srcgcnn_fast import functional
+from srcgcnn_fast.capture import StaticBatch
 from srcgcnn_fast.functional import BatchNorm
 from srcgcnn_fast.graph import CrystalGraph, GraphBatch, GraphStore
 from srcgcnn_fast.ops import cpu as cpu_backend
@@ -636,6 +637,28 @@ def test_captured_predictions(backend, make_batch, model_type):
         for given in (batch, batch.to(DEVICE)):
             torch.testing.assert_close(captured(given), expected, rtol=2e-5, atol=2e-6)
     assert len(captured._graphs) <= 5
+
+
+@cuda_only
+@each_backend
+@pytest.mark.parametrize("features", [False, True])
+def test_batches_of_captured_graphs_are_filled_alike_from_either_side(backend, make_batch, features):
+    """To the bit, by the compiled kernel and by PyTorch's, what lies between the fields too."""
+    for kind in ("plain", "one atom", "weighted", "large", "no edges"):
+        batch = make_batch(kind)
+        if features:
+            batch.atom_features = torch.rand(batch.num_rows, 5)
+            batch.edge_features = torch.rand(batch.num_edges, 7)
+        filled = []
+        for device in (torch.device("cpu"), torch.device("cuda", torch.cuda.current_device())):
+            for given in {"cpu": batch, device.type: batch.to(device)}.values():
+                static = StaticBatch(batch, device)
+                assert (static._kernels is not None) == (device.type == "cuda" and backend == "cuda")
+                static._there.fill_(-1)
+                static._here.fill_(-1)
+                static.fill(given)
+                filled.append(static._there.cpu())
+        assert len(filled) == 3 and all(torch.equal(x, filled[0]) for x in filled[1:])
 
 
 def salts(count: int) -> list[tuple]:

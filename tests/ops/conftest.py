@@ -35,6 +35,12 @@ def training_library(tmp_path_factory: pytest.TempPathFactory):
     return _built(tmp_path_factory.mktemp("emulated"), "conv")
 
 
+@pytest.fixture(scope="session")
+def padding_library(tmp_path_factory: pytest.TempPathFactory):
+    """Those that fill the batches of captured graphs."""
+    return _built(tmp_path_factory.mktemp("emulated"), "pad")
+
+
 @pytest.fixture
 def fenced(monkeypatch: pytest.MonkeyPatch):
     """Tensors for kernels to write: what is forgotten is NaN, not an old right answer; what is written beside them is

@@ -259,14 +259,15 @@ def test_launches_go_to_the_device_of_the_tensors_and_its_current_stream(monkeyp
         yield
         entered.append("leave")
 
-    streams = {torch.device("cuda", k): types.SimpleNamespace(cuda_stream=100 + k) for k in (0, 1)}
     monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda given=None: streams[given])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 100 + index, raising=False)
+    expected = [] if index == 1 else ["enter cuda:0"]
     with triton.launching(torch.device("cuda", index)) as stream:
-        assert stream == 100 + index and entered == [f"enter cuda:{index}"]
-    assert entered == [f"enter cuda:{index}", "leave"]
+        assert stream == 100 + index and entered == expected
+    assert entered == expected + ["leave"] * len(expected)
     with triton.launching(torch.device("cpu")) as stream:
-        assert stream == 0 and len(entered) == 2
+        assert stream == 0 and len(entered) == 2 * len(expected)
 
 
 @pytest.mark.parametrize("features", [False, True])

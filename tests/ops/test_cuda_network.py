@@ -235,12 +235,20 @@ def test_models_arrive_at_the_kernels(make_batch, monkeypatch, model_type, kind)
     model.train()(make_batch("plain"))
     model.eval()
     batch, given = make_batch(kind), []
-    monkeypatch.setattr(cpu, "network", lambda *a: given.append(a) or backend.network(*a))
+
+    class Parameters(backend.NetworkParameters):
+        def run(self, *arguments):
+            given.append((self, *arguments))
+            return super().run(*arguments)
+
+    monkeypatch.setattr(cpu, "NetworkParameters", Parameters)
     with torch.no_grad():
         found = model(batch)
+        again = model(batch)
         with sf.use_backend("reference"):
             truth = copy.deepcopy(model).double()(batch.to(dtype=torch.float64))
-    assert len(given) == 1 and given[0][1] is batch.numbers and given[0][2] is not None
+    assert len(given) == 2 and given[0][2] is batch.numbers and given[0][0].embedding is not None
+    assert given[0][0] is given[1][0] and torch.equal(again, found)  # laid out once
     assert relative(found, truth) < 1e-6
 
 
@@ -250,7 +258,7 @@ def test_vectors_of_crystals_by_the_network(make_batch, monkeypatch):
     with torch.no_grad():
         plain = model.features(batch)
         monkeypatch.setattr(fused, "takes_network", lambda *_: True)
-        monkeypatch.setattr(cpu, "network", backend.network)
+        monkeypatch.setattr(cpu, "network", backend.network)  # of a readout without maps, which the CPU does not take
         found = model.features(batch)
     assert 0 < relative(found, plain) < 1e-6
 
@@ -415,6 +423,7 @@ def test_a_network_that_is_not_taken_goes_part_by_part(make_batch, monkeypatch):
     model, batch = sf.SRCGCNN(2, 32).eval(), make_batch("weighted")
     called: list[int] = []
     monkeypatch.setattr(fused, "network", lambda *a: called.append(1))
+    monkeypatch.setattr(fused, "network_parameters", lambda *a: None)
     with torch.no_grad():
         at_once = model(batch)
         monkeypatch.setattr(functional.registry, "select", lambda *a, **k: "reference")

@@ -108,8 +108,8 @@ def test_a_network_at_once_equals_its_parts(make_batch, monkeypatch, kind, model
     model.train()(make_batch("plain"))  # running statistics that are not those of a new model
     model.eval()
     calls = []
-    at_once = cpu.network
-    monkeypatch.setattr(cpu, "network", lambda *a: calls.append(1) or at_once(*a))
+    at_once = cpu.NetworkParameters.run
+    monkeypatch.setattr(cpu.NetworkParameters, "run", lambda *a: calls.append(1) or at_once(*a))
     with torch.no_grad():
         found = model(batch)
         with sf.use_backend("reference"):

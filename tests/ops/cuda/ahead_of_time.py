@@ -21,7 +21,7 @@ ENTRY = re.compile(
 
 
 def compiled(source: str, width: int, architecture: str) -> list[dict[str, str | int]]:
-    """Registers and spilled bytes of each kernel of a file, for one width; those of conv.cu take any (0)."""
+    """Registers and spilled bytes of each kernel of a file, for one width; those of conv.cu and pad.cu take any (0)."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             "nvcc", "-std=c++17", "-O3", "-Xptxas=-v", f"-arch=sm_{architecture}", f"-DSRCGCNN_WIDTH={width}", "-c",
@@ -40,7 +40,7 @@ def compiled(source: str, width: int, architecture: str) -> list[dict[str, str |
 
 
 def report(architectures: list[str]) -> list[dict[str, str | int]]:
-    parts = [*[("stack", width) for width in (32, 64, 128)], ("conv", 0)]
+    parts = [*[("stack", width) for width in (32, 64, 128)], ("conv", 0), ("pad", 0)]
     jobs = [(*part, a) for a in architectures for part in parts]
     with ThreadPoolExecutor(2) as pool:
         return [line for lines in pool.map(lambda job: compiled(*job), jobs) for line in lines]

@@ -47,6 +47,16 @@ class Dense(c.Structure):
     _fields_ = [("weight", POINTER), ("bias", POINTER)]
 
 
+class Padding(c.Structure):
+    """BatchPadding of csrc/cuda/pad.h."""
+
+    _fields_ = [("source", POINTER * 8), ("target", POINTER * 8), ("sizes", c.c_int64 * 8)]
+
+    @classmethod
+    def of(cls, source: list[int], target: list[int], sizes: list[int]) -> Padding:
+        return cls((POINTER * 8)(*source), (POINTER * 8)(*target), (c.c_int64 * 8)(*sizes))
+
+
 MOST_READOUT = 16
 
 
@@ -145,6 +155,24 @@ class Emulated:
         error = function(c.byref(Conv(*pointers, *sizes, *numbers)), POINTER(stream))
         if error is not None:
             raise RuntimeError(f"CUDA: {error.decode()}")
+
+    def _padded(self, name: str, given: Padding, *arguments: Any) -> None:
+        function = getattr(self._library, f"srcgcnn_cuda_{name}")
+        function.restype = c.c_char_p
+        error = function(c.byref(given), *arguments)
+        if error is not None:
+            raise RuntimeError(f"CUDA: {error.decode()}")
+
+    def cuda_pad(self, source, target, sizes, stream) -> None:
+        self._padded("pad", Padding.of(source, target, sizes), POINTER(stream))
+
+    def cuda_send(self, source, target, sizes, there, here, size, event, stream) -> None:
+        at = (POINTER(there), POINTER(here), c.c_int64(size), POINTER(event), POINTER(stream))
+        self._padded("send", Padding.of(source, target, sizes), *at)
+
+    def wait_for(self, event: int) -> None:
+        """Until the copies that it was recorded after have come."""
+        self._library.emulated_wait(POINTER(event))
 
     def cuda_space(self, pointers, sizes, which: int) -> int:
         function = self._library.srcgcnn_cuda_space

@@ -17,6 +17,7 @@
 #include <ucontext.h>
 
 #include <functional>
+#include <map>
 #include <vector>
 
 #define __global__
@@ -58,6 +59,8 @@ inline void* asked_stream;
 inline unsigned last_blocks = ~0u;  // only so many blocks run, the last ones
 inline cudaError_t last_error = cudaSuccess;
 inline float* shared_memory;
+inline std::vector<std::function<void()>> sent;  // copies from the host that nobody has waited for
+inline std::map<void*, size_t> recorded;         // how many of them an event stands for
 
 enum State { kReady, kAtWarp, kAtBlock, kDone };
 struct Warp {
@@ -347,6 +350,24 @@ inline cudaError_t cudaMemsetAsync(void* at, int value, size_t size, cudaStream_
   memset(at, value, size);
   return cudaSuccess;
 }
+// A copy from the host comes as late as it may: when somebody waits for the event that was recorded after it.
+using cudaEvent_t = void*;
+enum cudaMemcpyKind { cudaMemcpyHostToDevice };
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind, cudaStream_t stream) {
+  emulation::on_stream += stream == emulation::asked_stream;
+  emulation::sent.push_back([=] { memcpy(to, from, size); });
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
+  emulation::recorded[event] = emulation::sent.size();
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  for (size_t k = 0; k < emulation::recorded[event]; ++k) emulation::sent[k]();
+  emulation::sent.clear();
+  emulation::recorded.clear();
+  return cudaSuccess;
+}
 inline cudaError_t cudaGetLastError() {
   const cudaError_t error = emulation::last_error;
   emulation::last_error = cudaSuccess;
@@ -355,7 +376,7 @@ inline cudaError_t cudaGetLastError() {
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid value"; }
 
 // Of the tests: the emulated GPU, the order of its warps and blocks, launches so far, launches and memsets on a stream
-// since it was named, which blocks run, whether the next launch fails.
+// since it was named, which blocks run, whether the next launch fails, the wait for an event.
 extern "C" {
 __attribute__((weak)) void emulated_gpu(int processors, int shared_per_processor) {
   emulation::processors = processors;
@@ -370,5 +391,6 @@ __attribute__((weak)) int emulated_stream(void* asked) {
   return found;
 }
 __attribute__((weak)) void emulated_blocks(unsigned last) { emulation::last_blocks = last; }
+__attribute__((weak)) void emulated_wait(void* event) { cudaEventSynchronize(event); }
 __attribute__((weak)) void emulated_error() { emulation::last_error = cudaErrorInvalidValue; }
 }
