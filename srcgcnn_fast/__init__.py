@@ -30,6 +30,7 @@ _HOME = {
     "predict_shards": "shards",
     "prepare_shards": "shards",
     "CapturedModel": "capture",
+    "CapturedTraining": "capture",
     "backends": "ops.registry",
     "use_backend": "ops.registry",
     "use_precision": "ops.precision",
@@ -42,6 +43,7 @@ __all__ = [*sorted(_HOME), "__version__", "functional"]
 if TYPE_CHECKING:
     from . import functional as functional
     from .capture import CapturedModel as CapturedModel
+    from .capture import CapturedTraining as CapturedTraining
     from .errors import InputError as InputError
     from .graph import CrystalGraph as CrystalGraph
     from .graph import GraphBatch as GraphBatch

@@ -1,30 +1,38 @@
-"""Predictions of small batches on a GPU as one CUDA graph, whose replay costs the CPU one launch."""
+"""Small batches on a GPU as CUDA graphs, whose replay costs the CPU one launch: predictions, and steps of training."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .errors import InputError
 from .graph.batch import GraphBatch
-from .ops import cuda, registry, triton
+from .nn.norm import process_group
+from .ops import cuda, fused, registry, triton
 
 if TYPE_CHECKING:
     from .nn import CGCNN, SRCGCNN
 
 _DEVICE = "cuda"
 _MOST_GRAPHS = 32
+_MOST_STEPS = 8  # each of which holds the memory of a training step
 _PADDING_DISTANCE = 1.0  # Å; any that is a distance
 _FIELDS = ("numbers", "weight", "distance", "sender", "row_ptr", "crystal_ptr", "atom_features", "edge_features")
 """BatchField of csrc/cuda/pad.h."""
 _TYPES = [torch.int32, torch.float32, torch.float32, torch.int32, torch.int32, torch.int32]
 """Of those that every batch has."""
+
+
+_BITS = {0.0: 0, 1.0: 0x3F800000}
+"""Of the weights of padding, as the kernel takes them."""
 
 
 class Sizes(NamedTuple):
@@ -128,33 +136,167 @@ def _recorded(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     return graph.replay, out
 
 
-def sizes(batch: GraphBatch) -> Sizes:
+class CapturedTraining:
+    """``model(batch)`` in training on a GPU: two CUDA graphs for each size of batch, captured at its first use.
+
+    The outputs, (B, n_targets) or a classifier's (B, 2), have a gradient as those of ``model(batch)``: in a training
+    loop it takes the model's place. A batch is padded with rows of weight 0, which change nothing but the order of some
+    sums, to the next size of eight for each power of two; graphs of the last eight sizes are kept, with the memory of a
+    step each. Batches may lie on the CPU. Weights may change in place, by an optimiser; moving or replacing them needs
+    a new ``CapturedTraining``. Precision is that in force at the capture. The compiled kernels alone do so.
+
+    Args:
+        model: on a CUDA device, in training mode whenever it is called; its batch norms have a momentum, and are not
+            synchronised.
+
+    Raises:
+        InputError: the model is elsewhere or does not train, its norms are others, the compiled kernels cannot take it,
+            or a gradient is asked for after a later batch took the place of its own.
+    """
+
+    def __init__(self, model: CGCNN | SRCGCNN) -> None:
+        self.model = model
+        self.device = model.fc_out.weight.device
+        if self.device.type != _DEVICE:
+            raise InputError(f"A CUDA graph needs a model on a CUDA device, not on {self.device}; call the model.")
+        if not fused.runs_compiled(model.fc_out.weight):
+            raise InputError("Captured training needs the compiled CUDA kernels and float32; call the model itself.")
+        for norm in model.modules():
+            if isinstance(norm, torch.nn.modules.batchnorm._BatchNorm):
+                if norm.momentum is None:
+                    raise InputError("Captured training needs batch norms with a momentum; call the model itself.")
+                if process_group(norm) is not None:
+                    raise InputError("Captured training has batch norms of its own; call the model itself.")
+        self._graphs: OrderedDict[tuple[object, ...], _Step] = OrderedDict()
+
+    def __call__(self, batch: GraphBatch) -> Tensor:
+        """As ``model(batch)``."""
+        model = self.model
+        if not model.training:
+            raise InputError("Captured training trains only; call model.train() first, or the model itself.")
+        parameters = [x for x in model.parameters() if x.requires_grad]
+        widths = [-1 if x is None else x.shape[1] for x in (batch.atom_features, batch.edge_features)]
+        key = (sizes(batch, _OF_TRAINING), *widths, tuple(map(id, parameters)))
+        with torch.cuda.device(self.device) if _DEVICE == "cuda" else nullcontext():
+            if (step := self._graphs.get(key)) is None:
+                step = self._graphs[key] = self._capture(batch, parameters)
+                while len(self._graphs) > _MOST_STEPS:
+                    self._graphs.popitem(last=False)
+            self._graphs.move_to_end(key)
+            step.static.fill(batch)
+            out: Tensor = _Replayed.apply(step, batch.num_crystals, *parameters)
+            return out
+
+    def _capture(self, batch: GraphBatch, parameters: Sequence[Tensor]) -> _Step:
+        static = StaticBatch(batch, self.device, _OF_TRAINING, weight=0.0)
+        static.fill(batch)
+
+        def run() -> Tensor:
+            static.batch.cache.clear()
+            out: Tensor = self.model(static.batch)
+            return out
+
+        moving = [(x, x.clone()) for x in self.model.buffers()]
+        recorded = _recorded_training(run, parameters)
+        with torch.no_grad():
+            for x, before in moving:
+                x.copy_(before)
+        return _Step(static, *recorded)
+
+
+class _Step:
+    """A captured forward and backward pass."""
+
+    def __init__(
+        self,
+        static: StaticBatch,
+        forward: Callable[[], None],
+        out: Tensor,
+        backward: Callable[[], None],
+        upstream: Tensor,
+        gradients: Sequence[Tensor | None],
+    ) -> None:
+        self.static, self.forward, self.out = static, forward, out
+        self.backward, self.upstream, self.gradients = backward, upstream, gradients
+        self.passes = 0
+
+
+class _Replayed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, step: _Step, n_crystals: int, *parameters: Tensor) -> Tensor:
+        step.forward()
+        step.passes += 1
+        ctx.step, ctx.passes, ctx.n_crystals = step, step.passes, n_crystals
+        return step.out.narrow_copy(0, 0, n_crystals)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        step = ctx.step
+        if step.passes != ctx.passes:
+            raise InputError(
+                "A later batch took this one's place in the CUDA graph; call backward before the next batch."
+            )
+        step.upstream.zero_()
+        step.upstream[: ctx.n_crystals].copy_(grad)
+        step.backward()
+        found = iter(torch._foreach_mul([x for x in step.gradients if x is not None], 1.0))  # which no replay writes
+        return None, None, *(None if x is None else next(found) for x in step.gradients)
+
+
+def _recorded_training(
+    run: Callable[[], Tensor], parameters: Sequence[Tensor]
+) -> tuple[Callable[[], None], Tensor, Callable[[], None], Tensor, Sequence[Tensor | None]]:
+    """CUDA graphs of ``run`` and of its backward pass: replays, and the tensors that these read and write."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            out = run()
+            upstream = torch.zeros_like(out)
+            torch.autograd.grad(out, parameters, upstream, allow_unused=True)
+    torch.cuda.current_stream().wait_stream(stream)
+    first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(first):
+        out = run()
+    with torch.cuda.graph(second, pool=first.pool()):
+        gradients = torch.autograd.grad(out, parameters, upstream, allow_unused=True)
+    return first.replay, out.detach(), second.replay, upstream, gradients
+
+
+_OF_TRAINING = 8
+"""Sizes for each power of two, as every row of padding costs; of predictions, which launches bound, two."""
+
+
+def sizes(batch: GraphBatch, parts: int = 2) -> Sizes:
     """What ``batch`` is padded to: at least one more row and crystal, and as many edges a row."""
-    return _sizes(batch.num_rows, batch.num_edges, batch.num_crystals)
+    return _sizes(batch.num_rows, batch.num_edges, batch.num_crystals, parts)
 
 
 @lru_cache(4096)
-def _sizes(n_rows: int, n_edges: int, n_crystals: int) -> Sizes:
-    rows = _next_size(n_rows + 1)
+def _sizes(n_rows: int, n_edges: int, n_crystals: int, parts: int = 2) -> Sizes:
+    rows = _next_size(n_rows + 1, parts)
     degree = max(1, -(-n_edges // max(1, n_rows)))
-    return Sizes(rows, rows * degree, _next_size(n_crystals + 1))
+    return Sizes(rows, rows * degree, _next_size(n_crystals + 1, parts))
 
 
-def _next_size(count: int) -> int:
-    """The least 2^k or 3·2^(k-1) that holds ``count``."""
+def _next_size(count: int, parts: int = 2) -> int:
+    """The least 2^k that holds ``count``, or a number of as many ``parts`` of its upper half; 2: 3·2^(k-1)."""
     power = 1 << max(0, count - 1).bit_length()
-    return power * 3 // 4 if power >= 4 and count <= power * 3 // 4 else power
+    part = power // (2 * parts)
+    return power if part == 0 else -(-count // part) * part
 
 
 class StaticBatch:
     """A batch of fixed sizes at a fixed address, which other batches are copied into.
 
-    ``batch`` is on ``device``. What comes from the CPU is put together there and copied at once. With the compiled
-    kernels either way is one call, of csrc/cuda/pad.h.
+    ``weight``: of the rows that it is padded with. ``batch`` is on ``device``. What comes from the CPU is put together
+    there and copied at once. With the compiled kernels either way is one call, of csrc/cuda/pad.h.
     """
 
-    def __init__(self, like: GraphBatch, device: torch.device) -> None:
-        rows, edges, crystals = self._sizes = sizes(like)
+    def __init__(self, like: GraphBatch, device: torch.device, parts: int = 2, weight: float = 1.0) -> None:
+        rows, edges, crystals = self._sizes = sizes(like, parts)
+        self._weight = weight
         shapes: dict[str, tuple[int, ...]] = {
             "numbers": (rows,), "weight": (rows,), "sender": (edges,), "distance": (edges,), "row_ptr": (rows + 1,),
             "crystal_ptr": (crystals + 1,),
@@ -200,11 +342,11 @@ class StaticBatch:
             return
         with torch.inference_mode():
             if batch.sender.device.type != "cpu":
-                _fill(self.batch, batch)
+                _fill(self.batch, batch, self._weight)
                 return
             if self._copied is not None:
                 self._copied.synchronize()  # the copy before may still read what is written now
-            _fill_arrays(self._staged, batch)
+            _fill_arrays(self._staged, batch, self._weight)
             self._there.copy_(self._here, non_blocking=True)
             if self._copied is not None:
                 self._copied.record()
@@ -229,7 +371,7 @@ class StaticBatch:
             return None
         addresses = list(map(Tensor.data_ptr, fields[:6]))
         addresses += [0 if x is None else x.data_ptr() for x in features]
-        return addresses, [n, e, b, rows, edges, crystals, *self._widths], where < 0
+        return addresses, [n, e, b, rows, edges, crystals, *self._widths, _BITS[self._weight]], where < 0
 
 
 def _kernels(device: torch.device) -> Any:
@@ -238,19 +380,19 @@ def _kernels(device: torch.device) -> Any:
     return cuda.native() if is_cuda and registry.cuda_problem() is None else None
 
 
-def _parts(batch: GraphBatch, rows: int) -> tuple[tuple[str, int, float], ...]:
+def _parts(batch: GraphBatch, rows: int, weight: float) -> tuple[tuple[str, int, float], ...]:
     """Each field, how much of it is the batch's, and what the rest is in a batch of so many rows."""
     n, e, b = batch.num_rows, batch.num_edges, batch.num_crystals
     return (
-        ("numbers", n, 1), ("weight", n, 1.0), ("distance", e, _PADDING_DISTANCE), ("row_ptr", n + 1, 0),
+        ("numbers", n, 1), ("weight", n, weight), ("distance", e, _PADDING_DISTANCE), ("row_ptr", n + 1, 0),
         ("crystal_ptr", b + 1, rows), ("sender", e, 0), ("atom_features", n, 0.0), ("edge_features", e, 0.0),
     )  # fmt: skip
 
 
-def _fill_arrays(target: dict[str, np.ndarray], batch: GraphBatch) -> None:
+def _fill_arrays(target: dict[str, np.ndarray], batch: GraphBatch, weight: float = 1.0) -> None:
     """As ``_fill``, on the CPU, where NumPy does a few numbers in a tenth of PyTorch's time."""
     n, e, total = batch.num_rows, batch.num_edges, len(target["numbers"])
-    for name, count, padding in _parts(batch, total):
+    for name, count, padding in _parts(batch, total, weight):
         if name in target:
             target[name][:count] = getattr(batch, name).detach().numpy()
             target[name][count:] = padding
@@ -261,10 +403,10 @@ def _fill_arrays(target: dict[str, np.ndarray], batch: GraphBatch) -> None:
     target["sender"][e:] = n + np.searchsorted(ends, np.arange(edges), side="right")
 
 
-def _fill(target: GraphBatch, batch: GraphBatch) -> None:
+def _fill(target: GraphBatch, batch: GraphBatch, weight: float = 1.0) -> None:
     n, e, device = batch.num_rows, batch.num_edges, target.device
     rows, edges = target.num_rows - n, target.num_edges - e
-    for name, count, padding in _parts(batch, target.num_rows):
+    for name, count, padding in _parts(batch, target.num_rows, weight):
         into = getattr(target, name)
         if into is not None:
             into[:count].copy_(getattr(batch, name))

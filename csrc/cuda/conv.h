@@ -89,7 +89,8 @@ struct DeviceConv {
 //                rows, of which the first is that of w e; out_gram (K, K)
 // transpose      out_receiver, out_number (E), out_col_ptr (N + 1): the edges by sender, from `order`, which sorts them, and
 //                `other`, their senders in this order
-// mean           out (B, F): the mean of the rows x (E, F) of each of B = n_rows crystals, whose first rows are ptr, by row_weight
+// mean           out (B, F): the mean of the rows x (E, F) of each of B = n_rows crystals, whose first rows are ptr, by row_weight;
+//                0 where these are 0, as in what a batch is padded with
 // mean_backward  out (E, F): the gradient at x from grad (B, F)
 // linear         out = pq, out_x = term, out_filter = filter, out_edge (K, 2F) = w_e rstd: what x of an edge follows from
 // features       out (N, F): h, or of a table h (E, F) the rows `other` (N), after `columns` steps h <- softplus(h + scale m + shift)

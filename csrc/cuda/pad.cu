@@ -9,7 +9,6 @@ namespace srcgcnn {
 namespace {
 
 constexpr int kThreads = 256, kMostParts = 1024;
-constexpr uint32_t kOne = 0x3f800000;  // of float
 
 const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
@@ -31,8 +30,8 @@ SRCGCNN_HOST_DEVICE int64_t count_of(const BatchPadding& p, int field, int64_t r
 SRCGCNN_HOST_DEVICE uint32_t padding(const BatchPadding& p, int field, int64_t k) {
   switch (field) {
     case kNumbers: return 1;
-    case kWeight:
-    case kDistance: return kOne;  // any that is a distance
+    case kWeight: return uint32_t(p.weight);
+    case kDistance: return 0x3f800000;  // 1; any that is a distance
     case kCrystalPtr: return uint32_t(p.to_rows);
     case kAtomFeatures:
     case kEdgeFeatures: return 0;

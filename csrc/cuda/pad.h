@@ -15,6 +15,7 @@ struct BatchPadding {
   int64_t n_rows, n_edges, n_crystals;   // of the batch
   int64_t to_rows, to_edges, to_crystals;
   int64_t n_atom, n_edge;                // features of a row and of an edge
+  int64_t weight;                        // of the rows beyond: the bits of a float
 };
 
 }  // namespace srcgcnn

@@ -503,7 +503,7 @@ __global__ void __launch_bounds__(128) crystal_mean(const DeviceConv g) {
     __syncthreads();
     if (warp_of() || channel >= g.F) continue;
     for (int warp = 1; warp < 4; ++warp) sum += shared[32 * warp + lane_of()];
-    g.out[blockIdx.x * g.F + channel] = !good ? NAN : begin == end ? 0.0f : sum / weight;
+    g.out[blockIdx.x * g.F + channel] = !good ? NAN : weight == 0 ? 0.0f : sum / weight;
   }
 }
 
@@ -513,7 +513,7 @@ __global__ void __launch_bounds__(128) crystal_mean_backward(const DeviceConv g)
   float weight;
   if (!crystal_of(g, blockIdx.x, begin, end, weight)) return;
   for (int64_t row = begin + warp_of(); row < end; row += 4) {
-    const float share = g.row_weight[row] / weight;
+    const float share = weight == 0 ? 0.0f : g.row_weight[row] / weight;
     for (int64_t channel = lane_of(); channel < g.F; channel += 32)
       g.out[row * g.F + channel] = share * g.grad[blockIdx.x * g.F + channel];
   }

@@ -18,7 +18,7 @@ from cuda_problem import sparse
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import srcgcnn_fast as sf
-from srcgcnn_fast import functional
+from srcgcnn_fast import capture, functional
 from srcgcnn_fast.ops import cuda_conv as backend
 from srcgcnn_fast.ops import fused, reference, registry, synchronized, triton
 from srcgcnn_fast.ops import library as library_of_operators
@@ -342,6 +342,83 @@ def test_gradients_that_are_asked_for_twice(pretend_gpu, monkeypatch, pooled):
     first, again = (torch.autograd.grad(out, [h, *leaves], upstream, retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert torch.equal(upstream, kept) and torch.equal(h, given)
+
+
+@pytest.fixture
+def replayed(monkeypatch) -> list[int]:
+    """Graphs of training on the CPU: a replay computes anew into the same memory. Holds how many were captured."""
+    captured = [0]
+
+    def recorded(run, parameters):
+        captured[0] += 1
+        made = run()
+        out, upstream = made.detach().clone(), torch.zeros_like(made)
+        gradients = torch.autograd.grad(made, parameters, upstream)
+        last = []
+
+        def forward():
+            with torch.enable_grad():
+                last[:] = [run()]
+            out.copy_(last[0].detach())
+
+        def backward():
+            for old, new in zip(gradients, torch.autograd.grad(last.pop(), parameters, upstream), strict=True):
+                old.copy_(new)
+
+        return forward, out, backward, upstream, gradients
+
+    monkeypatch.setattr(capture, "_DEVICE", "cpu")
+    monkeypatch.setattr(capture, "_recorded_training", recorded)
+    return captured
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_captured_training_gives_the_steps_of_the_model(pretend_gpu, replayed, monkeypatch, make_batch, frozen):
+    """Outputs, weights and running statistics over batches of other sizes, padded with rows that have no weight."""
+    monkeypatch.setattr(registry, "select", lambda *_a, **_k: "cuda")
+    models, batches = [], [make_batch(kind, seed) for kind, seed in (("weighted", 1), ("plain", 1), ("weighted", 2))]
+    for captured in (False, True):
+        model = small_model(torch.float32, sf.SRCGCNN, 20)
+        if frozen:
+            model.embedding.requires_grad_(False)
+        call = capture.CapturedTraining(model) if captured else model
+        optimizer, outs = torch.optim.SGD(model.parameters(), 1e-2), []
+        for k in (0, 1, 2, 0, 1):
+            batches[k].cache.clear()
+            out = call(batches[k])
+            outs.append(out)
+            out.square().mean().backward()
+            if k:  # else two gradients add up
+                optimizer.step()
+                optimizer.zero_grad()
+        models.append({**model.state_dict(), **{f"out{k}": out.detach() for k, out in enumerate(outs)}})
+    assert replayed == [2]
+    for name, expected in models[0].items():
+        if not name.endswith("fc_full.bias"):  # whose gradient is zero in exact arithmetic
+            torch.testing.assert_close(
+                models[1][name], expected, rtol=2e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+def test_captured_training_refuses_what_would_be_wrong(pretend_gpu, replayed, monkeypatch, make_batch):
+    monkeypatch.setattr(registry, "select", lambda *_a, **_k: "cuda")
+    model, batch = small_model(torch.float32, sf.CGCNN, 20), make_batch("plain")
+    call = capture.CapturedTraining(model)
+    first = call(batch)
+    call(batch).sum().backward()
+    with pytest.raises(sf.InputError, match="call backward before the next batch"):
+        first.sum().backward()
+    with pytest.raises(sf.InputError, match=r"call model\.train\(\) first"):
+        capture.CapturedTraining(model.eval())(batch)
+    model.convs[0].bn1.momentum = None
+    with pytest.raises(sf.InputError, match="norms with a momentum"):
+        capture.CapturedTraining(model)
+    monkeypatch.setattr(registry, "trains_compiled", lambda _h: False)
+    with pytest.raises(sf.InputError, match="needs the compiled CUDA kernels"):
+        capture.CapturedTraining(model)
+    monkeypatch.setattr(capture, "_DEVICE", "cuda")
+    with pytest.raises(sf.InputError, match="needs a model on a CUDA device, not on cpu"):
+        capture.CapturedTraining(model)
 
 
 def test_features_that_are_formed_again_have_the_bits_of_those_that_left():

@@ -156,7 +156,7 @@ def test_offsets_beyond_two_to_the_31(library):
     try:
         library.cuda_pad(
             [0] * 6 + [source.data_ptr(), 0], [0] * 6 + [target.data_ptr(), 0],
-            [rows, 0, 1, to_rows, 0, 2, width, 0], 0,
+            [rows, 0, 1, to_rows, 0, 2, width, 0, 0], 0,
         )  # fmt: skip
     finally:
         library.only()

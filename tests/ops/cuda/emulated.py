@@ -50,11 +50,11 @@ class Dense(c.Structure):
 class Padding(c.Structure):
     """BatchPadding of csrc/cuda/pad.h."""
 
-    _fields_ = [("source", POINTER * 8), ("target", POINTER * 8), ("sizes", c.c_int64 * 8)]
+    _fields_ = [("source", POINTER * 8), ("target", POINTER * 8), ("sizes", c.c_int64 * 9)]
 
     @classmethod
     def of(cls, source: list[int], target: list[int], sizes: list[int]) -> Padding:
-        return cls((POINTER * 8)(*source), (POINTER * 8)(*target), (c.c_int64 * 8)(*sizes))
+        return cls((POINTER * 8)(*source), (POINTER * 8)(*target), (c.c_int64 * 9)(*sizes))
 
 
 MOST_READOUT = 16
