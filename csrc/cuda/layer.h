@@ -58,8 +58,15 @@ struct Sequence {
 
 bool by_four(const float* x, int64_t stride) { return stride % 4 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0; }
 
-// half: of `out`. Persistent blocks, one for each multiprocessor; as many columns' weights as have room are kept in each.
-void rows_times(Sequence& s, const DeviceConv& g, const float* a, int64_t n, int64_t inner, const float* b,
+template <bool kHalf>
+auto product_of_rows(bool held, bool relaxed) {
+  return held ? relaxed ? multiply_rows<kHalf, true, true> : multiply_rows<kHalf, true, false>
+              : relaxed ? multiply_rows<kHalf, false, true> : multiply_rows<kHalf, false, false>;
+}
+
+// half: of `out`, which may be `add`. Persistent blocks, one for each multiprocessor; as many columns' weights as have room are
+// kept in each.
+void rows_times(Sequence& s, const DeviceConv& g, const SplitRows& a, int64_t n, int64_t inner, const float* b,
                 int64_t columns, const float* shift, const float* add, void* out, bool half) {
   if (!s.goes() || n == 0) return;
   constexpr int rows = 2 * kProductWarps * kPieceSize * int(sizeof(float));
@@ -69,11 +76,13 @@ void rows_times(Sequence& s, const DeviceConv& g, const float* a, int64_t n, int
   const int64_t units = parts(n, kProductRows) * (held ? held : all), most = s.device.processors / slices;
   const int64_t enough = parts(units, 4), blocks = enough < most ? enough : most > 0 ? most : 1;
   const bool aligned = by_four(add, columns) && reinterpret_cast<uintptr_t>(out) % 16 == 0;
-  const RowProduct given{a, b, shift, add, out, n, inner, columns, int(held), int(g.relaxed), by_four(a, inner), aligned};
-  auto kernel = half ? held ? multiply_rows<true, true> : multiply_rows<true, false>
-                     : held ? multiply_rows<false, true> : multiply_rows<false, false>;
-  s.launch(kernel, blocks * slices, rows + held * of_block, given, 32 * kProductWarps);
+  const bool fours = by_four(a.first, a.stride) && by_four(a.rest, a.rest_stride) && a.n_first % 4 == 0 && inner % 4 == 0;
+  const RowProduct given{a, b, shift, add, out, n, inner, columns, int(held), fours, aligned};
+  s.launch(half ? product_of_rows<true>(held, g.relaxed) : product_of_rows<false>(held, g.relaxed), blocks * slices,
+           rows + held * of_block, given, 32 * kProductWarps);
 }
+// Of rows that lie together.
+SplitRows whole_rows(const float* a, int64_t inner) { return {a, nullptr, inner, inner, 0}; }
 
 // a^T b (left, right), rounded.
 void columns_times(Sequence& s, const DeviceConv& g, const float* a, int64_t left, const float* b, int64_t right,
@@ -185,11 +194,11 @@ const float* linear(Sequence& s, DeviceConv& g, bool back, const DeviceConv& to 
   q.out_edge = g.distance ? nullptr : s.space.take(ordered_size(K, 2 * W));
   s.launch(order_weights, threads(ordered_size(all, 4 * W)), 0, q);
   char* pq = to.out ? reinterpret_cast<char*>(to.out) : s.space.take<char>(g.n_rows * 4 * W * size);
-  rows_times(s, g, g.h, g.n_rows, all, q.out, 4 * W, shift, nullptr, pq, g.half);
+  rows_times(s, g, whole_rows(g.h, all), g.n_rows, all, q.out, 4 * W, shift, nullptr, pq, g.half);
   g.pq = pq;
   if (!g.distance) {
     char* term = to.out_x ? reinterpret_cast<char*>(to.out_x) : s.space.take<char>(g.n_edges * 2 * W * size);
-    rows_times(s, g, g.features, g.n_edges, K, q.out_edge, 2 * W, nullptr, nullptr, term, g.half);
+    rows_times(s, g, whole_rows(g.features, K), g.n_edges, K, q.out_edge, 2 * W, nullptr, nullptr, term, g.half);
     g.term = term;
   }
   return q.out_x;
@@ -324,7 +333,7 @@ void backward_of_channels(Sequence& s, const DeviceConv& given, const float* of_
   if (!g.train1) q.row_weight = nullptr;
   s.run(srcgcnn_cuda_backward_senders, q);
   // Rows.
-  rows_times(s, g, d_pq, n, 4 * F, back, g.all, nullptr, g.out, g.out, false);
+  rows_times(s, g, whole_rows(d_pq, 4 * F), n, 4 * F, back, g.all, nullptr, g.out, g.out, false);
   float* of_rows = s.space.take(4 * F * g.all);
   columns_times(s, g, d_pq, 4 * F, g.h, g.all, g.all, of_rows);
   q = g;

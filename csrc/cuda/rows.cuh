@@ -1,8 +1,8 @@
 // Products of rows on the tensor cores, and the sums and small vectors of a layer that are left between its passes.
 //
 // Both products take float32 as the sum of two TF32 numbers. The tensor cores cut off what does not fit their sums, so a
-// sum begins at zero, takes the products of 16 numbers (8 in multiply_columns), small ones first, and is then added in
-// float32. Rows are on their way to shared memory while those before them are multiplied.
+// sum begins at zero, takes the products of 8 numbers, small ones first, and is then added in float32. Rows are on their way
+// to shared memory while those before them are multiplied.
 #pragma once
 #include "conv.h"
 #include "device.cuh"
@@ -26,13 +26,19 @@ constexpr int kStageRows = 16, kStages = 3;
 // Numbers of a row of a stage, those of b after those of a; it spreads four rows over the banks.
 constexpr int kStageWidth = 320, kStageStride = kStageWidth + 8, kStageSize = kStageRows * kStageStride;
 
+// Rows of which the first `n_first` numbers lie in one place, `stride` apart, and the rest in another.
+struct SplitRows {
+  const float *first, *rest;
+  int64_t n_first, stride, rest_stride;
+};
 // out (N, columns) = a (N, inner) b + shift + add, stored as kHalf says. b was ordered by order_weights.
 struct RowProduct {
-  const float *a, *b, *shift, *add;  // add (N, columns); either may be null
+  SplitRows a;
+  const float *b, *shift, *add;  // add (N, columns), which may be out; either may be null
   void* out;
   int64_t n_rows, inner, columns;
   int held;  // 64 columns each, whose weights a block keeps in shared memory; 0: none
-  int relaxed, by_four, out_by_four;  // by_four: rows of a are vectors of four, aligned; those of add and out
+  int by_four, out_by_four;  // by_four: both parts of rows of a are vectors of four, aligned; those of add and out
 };
 // out (programs, left, right): sums of a^T b over the rows of a program; a (N, left), b (N, right), `stride` apart.
 struct ColumnProduct {
@@ -77,9 +83,9 @@ SRCGCNN_DEVICE void store_one(float* p, float x) { *p = x; }
 SRCGCNN_DEVICE void store_one(Bfloat16* p, float x) { p->bits = uint16_t(device::to_bfloat16(x, 0.0f)); }
 
 // Each warp has a share of the products of 32 rows with 64 columns, those of the same rows one after the other. kHeld:
-// weights are in shared memory, before the pieces of the warps' rows.
-template <bool kHalf, bool kHeld>
-__global__ void __launch_bounds__(32 * kProductWarps, 1) multiply_rows(const RowProduct g) {
+// weights are in shared memory, before the pieces of the warps' rows. kRelaxed: one product, not three.
+template <bool kHalf, bool kHeld, bool kRelaxed>
+__global__ void __launch_bounds__(32 * kProductWarps, 1) multiply_rows(const __grid_constant__ RowProduct g) {
   using T = typename Storage<kHalf>::type;
   SRCGCNN_SHARED(shared);
   const int group = lane_of() / 4, in_group = lane_of() % 4;
@@ -90,21 +96,41 @@ __global__ void __launch_bounds__(32 * kProductWarps, 1) multiply_rows(const Row
   const int64_t units = (g.n_rows + kProductRows - 1) / kProductRows * blocks;
   const int64_t groups = gridDim.x / slices, ranks = groups * kProductWarps;
   const int64_t rank = warp_of() * groups + blockIdx.x / slices;
-  const int64_t from = rank * units / ranks, to = (rank + 1) * units / ranks;
+  const int64_t from = rank * units / ranks;
+  const int count = int((rank + 1) * units / ranks - from);
   float* ring = shared + (kHeld ? held * steps * 2048 : 0) + warp_of() * 2 * kPieceSize;
   const float* weights = g.b + int64_t(first_block) * steps * 2048;
-  const auto read = [&](int64_t tile, int piece, float* at) {
-    const int row = lane_of() / 8, four = lane_of() % 8;
+  const auto read = [&](int tile, int piece, int slot) {
+    const int own_row = lane_of() / 8, own_four = lane_of() % 8;
+    const int at = piece * kPiece + 4 * own_four, first = int(g.a.n_first), inner = int(g.inner);
+    const int64_t row = int64_t(tile) * kProductRows + own_row;
+    float* to = ring + slot * kPieceSize + own_row * kPiece + (own_four ^ own_row % 2 * 4) * 4;
+    if (g.by_four) {
+      const bool there = at < inner, rest = there && at >= first;
+      const int64_t stride = rest ? g.a.rest_stride : g.a.stride;
+      const float* x = (rest ? g.a.rest - first : g.a.first) + (there ? at : 0);
+      const int size = int(stride) * int(sizeof(float)), last = int(g.n_rows - 1 - row);  // beyond it rows are the last one
+      x += row * stride;
 #pragma unroll
+      for (int v = 0; v < kProductRows; v += 4)
+        device::copy_async(to + v * kPiece, reinterpret_cast<const float*>(reinterpret_cast<const char*>(x) +
+                                                                          int64_t(v < last ? v : last) * size), there);
+      return;
+    }
+#pragma unroll 1
     for (int v = 0; v < kProductRows; v += 4) {
-      const int64_t n = tile * kProductRows + v + row;
-      const float* x = g.a + (n < g.n_rows ? n : g.n_rows - 1) * g.inner;
-      fetch_four(at + (v + row) * kPiece + (four ^ row % 2 * 4) * 4, x, piece * kPiece + 4 * four, int(g.inner), g.by_four);
+      const int64_t n = row + v < g.n_rows ? row + v : g.n_rows - 1;
+      Channels<4> x;
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        x.x[k] = at + k >= inner  ? 0.0f
+                 : at + k < first ? g.a.first[n * g.a.stride + at + k]
+                                  : g.a.rest[n * g.a.rest_stride + at + k - first];
+      store<4>(to + v * kPiece, x);
     }
   };
-  int64_t tile = from / blocks;
-  int block = int(from % blocks), slot = 0;
-  if (from < to) read(tile, 0, ring);
+  int tile = int(from / blocks), block = int(from % blocks), slot = 0;
+  if (count > 0) read(tile, 0, 0);
   if (kHeld) {
     for (int x = int(threadIdx.x); x < blocks * steps * 512; x += 32 * kProductWarps)
       device::copy_async(shared + 4 * x, weights + 4 * x, true);
@@ -113,84 +139,83 @@ __global__ void __launch_bounds__(32 * kProductWarps, 1) multiply_rows(const Row
   device::commit_copies();
   device::wait_for_copies<0>();
   __syncthreads();
-  bool fresh = true;  // the warp's first product with these rows
 #pragma unroll 1
-  for (int64_t unit = from; unit < to; ++unit) {
+  for (int unit = 0; unit < count; ++unit) {
     float sums[2][8][4] = {};
 #pragma unroll 1
     for (int piece = 0; piece < pieces; ++piece) {
       device::wait_for_copies<0>();
       __syncwarp();
-      // Two pieces are all of the rows, or else the next one takes the place of the last.
+      // Two pieces are all of the rows, read for the first product with them, or else the next one takes the place of the last.
       const bool ends = piece + 1 == pieces, moves = ends && block + 1 == blocks;
       const int next = pieces == 1 && !moves ? slot : 1 - slot;
-      if ((pieces > 2 || moves || (!ends && fresh)) && !(ends && unit + 1 == to))
-        read(tile + moves, ends ? 0 : piece + 1, ring + next * kPieceSize);
+      if ((pieces > 2 || moves || (!ends && (block == 0 || unit == 0))) && !(ends && unit + 1 == count))
+        read(tile + moves, ends ? 0 : piece + 1, next);
       device::commit_copies();
       const float* rows = ring + slot * kPieceSize + group * kPiece;
       const float* b = weights + (int64_t(block) * steps + 2 * piece) * 2048 + 4 * lane_of();
       const int here = steps - 2 * piece < 2 ? 1 : 2;
 #pragma unroll 1
-      for (int step = 0; step < here; ++step, b += 2048) {
-        float high[2][2][4], low[2][2][4];  // tile of 16 rows, half of the 16 numbers
+      for (int eight = 0; eight < 2 * here; ++eight, b += eight % 2 ? 128 : 2048 - 128) {
+        float high[2][4], low[2][4];  // tile of 16 rows
 #pragma unroll
         for (int v = 0; v < 4; ++v) {
-          const auto x = load<4>(rows + 8 * v * kPiece + ((4 * step + in_group) ^ group % 2 * 4) * 4);
+          const int four = (eight / 2 * 4 + in_group) ^ group % 2 * 4;
+          const auto x = load<2>(rows + 8 * v * kPiece + 4 * four + eight % 2 * 2);
 #pragma unroll
-          for (int k = 0; k < 4; ++k)
-            split_or_round(x.x[k], g.relaxed, high[v / 2][k / 2][k % 2 * 2 + v % 2],
-                           low[v / 2][k / 2][k % 2 * 2 + v % 2]);
+          for (int k = 0; k < 2; ++k) split_or_round(x.x[k], kRelaxed, high[v / 2][k * 2 + v % 2], low[v / 2][k * 2 + v % 2]);
         }
 #pragma unroll
         for (int n = 0; n < 8; ++n) {
-          const auto w0 = load<4>(b + n * 256), w1 = load<4>(b + n * 256 + 128);
-          const float b0[2] = {w0.x[0], w0.x[1]}, b0_low[2] = {w0.x[2], w0.x[3]};
-          const float b1[2] = {w1.x[0], w1.x[1]}, b1_low[2] = {w1.x[2], w1.x[3]};
+          if (n == 4) __syncwarp();  // so that no more weights than these wait in registers
+          const auto w = load<4>(b + n * 256);
+          const float of_high[2] = {w.x[0], w.x[1]}, of_low[2] = {w.x[2], w.x[3]};
 #pragma unroll
           for (int m = 0; m < 2; ++m) {
-            float d[4] = {}, first_half[4] = {}, second_half[4] = {};  // small ones together, large ones by themselves
-            if (!g.relaxed) {
-              device::mma(d, low[m][0], b0);
-              device::mma(d, low[m][1], b1);
-              device::mma(d, high[m][0], b0_low);
-              device::mma(d, high[m][1], b1_low);
+            float d[4] = {};
+            if (!kRelaxed) {
+              device::mma(d, low[m], of_high);
+              device::mma(d, high[m], of_low);
             }
-            device::mma(first_half, high[m][0], b0);
-            device::mma(second_half, high[m][1], b1);
+            device::mma(d, high[m], of_high);
 #pragma unroll
-            for (int v = 0; v < 4; ++v) sums[m][n][v] += (first_half[v] + second_half[v]) + d[v];
+            for (int v = 0; v < 4; ++v) sums[m][n][v] += d[v];
           }
         }
       }
       slot = next;
     }
     // A lane has columns 4 in_group .. + 3 of each 16.
-    const int64_t first_column = int64_t(first_block + block) * kProductColumns + 4 * in_group;
+    const int first_column = (first_block + block) * kProductColumns + 4 * in_group, columns = int(g.columns);
+    const int64_t row = int64_t(tile) * kProductRows + group, at = row * columns + first_column;
+    const int there = int(g.n_rows - row < kProductRows ? g.n_rows - row : kProductRows);  // row + 8 v below it
+    T* out = static_cast<T*>(g.out) + at;
 #pragma unroll
-    for (int v = 0; v < 4; ++v) {
-      const int64_t row = tile * kProductRows + 8 * v + group;
-      if (row >= g.n_rows) continue;
-      T* out = static_cast<T*>(g.out) + row * g.columns;
-      const float* add = g.add ? g.add + row * g.columns : nullptr;
+    for (int n = 0; n < 8; n += 2) {
+      const int c = first_column + 8 * n;
+      if (c >= columns) continue;
+      Channels<4> shift = {};
+      if (g.shift) shift = four_of(g.shift, c, columns, g.out_by_four);
 #pragma unroll
-      for (int n = 0; n < 8; n += 2) {
-        const int64_t c = first_column + 8 * n;
-        if (c >= g.columns) continue;
+      for (int v = 0; v < 4; ++v) {
+        if (8 * v >= there) continue;
         Channels<4> y;
 #pragma unroll
         for (int k = 0; k < 4; ++k) y.x[k] = sums[v / 2][n + k / 2][v % 2 * 2 + k % 2];
-        if (g.shift) add_to(y, four_of(g.shift, c, g.columns, g.out_by_four));
-        if (add) add_to(y, four_of(add, c, g.columns, g.out_by_four));
+        add_to(y, shift);
         if (g.out_by_four) {
-          store<4>(out + c, y);
+          if (g.add) add_to(y, load<4>(g.add + at + 8 * v * columns + 8 * n));
+          store<4>(out + 8 * v * columns + 8 * n, y);
         } else {
 #pragma unroll
-          for (int k = 0; k < 4; ++k)
-            if (c + k < g.columns) store_one(out + c + k, y.x[k]);
+          for (int k = 0; k < 4; ++k) {
+            if (c + k >= columns) continue;
+            if (g.add) y.x[k] += g.add[at + 8 * v * columns + 8 * n + k];
+            store_one(out + 8 * v * columns + 8 * n + k, y.x[k]);
+          }
         }
       }
     }
-    fresh = pieces > 2 || block + 1 == blocks;
     if (++block == blocks) {
       block = 0;
       ++tile;

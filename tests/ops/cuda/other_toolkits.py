@@ -54,9 +54,10 @@ def training() -> str:
     )
     text = "".join(f"template __global__ void {name}<{half}>(const DeviceConv);\n" for name, half in kernels)
     text += "".join(
-        f"template __global__ void multiply_rows<{half}, {kept}>(const RowProduct);\n"
+        f"template __global__ void multiply_rows<{half}, {kept}, {relaxed}>(const __grid_constant__ RowProduct);\n"
         for half in ("false", "true")
         for kept in ("false", "true")
+        for relaxed in ("false", "true")
     )
     return '#include "cuda/gram.cuh"\nnamespace srcgcnn {\n' + text + "}\n"
 
