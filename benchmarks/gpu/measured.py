@@ -163,6 +163,8 @@ def candidate(bench: Bench, kind: str, name: str, native: Any, same: Any) -> can
         return made
     made.model.to(bench.device)
     made.target = target
+    if how == "captured" and not bench.dry_run:
+        made.call = sf.CapturedTraining(made.model)  # type: ignore[arg-type]
     if how.startswith("compiled"):
         torch._dynamo.reset()
         mode = "reduce-overhead" if how.endswith("graphs") else None

@@ -122,6 +122,9 @@ def steps(bench: Any, programs: set[str]) -> dict[str, tuple[float, Callable[[],
     for kind in candidates.MODELS:
         for work in measured.SIZES:
             found[f"{kind} {work}"] = 10, line(kind, work, *everything)
+    small = ("same graph, captured", "native", "native, captured", "published", "published, compiled")
+    for kind in candidates.MODELS:  # of a size that people train with
+        found[f"{kind} training step, 256 crystals"] = 10, line(kind, "training step", *small, size=256)
     found["one crystal"] = 30, lambda: measured.latency(bench)
     found["rates"] = 10, lambda: measured.rates(bench)
     found["store"] = 10, lambda: measured.from_store(bench)

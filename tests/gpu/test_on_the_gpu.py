@@ -640,6 +640,31 @@ def test_captured_predictions(backend, make_batch, model_type):
 
 
 @cuda_only
+@pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
+def test_captured_training(make_batch, model_type):
+    """Steps over batches of several sizes, from the CPU and from the GPU, two of which add up their gradients."""
+    kinds, found = [("plain", 1), ("weighted", 3), ("plain", 2), ("plain", 1), ("large", 1), ("weighted", 1)], []
+    for captured in (False, True):
+        model, _ = model_and_batch(model_type, make_batch)
+        call = sf.CapturedTraining(model.train()) if captured else model.train()
+        optimizer, outs = torch.optim.SGD(model.parameters(), 1e-3), []
+        for k, (kind, seed) in enumerate(kinds):
+            batch = make_batch(kind, seed=seed)
+            outs.append(call(batch if captured and k % 2 else batch.to(DEVICE)))
+            outs[-1].square().mean().backward()
+            if k != 1:
+                optimizer.step()
+                optimizer.zero_grad()
+        found.append({**model.state_dict(), **{f"out{k}": out.detach() for k, out in enumerate(outs)}})
+    assert 2 <= len(call._graphs) <= len(kinds)
+    for name, expected in found[0].items():
+        if not name.endswith("fc_full.bias"):  # whose gradient is zero in exact arithmetic
+            torch.testing.assert_close(
+                found[1][name], expected, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@cuda_only
 @each_backend
 @pytest.mark.parametrize("features", [False, True])
 def test_batches_of_captured_graphs_are_filled_alike_from_either_side(backend, make_batch, features):
