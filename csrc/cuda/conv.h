@@ -89,6 +89,8 @@ struct DeviceConv {
 //                rows, of which the first is that of w e; out_gram (K, K)
 // transpose      out_receiver, out_number (E), out_col_ptr (N + 1): the edges by sender, from `order`, which sorts them, and
 //                `other`, their senders in this order
+// table_sums     out (E, F) of a table of E rows: for each the sum of the rows of grad (N, F) that it stands for, those whose number
+//                `other` (N) is its own; others are left out; out_x (programs, E, F) is for parts of the sums
 // mean           out (B, F): the mean of the rows x (E, F) of each of B = n_rows crystals, whose first rows are ptr, by row_weight;
 //                0 where these are 0, as in what a batch is padded with
 // mean_backward  out (E, F): the gradient at x from grad (B, F)
@@ -103,7 +105,7 @@ struct DeviceConv {
 #define SRCGCNN_CONV_FUNCTIONS(DO)                                                                            \
   DO(edge_sum) DO(edge_gram) DO(column_sums) DO(neighbors) DO(scale_weights) DO(gate_sum) DO(finish)          \
   DO(finish_backward) DO(correct) DO(backward_receivers) DO(backward_senders) DO(edge_moments) DO(transpose)  \
-  DO(mean) DO(mean_backward) DO(linear) DO(features) DO(layer) DO(layer_backward)
+  DO(mean) DO(mean_backward) DO(table_sums) DO(linear) DO(features) DO(layer) DO(layer_backward)
 #define SRCGCNN_CONV(name) const char* srcgcnn_cuda_##name(const srcgcnn::DeviceConv* given, void* stream);
 extern "C" {
 SRCGCNN_CONV_FUNCTIONS(SRCGCNN_CONV)

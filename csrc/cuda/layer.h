@@ -418,6 +418,13 @@ const char* srcgcnn_cuda_features(const DeviceConv* given, void* stream) {
   s.launch(features_of_rows, threads(given->n_rows * parts(given->F, 4)), 0, *given);
   return s.error;
 }
+const char* srcgcnn_cuda_table_sums(const DeviceConv* given, void* stream) {
+  Sequence s{{reinterpret_cast<char*>(given->out)}, stream};  // takes no space
+  const int64_t rows = given->n_edges, blocks = parts(given->F, 32) * table_slices(rows) * given->programs;
+  s.launch(table_sums, blocks, 4 * table_share(rows) * 32 * sizeof(float), *given);
+  s.add(given->programs, {{given->out_x, rows * given->F, nullptr, given->out}});
+  return s.error;
+}
 const char* srcgcnn_cuda_mean(const DeviceConv* given, void* stream) {
   Sequence s{{reinterpret_cast<char*>(given->out)}, stream};  // takes no space
   s.launch(crystal_mean, given->n_rows, 128 * sizeof(float), *given);

@@ -544,4 +544,57 @@ __global__ void __launch_bounds__(128) crystal_mean_backward(const DeviceConv g)
   }
 }
 
+constexpr int kMostTable = 128;  // rows of a table whose sums a block has in shared memory, for 32 channels and each of 4 warps
+// Blocks that have each a share of a table of n rows, and the rows that these are.
+SRCGCNN_HOST_DEVICE int64_t table_slices(int64_t n) { return (n + kMostTable - 1) / kMostTable; }
+SRCGCNN_HOST_DEVICE int64_t table_share(int64_t n) { return (n + table_slices(n) - 1) / (n ? table_slices(n) : 1); }
+
+// out_x (programs, U, F): of each of U = n_edges rows of a table the sum of the rows of grad (N, F) that `other` says are of it.
+// A warp takes rows one after the other, a lane a channel; rows of one kind that follow one another are added in a register.
+__global__ void __launch_bounds__(128) table_sums(const DeviceConv g) {
+  constexpr int ahead = 8;
+  SRCGCNN_SHARED(shared);
+  const int chunks = int((g.F + 31) / 32), slices = int(table_slices(g.n_edges)), size = int(table_share(g.n_edges));
+  const int channel = int(blockIdx.x) % chunks * 32 + lane_of(), first_kind = int(blockIdx.x) / chunks % slices * size;
+  const int64_t program = int(blockIdx.x) / chunks / slices, shares = 4 * g.programs, share = program * 4 + warp_of();
+  const int64_t begin = share * g.n_rows / shares, end = (share + 1) * g.n_rows / shares;
+  float* table = shared + warp_of() * size * 32 + lane_of();
+  for (int u = 0; u < size; ++u) table[32 * u] = 0.0f;
+  int kind = -1;
+  float sum = 0.0f;
+  const auto put = [&] {
+    if (unsigned(kind - first_kind) < unsigned(size) && kind >= 0) table[32 * (kind - first_kind)] += sum;
+  };
+#pragma unroll 1
+  for (int64_t from = begin; from < end; from += 32) {
+    const int own = from + lane_of() < end ? g.other[from + lane_of()] : -1, count = end - from < 32 ? int(end - from) : 32;
+    const float* x = g.grad + from * g.F + channel;
+#pragma unroll 1
+    for (int k = 0; k < count; k += ahead) {
+      float value[ahead];
+#pragma unroll
+      for (int t = 0; t < ahead; ++t) value[t] = k + t < count && channel < g.F ? x[(k + t) * g.F] : 0.0f;
+#pragma unroll
+      for (int t = 0; t < ahead; ++t) {
+        const int next = __shfl_sync(kAllLanes, own, k + t);
+        if (next != kind) {
+          put();
+          kind = next;
+          sum = 0.0f;
+        }
+        sum += value[t];
+      }
+    }
+  }
+  put();
+  __syncthreads();
+  if (channel >= g.F) return;
+  for (int u = warp_of(); u < size && first_kind + u < g.n_edges; u += 4) {
+    const float* of_warps = shared + 32 * u + lane_of();
+    float all = of_warps[0];
+    for (int warp = 1; warp < 4; ++warp) all += of_warps[warp * size * 32];
+    g.out_x[(program * g.n_edges + first_kind + u) * g.F + channel] = all;
+  }
+}
+
 }  // namespace srcgcnn

@@ -254,6 +254,24 @@ def features(h: Tensor, species: Tensor | None, messages: Messages, steps: int) 
     return out
 
 
+def lookup(table: Tensor, species: Tensor) -> Tensor:
+    """(N, F): of a table (U, F) the row that ``species`` (N,) names; NaN where it has no such row."""
+    out = table.new_empty(len(species), table.shape[1])
+    _call("features", {"n_rows": len(out), "n_edges": len(table), "F": table.shape[1]}, h=table, other=species, out=out)
+    return out
+
+
+def sum_by_species(x: Tensor, species: Tensor, count: int) -> Tensor:
+    """As ``triton.sum_by_species``; ``species`` beyond the table have no part in it."""
+    (n, width), programs = x.shape, _programs(len(x))
+    if n == 0:
+        return x.new_zeros(count, width)
+    out, parts = x.new_empty(count, width), x.new_empty(programs, count, width)
+    sizes = {"n_rows": n, "n_edges": count, "F": width, "programs": programs}
+    _call("table_sums", sizes, grad=x, other=species, out=out, out_x=parts)
+    return out
+
+
 def crystal_mean(h: Tensor, row_weight: Tensor, crystal_ptr: Tensor) -> Tensor:
     """(N, F) -> (B, F): the weighted mean over the rows of each crystal; 0 where it has none."""
     n, width, device = *h.shape, h.device

@@ -261,10 +261,14 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, table: Tensor, species: Tensor) -> Tensor:
         ctx.species, ctx.count = species, table.shape[0]
-        return table.index_select(0, species)
+        indices = species.dtype == torch.int32 and species.is_contiguous() and species.device == table.device
+        ctx.compiled = indices and table.is_contiguous() and registry.trains_compiled(table)
+        return cuda_conv.lookup(table, species) if ctx.compiled else table.index_select(0, species)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if ctx.compiled and not torch.is_grad_enabled():
+            return cuda_conv.sum_by_species(grad.contiguous(), ctx.species, ctx.count), None
         return triton.sum_by_species(grad, ctx.species, ctx.count), None
 
 
@@ -385,7 +389,7 @@ class _DeviceConvolutions(torch.autograd.Function):
                     d = cuda_conv.edge_gradient(dy, layers[t], statistics[1], ctx.graph)
                     d_edge = d if d_edge is None else d_edge + d
         if ctx.species is not None and ctx.needs_input_grad[6]:
-            grad = triton.sum_by_species(grad, ctx.species, len(h))
+            grad = cuda_conv.sum_by_species(grad, ctx.species, len(h))
         wanted = ctx.needs_input_grad[8:]
         gradients = [g if want else None for g, want in zip(gradients, wanted, strict=True)]
         return (*none, grad, d_edge, *gradients)

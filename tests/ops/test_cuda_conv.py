@@ -523,6 +523,38 @@ def test_means_of_crystals(pretend_gpu, width):
     assert functional.crystal_mean(h, batch).isnan().any(1).tolist() == [False, True, True, False, False]
 
 
+@pytest.mark.parametrize(("count", "width"), [(5, 20), (119, 64), (300, 33)])
+def test_rows_of_a_table(training_library, pretend_gpu, monkeypatch, count, width):
+    """And their gradient, in bits that repeat, and its own; a number beyond the table gives NaN, and is in no sum."""
+    g, n = torch.Generator().manual_seed(0), 700
+    species = torch.randint(count, (n,), generator=g, dtype=torch.int32)
+    species[100:400] = species[100:400].sort()[0]  # as in crystals, where atoms of one kind often come together
+    table, upstream = torch.rand(count, width, generator=g).requires_grad_(), torch.rand(n, width, generator=g)
+    rows = fused.lookup(table, species)
+    assert torch.equal(rows, table[species.long()])
+    (gradient,) = torch.autograd.grad(rows, table, upstream.requires_grad_(), create_graph=True)
+    (again,) = torch.autograd.grad(gradient, upstream, table.detach())
+    assert torch.equal(again, rows)
+    monkeypatch.setattr(triton, "sum_by_species", None)
+    first = []
+    for gpu in ((132, 228 << 10), (3, 100 << 10, True)):
+        training_library.gpu(*gpu)
+        first.append(torch.autograd.grad(fused.lookup(table, species), table, upstream.detach())[0])
+    truth = torch.zeros(count, width).double().index_add_(0, species.long(), upstream.detach().double())
+    assert torch.equal(*first) and relative(first[0], truth) < 1e-7
+    bad = torch.tensor([3, 50, n - 1])
+    species[bad] = torch.tensor([-1, count, 2**31 - 1], dtype=torch.int32)
+    rows = fused.lookup(table, species)
+    assert rows.isnan().any(1).nonzero().flatten().tolist() == bad.tolist()
+    upstream = upstream.detach().clone()
+    upstream[bad] = math.nan
+    found = torch.autograd.grad(rows, table, upstream)[0]
+    good = torch.ones(n, dtype=torch.bool)
+    good[bad] = False
+    truth = torch.zeros(count, width).double().index_add_(0, species[good].long(), upstream[good].double())
+    assert relative(found, truth) < 1e-7
+
+
 def test_statistics_of_several_processes(monkeypatch):
     """Synchronised batch norm calls the operators with statistics that it forms itself; here with one process."""
     split = library_of_operators._split
