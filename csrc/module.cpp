@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <exception>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <vector>
 
@@ -254,6 +255,49 @@ int64_t check_species(uintptr_t species_, int64_t n_rows, int64_t n_table) {
   return -1;
 }
 
+// Rows, edges and atoms of some graphs together, from where each graph of their store begins in its arrays.
+std::tuple<int64_t, int64_t, int64_t> graph_sizes(const Addresses& firsts, uintptr_t crystals, int64_t n_crystals) {
+  int64_t sums[3] = {};
+  for (int k = 0; k < 3; ++k) {
+    const auto* first = address<int64_t>(firsts.at(k));
+    for (int64_t c = 0; c < n_crystals; ++c) {
+      const int64_t i = address<int64_t>(crystals)[c];
+      sums[k] += first[i + 1] - first[i];
+    }
+  }
+  return {sums[0], sums[1], sums[2]};
+}
+
+// Graphs of a store joined by a thread of its own, which never takes Python's lock. Addresses are in the order of the
+// fields of Joined and Stored; `owners` keep the arrays.
+class Packing {
+ public:
+  Packing(const Addresses& out, const Addresses& a, uintptr_t crystals, int64_t n_crystals, nb::object owners)
+      : joined_{address<int32_t>(out.at(0)), address<float>(out.at(1)),   address<int32_t>(out.at(2)),
+                address<int32_t>(out.at(3)), address<int32_t>(out.at(4)), address<float>(out.at(5)),
+                address<int32_t>(out.at(6))},
+        store_{address<int64_t>(a.at(0)), address<int64_t>(a.at(1)), address<int64_t>(a.at(2)),
+               address<uint8_t>(a.at(3)), address<float>(a.at(4)),   address<int32_t>(a.at(5)),
+               address<int32_t>(a.at(6)), address<float>(a.at(7)),   address<int32_t>(a.at(8))},
+        crystals_(address<int64_t>(crystals)),
+        n_crystals_(n_crystals),
+        owners_(std::move(owners)) {}
+  ~Packing() { wait(); }
+  void run() { chosen->f32.pack(joined_, store_, crystals_, n_crystals_); }
+  void start() { thread_ = std::thread([this] { run(); }); }
+  void wait() {
+    if (thread_.joinable()) thread_.join();
+  }
+
+ private:
+  Joined joined_;
+  Stored store_;
+  const int64_t* crystals_;
+  int64_t n_crystals_;
+  nb::object owners_;
+  std::thread thread_;
+};
+
 }  // namespace
 
 NB_MODULE(_core, m) {
@@ -263,6 +307,12 @@ NB_MODULE(_core, m) {
   m.def("check_graph", &check_graph);
   m.def("check_crystals", &check_crystals);
   m.def("check_species", &check_species);
+  m.def("graph_sizes", &graph_sizes);
+  nb::class_<Packing>(m, "Packing")
+      .def(nb::init<const Addresses&, const Addresses&, uintptr_t, int64_t, nb::object>())
+      .def("run", &Packing::run, nb::call_guard<nb::gil_scoped_release>())
+      .def("start", &Packing::start)
+      .def("wait", &Packing::wait, nb::call_guard<nb::gil_scoped_release>());
   m.def("simd_level", [] { return std::string(chosen->name); });
   m.def("simd_levels", [] {
     std::vector<std::string> names;

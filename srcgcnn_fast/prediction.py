@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from .graph import CrystalGraph, GraphBatch, GraphParameters
+    from .graph.packing import Packing
     from .nn import CGCNN, SRCGCNN
 
 Predictor = Callable[[GraphBatch], torch.Tensor]
@@ -35,6 +37,8 @@ _CHUNK = 1024
 """Crystals read and turned into graphs at a time: what bounds the memory of a long input."""
 _PREPARED = 16
 """So many times as many, where the graphs are there: a GPU takes a thousand in less time than their names."""
+_AHEAD = 4
+"""Batches of a store that threads put together while a GPU has the one before."""
 
 
 def predict(
@@ -137,7 +141,7 @@ def run_over(
     own = model.metadata.graph
     parameters = replace(own, isolated=isolated or own.isolated, disorder=disorder or own.disorder)
     is_captured = isinstance(function, CapturedModel)  # which takes batches on the CPU itself
-    call = function if is_captured else _moving(function, model.embedding.weight.device)
+    device = torch.device("cpu") if is_captured else model.embedding.weight.device
     ids: list[str] = []
     errors: list[str | None] = []
     values: list[np.ndarray] = []
@@ -146,8 +150,9 @@ def run_over(
         each.eval()
     try:
         if (store := _as_store(inputs)) is not None:
-            chunks = _of_store(model, call, store, parameters, batch_atoms, progress)
+            chunks = _of_store(model, function, store, parameters, batch_atoms, progress, device)
         else:
+            call = function if is_captured else _moving(function, device)
             read = read_inputs(inputs, targets=(), timeout=timeout, disorder=parameters.disorder)
             records = _chunks(_counted(read, progress))
             chunks = (_run_over_chunk(model, chunk, width, call, parameters, batch_atoms) for chunk in records)
@@ -209,7 +214,9 @@ def _run_over_chunk(
     names = [record.id for record in records]
     dtype = _distance_dtype(model)
     graphs, errors = _graphs(model, records, parameters, np.float64 if dtype == torch.float64 else np.float32)
-    places = list(_batches({i: graph.n_rows for i, graph in graphs.items()}, batch_atoms))
+    good = list(graphs)
+    cuts = _cuts(np.array([graph.n_rows for graph in graphs.values()], dtype=np.int64), batch_atoms)
+    places = [good[begin:stop] for begin, stop in cuts]
     batches = (collate([graphs[i] for i in place], dtype) for place in places)
     values = np.full((len(records), width), np.nan)
     for place, found in zip(places, _run(call, batches), strict=True):
@@ -226,35 +233,86 @@ def _as_store(inputs: Any) -> GraphStore | None:
 
 def _of_store(
     model: Any,
-    call: Predictor,
+    function: Predictor,
     store: GraphStore,
     parameters: GraphParameters,
     batch_atoms: int,
     progress: Callable[[int], None] | None,
+    device: torch.device,
 ) -> Iterator[Chunk]:
-    """Chunks of a store's crystals; only what was prepared as the model wants it."""
+    """Chunks of a store's crystals; only what was prepared as the model wants it. Batches are on ``device``."""
     if replace(store.parameters, isolated=parameters.isolated) != parameters:
         raise InputError(
             f"The store was prepared with {store.parameters}, and the model wants {parameters}; prepare it alike, or "
             "predict from the structures."
         )
-    has_vector = model.element_table.any(dim=1).cpu()
-    dtype, many = _distance_dtype(model), _PREPARED * _CHUNK
-    for first in range(0, len(store), many):
-        chosen = range(first, min(first + many, len(store)))
-        places = list(_batches({i: int(store.row_counts[i]) for i in chosen}, batch_atoms))
-        names, errors = store.ids[first : first + many], _nothing(len(chosen))
-        for place, batch in zip(places, given := [store.batch(np.array(place)) for place in places], strict=True):
-            for row in torch.nonzero(~has_vector[batch.numbers.long()])[:, 0].tolist():
-                crystal = place[int(batch.atom_crystal[row])] - first
-                errors[crystal] = _without_vector(names[crystal], int(batch.numbers[row]))
-        batches = (batch if dtype == torch.float32 else batch.to(dtype=dtype) for batch in given)
-        values = np.concatenate(list(_run(call, batches)))
-        values[[error is not None for error in errors]] = np.nan
-        _mark(values, [i for i, error in enumerate(errors) if error is None], names, errors)
-        if progress is not None:
-            progress(chosen.stop)
-        yield names, values, errors
+    lacks_vector = ~model.element_table.any(dim=1).cpu().numpy()
+    many = _PREPARED * _CHUNK
+    chunks = [(first, min(first + many, len(store))) for first in range(0, len(store), many)]
+    cuts = [list(_cuts(store.row_counts[first:stop], batch_atoms)) for first, stop in chunks]
+    every = [(first + a, first + b) for (first, _), some in zip(chunks, cuts, strict=True) for a, b in some]
+    batches = _store_batches(store, every, device, _distance_dtype(model), _AHEAD if device.type == "cuda" else 0)
+    begun: _Begun | None = None
+    for (first, stop), some in zip(chunks, cuts, strict=True):
+        outputs = []
+        for batch in islice(batches, len(some)):
+            with torch.inference_mode():  # on a GPU it is on its way while the next batch is put together
+                outputs.append(function(batch))
+        numbers, begins = store.elements(first, stop)
+        rows = np.flatnonzero(lacks_vector[numbers])
+        crystals = np.searchsorted(begins, rows, side="right") - 1
+        if begun is not None:  # which the GPU has done by now
+            yield _finished(store, begun, progress)
+        lacking = dict(zip(crystals.tolist(), numbers[rows].tolist(), strict=True))
+        begun = _Begun(first, stop, outputs, lacking)
+    if begun is not None:
+        yield _finished(store, begun, progress)
+
+
+def _store_batches(
+    store: GraphStore, cuts: Iterable[tuple[int, int]], device: torch.device, dtype: torch.dtype, ahead: int
+) -> Iterator[GraphBatch]:
+    """The crystals between each two numbers, on ``device``; threads put so many together ``ahead`` of the consumer."""
+    begun: deque[tuple[np.ndarray, Packing | None]] = deque()
+
+    def finished() -> GraphBatch:
+        indices, packing = begun.popleft()
+        batch = packing.on(device)[0] if packing is not None else store.batch(indices).to(device)
+        return batch if dtype == torch.float32 else batch.to(dtype=dtype)
+
+    for cut in cuts:
+        indices = np.arange(*cut)
+        packing = store.packing(indices, np.zeros(0, np.float32), pin=device.type == "cuda") if ahead else None
+        begun.append((indices, packing))
+        if len(begun) > ahead:
+            yield finished()
+    while begun:
+        yield finished()
+
+
+class _Begun(NamedTuple):
+    """A chunk of a store's crystals on its way through the model."""
+
+    first: int
+    stop: int
+    outputs: list[torch.Tensor]
+    lacking: dict[int, int]
+    """Crystals of the chunk with an element that the model does not know."""
+
+
+def _finished(store: GraphStore, begun: _Begun, progress: Callable[[int], None] | None) -> Chunk:
+    count = begun.stop - begun.first
+    names, errors = store.ids[begun.first : begun.stop], _nothing(count)
+    with torch.inference_mode():
+        values = torch.cat(begun.outputs).double().cpu().numpy()
+    is_good = np.ones(count, dtype=bool)
+    for crystal, number in begun.lacking.items():
+        errors[crystal] = _without_vector(names[crystal], number)
+        values[crystal], is_good[crystal] = np.nan, False
+    _mark(values, np.flatnonzero(is_good), names, errors)
+    if progress is not None:
+        progress(begun.stop)
+    return names, values, errors
 
 
 def _nothing(count: int) -> list[str | None]:
@@ -280,9 +338,9 @@ def _distance_dtype(model: Any) -> torch.dtype:
     return torch.float64 if model.embedding.weight.dtype == torch.float64 else torch.float32
 
 
-def _mark(values: np.ndarray, places: Iterable[int], names: Sequence[str], errors: list[str | None]) -> None:
-    """Turn the rows of ``places`` that are not finite into errors."""
-    at = np.fromiter(places, dtype=np.int64)
+def _mark(values: np.ndarray, places: Any, names: Sequence[str], errors: list[str | None]) -> None:
+    """Turn the rows of ``places``, a sequence of indices, that are not finite into errors."""
+    at = np.asarray(places, dtype=np.int64)
     for i in at[~np.isfinite(values[at]).all(axis=1)].tolist():
         values[i] = np.nan
         errors[i] = f"{names[i]}: the model's output is not finite; check its weights and the structure."
@@ -324,15 +382,12 @@ def _without_vector(name: str, number: int) -> str:
     return f"{name} has {ELEMENT_SYMBOLS[number]}, which the model's element table lacks; leave it out."
 
 
-def _batches(row_counts: Mapping[int, int], batch_atoms: int) -> Iterator[list[int]]:
-    """Positions in order, cut where a batch would exceed ``batch_atoms`` rows."""
-    batch: list[int] = []
-    rows = 0
-    for i, n_rows in row_counts.items():
-        if batch and rows + n_rows > batch_atoms:
-            yield batch
-            batch, rows = [], 0
-        batch.append(i)
-        rows += n_rows
-    if batch:
-        yield batch
+def _cuts(row_counts: np.ndarray, batch_atoms: int) -> Iterator[tuple[int, int]]:
+    """First and behind the last of the crystals of each batch, cut where it would exceed ``batch_atoms`` rows."""
+    ends = np.cumsum(row_counts)
+    first = 0
+    while first < len(ends):
+        most = batch_atoms + (int(ends[first - 1]) if first else 0)
+        stop = max(first + 1, int(np.searchsorted(ends, most, side="right")))
+        yield first, stop
+        first = stop

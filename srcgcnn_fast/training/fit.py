@@ -12,7 +12,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import PassThroughProfiler
 
 from ..errors import InputError, require
 from ..files import atomic_path, sweep
@@ -115,6 +116,7 @@ def fit(
             enable_progress_bar=progress,
             enable_model_summary=False,
             num_sanity_val_steps=0,
+            profiler=_NoProfiler(),
             default_root_dir=directory,
         )
         with _ctrl_c():
@@ -212,6 +214,16 @@ def _logger(choice: Logger | str | None, directory: Path) -> Logger | bool:
         run_id = f"{directory.name}-{zlib.crc32(place.encode()):08x}"
         return WandbLogger(name=directory.name, id=run_id, save_dir=directory, project="srcgcnn_fast", resume="allow")
     raise InputError(f"The logger {choice!r} is unknown; use 'tensorboard', 'wandb' or a Lightning logger.")
+
+
+class _NoProfiler(PassThroughProfiler):
+    """Lightning's, which opens and closes a generator around each of some thirty parts of a step."""
+
+    def profile(self, action_name: str) -> Any:
+        return _NOTHING
+
+
+_NOTHING = nullcontext()
 
 
 @contextmanager
