@@ -134,7 +134,7 @@ def train(arguments: argparse.Namespace) -> None:
         )
 
     options: dict[str, Any] = {"seed": arguments.seed, "resume": arguments.resume, "progress": True}
-    options |= {"accelerator": arguments.accelerator, "precision": arguments.precision}
+    options |= {name: getattr(arguments, name) for name in ("accelerator", "precision", "captured")}
     options["logger"] = "tensorboard" if arguments.tensorboard else arguments.logger
     build, recipe = partial(_build, arguments, init), _recipe(arguments)
     if arguments.folds:
@@ -717,6 +717,7 @@ def _add_train_options(parser: Any) -> None:
     add("--folds", metavar="K", help=help)
     help = "train an ensemble of N models; predict then gives mean and standard deviation"
     add("--members", metavar="N", type=int, default=1, help=help)
+    add("--captured", action="store_true", help="on a GPU: CUDA graphs of a step, for small batches")
     add("--length-buckets", action="store_true", help="training batches of crystals of similar size")
     add("--workers", metavar="N", type=int, default=0, help="processes that assemble batches")
     add("--tensorboard", action="store_true", help="log for TensorBoard, too")

@@ -58,6 +58,7 @@ def fit(
     resume: bool = False,
     accelerator: str = "auto",
     precision: str = "float32",
+    captured: bool = False,
     logger: Logger | str | None = None,
     callbacks: Sequence[pl.Callback] = (),
     progress: bool = False,
@@ -79,20 +80,24 @@ def fit(
         seed: of dropout and workers (the data module has its own for split and order).
         accelerator: "cpu", "gpu", or "auto" for what Lightning finds.
         precision: of a GPU's arithmetic, as :func:`srcgcnn_fast.use_precision` names it.
+        captured: on a GPU, replay CUDA graphs of a step (:class:`srcgcnn_fast.CapturedTraining`), which pays where
+            batches are small; sums have another order. One process, the compiled kernels.
         logger: a Lightning logger, "tensorboard" for event files in ``run_dir``, or "wandb" for Weights & Biases;
             ``metrics.csv`` comes anyway.
         progress: show a bar.
 
     Raises:
-        InputError: ``run_dir`` holds another run, there is nothing to resume, no GPU to train on, or the loss is no
-            longer finite.
+        InputError: ``run_dir`` holds another run, there is nothing to resume, no GPU to train on, ``captured`` is not
+            possible, or the loss is no longer finite.
     """
     if accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         raise InputError("PyTorch finds no GPU here; train with accelerator 'cpu' or 'auto' (srcgcnn-fast doctor).")
+    if captured and (accelerator == "cpu" or not torch.cuda.is_available()):
+        raise InputError("Captured training needs a CUDA GPU; leave captured out.")
     distributed.join()
     recipe = recipe or Recipe()
     directory = Path(run_dir)
-    module = TrainingModule(model, data, recipe, seed)
+    module = TrainingModule(model, data, recipe, seed, captured=captured)
     monitor = _monitor(module, data)
     record = _record(module, data) | {"precision": precision}
     checkpoint = distributed.on_rank_zero(_claim, directory, record, resume)

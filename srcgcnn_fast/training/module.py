@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..capture import CapturedTraining
 from ..errors import InputError
 from ..graph.elements import MIXES_BUILT_IN, element_features
 from ..nn import CGCNN, SRCGCNN, ModelMetadata
@@ -110,6 +111,7 @@ class TrainingModule(pl.LightningModule):
         data: what it will be trained on; its training targets alone set the normaliser.
         recipe: optimiser, schedule and epochs.
         seed: of the dropout, epoch by epoch.
+        captured: by CUDA graphs (:class:`srcgcnn_fast.CapturedTraining`).
 
     Raises:
         InputError: the number of targets is not the model's, a classifier's target is not 0 or 1, no training
@@ -121,8 +123,12 @@ class TrainingModule(pl.LightningModule):
     target_std: Tensor
     class_weight: Tensor | None
 
-    def __init__(self, model: CGCNN | SRCGCNN, data: GraphDataModule, recipe: Recipe, seed: int = 0) -> None:
+    def __init__(
+        self, model: CGCNN | SRCGCNN, data: GraphDataModule, recipe: Recipe, seed: int = 0, *, captured: bool = False
+    ) -> None:
         super().__init__()
+        self.captured = captured
+        self._captured: CapturedTraining | None = None
         self.model = model
         self.recipe = recipe
         self.seed = seed
@@ -210,6 +216,8 @@ class TrainingModule(pl.LightningModule):
         return graphs.to(device, non_blocking=True), target.to(device, non_blocking=True), index
 
     def on_train_start(self) -> None:
+        if self.captured:
+            self._captured = CapturedTraining(self.model)
         for loader in (self.trainer.train_dataloader, self.trainer.val_dataloaders):
             if isinstance(loader, Batches):
                 loader.device = self.device
@@ -225,7 +233,7 @@ class TrainingModule(pl.LightningModule):
             rank, world_size = place(self.trainer)
             torch.manual_seed((self.seed * 1_000_003 + self.current_epoch) * world_size + rank)
         graphs, target, _ = batch
-        loss = self.loss(self.model(graphs), target)
+        loss = self.loss((self._captured or self.model)(graphs), target)
         self._losses.add(loss, len(target))
         return self._share(loss, target)
 

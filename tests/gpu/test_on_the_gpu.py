@@ -756,6 +756,21 @@ def test_training_from_a_store(tmp_path, workers, precision):
 
 
 @cuda_only
+def test_training_by_captured_steps(tmp_path):
+    from srcgcnn_fast.training import GraphDataModule, Recipe, fit
+
+    rng, losses = np.random.default_rng(1), []
+    store = GraphStore.from_graphs(graphs_of(160), targets={"y": rng.normal(size=160)})
+    for captured in (False, True):
+        torch.manual_seed(0)
+        data = GraphDataModule(store, "y", batch_size=16)
+        recipe = Recipe(epochs=3, ema=0.9, gradient_clip=1.0)
+        result = fit(sf.SRCGCNN(), data, tmp_path / str(captured), recipe, accelerator="gpu", captured=captured)
+        losses.append([[row["train_loss"], row["val_mae"]] for row in result.history])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-3)
+
+
+@cuda_only
 def test_batches_come_whole_from_the_side_stream():
     """While the device is busy, and with the memory of earlier batches used again."""
     from srcgcnn_fast.training import GraphDataModule

@@ -226,6 +226,24 @@ def test_steps_are_those_of_a_plain_loop(alloys, tmp_path):
     assert result.history[0]["train_loss"] == float(f"{float(total) / len(data.parts['train'].indices):.7g}")
 
 
+def test_captured_steps_take_the_place_of_the_model_in_training_alone(alloys, monkeypatch):
+    """What replays CUDA graphs, which needs a GPU, is a recorder here; tests/gpu has it."""
+    calls, weights = [], []
+    monkeypatch.setattr(
+        "srcgcnn_fast.training.module.CapturedTraining", lambda model: lambda x: calls.append(x) or model(x)
+    )
+    for captured in (False, True):
+        data = GraphDataModule(alloys, "energy", batch_size=33)
+        torch.manual_seed(3)
+        module = TrainingModule(SRCGCNN(atom_fea_len=8), data, Recipe(epochs=2), captured=captured)
+        options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        pl.Trainer(max_epochs=2, accelerator="cpu", enable_model_summary=False, **options).fit(module, data)
+        weights.append(module.model.state_dict())
+    assert len(calls) == 2 * len(data.loader("train", shuffle=True))
+    assert list(weights[0]) == list(weights[1])
+    assert all(torch.equal(x, weights[1][name]) for name, x in weights[0].items())
+
+
 def test_losses_of_many_steps_add_up_one_by_one():
     losses = torch.rand(2500, generator=torch.Generator().manual_seed(0))
     found, expected = _Losses(), torch.zeros(())
@@ -339,6 +357,8 @@ def test_bad_requests_are_sentences(alloys, tmp_path):
         Recipe(class_weights=(1.0, -1.0))
     with pytest.raises(InputError, match="for a classifier"):
         TrainingModule(SRCGCNN(), GraphDataModule(alloys, "energy"), Recipe(class_weights="balanced"))
+    with pytest.raises(InputError, match="needs a CUDA GPU; leave captured out"):
+        fit(SRCGCNN(), GraphDataModule(alloys, "energy"), tmp_path / "run", accelerator="cpu", captured=True)
 
 
 def test_a_run_leaves_the_process_as_it_was(alloys, tmp_path, monkeypatch):
