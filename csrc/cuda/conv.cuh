@@ -954,6 +954,47 @@ SRCGCNN_DEVICE void add_rows(float* shared, float (&sums)[kNumbers][4], Done don
   }
 }
 
+constexpr int kSamples = 64;  // rows whose mean is what all others are taken about
+static_assert(kSamples <= kThreads, "a thread a row");
+// Row k of these, one of each 64th of all rows, at a place that repeats in no crystal's order.
+SRCGCNN_DEVICE int sample_row(int k, int64_t n_rows) {
+  const int64_t samples = n_rows < kSamples ? n_rows : kSamples, from = k * n_rows / samples;
+  const uint64_t some = uint32_t(k) * 0x9e3779b1u, room = uint64_t((k + 1) * n_rows / samples - from);
+  return int(from + int64_t(some * room >> 32));
+}
+
+// The mean of x of some rows, weighted as all are, for four channels; found about the first of them, so that equal rows have
+// zeros left. weights (64), rows (64) and sums (4 times the threads) in shared memory.
+SRCGCNN_DEVICE Channels<4> sample_mean(const DeviceConv& g, int channel, bool by_four, float* weights, int* rows, float* sums) {
+  const int samples = g.n_rows < kSamples ? int(g.n_rows) : kSamples, k = int(threadIdx.x), share = k / 8;
+  if (k < samples) {
+    rows[k] = sample_row(k, g.n_rows);
+    weights[k] = g.row_weight[rows[k]];
+  }
+  __syncthreads();
+  const auto first = four_of(g.x + int64_t(rows[0]) * g.F, channel, g.F, by_four);
+  Channels<4> sum = {};
+#pragma unroll
+  for (int t = 0; t < kSamples; t += kThreads / 8) {
+    const int row = t + share < samples ? t + share : 0;
+    const float weight = t + share < samples ? weights[row] : 0.0f;
+    const auto x = four_of(g.x + int64_t(rows[row]) * g.F, channel, g.F, by_four);
+#pragma unroll
+    for (int v = 0; v < 4; ++v) sum.x[v] = fmaf(weight, x.x[v] - first.x[v], sum.x[v]);
+  }
+  store<4>(sums + 4 * k, sum);
+  __syncthreads();
+  float all = 0.0f;
+  sum = {};
+#pragma unroll 8
+  for (int t = 0; t < samples; ++t) all += weights[t];
+#pragma unroll 4
+  for (int t = 0; t < kThreads / 8; ++t) add_to(sum, load<4>(sums + 4 * (8 * t + k % 8)));
+#pragma unroll
+  for (int v = 0; v < 4; ++v) sum.x[v] = first.x[v] + (all > 0 ? sum.x[v] / all : 0.0f);
+  return sum;
+}
+
 __global__ void __launch_bounds__(kThreads) column_sums(const DeviceConv g) {
   constexpr int kAhead = 4;
   SRCGCNN_SHARED(shared);
@@ -961,24 +1002,22 @@ __global__ void __launch_bounds__(kThreads) column_sums(const DeviceConv g) {
   const int64_t program = blockIdx.x / chunks, apart = g.programs * kRowsAtOnce;
   const bool by_four = in_fours(g.F, g.x);
   Channels<4> centre = {};
-#pragma unroll
-  for (int v = 0; v < 4; ++v)
-    if (g.totals && channel + v < g.F) centre.x[v] = float(g.totals[channel + v] / g.totals[3 * g.F + channel + v]);
-  float sums[4][4] = {};
+  if (g.out_x) {
+    centre = sample_mean(g, channel, by_four, shared, reinterpret_cast<int*>(shared) + kSamples, shared + 2 * kSamples);
+    if (program == 0 && threadIdx.x < 8) store_four(g.out_x, channel, g.F, g.F % 4 == 0, centre);
+    __syncthreads();
+  }
+  float sums[3][4] = {};
 #pragma unroll 1
   for (int64_t first = first_row(program); first < g.n_rows; first += kAhead * apart) {
     Channels<4> x[kAhead];
-    float u[kAhead], degree[kAhead];
+    float u[kAhead];
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
       const int64_t row = first + k * apart;
       const bool there = row < g.n_rows;
       x[k] = there ? four_of(g.x + row * g.F, channel, g.F, by_four) : centre;
       u[k] = there ? g.row_weight[row] : 0.0f;
-      degree[k] = there && g.degree ? g.degree[row] : 0.0f;
-      if (!g.ptr || !there) continue;
-      const int64_t begin = g.ptr[row], end = g.ptr[row + 1];
-      u[k] *= begin < 0 || end < begin || end > g.n_edges ? NAN : float(end - begin);
     }
 #pragma unroll
     for (int k = 0; k < kAhead; ++k)
@@ -986,52 +1025,19 @@ __global__ void __launch_bounds__(kThreads) column_sums(const DeviceConv g) {
       for (int v = 0; v < 4; ++v) {
         const float y = x[k].x[v] - centre.x[v];
         sums[0][v] = fmaf(u[k], y, sums[0][v]);
-        sums[1][v] = fmaf(degree[k], y, sums[1][v]);
-        sums[2][v] = fmaf(u[k] * y, y, sums[2][v]);
-        sums[3][v] += u[k];
+        sums[1][v] = fmaf(u[k] * y, y, sums[1][v]);
+        sums[2][v] += u[k];
       }
   }
   add_rows(shared, sums, [&](int k, float sum) {
     const int64_t c = chunk + lane_of();
-    if (c < g.F) g.out[(program * 4 + k) * g.F + c] = sum;
+    if (c < g.F) g.out[(program * 3 + k) * g.F + c] = sum;
   });
 }
 
 // A running statistic towards that of a batch, as torch.lerp rounds it.
 SRCGCNN_DEVICE void move(float& running, float to, float by) {
   running = by < 0.5f ? fmaf(by, to - running, running) : to - (to - running) * (1 - by);
-}
-
-SRCGCNN_DEVICE float rstd_of(const DeviceConv& g, int64_t n) { return float(1 / sqrt(double(g.var1[n]) + g.eps)); }
-
-__global__ void __launch_bounds__(kThreads) scale_weights(const DeviceConv g) {
-  const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x, threads = int64_t(gridDim.x) * kThreads;
-  const int64_t F = g.F, W = g.width, K = g.n_features, all = g.all, columns = 2 * all + K, steps = (K + 7) / 8;
-  for (int64_t x = thread; g.out && x < 4 * W * all; x += threads) {  // rows: p filter, p core, q filter, q core
-    const int64_t row = x / all, c = row % W, half = row / W % 2, n = half * all + c;
-    g.out[x] = c < F ? g.weight[n * columns + row / (2 * W) * all + x % all] * rstd_of(g, n) : 0.0f;
-  }
-  for (int64_t x = thread; x < 4 * W; x += threads) {
-    const int64_t c = x % W, n = x / W * all + c;
-    const bool there = c < F && x < 2 * W;
-    g.out_x[x] = there ? ((g.bias ? g.bias[n] : 0.0f) - g.mean1[n]) * rstd_of(g, n) : 0.0f;
-  }
-  for (int64_t x = thread; x < K * 2 * F; x += threads) {
-    const int64_t n = x / F % 2 * all + x % F;
-    g.out_edge[x] = g.weight[n * columns + 2 * all + x / (2 * F)] * rstd_of(g, n);
-  }
-  for (int64_t x = thread; x < W / kChunk * steps * 512; x += threads) {  // chunk, step, tile, lane, number: see Product
-    const int64_t number = x % 4, lane = x / 4 % 32, tile = x / 128 % 4;
-    const int64_t c = x / 512 / steps * kChunk + lane / 4 * 4 + tile, n = number % 2 * all + c;
-    const int64_t k = x / 512 % steps * 8 + lane % 4 + number / 2 * 4;
-    const float weight = c < F && k < K ? g.weight[n * columns + 2 * all + k] * rstd_of(g, n) : 0.0f;
-    float* at = g.out_filter + x / 128 * 256 + x % 128;
-    float high, low;
-    split(weight, high, low);
-    at[0] = weight == weight ? high : weight;
-    at[128] = low;
-  }
-  for (int64_t n = thread; n < 2 * F; n += threads) g.out_gamma[n] = rstd_of(g, n / F * all + n % F);
 }
 
 // A warp a row, a lane two Gaussians of 64.
@@ -1173,9 +1179,8 @@ __global__ void __launch_bounds__(kThreads) finish(const DeviceConv g) {
 #pragma unroll 1
   for (int v = 0; v < 4 && channel + v < g.F; ++v) {
     const int64_t c = channel + v;
-    const double count = g.totals[3 * g.F + c], rest = g.more_totals[c] / count;
-    const double mean = double(float(g.totals[c] / count)) + rest;  // as column_sums rounds it
-    double var = g.more_totals[2 * g.F + c] / count - rest * rest;
+    const double count = g.totals[2 * g.F + c], rest = g.totals[c] / count, mean = g.x[c] + rest;
+    double var = g.totals[g.F + c] / count - rest * rest;
     if (var < 0) var = 0;
     const Norm norm(g, c, mean, var);
 #pragma unroll

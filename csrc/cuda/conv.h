@@ -29,7 +29,7 @@ struct DeviceConv {
   const float* count;                    // () by which c1 and c2 are divided, or null
   const float *by_receiver, *by_sender;  // (N, K): sum_j e_ij, sum_i w_i e_ij
   float* product;                        // (F, P), P = 3F + 2K + 2: the Gram matrix of gram.cuh
-  const double *totals, *more_totals;    // (4, F): sums over the parts of column_sums
+  const double* totals;                  // (3, F): sums over the parts of column_sums
   const double *e_sum, *e_gram;          // (K), (K, K): sums of w e and w e^T e
   float* out;
   float *out_m, *out_x, *out_degree, *out_gamma, *out_filter, *out_edge;
@@ -63,16 +63,13 @@ struct DeviceConv {
 // edge_sum       out (N, K) = sum of e over the edges of a row; with row_weight, each times that of its other end, and
 //                out_degree (N) the sum of these
 // edge_gram      out (programs, K, K): sums of w e^T e
-// column_sums    out (programs, 4, F): sums of u x, v x, u x^2 and u over the rows of x (N, F), less totals[0] / totals[3]
-//                where those are given; u = row_weight, with ptr times the row's number of edges; v = degree, or 0
+// column_sums    out (programs, 3, F): sums of w x, w x^2 and w over the rows of x (N, F); with out_x (F), less the mean of 64
+//                rows, which goes there
 // neighbors      out_x (F) = c, the mean of h_i over the edges of 64 rows; out (N, F) = sum_j (h_j - c); out_m (1 for 32 rows, at
 //                most 1056): w degree of the rows of a block
-// scale_weights  with rstd = 1 / sqrt(var1 + eps): out (4W, F) and out_x (4W), the weights and the shift of pq; out_edge
-//                (K, 2F) = w_e rstd; out_filter, the same as `filter` has it; out_gamma (2F) = rstd
 // gate_sum       out_m (N, F) = m_i = sum_j sigmoid(y[:F]) softplus(y[F:]), y = gamma1 x + beta1; out (N, F) =
 //                softplus(h + bn2(m)); either may be null
-// finish         out = softplus(h + bn2(m)), out_m, out_x (F): mean and biased variance of m, from totals (of m) and
-//                more_totals (of m less their mean)
+// finish         out = softplus(h + bn2(m)), out_m, out_x (F): mean and biased variance of m, from totals (of m less x)
 // finish_backward  out (N, F) = du, the gradient at h + bn2(m), out_m (N, W) = scale du or null; out_x (programs, 4, F): sums
 //                of du, of du times m normalised, of w and of w times the row's edges
 // correct        out = a (grad - w (degree c1 + c2 x)): rows of `columns` numbers, `stride` apart;
@@ -85,7 +82,7 @@ struct DeviceConv {
 //
 // The others launch several kernels, in a space that srcgcnn_cuda_space asks for.
 //
-// edge_moments   degree = out_degree (N), out, out_x (N, K): edge_sum by sender, by receiver, by sender; out_sum (4, K): sums over
+// edge_moments   degree = out_degree (N), out, out_x (N, K): edge_sum by sender, by receiver, by sender; out_sum (3, K): sums over
 //                rows, of which the first is that of w e; out_gram (K, K)
 // transpose      out_receiver, out_number (E), out_col_ptr (N + 1): the edges by sender, from `order`, which sorts them, and
 //                `other`, their senders in this order
@@ -102,10 +99,10 @@ struct DeviceConv {
 // layer_backward d_h = out (N, F), which may take the place of grad, d_weight … d_beta2 from grad, h, m, the statistics used and
 //                product (null: made again);
 //                out_edge (E, 2F), or null: dy
-#define SRCGCNN_CONV_FUNCTIONS(DO)                                                                            \
-  DO(edge_sum) DO(edge_gram) DO(column_sums) DO(neighbors) DO(scale_weights) DO(gate_sum) DO(finish)          \
-  DO(finish_backward) DO(correct) DO(backward_receivers) DO(backward_senders) DO(edge_moments) DO(transpose)  \
-  DO(mean) DO(mean_backward) DO(table_sums) DO(linear) DO(features) DO(layer) DO(layer_backward)
+#define SRCGCNN_CONV_FUNCTIONS(DO)                                                                               \
+  DO(edge_sum) DO(edge_gram) DO(column_sums) DO(neighbors) DO(gate_sum) DO(finish) DO(finish_backward)           \
+  DO(correct) DO(backward_receivers) DO(backward_senders) DO(edge_moments) DO(transpose) DO(mean)                \
+  DO(mean_backward) DO(table_sums) DO(linear) DO(features) DO(layer) DO(layer_backward)
 #define SRCGCNN_CONV(name) const char* srcgcnn_cuda_##name(const srcgcnn::DeviceConv* given, void* stream);
 extern "C" {
 SRCGCNN_CONV_FUNCTIONS(SRCGCNN_CONV)

@@ -127,6 +127,10 @@ template <int V>
 SRCGCNN_DEVICE void store(float* p, const Channels<V>& v) {
   *reinterpret_cast<Channels<V>*>(p) = v;
 }
+SRCGCNN_DEVICE void add_to(Channels<4>& y, const Channels<4>& x) {
+#pragma unroll
+  for (int v = 0; v < 4; ++v) y.x[v] += x.x[v];
+}
 // Numbers at .. at + 3 of a row of n, zeros beyond it. by_four: they are an aligned vector, all there or none.
 SRCGCNN_DEVICE Channels<4> four_of(const float* row, int64_t at, int64_t n, bool by_four) {
   if (by_four) return at < n ? load<4>(row + at) : Channels<4>{};

@@ -7,8 +7,6 @@
 namespace srcgcnn {
 
 constexpr int kMostCounts = 1056;  // blocks of neighbors
-constexpr int kSamples = 64;       // rows whose mean is what all others are taken about
-static_assert(kSamples <= kThreads, "a thread a row");
 
 // The blocks of neighbors have about as many rows each, whose neighbours mostly are among them.
 SRCGCNN_HOST_DEVICE int64_t counts_of(int64_t n_rows) {
@@ -23,11 +21,11 @@ SRCGCNN_DEVICE float edges_of(const DeviceConv& g, int64_t row) {
 
 // The mean of h over the edges of some rows, of F numbers; found about the first of them, so that equal rows have zeros left.
 template <int V>
-SRCGCNN_DEVICE void sample_mean(const DeviceConv& g, float* centre, float* weights, float* sums) {
+SRCGCNN_DEVICE void sample_edges(const DeviceConv& g, float* centre, float* weights, float* sums) {
   const int samples = g.n_rows < kSamples ? int(g.n_rows) : kSamples;
   int* rows = reinterpret_cast<int*>(weights + kSamples);
   if (int k = int(threadIdx.x); k < samples) {
-    rows[k] = int(k * g.n_rows / samples);
+    rows[k] = sample_row(k, g.n_rows);
     weights[k] = edges_of(g, rows[k]);
   }
   __syncthreads();
@@ -38,7 +36,7 @@ SRCGCNN_DEVICE void sample_mean(const DeviceConv& g, float* centre, float* weigh
     const int unit = from + int(threadIdx.x) % (units < kThreads ? units : kThreads), share = int(threadIdx.x) / units;
     const bool there = unit < units && share < shares;
     const float* h = g.h + V * (there ? unit : 0);
-    const auto first = load<V>(h);
+    const auto first = load<V>(h + rows[0] * g.F);
     Channels<V> sum = {};
 #pragma unroll 8
     for (int k = there ? share : kSamples; k < samples; k += shares) {
@@ -121,9 +119,9 @@ __global__ void __launch_bounds__(kThreads, 8) neighbors(const DeviceConv g) {
   float *weights = shared, *sums = weights + 2 * kSamples, *centre = sums + 4 * kThreads;
   const bool by_four = in_fours(g.F, g.h);
   if (by_four)
-    sample_mean<4>(g, centre, weights, sums);
+    sample_edges<4>(g, centre, weights, sums);
   else
-    sample_mean<1>(g, centre, weights, sums);
+    sample_edges<1>(g, centre, weights, sums);
   const int64_t blocks = gridDim.x, begin = blockIdx.x * g.n_rows / blocks, end = (blockIdx.x + 1) * g.n_rows / blocks;
   if (blockIdx.x + 1 == blocks)
     for (int64_t c = threadIdx.x; c < g.F; c += kThreads) g.out_x[c] = centre[c];

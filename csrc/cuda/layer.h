@@ -52,7 +52,7 @@ struct Sequence {
       given.of[k++] = {sum.parts, sum.exact, sum.rounded, sum.n, n_parts};
       blocks += parts(sum.n, 32);
     }
-    launch(add_parts, blocks, 128 * sizeof(double), given);
+    launch(add_parts, blocks, kPartThreads * sizeof(double), given, kPartThreads);
   }
 };
 
@@ -113,20 +113,6 @@ void columns_times(Sequence& s, const DeviceConv& g, const float* a, int64_t lef
   s.add(g.programs, {{sums, left * right, nullptr, out}});
 }
 
-// Sums over the rows: see column_sums.
-double* totals_of(Sequence& s, const DeviceConv& g, const float* x, const double* about) {
-  DeviceConv q = g;
-  float* sums = s.space.take(g.programs * 4 * g.F);
-  auto* totals = s.space.take<double>(4 * g.F);
-  q.out = sums;
-  q.x = x;
-  q.totals = about;
-  q.ptr = nullptr;
-  s.run(srcgcnn_cuda_column_sums, q);
-  s.add(g.programs, {{sums, 4 * g.F, totals, nullptr}});
-  return totals;
-}
-
 // What the statistics of the edges follow from, besides the product: the mean that h was less, and the sum of w over edges.
 struct Gram {
   const float* centre;
@@ -179,20 +165,16 @@ Gram gram(Sequence& s, const DeviceConv& g) {
 const float* linear(Sequence& s, DeviceConv& g, bool back, const DeviceConv& to = {}) {
   const int64_t F = g.F, all = g.all, W = g.width, K = g.n_features, size = g.half ? 2 : 4;
   DeviceConv q = g;
-  q.eps = g.eps1;
   if (g.train1) q.bias = nullptr;
-  q.out = nullptr;
-  q.out_x = s.space.take(4 * W);
-  q.out_edge = to.out_edge ? to.out_edge : s.space.take(K * 2 * F);
-  q.out_filter = to.out_filter ? to.out_filter : s.space.take(W / kChunk * parts(K, 8) * 1024);
-  q.out_gamma = s.space.take(2 * F);
-  s.run(srcgcnn_cuda_scale_weights, q);
-  const float* shift = q.out_x;
-  g.filter = q.out_filter;
   q.out = s.space.take(ordered_size(all, 4 * W));
+  q.out_m = s.space.take(4 * W);
+  q.out_filter = to.out_filter ? to.out_filter : s.space.take(W / kChunk * parts(K, 8) * 1024);
   q.out_x = back ? s.space.take(ordered_size(4 * F, all)) : nullptr;
   q.out_edge = g.distance ? nullptr : s.space.take(ordered_size(K, 2 * W));
-  s.launch(order_weights, threads(ordered_size(all, 4 * W)), 0, q);
+  q.out_gamma = to.out_edge;
+  s.launch(order_weights, parts(ordered_numbers(q), 128), 0, q);
+  const float* shift = q.out_m;
+  g.filter = q.out_filter;
   char* pq = to.out ? reinterpret_cast<char*>(to.out) : s.space.take<char>(g.n_rows * 4 * W * size);
   rows_times(s, g, whole_rows(g.h, all), g.n_rows, all, q.out, 4 * W, shift, nullptr, pq, g.half);
   g.pq = pq;
@@ -221,15 +203,15 @@ void moments(Sequence& s, const DeviceConv& given) {
   q = g;
   q.out = products;
   s.run(srcgcnn_cuda_edge_gram, q);
-  float* sums = s.space.take(g.programs * 4 * K);
+  float* sums = s.space.take(g.programs * 3 * K);
   q = g;
   q.F = K;
   q.width = parts(K, kChunk) * kChunk;
   q.x = g.out;
-  q.ptr = nullptr;
   q.out = sums;
+  q.out_x = nullptr;
   s.run(srcgcnn_cuda_column_sums, q);
-  s.add(g.programs, {{products, K * K, g.out_gram, nullptr}, {sums, 4 * K, g.out_sum, nullptr}});
+  s.add(g.programs, {{products, K * K, g.out_gram, nullptr}, {sums, 3 * K, g.out_sum, nullptr}});
 }
 
 void only_linear(Sequence& s, const DeviceConv& given) {
@@ -259,12 +241,18 @@ void forward(Sequence& s, const DeviceConv& given) {
   if (g.train2) q.out = nullptr;
   s.run(srcgcnn_cuda_gate_sum, q);
   if (!g.train2) return;
-  const double* totals = totals_of(s, g, g.out_m, nullptr);
-  const double* more = totals_of(s, g, g.out_m, totals);
+  float *sums = s.space.take(g.programs * 3 * g.F), *centre = s.space.take(g.F);
+  auto* totals = s.space.take<double>(3 * g.F);
+  q = g;
+  q.x = g.out_m;
+  q.out = sums;
+  q.out_x = centre;
+  s.run(srcgcnn_cuda_column_sums, q);
+  s.add(g.programs, {{sums, 3 * g.F, totals, nullptr}});
   q = g;
   q.m = g.out_m;
+  q.x = centre;
   q.totals = totals;
-  q.more_totals = more;
   q.out_m = g.new_mean2;
   q.out_x = g.new_var2;
   s.run(srcgcnn_cuda_finish, q);
@@ -340,7 +328,7 @@ void backward_of_channels(Sequence& s, const DeviceConv& given, const float* of_
   q.x = of_rows;
   q.grad = d_filter;
   q.totals = totals;
-  s.launch(weight_gradient, 2 * F, 128 * sizeof(double), q);
+  s.launch(weight_gradient, 2 * F, kPartThreads * sizeof(double), q, kPartThreads);
 }
 
 // The products of all channels at once are 1 kB a row (F = 64), and so are their gradients: so in large batches chunks of

@@ -75,10 +75,6 @@ SRCGCNN_DEVICE void split_or_round(float x, bool relaxed, float& high, float& lo
   if (relaxed && x != x) high = x;
 }
 
-SRCGCNN_DEVICE void add_to(Channels<4>& y, const Channels<4>& x) {
-#pragma unroll
-  for (int v = 0; v < 4; ++v) y.x[v] += x.x[v];
-}
 SRCGCNN_DEVICE void store_one(float* p, float x) { *p = x; }
 SRCGCNN_DEVICE void store_one(Bfloat16* p, float x) { p->bits = uint16_t(device::to_bfloat16(x, 0.0f)); }
 
@@ -337,8 +333,11 @@ __global__ void __launch_bounds__(32 * kColumnWarps, kColumnBlocks) multiply_col
   });
 }
 
-// Warps take every fourth part; their sums are then added in order. A lane a number.
-__global__ void __launch_bounds__(128) add_parts(const __grid_constant__ PartSums g) {
+constexpr int kPartWarps = 16, kPartThreads = 32 * kPartWarps;
+
+// Warps take every 16th part, nine of them at a time; their sums are then added in order. A lane a number.
+__global__ void __launch_bounds__(kPartThreads) add_parts(const __grid_constant__ PartSums g) {
+  constexpr int ahead = 9;
   SRCGCNN_SHARED(shared);
   double* sums = reinterpret_cast<double*>(shared);
   int64_t block = blockIdx.x;
@@ -355,13 +354,20 @@ __global__ void __launch_bounds__(128) add_parts(const __grid_constant__ PartSum
   const int64_t at = block * 32 + lane_of();
   double sum = 0;
   if (at < s.n) {
-#pragma unroll 8
-    for (int64_t part = warp_of(); part < s.n_parts; part += 4) sum += s.parts[part * s.n + at];
+#pragma unroll 1
+    for (int64_t part = warp_of(); part < s.n_parts; part += ahead * kPartWarps) {
+      float x[ahead];
+#pragma unroll
+      for (int k = 0; k < ahead; ++k)
+        x[k] = part + k * kPartWarps < s.n_parts ? s.parts[(part + k * kPartWarps) * s.n + at] : 0.0f;
+#pragma unroll
+      for (int k = 0; k < ahead; ++k) sum += x[k];
+    }
   }
   sums[threadIdx.x] = sum;
   __syncthreads();
   if (warp_of() || at >= s.n) return;
-  for (int warp = 1; warp < 4; ++warp) sum += sums[32 * warp + lane_of()];
+  for (int warp = 1; warp < kPartWarps; ++warp) sum += sums[32 * warp + lane_of()];
   if (s.exact) s.exact[at] = sum;
   if (s.rounded) s.rounded[at] = float(sum);
 }
@@ -388,35 +394,75 @@ SRCGCNN_DEVICE float ordered(float x, bool low, bool relaxed) {
   return low ? rest : high;
 }
 
-
 SRCGCNN_DEVICE float rstd1_of(const DeviceConv& g, int64_t n) { return float(1 / sqrt(double(g.var1[n]) + g.eps1)); }
 
-// The weights as right sides of products: out, of h for pq; out_x, of the gradient at pq for that at h; out_edge, of given
-// features for term. The latter two may be null.
+// What x of an edge follows from, as the products read it: out, right side for pq; out_m (4W), its shift; out_filter, see
+// `filter`; and, or null: out_x, right side for the gradient at h from that at pq; out_edge, for term from given features;
+// out_gamma (K, 2F) = w_e / sqrt(var1 + eps1). One number a thread of all these.
 __global__ void __launch_bounds__(128) order_weights(const DeviceConv g) {
-  const int64_t thread = int64_t(blockIdx.x) * 128 + threadIdx.x, threads = int64_t(gridDim.x) * 128;
-  const int64_t F = g.F, W = g.width, K = g.n_features, all = g.all, columns = 2 * all + K;
-  for (int64_t x = thread; x < ordered_size(all, 4 * W); x += threads) {  // columns: p filter, p core, q filter, q core
+  const int64_t F = g.F, W = g.width, K = g.n_features, all = g.all, columns = 2 * all + K, steps = (K + 7) / 8;
+  int64_t x = int64_t(blockIdx.x) * 128 + threadIdx.x;
+  if (x < ordered_size(all, 4 * W)) {  // columns: p filter, p core, q filter, q core
     const Ordered o(x, (all + kInner - 1) / kInner);
     const int64_t c = o.column % W, n = o.column / W % 2 * all + c;
     const bool there = o.inner < all && c < F && o.column < 4 * W;
     const float w = there ? g.weight[n * columns + o.column / (2 * W) * all + o.inner] * rstd1_of(g, n) : 0.0f;
     g.out[x] = ordered(w, o.low, g.relaxed);
+    return;
   }
-  for (int64_t x = thread; g.out_x && x < ordered_size(4 * F, all); x += threads) {
-    const Ordered o(x, (4 * F + kInner - 1) / kInner);
-    const bool there = o.inner < 4 * F && o.column < all;
-    const int64_t n = o.inner / F % 2 * all + o.inner % F;
-    const float w = there ? g.weight[n * columns + o.inner / (2 * F) * all + o.column] : 0.0f;
-    g.out_x[x] = ordered(w, o.low, g.relaxed);
+  x -= ordered_size(all, 4 * W);
+  if (x < 4 * W) {
+    const int64_t c = x % W, n = x / W * all + c;
+    const bool there = c < F && x < 2 * W;
+    g.out_m[x] = there ? ((g.bias ? g.bias[n] : 0.0f) - g.mean1[n]) * rstd1_of(g, n) : 0.0f;
+    return;
   }
-  for (int64_t x = thread; g.out_edge && x < ordered_size(K, 2 * W); x += threads) {
-    const Ordered o(x, (K + kInner - 1) / kInner);
-    const int64_t c = o.column % W, n = o.column / W * all + c;
-    const bool there = o.inner < K && c < F && o.column < 2 * W;
-    const float w = there ? g.weight[n * columns + 2 * all + o.inner] * rstd1_of(g, n) : 0.0f;
-    g.out_edge[x] = ordered(w, o.low, g.relaxed);
+  x -= 4 * W;
+  if (x < W * steps * 16) {  // chunk of 32 channels, step, tile, lane, number: see Product
+    const int64_t number = x % 4, lane = x / 4 % 32, tile = x / 128 % 4;
+    const int64_t c = x / 512 / steps * 32 + lane / 4 * 4 + tile, n = number % 2 * all + c;
+    const int64_t k = x / 512 % steps * 8 + lane % 4 + number / 2 * 4;
+    const float weight = c < F && k < K ? g.weight[n * columns + 2 * all + k] * rstd1_of(g, n) : 0.0f;
+    float* at = g.out_filter + x / 128 * 256 + x % 128;
+    float high, low;
+    split(weight, high, low);
+    at[0] = weight == weight ? high : weight;
+    at[128] = low;
+    return;
   }
+  x -= W * steps * 16;
+  if (g.out_x) {
+    if (x < ordered_size(4 * F, all)) {
+      const Ordered o(x, (4 * F + kInner - 1) / kInner);
+      const bool there = o.inner < 4 * F && o.column < all;
+      const int64_t n = o.inner / F % 2 * all + o.inner % F;
+      const float w = there ? g.weight[n * columns + o.inner / (2 * F) * all + o.column] : 0.0f;
+      g.out_x[x] = ordered(w, o.low, g.relaxed);
+      return;
+    }
+    x -= ordered_size(4 * F, all);
+  }
+  if (g.out_edge) {
+    if (x < ordered_size(K, 2 * W)) {
+      const Ordered o(x, (K + kInner - 1) / kInner);
+      const int64_t c = o.column % W, n = o.column / W * all + c;
+      const bool there = o.inner < K && c < F && o.column < 2 * W;
+      const float w = there ? g.weight[n * columns + 2 * all + o.inner] * rstd1_of(g, n) : 0.0f;
+      g.out_edge[x] = ordered(w, o.low, g.relaxed);
+      return;
+    }
+    x -= ordered_size(K, 2 * W);
+  }
+  if (g.out_gamma && x < K * 2 * F) {
+    const int64_t n = x / F % 2 * all + x % F;
+    g.out_gamma[x] = g.weight[n * columns + 2 * all + x / (2 * F)] * rstd1_of(g, n);
+  }
+}
+// How many numbers these are.
+SRCGCNN_HOST_DEVICE int64_t ordered_numbers(const DeviceConv& g) {
+  const int64_t F = g.F, W = g.width, K = g.n_features;
+  return ordered_size(g.all, 4 * W) + 4 * W + W * ((K + 7) / 8) * 16 + (g.out_x ? ordered_size(4 * F, g.all) : 0) +
+         (g.out_edge ? ordered_size(K, 2 * W) : 0) + (g.out_gamma ? K * 2 * F : 0);
 }
 
 // From the sums `totals` (2, 2F) of dy x and dy and `a` (4, all) of finish_backward, whose last row is one number: out (3, 2F) = a,
@@ -440,24 +486,24 @@ __global__ void __launch_bounds__(128) vector_gradients(const DeviceConv g) {
 // A block a column of z. d_weight from x (4F, all), the product of the gradient at pq with h, and grad (K, 2F), the sums of
 // e dy, less sum_ij w_i e_ij (c1 + c2 x_ij) where statistics are the batch's: which the Gram matrix holds, as the sum of
 // w_i x_ij is zero. a, c1, c2 (2F); totals (4, F) of finish_backward.
-__global__ void __launch_bounds__(128) weight_gradient(const DeviceConv g) {
+__global__ void __launch_bounds__(kPartThreads) weight_gradient(const DeviceConv g) {
   SRCGCNN_SHARED(shared);
   double* sums = reinterpret_cast<double*>(shared);
   const int64_t F = g.F, K = g.n_features, all = g.all, columns = 2 * all + K, n = blockIdx.x, gram = 3 * all + 2 * K + 2;
   const int64_t of_all = n / F * all + n % F;
   const float* w = g.weight + of_all * columns;
   float* out = g.d_weight + of_all * columns;
-  for (int64_t k = threadIdx.x; k < 2 * all; k += 128) out[k] = g.x[(k / all * 2 * F + n) * all + k % all];
+  for (int64_t k = threadIdx.x; k < 2 * all; k += kPartThreads) out[k] = g.x[(k / all * 2 * F + n) * all + k % all];
   for (int64_t first = 0; first < K; first += 32) {
     const int64_t k = first + lane_of();
     double sum = 0;
     if (g.train1 && k < K) {
-      for (int64_t f = warp_of(); f < all; f += 4) {
+      for (int64_t f = warp_of(); f < all; f += kPartWarps) {
         const float* row = g.product + f * gram + 3 * all + k;
         sum += double(w[f]) * row[0] + double(w[all + f]) * row[K];
       }
       const double mean = g.e_sum[k] / g.totals[3 * all];
-      for (int64_t l = warp_of(); l < K; l += 4) sum += w[2 * all + l] * (g.e_gram[l * K + k] - mean * g.e_sum[l]);
+      for (int64_t l = warp_of(); l < K; l += kPartWarps) sum += w[2 * all + l] * (g.e_gram[l * K + k] - mean * g.e_sum[l]);
     }
     __syncthreads();
     sums[threadIdx.x] = sum;
@@ -465,7 +511,7 @@ __global__ void __launch_bounds__(128) weight_gradient(const DeviceConv g) {
     if (warp_of() || k >= K) continue;
     double d = g.grad[k * 2 * F + n];
     if (g.train1) {
-      for (int warp = 1; warp < 4; ++warp) sum += sums[32 * warp + lane_of()];
+      for (int warp = 1; warp < kPartWarps; ++warp) sum += sums[32 * warp + lane_of()];
       d -= g.e_sum[k] * g.c1[n] + sum * rstd1_of(g, of_all) * g.c2[n];
     }
     out[2 * all + k] = float(d * g.a[n]);

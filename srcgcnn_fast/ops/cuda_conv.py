@@ -31,7 +31,7 @@ other."""
 FIELDS = (
     "distance", "term", "features", "ptr", "other", "number", "pq", "filter", "gamma1", "beta1", "weight", "bias",
     "mean1", "var1", "gamma2", "beta2", "mean2", "var2", "h", "m", "grad", "d_m", "x", "row_weight", "degree", "a",
-    "c1", "c2", "count", "by_receiver", "by_sender", "product", "totals", "more_totals", "e_sum", "e_gram", "out",
+    "c1", "c2", "count", "by_receiver", "by_sender", "product", "totals", "e_sum", "e_gram", "out",
     "out_m", "out_x", "out_degree", "out_gamma", "out_filter", "out_edge", "receiver", "col_ptr", "order", "new_mean1",
     "new_var1", "new_mean2", "new_var2", "new_norm", "running_mean1", "running_var1", "running_mean2", "running_var2",
     "d_weight", "d_bias", "d_gamma1", "d_beta1", "d_gamma2", "d_beta2", "out_receiver", "out_number", "out_col_ptr",
@@ -298,7 +298,7 @@ def edge_moments(row_weight: Tensor, graph: Graph, n_features: int) -> tuple[Ten
     """As ``cpu.edge_moments``."""
     n, k = row_weight.shape[0], n_features
     in_degree, total, gram = (
-        torch.empty_like(row_weight), *(row_weight.new_empty(*s, dtype=torch.float64) for s in ((4, k), (k, k)))
+        torch.empty_like(row_weight), *(row_weight.new_empty(*s, dtype=torch.float64) for s in ((3, k), (k, k)))
     )  # fmt: skip
     by_receiver, by_sender = row_weight.new_empty(n, k), row_weight.new_empty(n, k)
     run = Call(graph, Moments(row_weight, None, None, None, None, None), row_weight[:, None], k)
