@@ -4,9 +4,13 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <exception>
+#include <future>
+#include <memory>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <vector>
 
@@ -254,6 +258,64 @@ int64_t check_species(uintptr_t species_, int64_t n_rows, int64_t n_table) {
   return -1;
 }
 
+// Rows, edges and atoms of some graphs together, from where each graph of their store begins in its arrays.
+std::tuple<int64_t, int64_t, int64_t> graph_sizes(const Addresses& firsts, uintptr_t crystals, int64_t n_crystals) {
+  int64_t sums[3] = {};
+  for (int k = 0; k < 3; ++k) {
+    const auto* first = address<int64_t>(firsts.at(k));
+    for (int64_t c = 0; c < n_crystals; ++c) {
+      const int64_t i = address<int64_t>(crystals)[c];
+      sums[k] += first[i + 1] - first[i];
+    }
+  }
+  return {sums[0], sums[1], sums[2]};
+}
+
+// Graphs of a store joined by a thread that never takes Python's lock, or by whoever wants them before it has begun, as on a
+// machine whose cores are busy. Addresses are in the order of the fields of Joined and Stored; `owners` keep the arrays.
+class Packing {
+ public:
+  Packing(const Addresses& out, const Addresses& a, uintptr_t crystals, int64_t n_crystals, nb::object owners)
+      : owners_(std::move(owners)), work_(std::make_shared<Work>()), done_(work_->done.get_future()) {
+    work_->joined = {address<int32_t>(out.at(0)), address<float>(out.at(1)),   address<int32_t>(out.at(2)),
+                     address<int32_t>(out.at(3)), address<int32_t>(out.at(4)), address<float>(out.at(5)),
+                     address<int32_t>(out.at(6))};
+    work_->store = {address<int64_t>(a.at(0)), address<int64_t>(a.at(1)), address<int64_t>(a.at(2)),
+                    address<uint8_t>(a.at(3)), address<float>(a.at(4)),   address<int32_t>(a.at(5)),
+                    address<int32_t>(a.at(6)), address<float>(a.at(7)),   address<int32_t>(a.at(8))};
+    work_->crystals = address<int64_t>(crystals);
+    work_->n_crystals = n_crystals;
+  }
+  ~Packing() {
+    if (work_->begun.exchange(true)) done_.wait();
+  }
+  void start() {
+    std::thread([work = work_] { work->run_once(); }).detach();
+  }
+  void finish() {
+    if (!work_->run_once()) done_.wait();
+  }
+
+ private:
+  struct Work {
+    Joined joined;
+    Stored store;
+    const int64_t* crystals;
+    int64_t n_crystals;
+    std::atomic<bool> begun{false};
+    std::promise<void> done;
+    bool run_once() {
+      if (begun.exchange(true)) return false;
+      chosen->f32.pack(joined, store, crystals, n_crystals);
+      done.set_value();
+      return true;
+    }
+  };
+  nb::object owners_;
+  std::shared_ptr<Work> work_;
+  std::future<void> done_;
+};
+
 }  // namespace
 
 NB_MODULE(_core, m) {
@@ -263,6 +325,11 @@ NB_MODULE(_core, m) {
   m.def("check_graph", &check_graph);
   m.def("check_crystals", &check_crystals);
   m.def("check_species", &check_species);
+  m.def("graph_sizes", &graph_sizes);
+  nb::class_<Packing>(m, "Packing")
+      .def(nb::init<const Addresses&, const Addresses&, uintptr_t, int64_t, nb::object>())
+      .def("start", &Packing::start)
+      .def("finish", &Packing::finish, nb::call_guard<nb::gil_scoped_release>());
   m.def("simd_level", [] { return std::string(chosen->name); });
   m.def("simd_levels", [] {
     std::vector<std::string> names;

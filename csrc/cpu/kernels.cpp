@@ -5,6 +5,7 @@
 #include "conv.h"
 #include "edges.h"
 #include "network.h"
+#include "pack.h"
 #include "stack.h"
 
 #define SRCGCNN_STRING_(x) #x
@@ -18,7 +19,8 @@ namespace SRCGCNN_LEVEL {
 template <class T>
 constexpr Kernels<T> table() {
   return {kChannels<T>,     Simd<T>::width, edge_shells<T>,      edge_moments<T>, conv<T>,
-          conv_backward<T>, stack<T>,       readout<T>, readout_backward<T>, network<T>, stray_edge};
+          conv_backward<T>, stack<T>,       readout<T>, readout_backward<T>, network<T>, stray_edge,
+          pack};
 }
 }  // namespace SRCGCNN_LEVEL
 

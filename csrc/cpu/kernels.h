@@ -96,6 +96,25 @@ struct DenseGradient {
 };
 constexpr int kMostLayers = 16;  // of a readout
 
+// The arrays of a store of prepared graphs, and where each begins in them.
+struct Stored {
+  const int64_t *row_first, *edge_first, *atom_first;  // (n + 1)
+  const uint8_t* numbers;
+  const float* weight;
+  const int32_t *degree, *sender;  // sender and atom_class count within the crystal
+  const float* distance;
+  const int32_t* atom_class;
+};
+
+// Some of them as one batch.
+struct Joined {
+  int32_t* numbers;
+  float* weight;
+  int32_t *row_ptr, *crystal_ptr, *sender;
+  float* distance;
+  int32_t* atom_class;
+};
+
 template <class T>
 struct Kernels {
   // F must be a multiple of this many numbers.
@@ -132,6 +151,7 @@ struct Kernels {
                   const Edges<T>& edges, const T* row_weight, const Dense<T>* readout, int n_readout, int width, int threads);
   // First edge whose sender is no row of its receiver's crystal, or -1; pointers must be in order.
   int64_t (*stray_edge)(const int32_t* sender, const int32_t* row_ptr, const int32_t* crystal_ptr, int64_t n_crystals);
+  void (*pack)(const Joined& out, const Stored& store, const int64_t* chosen, int64_t n_chosen);
 };
 
 struct Level {

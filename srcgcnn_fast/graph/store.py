@@ -19,6 +19,7 @@ from .. import __version__
 from ..errors import InputError
 from .batch import CrystalGraph, GraphBatch, with_element_vectors
 from .elements import element_features
+from .packing import Packer, Packing, check_sizes
 from .parameters import GraphParameters
 from .readers import Record, read_inputs
 from .store_writer import (
@@ -42,6 +43,7 @@ _CHUNK_ATOMS = 100_000
 _CHUNK_CRYSTALS = 8192
 _COUNTS = ("row_count", "edge_count", "atom_count", "mixed_count", "id_size")
 _OPTIONAL = ("atom_features", "edge_features")  # in memory only
+_NOTHING = np.zeros(0, np.float32)
 
 
 @dataclass
@@ -108,6 +110,8 @@ class GraphStore:
             name: np.concatenate([[0], np.cumsum(arrays[f"{name}_count"], dtype=np.int64)])
             for name in ("row", "edge", "atom", "mixed")
         }
+        plain = not any(name in self._arrays for name in _OPTIONAL) and Packer.takes(self._arrays)
+        self._packer = Packer(self._arrays, self._first) if plain else None
 
     @classmethod
     def from_graphs(
@@ -137,7 +141,8 @@ class GraphStore:
                 raise InputError(f"{name} has the shape {column.shape} for {len(graphs)} graphs; give one for each.")
         arrays = {name: np.concatenate([getattr(g, name) for g in graphs]) for name in ("sender", "distance")}
         arrays |= {name: np.concatenate([getattr(g, name) for g in graphs]) for name in ("weight", "atom_class")}
-        arrays["numbers"] = np.concatenate([g.numbers for g in graphs])
+        numbers = np.concatenate([g.numbers for g in graphs])
+        arrays["numbers"] = numbers.astype(np.uint8) if (numbers == numbers.astype(np.uint8)).all() else numbers
         arrays["degree"] = np.concatenate([np.diff(g.row_ptr) for g in graphs])
         counts = {"row_count": "n_rows", "edge_count": "n_edges", "atom_count": "n_atoms"}
         arrays |= {name: np.array([getattr(g, size) for g in graphs]) for name, size in counts.items()}
@@ -236,10 +241,24 @@ class GraphStore:
             InputError: no index is given, one is not a whole number of -n to n - 1, or the batch exceeds int32.
         """
         chosen = self._checked(indices)
+        packer = self._packer_of(chosen)
+        return self._gathered(chosen) if packer is None else Packing(packer, chosen, _NOTHING).here()
+
+    def packing(self, indices: Any, more: np.ndarray, pin: bool) -> Packing | None:
+        """The batch of ``indices`` as a thread begins to put it together; None where NumPy must do it."""
+        chosen = self._checked(indices)
+        packer = self._packer_of(chosen)
+        return None if packer is None else Packing(packer, chosen, more, pin).start()
+
+    def _packer_of(self, chosen: np.ndarray) -> Packer | None:
+        """Who joins these graphs, if compiled code can."""
+        return None if self.is_mixed and self._arrays["mixed_count"].take(chosen).any() else self._packer
+
+    def _gathered(self, chosen: np.ndarray) -> GraphBatch:
+        """As :meth:`batch`, by NumPy: with atom or edge features, of any types."""
         counts = {name: first[chosen + 1] - first[chosen] for name, first in self._first.items()}
         ends = {name: np.cumsum(count) for name, count in counts.items()}
-        if max(ends["row"][-1], ends["edge"][-1]) > np.iinfo(np.int32).max:
-            raise InputError(f"A batch of {ends['edge'][-1]} edges is beyond 2^31 - 1; use smaller batches.")
+        check_sizes(ends["row"][-1], ends["edge"][-1])
         picked = {name: _ranges(self._first[name][chosen], counts[name], ends[name]) for name in counts}
         taken = self._take(lambda name, kind: self._arrays[name][picked[kind]])
         row_offset = (ends["row"] - counts["row"]).astype(np.int32)
@@ -262,12 +281,13 @@ class GraphStore:
             raise InputError("A batch needs at least one crystal; batch() was given no index.")
         if chosen.ndim != 1 or chosen.dtype.kind not in "iu":
             raise InputError(f"Indices of a batch are whole numbers in one row, not {chosen.dtype} {chosen.shape}.")
-        if chosen.min() < -len(self) or chosen.max() >= len(self):
+        least, most = int(chosen.min()), int(chosen.max())
+        if least < -len(self) or most >= len(self):
             raise InputError(
-                f"There is no crystal {chosen.max() if chosen.max() >= len(self) else chosen.min()} in a store of "
-                f"{len(self)}; give indices from 0 to {len(self) - 1}."
+                f"There is no crystal {most if most >= len(self) else least} in a store of {len(self)}; "
+                f"give indices from 0 to {len(self) - 1}."
             )
-        return chosen.astype(np.int64) % len(self)
+        return chosen.astype(np.int64) if least >= 0 else chosen.astype(np.int64) % len(self)
 
     def target_array(self, names: Sequence[str]) -> np.ndarray:
         """(n, len(names)) float64, NaN where a crystal has no value.
@@ -353,6 +373,8 @@ def _check_counts(arrays: Mapping[str, np.ndarray], crystals: int, targets: int)
     for name, length in shapes.items():
         if arrays[name].shape != (length,) or arrays[name].dtype != DTYPES[name]:
             raise ValueError(f"{name}.npy does not fit the counts")
+        if name in _COUNTS and crystals and arrays[name].min() < 0:
+            raise ValueError(f"{name}.npy has counts below 0")
     if arrays["targets"].shape != (crystals, targets) or int(arrays["degree"].sum(dtype=np.int64)) != edges:
         raise ValueError("targets.npy or degree.npy does not fit the counts")
 

@@ -4,6 +4,7 @@ import json
 import logging
 import pickle
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from srcgcnn_fast.errors import InputError
+from srcgcnn_fast.graph import packing
 from srcgcnn_fast.graph import store as store_module
 from srcgcnn_fast.graph.batch import CrystalGraph, GraphBatch, collate
 from srcgcnn_fast.graph.build import build_graph
@@ -132,6 +134,71 @@ def test_batch_with_own_features_and_without_edges() -> None:
     assert_same_batch(store.batch([1]), collate([made[1]]))
     assert store[0].distance.dtype == np.float64
     np.testing.assert_array_equal(store[2].edge_features, made[2].edge_features)
+
+
+def alike(chosen: list[int] | np.ndarray, store: GraphStore) -> None:
+    """Compiled code and NumPy join the same batch, and the former does so in a thread, too."""
+    at = store._checked(chosen)
+    assert store._packer_of(at) is not None
+    expected, more = store._gathered(at), np.random.default_rng(0).normal(size=(len(at), 3)).astype(np.float32)
+    assert_same_batch(store.batch(chosen), expected)
+    started = store.packing(chosen, more, pin=False)
+    assert started is not None
+    found, beside = started.on(torch.device("cpu"))
+    assert_same_batch(found, expected)
+    np.testing.assert_array_equal(beside.numpy(), more)
+    places = [getattr(found, name).data_ptr() for name in FIELDS] + [beside.data_ptr()]
+    block = beside.untyped_storage()
+    assert all((x - block.data_ptr()) % 128 == 0 and 0 <= x - block.data_ptr() < block.nbytes() for x in places)
+
+
+@pytest.mark.skipif(packing.core is None, reason="the compiled kernels are not built")
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_compiled_code_and_numpy_join_alike(tmp_path: Path, on_disk: bool) -> None:
+    store = prepare(records(20), tmp_path / "store") if on_disk else GraphStore.from_graphs(graphs(20))
+    rng = np.random.default_rng(0)
+    for count in (1, 2, 3, 40, 300):
+        alike(rng.integers(-20, 20, count), store)
+    many = rng.integers(0, 20, 300)
+    assert store.batch(many).num_edges > packing._LEAST_EDGES > store.batch([0]).num_edges  # with and without a thread
+    nothing = np.zeros((300, 0), np.float32)
+    started = store.packing(many, nothing, pin=False)
+    expected = store.batch(many)
+    del store, many
+    found, beside = started.on(torch.device("cpu"))  # holds what it reads
+    assert_same_batch(found, expected)
+    assert beside.shape == (300, 0)
+
+
+@pytest.mark.skipif(packing.core is None, reason="the compiled kernels are not built")
+@pytest.mark.parametrize("change", [{"numbers": 300}, {"weight": np.float64}, {"distance": np.float64}])
+def test_arrays_of_other_types_are_joined_by_numpy(change: dict) -> None:
+    ((name, to),) = change.items()
+    given = [
+        replace(g, **{name: g.numbers + to if name == "numbers" else getattr(g, name).astype(to)}) for g in graphs()
+    ]
+    store = GraphStore.from_graphs(given)
+    assert store._packer is None and store.packing([0], np.zeros(0, np.float32), pin=False) is None
+    assert_same_batch(store.batch([2, 0, 2]), collate([given[i] for i in (2, 0, 2)]))
+
+
+@pytest.mark.skipif(packing.core is None, reason="the compiled kernels are not built")
+def test_a_batch_beyond_int32_is_a_sentence() -> None:
+    """Before its memory is asked for."""
+    e = 1 << 20
+    index = np.zeros(1, np.int32)
+    graph = CrystalGraph(
+        index + 1,
+        np.ones(1, np.float32),
+        np.zeros(e, np.int32),
+        np.ones(e, np.float32),
+        np.array([0, e], np.int32),
+        index,
+    )
+    store = GraphStore.from_graphs([graph])
+    assert store._packer is not None
+    with pytest.raises(InputError, match="2147483648 edges is beyond"):
+        store.batch(np.zeros(2048, int))
 
 
 def test_bad_indices(tmp_path: Path) -> None:
@@ -428,6 +495,10 @@ def set_bytes(folder: Path, name: str, value: np.ndarray) -> None:
         (lambda f: damage_metadata(f, parameters={"colour": 3}), "is damaged"),
         (lambda f: set_bytes(f, "row_count.npy", np.zeros(12, np.int64)), "is damaged"),
         (lambda f: set_bytes(f, "degree.npy", 0 * np.load(f / "degree.npy")), "is damaged"),
+        (
+            lambda f: set_bytes(f, "row_count.npy", np.load(f / "row_count.npy") + np.repeat([99, -99], 6)),
+            "counts below 0",
+        ),
     ],
 )
 def test_damaged_stores(tmp_path: Path, spoil: object, said: str) -> None:
