@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import lightning.pytorch as pl
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..errors import InputError
 from ..graph.store import GraphStore
 from .distributed import place
-from .prefetch import Batches, Item
+from .prefetch import Batches, Item, moved, unchanged
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,8 @@ class EpochSampler(Sampler[np.ndarray]):
         if self.shuffle and self.length_buckets:
             batches = [batches[k] for k in rng.permutation(len(batches))]
         for batch in batches:
-            yield np.array_split(batch, self.world_size)[self.rank] if self.shuffle else batch
+            is_shared = self.shuffle and self.world_size > 1
+            yield np.array_split(batch, self.world_size)[self.rank] if is_shared else batch
 
     def _cuts(self, order: np.ndarray) -> np.ndarray:
         n_cuts = len(self) - 1
@@ -145,6 +146,14 @@ class GraphDataset(Dataset[Item]):
     def __getitem__(self, indices: np.ndarray) -> Item:
         target = torch.from_numpy(self.targets[indices].astype(np.float32))
         return self.store.batch(indices), target, torch.from_numpy(indices)
+
+    def begin(self, indices: np.ndarray, device: torch.device) -> Callable[[], Item]:
+        """Begin to put an item together; the result gives it, on ``device``."""
+        target = self.targets[indices].astype(np.float32)
+        packing = self.store.packing(indices, target, pin=device.type == "cuda")
+        if packing is None:
+            return lambda: moved(self[indices], device)
+        return lambda: (*packing.on(device), torch.from_numpy(indices))
 
 
 class Part(NamedTuple):
@@ -224,11 +233,11 @@ class GraphDataModule(pl.LightningDataModule):
         dataset, indices = self.parts[part]
         return [dataset.store.ids[i] for i in indices]
 
-    def loader(self, part: str, shuffle: bool = False) -> DataLoader[Item]:
+    def loader(self, part: str, shuffle: bool = False) -> Batches:
         """Batches of ``part`` ("train", "val" or "test"), all of them in this process."""
         return self._loader(part, shuffle, 0, 1)
 
-    def _loader(self, part: str, shuffle: bool, rank: int, world_size: int) -> DataLoader[Item]:
+    def _loader(self, part: str, shuffle: bool, rank: int, world_size: int) -> Batches:
         dataset, indices = self.parts[part]
         sampler = EpochSampler(
             indices,
@@ -246,6 +255,7 @@ class GraphDataModule(pl.LightningDataModule):
         return Batches(
             dataset,
             batch_size=None,  # the sampler yields whole batches
+            collate_fn=unchanged,
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 import time
@@ -204,7 +205,7 @@ class TrainingModule(pl.LightningModule):
 
     def transfer_batch_to_device(self, batch: Item, device: torch.device, dataloader_idx: int) -> Item:
         graphs, target, index = batch
-        if device.type == "cpu":  # loaders yield host memory: nothing to move, and the graph's cache stays
+        if graphs.device == device:  # its loader has moved it, and its cache stays
             return batch
         return graphs.to(device, non_blocking=True), target.to(device, non_blocking=True), index
 
@@ -214,8 +215,7 @@ class TrainingModule(pl.LightningModule):
                 loader.device = self.device
 
     def on_train_epoch_start(self) -> None:
-        self._loss_sum = torch.zeros((), device=self.device)
-        self._crystals = 0
+        self._losses = _Losses()
         self._lr = self.trainer.optimizers[0].param_groups[0]["lr"]  # the scheduler has stepped when the epoch ends
         self._waited = self._data_wait()
         self._started = time.perf_counter()
@@ -226,9 +226,21 @@ class TrainingModule(pl.LightningModule):
             torch.manual_seed((self.seed * 1_000_003 + self.current_epoch) * world_size + rank)
         graphs, target, _ = batch
         loss = self.loss(self.model(graphs), target)
-        self._loss_sum += loss.detach() * len(target)
-        self._crystals += len(target)
+        self._losses.add(loss, len(target))
         return self._share(loss, target)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """As the optimiser does, without what it makes ready for gradients that stay."""
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As always; where Lightning notes which hook runs, some thirty times a step, without looking for tensors."""
+        if name == "_current_fx_name":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def _share(self, loss: Tensor, target: Tensor) -> Tensor:
         """This process's part of the loss of the whole batch, so that the mean over processes is that loss."""
@@ -247,7 +259,7 @@ class TrainingModule(pl.LightningModule):
     def validation_step(self, batch: Item, batch_idx: int) -> None:
         graphs, target, _ = batch
         self._predicted.append(self.values(self.model(graphs)))
-        self._given.append(target)
+        self._given.append(target.clone())  # it may be part of the batch's memory
 
     def on_validation_epoch_end(self) -> None:
         self.log_dict({f"val_{name}": value for name, value in self._scores().items()})
@@ -265,7 +277,7 @@ class TrainingModule(pl.LightningModule):
         return self.values(self.model(batch[0]))
 
     def on_train_epoch_end(self) -> None:
-        loss_sum, crystals = total(torch.stack([self._loss_sum, self._loss_sum.new_tensor(self._crystals)])).tolist()
+        loss_sum, crystals = total(torch.tensor(self._losses.sums(), device=self.device)).tolist()
         loss = loss_sum / crystals
         if not math.isfinite(loss):
             raise InputError(
@@ -307,6 +319,39 @@ class TrainingModule(pl.LightningModule):
         if self.classification:
             return classification_metrics(predicted, given)
         return regression_metrics(predicted, given, self.model.metadata.targets, self.target_std)
+
+
+# Lightning asks for its arguments at every step, which takes longer to find out than the loss.
+TrainingModule.training_step.__signature__ = inspect.signature(TrainingModule.training_step)  # type: ignore[attr-defined]
+
+
+class _Losses:
+    """The losses of an epoch's batches: nothing is computed with them, let alone waited for, before its end."""
+
+    def __init__(self) -> None:
+        self._losses: list[Tensor] = []
+        self._counts: list[int] = []
+        self._joined: list[Tensor] = []
+
+    def add(self, loss: Tensor, count: int) -> None:
+        """The mean over ``count`` crystals, ()."""
+        self._losses.append(loss.detach())
+        self._counts.append(count)
+        if len(self._losses) == 1024:  # a number of its own takes 512 bytes of a GPU
+            self._join()
+
+    def _join(self) -> None:
+        if self._losses:
+            self._joined.append(torch.stack(self._losses))
+            self._losses = []
+
+    def sums(self) -> tuple[float, int]:
+        """Of all crystals' losses, added in float32 one batch after the other, and their number."""
+        self._join()
+        added = np.float32(0)
+        for loss, count in zip(torch.cat(self._joined).cpu().numpy(), self._counts, strict=True):
+            added += loss * np.float32(count)
+        return float(added), sum(self._counts)
 
 
 def normalizer(targets: np.ndarray, names: Sequence[str]) -> tuple[list[float], list[float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -14,22 +14,22 @@ from ..graph.batch import GraphBatch
 
 T = TypeVar("T")
 Item = tuple[GraphBatch, torch.Tensor, torch.Tensor]
-"""A batch of B crystals, its targets (B, T) float32 and its indices in the store (B,) int64."""
+"""A batch of B crystals, its targets (B, T) float32 and, on the CPU, its indices in the store (B,) int64."""
 
 
 class Batches(DataLoader[Item]):
     """Whole batches; ``waited`` adds up the seconds for which their consumer stood still.
 
-    With a CUDA ``device`` a thread takes the next batch, pins it and copies it on a stream of its own, while the batch
-    before is computed on. Otherwise batches stay on the CPU.
+    With a CUDA ``device`` they come there in one copy, and the next one is put together while the consumer has the one
+    before: by a thread of the kernels, or by worker processes. No Python runs beside the consumer's, which would wait
+    for it at every operation of PyTorch. Otherwise batches stay on the CPU.
     """
 
     device = torch.device("cpu")
     waited = 0.0
 
     def __iter__(self) -> Iterator[Item]:  # type: ignore[override]
-        batches: Iterator[Item] = super().__iter__()
-        return self._timed(_on_cuda(batches, self.device) if self.device.type == "cuda" else batches)
+        return self._timed(self._on_device() if self.device.type == "cuda" else super().__iter__())
 
     def _timed(self, batches: Iterator[Item]) -> Iterator[Item]:
         while True:
@@ -40,43 +40,26 @@ class Batches(DataLoader[Item]):
                 return
             yield batch
 
-
-def ahead(items: Iterator[T], work: Callable[[T], T]) -> Iterator[T]:
-    """``work(item)`` of every item in order, the next one in a thread while the one before is in use."""
-
-    def following() -> T | None:
-        item = next(items, None)
-        return None if item is None else work(item)
-
-    with ThreadPoolExecutor(1) as thread:
-        waiting = thread.submit(following)
-        while (item := waiting.result()) is not None:
-            waiting = thread.submit(following)
+    def _on_device(self) -> Iterator[Item]:
+        begun: Iterator[Callable[[], Item]]
+        if self.num_workers:
+            begun = (partial(moved, item, self.device) for item in super().__iter__())
+        else:
+            begun = (self.dataset.begin(indices, self.device) for indices in self.sampler)  # type: ignore[attr-defined]
+        finish = next(begun, None)
+        while finish is not None:
+            item = finish()
+            finish = next(begun, None)
             yield item
 
 
-def _on_cuda(batches: Iterator[Item], device: torch.device) -> Iterator[Item]:
-    stream = torch.cuda.Stream(device)
-    copied: list[torch.cuda.Event] = []
-
-    def move(item: Item) -> Item:
-        with torch.cuda.stream(stream):  # the allocator gives its memory to this stream
-            moved = _map(item, lambda x: x.pin_memory().to(device, non_blocking=True))
-            copied.append(stream.record_event())
-        return moved
-
-    for item in ahead(batches, move):
-        torch.cuda.current_stream(device).wait_event(copied.pop(0))
-        _map(item, lambda x: _used_on(x, torch.cuda.current_stream(device)))
-        yield item
+def unchanged(item: T) -> T:
+    """The collation of items that are batches already."""
+    return item
 
 
-def _used_on(x: torch.Tensor, stream: torch.cuda.Stream) -> torch.Tensor:
-    x.record_stream(stream)  # its memory must not be used again before that stream is done with it
-    return x
-
-
-def _map(item: Item, function: Callable[[torch.Tensor], torch.Tensor]) -> Item:
+def moved(item: Item, device: torch.device) -> Item:
     graphs, target, index = item
-    mapped: GraphBatch = graphs._map(function)
-    return mapped, function(target), function(index)
+    if device.type == "cuda":  # from pinned memory, so that nobody waits
+        graphs, target = graphs.pin_memory(), target.pin_memory()
+    return graphs.to(device, non_blocking=True), target.to(device, non_blocking=True), index

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import json
@@ -16,6 +17,7 @@ import torch
 from srcgcnn_fast import CGCNN, SRCGCNN, InputError, load_model
 from srcgcnn_fast.training import GraphDataModule, Recipe, Split, TrainingModule, evaluate, fit
 from srcgcnn_fast.training.callbacks import write_table
+from srcgcnn_fast.training.module import _Losses
 from srcgcnn_fast.training.optimizers import make_optimizer
 
 
@@ -201,6 +203,60 @@ def test_repeating_gives_the_same_bits_and_another_seed_does_not(alloys, tmp_pat
     a, b, c = (last_weights(tmp_path / name) for name in "abc")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not torch.equal(a["model.fc_out.weight"], c["model.fc_out.weight"])
+
+
+def test_steps_are_those_of_a_plain_loop(alloys, tmp_path):
+    """To the bit; the logged loss is the mean over crystals, added in float32."""
+    data = GraphDataModule(alloys, "energy", batch_size=33)
+    torch.manual_seed(3)
+    model = SRCGCNN(atom_fea_len=8, h_fea_len=8)
+    plain = copy.deepcopy(model).train()
+    result = fit(model, data, tmp_path / "run", Recipe(epochs=1, schedule="constant"), accelerator="cpu")
+    module = TrainingModule(plain, data, Recipe())
+    optimizer = torch.optim.Adam(plain.parameters(), Recipe().lr, fused=True)
+    total = torch.zeros(())
+    for graphs, target, _ in GraphDataModule(alloys, "energy", batch_size=33).loader("train", shuffle=True):
+        loss = module.loss(plain(graphs), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += loss.detach() * len(target)
+    trained = result.model.state_dict()
+    assert all(torch.equal(x, trained[name]) for name, x in plain.state_dict().items())
+    assert result.history[0]["train_loss"] == float(f"{float(total) / len(data.parts['train'].indices):.7g}")
+
+
+def test_losses_of_many_steps_add_up_one_by_one():
+    losses = torch.rand(2500, generator=torch.Generator().manual_seed(0))
+    found, expected = _Losses(), torch.zeros(())
+    for k, loss in enumerate(losses):
+        found.add(loss, k % 7)
+        expected += loss * (k % 7)
+    assert found.sums() == (float(expected), sum(k % 7 for k in range(2500)))
+
+
+def test_what_validation_keeps_does_not_keep_the_batch(alloys):
+    module = TrainingModule(SRCGCNN(atom_fea_len=8), GraphDataModule(alloys, "energy"), Recipe()).eval()
+    (item,) = GraphDataModule(alloys, "energy", batch_size=200).loader("train")._on_device()
+    module.on_validation_epoch_start()
+    module.validation_step(item, 0)
+    (kept,) = module._given
+    assert (
+        torch.equal(kept, item[1])
+        and kept.untyped_storage().nbytes() == 4 * len(kept) < item[1].untyped_storage().nbytes()
+    )
+
+
+def test_lightning_knows_which_hook_runs(alloys, tmp_path):
+    """It is noted past nn.Module, and decides what may be logged where."""
+    seen = []
+
+    class Watched(pl.Callback):
+        def on_before_zero_grad(self, trainer, module, optimizer):
+            seen.append(module._current_fx_name)
+
+    fit(SRCGCNN(atom_fea_len=8), GraphDataModule(alloys, "energy"), tmp_path, Recipe(epochs=1), callbacks=[Watched()])
+    assert seen == ["on_before_zero_grad"]
 
 
 def test_normaliser_comes_from_the_training_targets(alloys):

@@ -1,52 +1,91 @@
-"""Batches prepared ahead by a thread, and the time for which training waited; tests/gpu has the streams."""
+"""Batches prepared ahead, and the time for which training waited; tests/gpu has the device."""
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
+from dataclasses import fields
 
+import numpy as np
 import pytest
+import torch
 
 from srcgcnn_fast import SRCGCNN, InputError
+from srcgcnn_fast.graph import packing
 from srcgcnn_fast.training import GraphDataModule, Recipe, fit
-from srcgcnn_fast.training.prefetch import ahead
+from srcgcnn_fast.training.data import GraphDataset, Split
+from srcgcnn_fast.training.prefetch import Item
+
+CPU = torch.device("cpu")
 
 
-def test_items_come_in_order_from_one_thread_and_one_ahead():
-    threads, done = set(), []
-
-    def work(k: int) -> int:
-        threads.add(threading.get_ident())
-        done.append(k)
-        return 10 * k
-
-    found = []
-    for item in ahead(iter(range(1, 6)), work):
-        time.sleep(0.02)
-        found.append((item, len(done)))
-    assert found == [(10, 2), (20, 3), (30, 4), (40, 5), (50, 5)]
-    assert len(threads) == 1 and threading.get_ident() not in threads
+def on_device(data: GraphDataModule) -> list[Item]:
+    """What a GPU's batches are, on the CPU."""
+    return list(data.loader("train", shuffle=True)._on_device())
 
 
-def test_an_error_of_the_thread_arrives_where_the_item_was_wanted():
-    def work(k: int) -> int:
-        if k == 2:
-            raise InputError("No.")
-        return k
+def same(found: list[Item], expected: list[Item]) -> bool:
+    values = [
+        [*(x for f in fields(g) if isinstance(x := getattr(g, f.name), torch.Tensor)), *rest]
+        for part in (found, expected)
+        for g, *rest in part
+    ]
+    pairs = zip(values[: len(found)], values[len(found) :], strict=True)
+    return all(
+        a.dtype == b.dtype and torch.equal(a.nan_to_num(9), b.nan_to_num(9))
+        for x, y in pairs
+        for a, b in zip(x, y, strict=True)
+    )
 
-    items = ahead(iter([1, 2, 3]), work)
-    assert next(items) == 1
-    with pytest.raises(InputError, match="No"):
-        next(items)
+
+@pytest.mark.parametrize("target", ["energy", ["energy", "volume"]])
+@pytest.mark.parametrize("size", [7, 120])
+def test_batches_for_a_device_are_the_loaders(alloys, monkeypatch, size, target):
+    """One by one in the loader's order, a last short one included; of 120 crystals a thread puts them together."""
+    monkeypatch.setattr(packing, "_LEAST_EDGES", 3000)
+    assert alloys.batch(range(120)).num_edges > 3000 > alloys.batch(range(7)).num_edges
+    data = GraphDataModule(alloys, target, batch_size=size)
+    expected = list(data.loader("train", shuffle=True))
+    found = on_device(data)
+    assert len(found) == len(expected) > 1 and same(found, expected)
+    for graphs, target, _ in found:  # in one copy
+        assert graphs.sender.untyped_storage().data_ptr() == target.untyped_storage().data_ptr()
 
 
-def test_a_consumer_that_stops_leaves_no_thread():
-    before = threading.active_count()
-    items = ahead(itertools.count(1), lambda k: k)
-    assert list(itertools.islice(items, 3)) == [1, 2, 3]
-    items.close()
-    assert threading.active_count() == before
+def test_batches_that_numpy_joins_go_to_a_device_too(alloys, monkeypatch):
+    data = GraphDataModule(alloys, "energy", batch_size=7)
+    expected = list(data.loader("train", shuffle=True))
+    monkeypatch.setattr(alloys, "_packer", None)
+    assert same(on_device(data), expected)
+
+
+def test_workers_batches_go_to_a_device(alloys):
+    data = GraphDataModule(alloys, "energy", batch_size=60)
+    expected = list(data.loader("train", shuffle=True))
+    data.num_workers = 1
+    assert same(on_device(data), expected)
+
+
+def test_the_next_batch_is_begun_before_one_is_used(alloys, monkeypatch):
+    """And no thread of Python's does it, which would hold up the consumer's operations."""
+    begun, begin = [], GraphDataset.begin
+    monkeypatch.setattr(GraphDataset, "begin", lambda *a: (begun.append(threading.get_ident()), begin(*a))[1])
+    loader = GraphDataModule(alloys, "energy", batch_size=16).loader("train")
+    counts = [len(begun) for _ in loader._on_device()]
+    assert counts == [*range(2, len(loader) + 1), len(loader)]
+    assert set(begun) == {threading.get_ident()}
+
+
+def test_an_error_arrives(alloys, monkeypatch):
+    take = type(alloys).packing
+    monkeypatch.setattr(type(alloys), "packing", lambda s, i, *a, **k: take(s, [10**6] if 3 in i else i, *a, **k))
+    data = GraphDataModule(
+        alloys, "energy", batch_size=16, split=Split(np.arange(128), np.arange(128, 160), np.arange(0))
+    )
+    loader, found = data.loader("train"), []
+    with pytest.raises(InputError, match="no crystal 1000000"):
+        found += loader._on_device()
+    assert len(found) < len(loader)
 
 
 def test_waiting_is_counted_and_computing_is_not(alloys, monkeypatch):
