@@ -1,6 +1,6 @@
 """What training by ``fit`` on a GPU asks of the CPU, without a GPU: kernels that do nothing, on tensors of the CPU.
 
-    OMP_NUM_THREADS=1 python benchmarks/fit_host.py STORE [--batch-size 256] [--steps 64] [--epochs 11]
+    OMP_NUM_THREADS=1 python benchmarks/fit_host.py STORE [--batch-size 256] [--steps 64] [--epochs 11] [--ema 0.99]
 
 Batches come as they do for a GPU. Numbers of the outputs mean nothing. Prints ms a step: of ``fit`` (medians over
 epochs, with the part of it that waits for data), and of forward, loss, backward and optimiser alone.
@@ -50,7 +50,7 @@ def pretend() -> None:
     prefetch.Batches.__iter__ = lambda self: self._timed(self._on_device())  # type: ignore[method-assign]
 
 
-def of_fit(store: GraphStore, size: int, steps: int, epochs: int) -> tuple[float, float]:
+def of_fit(store: GraphStore, size: int, steps: int, recipe: Recipe) -> tuple[float, float]:
     """Milliseconds a step, and those of it without data."""
     order = np.random.default_rng(0).permutation(len(store))
     n = min(size * steps, len(store) - 128)
@@ -58,7 +58,7 @@ def of_fit(store: GraphStore, size: int, steps: int, epochs: int) -> tuple[float
         store, next(iter(store.targets)), batch_size=size, split=Split(order[:n], order[n : n + 128], order[:0])
     )
     with tempfile.TemporaryDirectory() as folder:
-        history = fit(sf.SRCGCNN(3, WIDTH, WIDTH), data, folder, Recipe(epochs=epochs), accelerator="cpu").history
+        history = fit(sf.SRCGCNN(3, WIDTH, WIDTH), data, folder, recipe, accelerator="cpu").history
     taken = [1e3 * row["seconds"] / -(-n // size) for row in history[1:]]
     return statistics.median(taken), statistics.median(
         t * row["data_wait"] for t, row in zip(taken, history[1:], strict=True)
@@ -89,12 +89,13 @@ if __name__ == "__main__":
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--steps", type=int, default=64, help="of an epoch")
     parser.add_argument("--epochs", type=int, default=11)
+    parser.add_argument("--ema", type=float, help="decay of a moving average of the weights")
     given = parser.parse_args()
     torch.set_num_threads(1)
     prepared = open_store(given.store)
     pretend()
     alone = of_a_loop(prepared, given.batch_size)
-    step, waiting = of_fit(prepared, given.batch_size, given.steps, given.epochs)
+    step, waiting = of_fit(prepared, given.batch_size, given.steps, Recipe(epochs=given.epochs, ema=given.ema))
     print(
         f"batches of {given.batch_size}: fit {step:.2f} ms a step, {waiting:.2f} without data; a bare step {alone:.2f}"
     )

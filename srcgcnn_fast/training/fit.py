@@ -12,7 +12,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import PassThroughProfiler
 
 from ..errors import InputError, require
 from ..files import atomic_path, sweep
@@ -27,6 +28,7 @@ from ..nn import CGCNN, SRCGCNN, synchronize_batch_norm
 from ..ops.precision import use_precision
 from ..serialization import save_model
 from . import distributed
+from .averaging import ExponentialAverage
 from .callbacks import RunBar, RunFiles
 from .data import GraphDataModule
 from .module import Recipe, TrainingModule
@@ -115,6 +117,7 @@ def fit(
             enable_progress_bar=progress,
             enable_model_summary=False,
             num_sanity_val_steps=0,
+            profiler=_NoProfiler(),
             default_root_dir=directory,
         )
         with _ctrl_c():
@@ -188,12 +191,16 @@ def _moving_average(decay: float) -> pl.Callback:
     kinds = importlib.import_module("lightning.pytorch.callbacks")
     if not hasattr(kinds, "WeightAveraging"):
         raise InputError("A moving average of the weights needs Lightning 2.6; run `pip install -U lightning`.")
-    moved = importlib.import_module("torch.optim.swa_utils").get_ema_avg_fn(decay)
 
-    def average(before: torch.Tensor, now: torch.Tensor, count: Any) -> torch.Tensor:
-        return torch.where(before == now, before, moved(before, now, count))  # what is frozen does not drift by a bit
+    class MovingAverage(kinds.WeightAveraging):  # type: ignore[name-defined, misc]
+        state_key = kinds.WeightAveraging.__qualname__
 
-    return kinds.WeightAveraging(avg_fn=average)
+        def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+            if stage == "fit":  # where the model will be: it is moved after this hook
+                self._average_model = ExponentialAverage(pl_module, decay, trainer.strategy.root_device)
+
+    average: pl.Callback = MovingAverage()
+    return average
 
 
 def _logger(choice: Logger | str | None, directory: Path) -> Logger | bool:
@@ -212,6 +219,16 @@ def _logger(choice: Logger | str | None, directory: Path) -> Logger | bool:
         run_id = f"{directory.name}-{zlib.crc32(place.encode()):08x}"
         return WandbLogger(name=directory.name, id=run_id, save_dir=directory, project="srcgcnn_fast", resume="allow")
     raise InputError(f"The logger {choice!r} is unknown; use 'tensorboard', 'wandb' or a Lightning logger.")
+
+
+class _NoProfiler(PassThroughProfiler):
+    """Lightning's, which opens and closes a generator around each of some thirty parts of a step."""
+
+    def profile(self, action_name: str) -> Any:
+        return _NOTHING
+
+
+_NOTHING = nullcontext()
 
 
 @contextmanager
