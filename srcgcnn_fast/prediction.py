@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -209,7 +209,9 @@ def _run_over_chunk(
     names = [record.id for record in records]
     dtype = _distance_dtype(model)
     graphs, errors = _graphs(model, records, parameters, np.float64 if dtype == torch.float64 else np.float32)
-    places = list(_batches({i: graph.n_rows for i, graph in graphs.items()}, batch_atoms))
+    good = list(graphs)
+    cuts = _cuts(np.array([graph.n_rows for graph in graphs.values()], dtype=np.int64), batch_atoms)
+    places = [good[begin:stop] for begin, stop in cuts]
     batches = (collate([graphs[i] for i in place], dtype) for place in places)
     values = np.full((len(records), width), np.nan)
     for place, found in zip(places, _run(call, batches), strict=True):
@@ -238,23 +240,49 @@ def _of_store(
             f"The store was prepared with {store.parameters}, and the model wants {parameters}; prepare it alike, or "
             "predict from the structures."
         )
-    has_vector = model.element_table.any(dim=1).cpu()
+    lacks_vector = ~model.element_table.any(dim=1).cpu().numpy()
     dtype, many = _distance_dtype(model), _PREPARED * _CHUNK
+    begun: _Begun | None = None
     for first in range(0, len(store), many):
-        chosen = range(first, min(first + many, len(store)))
-        places = list(_batches({i: int(store.row_counts[i]) for i in chosen}, batch_atoms))
-        names, errors = store.ids[first : first + many], _nothing(len(chosen))
-        for place, batch in zip(places, given := [store.batch(np.array(place)) for place in places], strict=True):
-            for row in torch.nonzero(~has_vector[batch.numbers.long()])[:, 0].tolist():
-                crystal = place[int(batch.atom_crystal[row])] - first
-                errors[crystal] = _without_vector(names[crystal], int(batch.numbers[row]))
-        batches = (batch if dtype == torch.float32 else batch.to(dtype=dtype) for batch in given)
-        values = np.concatenate(list(_run(call, batches)))
-        values[[error is not None for error in errors]] = np.nan
-        _mark(values, [i for i, error in enumerate(errors) if error is None], names, errors)
-        if progress is not None:
-            progress(chosen.stop)
-        yield names, values, errors
+        counts = store.row_counts[first : first + many]
+        outputs, lacking = [], []
+        for begin, stop in _cuts(counts, batch_atoms):
+            batch = store.batch(np.arange(first + begin, first + stop))
+            for row in np.flatnonzero(lacks_vector[batch.numbers.numpy()]):
+                crystal = int(np.searchsorted(batch.crystal_ptr.numpy(), row, side="right")) - 1
+                lacking.append((begin + crystal, int(batch.numbers[row])))
+            with torch.inference_mode():  # on a GPU it is on its way while the next batch is put together
+                outputs.append(call(batch if dtype == torch.float32 else batch.to(dtype=dtype)))
+        if begun is not None:  # which the GPU has done by now
+            yield _finished(store, begun, progress)
+        begun = _Begun(first, first + len(counts), outputs, lacking)
+    if begun is not None:
+        yield _finished(store, begun, progress)
+
+
+class _Begun(NamedTuple):
+    """A chunk of a store's crystals on its way through the model."""
+
+    first: int
+    stop: int
+    outputs: list[torch.Tensor]
+    lacking: list[tuple[int, int]]
+    """Crystal of the chunk, and an element of it that the model does not know."""
+
+
+def _finished(store: GraphStore, begun: _Begun, progress: Callable[[int], None] | None) -> Chunk:
+    count = begun.stop - begun.first
+    names, errors = store.ids[begun.first : begun.stop], _nothing(count)
+    with torch.inference_mode():
+        values = torch.cat(begun.outputs).double().cpu().numpy()
+    is_good = np.ones(count, dtype=bool)
+    for crystal, number in begun.lacking:
+        errors[crystal] = _without_vector(names[crystal], number)
+        values[crystal], is_good[crystal] = np.nan, False
+    _mark(values, np.flatnonzero(is_good), names, errors)
+    if progress is not None:
+        progress(begun.stop)
+    return names, values, errors
 
 
 def _nothing(count: int) -> list[str | None]:
@@ -280,9 +308,9 @@ def _distance_dtype(model: Any) -> torch.dtype:
     return torch.float64 if model.embedding.weight.dtype == torch.float64 else torch.float32
 
 
-def _mark(values: np.ndarray, places: Iterable[int], names: Sequence[str], errors: list[str | None]) -> None:
-    """Turn the rows of ``places`` that are not finite into errors."""
-    at = np.fromiter(places, dtype=np.int64)
+def _mark(values: np.ndarray, places: Any, names: Sequence[str], errors: list[str | None]) -> None:
+    """Turn the rows of ``places``, a sequence of indices, that are not finite into errors."""
+    at = np.asarray(places, dtype=np.int64)
     for i in at[~np.isfinite(values[at]).all(axis=1)].tolist():
         values[i] = np.nan
         errors[i] = f"{names[i]}: the model's output is not finite; check its weights and the structure."
@@ -324,15 +352,12 @@ def _without_vector(name: str, number: int) -> str:
     return f"{name} has {ELEMENT_SYMBOLS[number]}, which the model's element table lacks; leave it out."
 
 
-def _batches(row_counts: Mapping[int, int], batch_atoms: int) -> Iterator[list[int]]:
-    """Positions in order, cut where a batch would exceed ``batch_atoms`` rows."""
-    batch: list[int] = []
-    rows = 0
-    for i, n_rows in row_counts.items():
-        if batch and rows + n_rows > batch_atoms:
-            yield batch
-            batch, rows = [], 0
-        batch.append(i)
-        rows += n_rows
-    if batch:
-        yield batch
+def _cuts(row_counts: np.ndarray, batch_atoms: int) -> Iterator[tuple[int, int]]:
+    """First and behind the last of the crystals of each batch, cut where it would exceed ``batch_atoms`` rows."""
+    ends = np.cumsum(row_counts)
+    first = 0
+    while first < len(ends):
+        most = batch_atoms + (int(ends[first - 1]) if first else 0)
+        stop = max(first + 1, int(np.searchsorted(ends, most, side="right")))
+        yield first, stop
+        first = stop

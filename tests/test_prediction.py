@@ -286,6 +286,37 @@ def test_a_store_is_predicted_as_its_structures(tmp_path, monkeypatch):
     assert expected["error"].notna().sum() >= 1 and "element table lacks" in found["error"][4]
 
 
+def test_a_batch_of_a_store_is_on_its_way_before_the_next_is_put_together(tmp_path, monkeypatch):
+    """And a chunk is waited for when the next one is on its way, so that a GPU does not stand still."""
+    monkeypatch.setattr(prediction, "_CHUNK", 4)
+    monkeypatch.setattr(prediction, "_PREPARED", 1)
+    store, model, events = sf.prepare(crystals(10), tmp_path / "store"), make_model(), []
+    pack, finish = type(store).batch, prediction._finished
+    monkeypatch.setattr(type(store), "batch", lambda *given: events.append("pack") or pack(*given))
+    monkeypatch.setattr(prediction, "_finished", lambda *given: events.append("read") or finish(*given))
+    pairs = lambda counts, most: [(k, min(k + 2, len(counts))) for k in range(0, len(counts), 2)]  # noqa: E731
+    monkeypatch.setattr(prediction, "_cuts", pairs)
+    function = lambda batch: events.append("call") or model.predict(batch)  # noqa: E731
+    names, values, _ = prediction.run_over([model], store, function, 1)
+    assert len(names) == len(values) == 10
+    assert " ".join(events) == " ".join(["pack call"] * 4 + ["read", "pack call", "read", "read"])
+
+
+@pytest.mark.parametrize("most", [1, 5, 7, 20, 1000])
+def test_cuts_are_those_of_one_crystal_after_the_other(most):
+    counts = np.random.default_rng(0).integers(0, 9, 200)
+    expected, rows = [0], 0
+    for i, count in enumerate(counts):
+        if i > expected[-1] and rows + count > most:
+            expected.append(i)
+            rows = 0
+        rows += count
+    found = list(prediction._cuts(counts, most))
+    assert [first for first, _ in found] == expected
+    assert [stop for _, stop in found] == [*expected[1:], 200]
+    assert list(prediction._cuts(counts[:0], most)) == []
+
+
 def test_a_store_of_other_graphs_is_refused(tmp_path):
     store = sf.prepare(crystals(2), tmp_path / "store", sf.GraphParameters(radius=6.0))
     with pytest.raises(sf.InputError, match=r"prepared with .*radius=6\.0.* the model wants .*radius=8\.0"):

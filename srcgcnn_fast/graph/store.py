@@ -76,6 +76,9 @@ class _Ids(Sequence[str]):
             begin = int(self._end[first - 1]) if first else 0
             text = self._text[begin : self._end[stop - 1]].tobytes()
             ends = (self._end[first:stop] - begin).tolist()
+            if text.isascii():  # as nearly always: letters are where their bytes are
+                letters = text.decode()
+                return [letters[a:b] for a, b in zip([0, *ends], ends, strict=False)]
             return [text[a:b].decode() for a, b in zip([0, *ends], ends, strict=False)]
         i = range(len(self))[index]
         return self._text[self._end[i - 1] if i else 0 : self._end[i]].tobytes().decode()
