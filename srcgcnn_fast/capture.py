@@ -110,8 +110,8 @@ class CapturedModel:
     def _set_units(self, std: tuple[float, ...], mean: tuple[float, ...]) -> None:
         """As the metadata have them now, where every graph reads them."""
         with torch.inference_mode():
-            self._std.copy_(torch.tensor(std))
-            self._mean.copy_(torch.tensor(mean))
+            self._std.copy_(torch.tensor(std, dtype=torch.float64))
+            self._mean.copy_(torch.tensor(mean, dtype=torch.float64))
         self._units = (tuple(std), tuple(mean))
 
 

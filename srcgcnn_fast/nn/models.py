@@ -207,15 +207,21 @@ class CrystalModel(nn.Module):
         return self._frozen.network
 
     def _freeze(self, table: Tensor) -> functional.FrozenNetwork | None:
+        """None where not everything is computed from parameters and buffers alone."""
         linears = [self.embedding, *self._hidden()]
         trains = any(module.training for module in self.modules())
         is_ours = type(self) in (CGCNN, SRCGCNN)
         if trains or not (is_ours and self._is_stack() and all(map(_is_plain_linear, linears))):
             return None
-        embedding, *readout = (functional.Dense(x.weight, x.bias) for x in linears)
+        dense, layers = [functional.Dense(x.weight, x.bias) for x in linears], self._layers()
+        used = [x for layer in layers for x in (*layer[:2], *layer.bn1[:4], *layer.bn2[:4])]
+        used += [x for layer in dense for x in layer]
+        known = set(map(id, (None, *self.parameters(), *self.buffers())))
+        if not known.issuperset(map(id, used)):  # weights that follow from others
+            return None
         p = self._hyperparameters
         with suppress(InputError):  # the ordinary call says it
-            return functional.FrozenNetwork(table, embedding, self._layers(), readout, p["dmin"], p["step"])
+            return functional.FrozenNetwork(table, dense[0], layers, dense[1:], p["dmin"], p["step"])
         return None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -661,6 +661,23 @@ def test_batches_of_captured_graphs_are_filled_alike_from_either_side(backend, m
         assert len(filled) == 3 and all(torch.equal(x, filled[0]) for x in filled[1:])
 
 
+@each_for_inference
+@pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
+def test_a_model_that_moved_or_changed_predicts_as_a_new_one(backend, make_batch, model_type):
+    """What it keeps between calls belongs to a place and to values that may change there."""
+    model, batch = model_and_batch(model_type, make_batch)
+    with torch.no_grad():
+        first = model.eval().predict(batch)
+        assert torch.equal(model.predict(batch), first)
+        with sf.use_backend("reference" if DRY else "cpu"):
+            on_cpu = model.to("cpu").predict(batch.to("cpu"))
+        assert difference(first, on_cpu) < 1e-5
+        assert torch.equal(model.to(DEVICE).predict(batch), first)
+        model.fc_out.weight *= 2
+        changed = model.predict(batch)
+        assert torch.equal(changed, copy.deepcopy(model).predict(batch)) and difference(changed, first) > 1e-3
+
+
 def salts(count: int) -> list[tuple]:
     rng = np.random.default_rng(0)
     places = np.array([[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]])

@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 import srcgcnn_fast as sf
 from srcgcnn_fast.nn.models import CrystalModel
@@ -84,10 +84,6 @@ def hooked(model) -> None:
 
 
 def parametrized(model) -> None:
-    class Half(nn.Module):
-        def forward(self, x):
-            return x / 2
-
     parametrize.register_parametrization(model.fc_out, "weight", Half())
 
 
@@ -195,6 +191,44 @@ def test_what_comes_between_the_steps_is_seen(make_batch):
     model.recurrent_alpha = nn.Parameter(torch.zeros(2))
     gated = model(batch)
     assert torch.equal(gated, ordinary(model, batch)) and not torch.allclose(gated, before)
+
+
+class Half(nn.Module):
+    def forward(self, x):
+        return x / 2
+
+
+def pruned(model) -> nn.Linear:
+    return prune.l1_unstructured(layer_of(model), "weight", amount=0.3)
+
+
+def parametrized_layer(model) -> nn.Linear:
+    parametrize.register_parametrization(layer_of(model), "weight", Half())
+    return layer_of(model)
+
+
+def plain_attribute(model) -> nn.Linear:
+    head = model.fc_out
+    weight = head.weight.data.clone()
+    del head.weight
+    head.weight = weight * 0.5
+    return head
+
+
+@MODELS
+@pytest.mark.parametrize("derive", [pruned, parametrized_layer, plain_attribute])
+@torch.no_grad()
+def test_weights_that_follow_from_others_are_not_kept(make_batch, model_type, derive):
+    model, batch = trained(model_type), make_batch("weighted")
+    before = model(batch)
+    layer = derive(model)
+    derived = model(batch)
+    assert torch.equal(derived, ordinary(model, batch)) and not torch.allclose(derived, before)
+    if derive is not parametrized_layer:
+        layer.weight = layer.weight * 2  # as a hook of pruning sets it
+    else:
+        layer.parametrizations.weight.original.mul_(3)
+    assert torch.equal(model(batch), ordinary(model, batch)) and not torch.allclose(model(batch), derived)
 
 
 @MODELS
