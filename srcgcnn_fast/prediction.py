@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from .graph import CrystalGraph, GraphBatch, GraphParameters
+    from .graph.packing import Packing
     from .nn import CGCNN, SRCGCNN
 
 Predictor = Callable[[GraphBatch], torch.Tensor]
@@ -35,6 +37,8 @@ _CHUNK = 1024
 """Crystals read and turned into graphs at a time: what bounds the memory of a long input."""
 _PREPARED = 16
 """So many times as many, where the graphs are there: a GPU takes a thousand in less time than their names."""
+_AHEAD = 4
+"""Batches of a store that threads put together while a GPU has the one before."""
 
 
 def predict(
@@ -137,7 +141,7 @@ def run_over(
     own = model.metadata.graph
     parameters = replace(own, isolated=isolated or own.isolated, disorder=disorder or own.disorder)
     is_captured = isinstance(function, CapturedModel)  # which takes batches on the CPU itself
-    call = function if is_captured else _moving(function, model.embedding.weight.device)
+    device = torch.device("cpu") if is_captured else model.embedding.weight.device
     ids: list[str] = []
     errors: list[str | None] = []
     values: list[np.ndarray] = []
@@ -146,8 +150,9 @@ def run_over(
         each.eval()
     try:
         if (store := _as_store(inputs)) is not None:
-            chunks = _of_store(model, call, store, parameters, batch_atoms, progress)
+            chunks = _of_store(model, function, store, parameters, batch_atoms, progress, device)
         else:
+            call = function if is_captured else _moving(function, device)
             read = read_inputs(inputs, targets=(), timeout=timeout, disorder=parameters.disorder)
             records = _chunks(_counted(read, progress))
             chunks = (_run_over_chunk(model, chunk, width, call, parameters, batch_atoms) for chunk in records)
@@ -228,36 +233,61 @@ def _as_store(inputs: Any) -> GraphStore | None:
 
 def _of_store(
     model: Any,
-    call: Predictor,
+    function: Predictor,
     store: GraphStore,
     parameters: GraphParameters,
     batch_atoms: int,
     progress: Callable[[int], None] | None,
+    device: torch.device,
 ) -> Iterator[Chunk]:
-    """Chunks of a store's crystals; only what was prepared as the model wants it."""
+    """Chunks of a store's crystals; only what was prepared as the model wants it. Batches are on ``device``."""
     if replace(store.parameters, isolated=parameters.isolated) != parameters:
         raise InputError(
             f"The store was prepared with {store.parameters}, and the model wants {parameters}; prepare it alike, or "
             "predict from the structures."
         )
     lacks_vector = ~model.element_table.any(dim=1).cpu().numpy()
-    dtype, many = _distance_dtype(model), _PREPARED * _CHUNK
+    many = _PREPARED * _CHUNK
+    chunks = [(first, min(first + many, len(store))) for first in range(0, len(store), many)]
+    cuts = [list(_cuts(store.row_counts[first:stop], batch_atoms)) for first, stop in chunks]
+    every = [(first + a, first + b) for (first, _), some in zip(chunks, cuts, strict=True) for a, b in some]
+    batches = _store_batches(store, every, device, _distance_dtype(model), _AHEAD if device.type == "cuda" else 0)
     begun: _Begun | None = None
-    for first in range(0, len(store), many):
-        counts = store.row_counts[first : first + many]
-        outputs, lacking = [], []
-        for begin, stop in _cuts(counts, batch_atoms):
-            batch = store.batch(np.arange(first + begin, first + stop))
-            for row in np.flatnonzero(lacks_vector[batch.numbers.numpy()]):
-                crystal = int(np.searchsorted(batch.crystal_ptr.numpy(), row, side="right")) - 1
-                lacking.append((begin + crystal, int(batch.numbers[row])))
+    for (first, stop), some in zip(chunks, cuts, strict=True):
+        outputs = []
+        for batch in islice(batches, len(some)):
             with torch.inference_mode():  # on a GPU it is on its way while the next batch is put together
-                outputs.append(call(batch if dtype == torch.float32 else batch.to(dtype=dtype)))
+                outputs.append(function(batch))
+        numbers, begins = store.elements(first, stop)
+        rows = np.flatnonzero(lacks_vector[numbers])
+        crystals = np.searchsorted(begins, rows, side="right") - 1
         if begun is not None:  # which the GPU has done by now
             yield _finished(store, begun, progress)
-        begun = _Begun(first, first + len(counts), outputs, lacking)
+        lacking = dict(zip(crystals.tolist(), numbers[rows].tolist(), strict=True))
+        begun = _Begun(first, stop, outputs, lacking)
     if begun is not None:
         yield _finished(store, begun, progress)
+
+
+def _store_batches(
+    store: GraphStore, cuts: Iterable[tuple[int, int]], device: torch.device, dtype: torch.dtype, ahead: int
+) -> Iterator[GraphBatch]:
+    """The crystals between each two numbers, on ``device``; threads put so many together ``ahead`` of the consumer."""
+    begun: deque[tuple[np.ndarray, Packing | None]] = deque()
+
+    def finished() -> GraphBatch:
+        indices, packing = begun.popleft()
+        batch = packing.on(device)[0] if packing is not None else store.batch(indices).to(device)
+        return batch if dtype == torch.float32 else batch.to(dtype=dtype)
+
+    for cut in cuts:
+        indices = np.arange(*cut)
+        packing = store.packing(indices, np.zeros(0, np.float32), pin=device.type == "cuda") if ahead else None
+        begun.append((indices, packing))
+        if len(begun) > ahead:
+            yield finished()
+    while begun:
+        yield finished()
 
 
 class _Begun(NamedTuple):
@@ -266,8 +296,8 @@ class _Begun(NamedTuple):
     first: int
     stop: int
     outputs: list[torch.Tensor]
-    lacking: list[tuple[int, int]]
-    """Crystal of the chunk, and an element of it that the model does not know."""
+    lacking: dict[int, int]
+    """Crystals of the chunk with an element that the model does not know."""
 
 
 def _finished(store: GraphStore, begun: _Begun, progress: Callable[[int], None] | None) -> Chunk:
@@ -276,7 +306,7 @@ def _finished(store: GraphStore, begun: _Begun, progress: Callable[[int], None] 
     with torch.inference_mode():
         values = torch.cat(begun.outputs).double().cpu().numpy()
     is_good = np.ones(count, dtype=bool)
-    for crystal, number in begun.lacking:
+    for crystal, number in begun.lacking.items():
         errors[crystal] = _without_vector(names[crystal], number)
         values[crystal], is_good[crystal] = np.nan, False
     _mark(values, np.flatnonzero(is_good), names, errors)

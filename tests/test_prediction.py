@@ -302,6 +302,21 @@ def test_a_batch_of_a_store_is_on_its_way_before_the_next_is_put_together(tmp_pa
     assert " ".join(events) == " ".join(["pack call"] * 4 + ["read", "pack call", "read", "read"])
 
 
+@pytest.mark.parametrize("ahead", [0, 1, 3, 20])
+def test_batches_of_a_store_begun_ahead_are_those_of_the_store(tmp_path, monkeypatch, ahead):
+    store, cuts, events = sf.prepare(crystals(11), tmp_path / "store"), [(0, 3), (3, 4), (4, 9), (9, 11)], []
+    packing = type(store).packing
+    monkeypatch.setattr(
+        type(store), "packing", lambda self, *given, **how: events.append("begin") or packing(self, *given, **how)
+    )
+    for number, batch in enumerate(prediction._store_batches(store, cuts, torch.device("cpu"), torch.float64, ahead)):
+        assert events.count("begin") == (min(number + ahead + 1, 4) if ahead else 0)
+        expected = store.batch(np.arange(*cuts[number])).to(dtype=torch.float64)
+        for name in ("numbers", "weight", "sender", "distance", "row_ptr", "crystal_ptr", "atom_class"):
+            assert torch.equal(getattr(batch, name), getattr(expected, name)), name
+    assert number == 3
+
+
 @pytest.mark.parametrize("most", [1, 5, 7, 20, 1000])
 def test_cuts_are_those_of_one_crystal_after_the_other(most):
     counts = np.random.default_rng(0).integers(0, 9, 200)

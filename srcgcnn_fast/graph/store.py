@@ -222,6 +222,11 @@ class GraphStore:
                 taken[name] = gather(name, kind)
         return taken
 
+    def elements(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Atomic numbers of the rows of crystals ``first`` to ``stop`` - 1, and where those of each begin."""
+        begins = self._first["row"][first : stop + 1]
+        return self._arrays["numbers"][begins[0] : begins[-1]], begins[:-1] - begins[0]
+
     @property
     def is_mixed(self) -> bool:
         """Whether some crystal has averaged sites, whose rows carry mixed built-in element vectors."""
