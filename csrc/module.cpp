@@ -4,8 +4,11 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <exception>
+#include <future>
+#include <memory>
 #include <string>
 #include <thread>
 #include <tuple>
@@ -268,34 +271,49 @@ std::tuple<int64_t, int64_t, int64_t> graph_sizes(const Addresses& firsts, uintp
   return {sums[0], sums[1], sums[2]};
 }
 
-// Graphs of a store joined by a thread of its own, which never takes Python's lock. Addresses are in the order of the
-// fields of Joined and Stored; `owners` keep the arrays.
+// Graphs of a store joined by a thread that never takes Python's lock, or by whoever wants them before it has begun, as on a
+// machine whose cores are busy. Addresses are in the order of the fields of Joined and Stored; `owners` keep the arrays.
 class Packing {
  public:
   Packing(const Addresses& out, const Addresses& a, uintptr_t crystals, int64_t n_crystals, nb::object owners)
-      : joined_{address<int32_t>(out.at(0)), address<float>(out.at(1)),   address<int32_t>(out.at(2)),
-                address<int32_t>(out.at(3)), address<int32_t>(out.at(4)), address<float>(out.at(5)),
-                address<int32_t>(out.at(6))},
-        store_{address<int64_t>(a.at(0)), address<int64_t>(a.at(1)), address<int64_t>(a.at(2)),
-               address<uint8_t>(a.at(3)), address<float>(a.at(4)),   address<int32_t>(a.at(5)),
-               address<int32_t>(a.at(6)), address<float>(a.at(7)),   address<int32_t>(a.at(8))},
-        crystals_(address<int64_t>(crystals)),
-        n_crystals_(n_crystals),
-        owners_(std::move(owners)) {}
-  ~Packing() { wait(); }
-  void run() { chosen->f32.pack(joined_, store_, crystals_, n_crystals_); }
-  void start() { thread_ = std::thread([this] { run(); }); }
-  void wait() {
-    if (thread_.joinable()) thread_.join();
+      : owners_(std::move(owners)), work_(std::make_shared<Work>()), done_(work_->done.get_future()) {
+    work_->joined = {address<int32_t>(out.at(0)), address<float>(out.at(1)),   address<int32_t>(out.at(2)),
+                     address<int32_t>(out.at(3)), address<int32_t>(out.at(4)), address<float>(out.at(5)),
+                     address<int32_t>(out.at(6))};
+    work_->store = {address<int64_t>(a.at(0)), address<int64_t>(a.at(1)), address<int64_t>(a.at(2)),
+                    address<uint8_t>(a.at(3)), address<float>(a.at(4)),   address<int32_t>(a.at(5)),
+                    address<int32_t>(a.at(6)), address<float>(a.at(7)),   address<int32_t>(a.at(8))};
+    work_->crystals = address<int64_t>(crystals);
+    work_->n_crystals = n_crystals;
+  }
+  ~Packing() {
+    if (work_->begun.exchange(true)) done_.wait();
+  }
+  void start() {
+    std::thread([work = work_] { work->run_once(); }).detach();
+  }
+  void finish() {
+    if (!work_->run_once()) done_.wait();
   }
 
  private:
-  Joined joined_;
-  Stored store_;
-  const int64_t* crystals_;
-  int64_t n_crystals_;
+  struct Work {
+    Joined joined;
+    Stored store;
+    const int64_t* crystals;
+    int64_t n_crystals;
+    std::atomic<bool> begun{false};
+    std::promise<void> done;
+    bool run_once() {
+      if (begun.exchange(true)) return false;
+      chosen->f32.pack(joined, store, crystals, n_crystals);
+      done.set_value();
+      return true;
+    }
+  };
   nb::object owners_;
-  std::thread thread_;
+  std::shared_ptr<Work> work_;
+  std::future<void> done_;
 };
 
 }  // namespace
@@ -310,9 +328,8 @@ NB_MODULE(_core, m) {
   m.def("graph_sizes", &graph_sizes);
   nb::class_<Packing>(m, "Packing")
       .def(nb::init<const Addresses&, const Addresses&, uintptr_t, int64_t, nb::object>())
-      .def("run", &Packing::run, nb::call_guard<nb::gil_scoped_release>())
       .def("start", &Packing::start)
-      .def("wait", &Packing::wait, nb::call_guard<nb::gil_scoped_release>());
+      .def("finish", &Packing::finish, nb::call_guard<nb::gil_scoped_release>());
   m.def("simd_level", [] { return std::string(chosen->name); });
   m.def("simd_levels", [] {
     std::vector<std::string> names;

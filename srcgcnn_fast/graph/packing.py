@@ -61,32 +61,32 @@ class Packing:
     """
 
     def __init__(self, packer: Packer, chosen: np.ndarray, more: np.ndarray, pin: bool = False) -> None:
-        rows, edges, atoms = core.graph_sizes(packer.addresses, chosen.ctypes.data, len(chosen))
+        count, address = len(chosen), chosen.ctypes.data
+        rows, edges, atoms = core.graph_sizes(packer.addresses, address, count)
         check_sizes(rows, edges)
-        self._lengths = (rows, rows, rows + 1, len(chosen) + 1, edges, edges, atoms, more.size)
-        self._spans: list[int] = []  # of each array, and of nothing after it
-        for length in self._lengths:
+        self._edges, self._shape = edges, more.shape
+        self._spans: list[int] = []  # numbers of each array, and of nothing after it
+        begins, end = [], 0
+        for length in (rows, rows, rows + 1, count + 1, edges, edges, atoms, more.size):
+            begins.append(end)
             self._spans += length, -length % _ALIGNMENT
-        self._block = torch.empty(sum(self._spans), dtype=torch.int32, pin_memory=pin)
-        self._shape = more.shape
-        ends = np.cumsum(self._spans)[1::2].tolist()
-        begins = [self._block.data_ptr() + 4 * begin for begin in (0, *ends)]
-        owners = self._block, packer, chosen
-        self._work = core.Packing(begins[:-2], packer.addresses, chosen.ctypes.data, len(chosen), owners)
+            end += length + self._spans[-1]
+        self._block = torch.empty(end, dtype=torch.int32, pin_memory=pin)
+        first = self._block.data_ptr()
+        places = [first + 4 * begin for begin in begins[:-1]]
+        self._work = core.Packing(places, packer.addresses, address, count, (self._block, packer, chosen))
         if more.size:
-            self._block[ends[-2] : ends[-2] + more.size].view(torch.float32).numpy()[:] = more.reshape(-1)
+            self._block.numpy()[begins[-1] : begins[-1] + more.size] = more.reshape(-1).view(np.int32)
 
     def start(self) -> Packing:
         """In a thread of its own, unless that would take longer to begin than the work."""
-        if self._lengths[4] < _LEAST_EDGES:
-            self._work.run()
-        else:
+        if self._edges >= _LEAST_EDGES:
             self._work.start()
         return self
 
     def here(self) -> GraphBatch:
         """The batch, joined now; its arrays have nothing in common but their memory."""
-        self._work.run()
+        self._work.finish()
         block, first, parts = self._block.numpy(), 0, []
         for length, gap in zip(self._spans[::2], self._spans[1::2], strict=True):
             parts.append(block[first : first + length])
@@ -96,7 +96,7 @@ class Packing:
 
     def on(self, device: torch.device) -> tuple[GraphBatch, Tensor]:
         """What was started, on ``device``, and what went along; in one copy that nobody waits for."""
-        self._work.wait()
+        self._work.finish()
         *parts, more = self._block.to(device, non_blocking=True).split(self._spans)[::2]
         floats = (x.view(torch.float32) if name in _FLOATS else x for name, x in zip(_FIELDS, parts, strict=True))
         return _batch(list(floats)), more.view(torch.float32).view(self._shape)

@@ -289,12 +289,13 @@ class GraphStore:
             raise InputError("A batch needs at least one crystal; batch() was given no index.")
         if chosen.ndim != 1 or chosen.dtype.kind not in "iu":
             raise InputError(f"Indices of a batch are whole numbers in one row, not {chosen.dtype} {chosen.shape}.")
-        if chosen.min() < -len(self) or chosen.max() >= len(self):
+        least, most = int(chosen.min()), int(chosen.max())
+        if least < -len(self) or most >= len(self):
             raise InputError(
-                f"There is no crystal {chosen.max() if chosen.max() >= len(self) else chosen.min()} in a store of "
-                f"{len(self)}; give indices from 0 to {len(self) - 1}."
+                f"There is no crystal {most if most >= len(self) else least} in a store of {len(self)}; "
+                f"give indices from 0 to {len(self) - 1}."
             )
-        return chosen.astype(np.int64) % len(self)
+        return chosen.astype(np.int64) if least >= 0 else chosen.astype(np.int64) % len(self)
 
     def target_array(self, names: Sequence[str]) -> np.ndarray:
         """(n, len(names)) float64, NaN where a crystal has no value.

@@ -22,15 +22,24 @@ class Frozen:
     tensor there the address, shape and type count, not its values.
 
     Args:
+        modules: all of the model's, and itself.
+        linears: those that stand for their weight and bias only as long as nobody watches them.
         network: None: there is none for this model.
-        linears: modules that stand for their weight and bias only as long as nobody watches them.
     """
 
-    def __init__(self, model: nn.Module, network: FrozenNetwork | None, linears: Sequence[nn.Module]) -> None:
+    was_used = False
+    """Whether it held once."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Sequence[nn.Module],
+        linears: Sequence[nn.Module],
+        network: FrozenNetwork | None,
+    ) -> None:
         self.network = network
         # The model's own dictionary would lead back to this object, and keep both alive.
         self._own = {name: model.__dict__[name] for name in (*_PARTS, "_hyperparameters")}
-        modules = list(model.modules())
         settings: dict[str, Any] = self._own["_hyperparameters"]
         held = [(settings, name) for name in settings]
         for module in modules:
@@ -54,12 +63,15 @@ class Frozen:
             same = all(map(is_, map(getitem, self._places, self._names), self._found))
         except KeyError:  # moved elsewhere, by a parametrization for instance
             return False
-        return (
+        if (
             same
             and all(own[name] is value for name, value in self._own.items())
             and not any(self._hooks)
             and self._now() == self._layout
-        )
+        ):
+            self.was_used = True
+            return True
+        return False
 
     def _now(self) -> tuple[list[Any], ...]:
         x = self._tensors

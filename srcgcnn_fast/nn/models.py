@@ -17,6 +17,8 @@ from .conv import GatedConv, batch_norm_states
 from .frozen import Frozen
 from .metadata import ModelMetadata
 
+_PATIENCE = 16
+
 
 def _positive(**values: int) -> None:
     for name, value in values.items():
@@ -45,6 +47,8 @@ class CrystalModel(nn.Module):
 
     element_table: Tensor
     _frozen: Frozen | None = None
+    _wait = 0
+    """Calls until parameters are laid out again, after some that changed from one call to the next."""
 
     def __init__(
         self,
@@ -195,29 +199,37 @@ class CrystalModel(nn.Module):
 
     def _frozen_network(self) -> functional.FrozenNetwork | None:
         """What :meth:`_network` comes to without gradients and statistics of the batch, looked up and checked once."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.training:
             return None
-        table = self._buffers["element_table"]
-        if table is None or not functional.is_plain(table.device):
+        table, dropout = self._buffers["element_table"], self.dropout
+        if table is None or (dropout is not None and dropout.training) or not functional.is_plain(table.device):
             return None
-        if self._frozen is None or not self._frozen.holds(self):
-            if any(type(x) not in (Tensor, nn.Parameter) for x in (*self.parameters(), *self.buffers())):
-                return None
-            self._frozen = Frozen(self, self._freeze(table), [self.embedding, *self._hidden()])
-        return self._frozen.network
+        frozen, own = self._frozen, self.__dict__  # setattr of a module takes its time
+        if frozen is not None:
+            if frozen.holds(self):
+                return frozen.network
+            own["_frozen"], own["_wait"] = None, 0 if frozen.was_used else _PATIENCE
+        if self._wait:
+            own["_wait"] -= 1
+            return None
+        modules, linears = list(self.modules()), [self.embedding, *self._hidden()]
+        tensors = [x for module in modules for part in (module._parameters, module._buffers) for x in part.values()]
+        if any(x is not None and type(x) not in (Tensor, nn.Parameter) for x in tensors):
+            return None
+        own["_frozen"] = Frozen(self, modules, linears, self._freeze(table, modules, linears, tensors))
+        return own["_frozen"].network  # type: ignore[no-any-return]
 
-    def _freeze(self, table: Tensor) -> functional.FrozenNetwork | None:
-        """None where not everything is computed from parameters and buffers alone."""
-        linears = [self.embedding, *self._hidden()]
-        trains = any(module.training for module in self.modules())
-        is_ours = type(self) in (CGCNN, SRCGCNN)
+    def _freeze(
+        self, table: Tensor, modules: list[nn.Module], linears: list[nn.Linear], tensors: list[Any]
+    ) -> functional.FrozenNetwork | None:
+        """None where not everything is computed from ``tensors``, the parameters and buffers, alone."""
+        trains, is_ours = any(module.training for module in modules), type(self) in (CGCNN, SRCGCNN)
         if trains or not (is_ours and self._is_stack() and all(map(_is_plain_linear, linears))):
             return None
         dense, layers = [functional.Dense(x.weight, x.bias) for x in linears], self._layers()
         used = [x for layer in layers for x in (*layer[:2], *layer.bn1[:4], *layer.bn2[:4])]
         used += [x for layer in dense for x in layer]
-        known = set(map(id, (None, *self.parameters(), *self.buffers())))
-        if not known.issuperset(map(id, used)):  # weights that follow from others
+        if not {id(None), *map(id, tensors)}.issuperset(map(id, used)):  # weights that follow from others
             return None
         p = self._hyperparameters
         with suppress(InputError):  # the ordinary call says it
@@ -226,7 +238,7 @@ class CrystalModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is bound to addresses."""
-        return {name: value for name, value in self.__dict__.items() if name != "_frozen"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_frozen", "_wait")}
 
     def _head(self, pooled: Tensor) -> Tensor:
         """(B, F) -> (B, outputs), layer by layer, with the dropout."""

@@ -233,11 +233,11 @@ class GraphDataModule(pl.LightningDataModule):
         dataset, indices = self.parts[part]
         return [dataset.store.ids[i] for i in indices]
 
-    def loader(self, part: str, shuffle: bool = False) -> DataLoader[Item]:
+    def loader(self, part: str, shuffle: bool = False) -> Batches:
         """Batches of ``part`` ("train", "val" or "test"), all of them in this process."""
         return self._loader(part, shuffle, 0, 1)
 
-    def _loader(self, part: str, shuffle: bool, rank: int, world_size: int) -> DataLoader[Item]:
+    def _loader(self, part: str, shuffle: bool, rank: int, world_size: int) -> Batches:
         dataset, indices = self.parts[part]
         sampler = EpochSampler(
             indices,

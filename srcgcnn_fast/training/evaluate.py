@@ -56,8 +56,10 @@ def evaluate(model: CGCNN | SRCGCNN | Sampler, data: GraphDataModule, part: str 
     training = [each.training for each in models]
     for each in models:
         each.eval()
+    loader = data.loader(part)
+    loader.device = device
     try:
-        batches: list[Any] = [model.predict(graphs.to(device)) for graphs, _, _ in data.loader(part)]
+        batches: list[Any] = [model.predict(graphs.to(device)) for graphs, _, _ in loader]
     finally:
         for each, mode in zip(models, training, strict=True):
             each.train(mode)

@@ -28,6 +28,7 @@ from ..nn import CGCNN, SRCGCNN, synchronize_batch_norm
 from ..ops.precision import use_precision
 from ..serialization import save_model
 from . import distributed
+from .averaging import ExponentialAverage
 from .callbacks import RunBar, RunFiles
 from .data import GraphDataModule
 from .module import Recipe, TrainingModule
@@ -195,12 +196,16 @@ def _moving_average(decay: float) -> pl.Callback:
     kinds = importlib.import_module("lightning.pytorch.callbacks")
     if not hasattr(kinds, "WeightAveraging"):
         raise InputError("A moving average of the weights needs Lightning 2.6; run `pip install -U lightning`.")
-    moved = importlib.import_module("torch.optim.swa_utils").get_ema_avg_fn(decay)
 
-    def average(before: torch.Tensor, now: torch.Tensor, count: Any) -> torch.Tensor:
-        return torch.where(before == now, before, moved(before, now, count))  # what is frozen does not drift by a bit
+    class MovingAverage(kinds.WeightAveraging):  # type: ignore[name-defined, misc]
+        state_key = kinds.WeightAveraging.__qualname__
 
-    return kinds.WeightAveraging(avg_fn=average)
+        def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+            if stage == "fit":  # where the model will be: it is moved after this hook
+                self._average_model = ExponentialAverage(pl_module, decay, trainer.strategy.root_device)
+
+    average: pl.Callback = MovingAverage()
+    return average
 
 
 def _logger(choice: Logger | str | None, directory: Path) -> Logger | bool:

@@ -29,7 +29,7 @@ class Batches(DataLoader[Item]):
     waited = 0.0
 
     def __iter__(self) -> Iterator[Item]:  # type: ignore[override]
-        return self._timed(super().__iter__() if self.device.type == "cpu" else self._on_device())
+        return self._timed(self._on_device() if self.device.type == "cuda" else super().__iter__())
 
     def _timed(self, batches: Iterator[Item]) -> Iterator[Item]:
         while True:

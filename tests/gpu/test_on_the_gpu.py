@@ -771,14 +771,16 @@ def test_training_by_captured_steps(tmp_path):
 
 
 @cuda_only
-def test_batches_come_whole_from_the_side_stream():
-    """While the device is busy, and with the memory of earlier batches used again."""
+def test_batches_come_whole_while_the_device_is_busy(monkeypatch):
+    """With the memory of earlier batches, pinned and on the device, used again."""
+    from srcgcnn_fast.graph import packing
     from srcgcnn_fast.training import GraphDataModule
 
     store = GraphStore.from_graphs(graphs_of(300), targets={"y": np.arange(300.0)})
     data = GraphDataModule(store, "y", batch_size=8)
     plain, ahead = data.loader("train"), data.loader("train")
     ahead.device = torch.device("cuda", 0)
+    monkeypatch.setattr(packing, "_LEAST_EDGES", 400)  # some batches by a thread, some not
     busy = torch.rand(4096, 4096, device="cuda")
     sums = []
     for graphs, target, index in ahead:

@@ -251,6 +251,36 @@ def test_modes_are_seen(make_batch, model_type):
 
 
 @MODELS
+@torch.no_grad()
+def test_what_never_holds_is_seldom_laid_out(monkeypatch, make_batch, model_type):
+    """Parameters of another member of an ensemble at each call, for instance; and then the same ones again."""
+    model, batch, made = trained(model_type), make_batch("one atom"), []
+    freeze = CrystalModel._freeze
+    monkeypatch.setattr(CrystalModel, "_freeze", lambda *given: made.append(1) or freeze(*given))
+    expected = ordinary(model, batch)
+    for k in range(51):
+        shifted = {name: x + 0.01 * k for name, x in model.named_parameters()}
+        found = torch.func.functional_call(model, shifted, (batch,))
+        assert torch.equal(found, expected) == (k == 0)
+    assert len(made) == 3
+    for _ in range(20):
+        assert torch.equal(model(batch), expected)
+    assert len(made) == 4 and model._frozen.was_used
+
+
+@MODELS
+@torch.no_grad()
+def test_what_is_kept_outlives_dropout_that_drops(looked_up, make_batch, model_type):
+    model, batch = trained(model_type, dropout=0.5), make_batch("plain")
+    for _ in range(3):
+        model.dropout.train()
+        model(batch)
+        model.dropout.eval()
+        model(batch)
+    assert looked_up[0] == 4
+
+
+@MODELS
 def test_calls_of_other_kinds_go_their_own_way(make_batch, model_type):
     model, batch = trained(model_type), make_batch("weighted")
     with torch.no_grad():
