@@ -103,13 +103,13 @@ void columns_times(Sequence& s, const DeviceConv& g, const float* a, int64_t lef
   given.programs = int(g.programs);
   given.lefts = int(lefts);
   given.rights = int(rights);
+  given.teams = 2 * lefts * rights <= kColumnWarps ? 2 : 1;
   given.a_blocks = int(a_blocks);
   given.b_blocks = int(b_blocks);
   given.steps = int(parts(g.n_rows, kStageRows));
-  given.a_by_four = by_four(a, left);
-  given.b_by_four = by_four(b, b_stride);
-  s.launch(multiply_columns, a_blocks * b_blocks * g.programs, kStages * kStageSize * sizeof(float), given,
-           32 * given.lefts * given.rights);
+  const bool fours = by_four(a, left) && by_four(b, b_stride) && right % 4 == 0;
+  s.launch(fours ? multiply_columns<true> : multiply_columns<false>, a_blocks * b_blocks * g.programs, kColumnShared, given,
+           32 * given.lefts * given.rights * given.teams);
   s.add(g.programs, {{sums, left * right, nullptr, out}});
 }
 

@@ -48,7 +48,7 @@ struct ColumnProduct {
   int left, right, a_stride, b_stride, programs;
   int lefts, rights, a_blocks, b_blocks;  // a block's warps; blocks of a program
   int steps;                              // 16 rows each, of all programs
-  int a_by_four, b_by_four;
+  int teams;                              // of warps: one takes all 16 rows of a step, or two take eight each
 };
 // Parts (parts, n) added up in their order: `exact` and `rounded` (n), either null.
 struct PartSum {
@@ -254,34 +254,41 @@ SRCGCNN_DEVICE void for_columns(const float (&sums)[2][8][4], int first_row, Don
         }
 }
 
+constexpr int kColumnShared = (kStages * kStageSize + 2 * 32 * kColumnWarps) * int(sizeof(float));
+
 // Three products even where one would do: memory bounds it. Each warp has 32 of the block's columns of a and 64 of b; a block
 // reads 16 rows at a time, two ahead. The columns of a and b that a lane reads, four neighbours, belong to the tiles as the
 // comments say.
-__global__ void __launch_bounds__(32 * kColumnWarps, kColumnBlocks) multiply_columns(const ColumnProduct g) {
+template <bool kByFour>
+__global__ void __launch_bounds__(32 * kColumnWarps, kColumnBlocks) multiply_columns(const __grid_constant__ ColumnProduct g) {
   SRCGCNN_SHARED(shared);
   const int group = lane_of() / 4, in_group = lane_of() % 4;
   const int block = int(blockIdx.x) % (g.a_blocks * g.b_blocks), program = int(blockIdx.x) / (g.a_blocks * g.b_blocks);
   const int first_left = block % g.a_blocks * kLeft * g.lefts, first_right = block / g.a_blocks * kRight * g.rights;
   const auto read = [&](int step) {
-    float* stage = shared + step % kStages * kStageSize;
+    const int64_t first = int64_t(program + step * g.programs) * kStageRows;
+    const int rows = g.n_rows - first < kStageRows ? int(g.n_rows - first) : kStageRows;  // none, where negative
 #pragma unroll 1
-    for (int row = warp_of(); row < kStageRows; row += g.lefts * g.rights) {
-      const int64_t at = int64_t(program + step * g.programs) * kStageRows + row;
-      const bool there = at < g.n_rows;
-      const float *a = g.a + (there ? at : 0) * g.a_stride, *b = g.b + (there ? at : 0) * g.b_stride;
+    for (int row = warp_of(); row < kStageRows; row += g.lefts * g.rights * g.teams) {
+      float* to = shared + step % kStages * kStageSize + row * kStageStride;
+      const int64_t at = row < rows ? int(first) + row : 0;
+      const float* from = g.a + at * g.a_stride;
+      const int left = row < rows ? g.left : 0, right = row < rows ? g.right : 0;
 #pragma unroll 1
-      for (int x = lane_of(); x < (kLeft * g.lefts + kRight * g.rights) / 4; x += 32) {
-        const int c = 4 * x - kLeft * g.lefts;  // of b
-        if (c < 0)
-          fetch_four(stage + row * kStageStride + 4 * x, a, first_left + 4 * x, there ? g.left : 0, g.a_by_four);
-        else
-          fetch_four(stage + row * kStageStride + 4 * x, b, first_right + c, there ? g.right : 0, g.b_by_four);
-      }
+      for (int c = 4 * lane_of(); c < kLeft * g.lefts; c += 128) fetch_four(to + c, from, first_left + c, left, kByFour);
+      from = g.b + at * g.b_stride;
+      to += kLeft * g.lefts;
+#pragma unroll 1
+      for (int c = 4 * lane_of(); c < kRight * g.rights; c += 128) fetch_four(to + c, from, first_right + c, right, kByFour);
     }
     device::commit_copies();
   };
-  const int own_left = warp_of() % g.lefts * kLeft, own_right = warp_of() / g.lefts * kRight;
+  const int team = warp_of() / (g.lefts * g.rights), own_left = warp_of() % g.lefts * kLeft;
+  const int own_right = warp_of() / g.lefts % g.rights * kRight;
   const bool busy = first_left + own_left < g.left && first_right + own_right < g.right;
+  int* place = reinterpret_cast<int*>(shared + kStages * kStageSize) + 2 * threadIdx.x;  // of the sums: registers are scarce
+  place[0] = first_left + own_left;
+  place[1] = first_right + own_right;
   float sums[2][8][4] = {};
 #pragma unroll 1
   for (int step = 0; step < kStages - 1; ++step) read(step);
@@ -291,11 +298,11 @@ __global__ void __launch_bounds__(32 * kColumnWarps, kColumnBlocks) multiply_col
     __syncthreads();
     read(step + kStages - 1);
     if (!busy) continue;
-    const float* a = shared + step % kStages * kStageSize + in_group * kStageStride + 4 * group;
+    const float* a = shared + step % kStages * kStageSize + (8 * team + in_group) * kStageStride + 4 * group;
     const float* b = a + kLeft * g.lefts + own_right;
     a += own_left;
 #pragma unroll 1
-    for (int half = 0; half < kStageRows / 8; ++half, a += 8 * kStageStride, b += 8 * kStageStride) {
+    for (int half = g.teams; half <= 2; ++half, a += 8 * kStageStride, b += 8 * kStageStride) {
       float high[2][4], low[2][4];  // tile of 16 columns (4 group + 2 tile, + 1)
 #pragma unroll
       for (int v = 0; v < 2; ++v) {  // rows in_group + 4 v
@@ -317,11 +324,23 @@ __global__ void __launch_bounds__(32 * kColumnWarps, kColumnBlocks) multiply_col
     }
   }
   device::wait_for_copies<0>();
+  if (g.teams == 2) {  // the second one's sums are added to the first one's
+    const int threads = 32 * g.lefts * g.rights;
+    float* other = shared + int(threadIdx.x) % threads;
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < 64; ++k)
+      if (team == 1) other[k * threads] = sums[k / 32][k / 4 % 8][k % 4];
+    __syncthreads();
+    if (team == 1) return;
+#pragma unroll
+    for (int k = 0; k < 64; ++k) sums[k / 32][k / 4 % 8][k % 4] += other[k * threads];
+  }
   if (!busy) return;
   float* out = g.out + int64_t(program) * g.left * g.right;
-  for_columns(sums, own_left, [&](int row, int c, const Channels<4>& y) {
-    row += first_left;
-    c += first_right + own_right;
+  const int first_column = place[1];
+  for_columns(sums, place[0], [&](int row, int c, const Channels<4>& y) {
+    c += first_column;
     if (row >= g.left) return;
     if (g.right % 4 == 0) {
       if (c < g.right) store<4>(out + row * g.right + c, y);

@@ -23,8 +23,8 @@ def test_the_kernels_fit_the_registers_of_two_blocks(architecture):
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     training = [line for line in lines if line["width"] == 0]  # and the one that pads batches
-    assert len(training) == 34 and all(line["spilled"] == line["stack"] == 0 for line in training), training
-    most = {"backward_receivers": 255, "edge_gram": 255, "multiply_rows": 168, "multiply_columns": 168}
+    assert len(training) == 35 and all(line["spilled"] == line["stack"] == 0 for line in training), training
+    most = {"backward_receivers": 255, "edge_gram": 255, "multiply_rows": 168, "multiply_columns": 170}
     most["gram_products"] = 168
     for line in training:  # of two blocks of the Gram matrix, three of those with long sums, or four
         assert line["registers"] <= most.get(str(line["kernel"]), 128), line

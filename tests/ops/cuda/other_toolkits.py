@@ -59,6 +59,10 @@ def training() -> str:
         for kept in ("false", "true")
         for relaxed in ("false", "true")
     )
+    text += "".join(
+        f"template __global__ void multiply_columns<{fours}>(const __grid_constant__ ColumnProduct);\n"
+        for fours in ("false", "true")
+    )
     return '#include "cuda/gram.cuh"\nnamespace srcgcnn {\n' + text + "}\n"
 
 
