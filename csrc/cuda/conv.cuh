@@ -1215,25 +1215,48 @@ __global__ void __launch_bounds__(kThreads) finish(const DeviceConv g) {
   }
 }
 
-// Features of the rows after some steps, as `finish` made them from the messages that are kept. A thread four channels of a row.
-__global__ void __launch_bounds__(128) features_of_rows(const DeviceConv g) {
-  const int64_t fours = (g.F + 3) / 4, all = g.n_rows * fours, threads = int64_t(gridDim.x) * 128;
-  const bool by_four = g.F % 4 == 0 && (reinterpret_cast<uintptr_t>(g.h) | reinterpret_cast<uintptr_t>(g.m) |
-                                        reinterpret_cast<uintptr_t>(g.a) | reinterpret_cast<uintptr_t>(g.out)) % 16 == 0;
-  for (int64_t at = int64_t(blockIdx.x) * 128 + threadIdx.x; at < all; at += threads) {
-    const int64_t row = at / fours, c = at % fours * 4, from = g.other ? g.other[row] : row;
-    const bool good = uint64_t(from) < uint64_t(g.other ? g.n_edges : g.n_rows);
-    auto x = four_of(g.h + (good ? from : 0) * g.F, c, g.F, by_four);
+// Features of the rows after some steps, as `finish` made them from the messages that are kept.
+__global__ void __launch_bounds__(kThreads) features_of_rows(const DeviceConv g) {
+  constexpr int kAhead = 2;
+  const int chunks = int(g.width / kChunk), channel = int(blockIdx.x % chunks) * kChunk + four_channels_of();
+  const int64_t program = blockIdx.x / chunks, apart = g.programs * kRowsAtOnce, given = g.other ? g.n_edges : g.n_rows;
+  const bool by_four = in_fours(g.F, g.h) && in_fours(g.F, g.m) && in_fours(g.F, g.a) && in_fours(g.F, g.out);
 #pragma unroll 1
-    for (int64_t t = 0; t < g.columns; ++t) {
-      const auto m = four_of(g.m + (t * g.n_rows + row) * g.F, c, g.F, by_four);
-      const auto scale = four_of(g.a + 2 * t * g.F, c, g.F, by_four), shift = four_of(g.a + (2 * t + 1) * g.F, c, g.F, by_four);
+  for (int64_t first = first_row(program); first < g.n_rows; first += kAhead * apart) {
+    Channels<4> h[kAhead];
+    int64_t from[kAhead];
 #pragma unroll
-      for (int v = 0; v < 4; ++v) x.x[v] = finished(x.x[v], m.x[v], scale.x[v], shift.x[v]);
+    for (int k = 0; k < kAhead; ++k) {
+      const int64_t row = first + k * apart, at = row < g.n_rows ? row : first;
+      from[k] = g.other ? g.other[at] : at;
     }
 #pragma unroll
-    for (int v = 0; v < 4; ++v) x.x[v] = good ? x.x[v] : NAN;
-    store_four(g.out + row * g.F, c, g.F, by_four, x);
+    for (int k = 0; k < kAhead; ++k) {
+      const bool there = uint64_t(from[k]) < uint64_t(given);
+      h[k] = four_of(g.h + (there ? from[k] : 0) * g.F, channel, g.F, by_four);
+#pragma unroll
+      for (int v = 0; v < 4; ++v) h[k].x[v] = there ? h[k].x[v] : NAN;
+    }
+#pragma unroll 1
+    for (int64_t t = 0; t < g.columns; ++t) {
+      const float *scales = g.a + 2 * t * g.F, *m = g.m + t * g.n_rows * g.F;
+      const auto scale = four_of(scales, channel, g.F, by_four), shift = four_of(scales + g.F, channel, g.F, by_four);
+      Channels<4> sum[kAhead];
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        const int64_t row = first + k * apart;
+        sum[k] = four_of(m + (row < g.n_rows ? row : first) * g.F, channel, g.F, by_four);
+      }
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k)
+#pragma unroll
+        for (int v = 0; v < 4; ++v) h[k].x[v] = finished(h[k].x[v], sum[k].x[v], scale.x[v], shift.x[v]);
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int64_t row = first + k * apart;
+      if (row < g.n_rows) store_four(g.out + row * g.F, channel, g.F, by_four, h[k]);
+    }
   }
 }
 

@@ -403,7 +403,7 @@ const char* srcgcnn_cuda_transpose(const DeviceConv* given, void* stream) {
 }
 const char* srcgcnn_cuda_features(const DeviceConv* given, void* stream) {
   Sequence s{{reinterpret_cast<char*>(given->out)}, stream};  // takes no space
-  s.launch(features_of_rows, threads(given->n_rows * parts(given->F, 4)), 0, *given);
+  s.launch(features_of_rows, chunks(*given) * given->programs, 0, *given);
   return s.error;
 }
 const char* srcgcnn_cuda_table_sums(const DeviceConv* given, void* stream) {

@@ -249,7 +249,7 @@ def features(h: Tensor, species: Tensor | None, messages: Messages, steps: int) 
     if species is not None:
         triton._check("species", species, (n,), torch.int32, h.device)
     out = h.new_empty(n, width)
-    sizes = {"n_rows": n, "n_edges": len(h), "F": width, "columns": steps}
+    sizes = {**_rows(n, width), "n_edges": len(h), "columns": steps}
     _call("features", sizes, h=h, other=species, m=messages.sums, a=messages.norms, out=out)
     return out
 
