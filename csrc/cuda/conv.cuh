@@ -1,10 +1,11 @@
 // Training: the edge passes of a convolution, and the node kernels around them.
 //
-// A warp takes the edges of 16 rows, 16 at a time, for 32 of the F channels. r = w_e e(d) of 16 edges is a product on the
-// tensor cores, whose operand e(d) is formed in registers, and of which only the steps in reach of the distances are
-// done. The product leaves a lane 4 channels of 4 edges, filter and core; there q (or p) of the other end is gathered and
-// the gate formed. What is summed over a row goes through shared memory, where each lane then walks its columns of the
-// edges in their order. So no sum depends on the order of threads, of warps or of blocks. Nothing of an edge is stored.
+// A warp takes 16 edges at a time for 32 of the F channels: of four rows four each, a quad. r = w_e e(d) of 16 edges is a
+// product on the tensor cores, whose operand e(d) is formed in registers, and of which only the steps in reach of the
+// distances are done. The product leaves a lane 4 channels of a quad, filter and core; there q (or p) of the other ends, which
+// were sent for before, is added and the gate formed. By receiver, a row's quads are always the same lanes', which keep what
+// is summed over it; by sender, quads' sums pass through shared memory, where each lane then walks its columns of them in
+// their order. So no sum depends on the order of threads, of warps or of blocks. Nothing of an edge is stored.
 // In sum e dy^T a lane's dy are an operand as they are. The tensor cores cut sums off: so none there is longer than a few
 // products, small ones first, and the rest is added in float32.
 #pragma once
@@ -23,7 +24,6 @@ constexpr int kSteps = kTerms / 8;
 constexpr float kCut = 20.25f;       // squared distance from a Gaussian's centre in its widths; beyond it is below 2e-9
 
 // In shared memory, in numbers; strides that spread what lanes touch together over the banks.
-constexpr int kTileStride = 4 * kChunk + 4, kTileSize = kTile * kTileStride;
 constexpr int kVectors = 4 * kChunk;     // of a block: gamma and beta of its channels, in the units of gate2
 constexpr int kNorms = 2 * kChunk;       // of a block: scale and shift of bn2 of its channels
 constexpr int kCorrection = 6 * kChunk;  // of a block: a, c1 and c2 of its channels
@@ -38,12 +38,8 @@ struct Record {
   struct Row {
     int row, shift;  // one with edges; what makes a place in ptr's order of an edge's number within the task
   };
-  struct Ends {
-    int other, row;  // both can be followed
-  };
   alignas(16) Row rows[kTaskRows];
   alignas(16) int last[32];  // of lane l's row, the last edge's number within the task, or -1
-  alignas(16) Ends ends[kTile];
   alignas(16) float u[kTile];  // distance in units of the Gaussians; NaN if the other end is outside, far off if there is no edge
   alignas(16) float weight[kTile];
   alignas(16) int number[kTile];
@@ -54,17 +50,16 @@ SRCGCNN_DEVICE int tasks_of(const DeviceConv& g) { return int((g.n_rows + kTaskR
 
 // The edges of 16 rows. Lane l has row first + l.
 struct Task {
-  int first, degree, total;
-  bool bad;
+  int first, total;
 
   SRCGCNN_DEVICE Task(const DeviceConv& g, int number, Record& record)
-      : first(number * kTaskRows), degree(0), bad(false) {
+      : first(number * kTaskRows) {
     const int lane = lane_of();
-    int begin = 0;
+    int begin = 0, degree = 0;
     if (lane < kTaskRows && first + lane < g.n_rows) {
       const int* ptr = g.ptr + first;
       const int64_t from = ptr[lane], to = ptr[lane + 1];
-      bad = from < 0 || to < from || to > g.n_edges || to - from > kMostDegree;
+      const bool bad = from < 0 || to < from || to > g.n_edges || to - from > kMostDegree;
       begin = bad ? 0 : int(from);
       degree = bad ? 0 : int(to - from);
     }
@@ -83,13 +78,9 @@ struct Task {
   }
 };
 
-enum class Weight { kNone, kOwn, kOther };  // whose row_weight an edge has
-
 // 16 edges of a task, of which lanes l and l + 16 have number l; where there are fewer, the last one again.
-template <Weight kWeight>
 struct Edges {
   int passed = 0;  // rows with edges that end before them
-  unsigned last;   // bit l: edge l is the last of its row
   int row, other, number;
   float distance, weight;
 
@@ -97,7 +88,7 @@ struct Edges {
   SRCGCNN_DEVICE void begin(const DeviceConv& g, const Record& record, int from, int count) {
     const int k = lane_of() & (kTile - 1), at = k < count ? k : count - 1;
     const unsigned slot = unsigned(record.last[lane_of()] - from);
-    last = __reduce_or_sync(kAllLanes, slot < unsigned(kTile) ? 1u << slot : 0u);
+    const unsigned last = __reduce_or_sync(kAllLanes, slot < unsigned(kTile) ? 1u << slot : 0u);
     const Record::Row found = record.rows[passed + __popc(last & ((1u << at) - 1))];
     passed += __popc(last);
     const int place = found.shift + from + at;
@@ -112,7 +103,7 @@ struct Edges {
     }
     const int at = number < 0 ? 0 : number;
     distance = g.distance ? g.distance[at] : g.dmin;
-    weight = kWeight == Weight::kNone || !g.row_weight ? 1.0f : g.row_weight[kWeight == Weight::kOwn ? row : other];
+    weight = g.row_weight ? g.row_weight[row] : 1.0f;
   }
   // To the record; u of this lane's edge.
   SRCGCNN_DEVICE float publish(const DeviceConv& g, Record& record, int count) const {
@@ -120,9 +111,8 @@ struct Edges {
     const bool live = (k & (kTile - 1)) < count;
     const float u = number < 0 ? NAN : live ? (distance - g.dmin) * g.inverse_step : -1e3f;
     if (k < kTile) {
-      record.ends[k] = {other, row};
       record.u[k] = u;
-      if (kWeight != Weight::kNone) record.weight[k] = live ? weight : 0.0f;
+      record.weight[k] = live ? weight : 0.0f;
       record.number[k] = number < 0 ? 0 : number;
     }
     return u;
@@ -256,21 +246,9 @@ SRCGCNN_DEVICE void edge_terms(Values& r, const DeviceConv& g, const float (&u_o
     Product<false>(r, weights, u, reach);
 }
 
-// x = p_i + q_j + r_ij of an edge, four channels of it, in place of r. `pq`: the first row's numbers of these channels.
-template <class T>
-SRCGCNN_DEVICE void add_ends(float (&filter)[4], float (&core)[4], const T* pq, int64_t width, int p_row, int q_row) {
-  const int stride = int(4 * width * sizeof(T));
-  const auto pf = row_of<4>(pq, p_row, stride), pc = row_of<4>(pq + width, p_row, stride);
-  const auto qf = row_of<4>(pq + 2 * width, q_row, stride), qc = row_of<4>(pq + 3 * width, q_row, stride);
-#pragma unroll
-  for (int v = 0; v < 4; ++v) {
-    filter[v] = pf.x[v] + (qf.x[v] + filter[v]);
-    core[v] = pc.x[v] + (qc.x[v] + core[v]);
-  }
-}
-
 // gamma and beta of the chunk's channels times -log2(e) (filter) and log2(e) (core), for the block; zeros beyond F.
 SRCGCNN_DEVICE void read_vectors(float* vectors, const DeviceConv& g, int chunk) {
+#pragma unroll 1
   for (int k = int(threadIdx.x); k < kVectors; k += int(blockDim.x)) {
     const int c = chunk * kChunk + k % kChunk, half = k / kChunk % 2;
     const float* from = k < 2 * kChunk ? g.gamma1 : g.beta1;
@@ -289,31 +267,19 @@ struct Scaling {
   SRCGCNN_DEVICE float core(float x, int v) const { return fmaf(x, gamma_c.x[v], beta_c.x[v]); }
 };
 
-// Rows of the task without edges, or whose pointers are bad: done(row, 0 or NaN).
-template <class Done>
-SRCGCNN_DEVICE void rows_without_edges(const DeviceConv& g, const Task& task, Done done) {
-  const bool there = lane_of() < kTaskRows && task.first + lane_of() < g.n_rows;
-  const unsigned bad = __ballot_sync(kAllLanes, task.bad);
-  for (unsigned left = __ballot_sync(kAllLanes, there && task.degree == 0); left; left &= left - 1) {
-    const int l = __ffs(left) - 1;
-    done(task.first + l, bad >> l & 1 ? NAN : 0.0f);
-  }
-}
-
-// The tiles of a task: each(last, count, reach, send), of which the first two are as Edges has them; send(0) and, while
-// other work passes, send(1) send for the halves of the next tile's edges.
-template <Weight kWeight, class Each>
+// The tiles of a task: each(reach, send); send(0) and, while other work passes, send(1) send for the halves of the next
+// tile's edges.
+template <class Each>
 SRCGCNN_DEVICE void for_tiles(const DeviceConv& g, const Task& task, Record& record, Each each) {
   if (task.total == 0) return;
-  Edges<kWeight> edges;
+  Edges edges;
   edges.begin(g, record, 0, task.total);
   edges.end(g);
   for (int left = task.total; left > 0; left -= kTile) {
     const Reach reach(g, edges.publish(g, record, left));
-    const unsigned last = edges.last;
     __syncwarp();
     const bool more = left > kTile;
-    each(last, left, reach, [&](int half) {
+    each(reach, [&](int half) {
       if (!more) return;
       if (half)
         edges.end(g);
@@ -346,42 +312,51 @@ SRCGCNN_DEVICE float finished(float h, float m, float scale, float shift) {
   return softplus<DeviceMath>(h + fmaf(m, scale, shift));
 }
 
-// A tile's edges summed row by row, each lane V columns, `sum` from before on: at a row's last edge its sum takes the edge's
-// place. What follows the last of them is nobody's.
-template <int V>
-SRCGCNN_DEVICE void walk(float* tile, int stride, unsigned last, float (&sum)[V]) {
-  constexpr int kAtOnce = 8;  // edges that a lane reads before it adds them up
+// Edges of four rows, four of each at a time, a quad: of a tile a lane has the channels of one row's quad, and keeps what is
+// summed over the row. Which quad, and which edge of which quad it reads; where that is for `of_edges`.
+constexpr int kQuads = kTile / 4;
+SRCGCNN_DEVICE int quad_of() { return lane_of() % kQuads; }
+SRCGCNN_DEVICE int read_quad() { return lane_of() % 8 / 2; }
+SRCGCNN_DEVICE int read_edge() { return lane_of() % 2 + lane_of() / 8 % 2 * 2; }
+SRCGCNN_DEVICE int place_of(int quad, int k) { return 2 * quad + k % 2 + k / 2 * 8; }
+
+// Rows of 32 channels in shared memory, in pieces of 16 bytes: row `at` is quad at % 4's.
+template <class T>
+constexpr int kOfPiece = 16 / int(sizeof(T));  // its numbers
+template <class T>
+constexpr int kPieces = kChunk / kOfPiece<T>;  // of a row
+// Where a piece is, so that lanes that read together find theirs in different banks.
+template <class T>
+SRCGCNN_DEVICE int piece_at(int piece, int quad) {
+  return (piece ^ (sizeof(T) == 4 ? 2 * quad : quad & 2)) * kOfPiece<T>;
+}
+// A lane's four channels of row 4 k + its quad.
+template <class T>
+SRCGCNN_DEVICE Channels<4> own_channels(const T* rows, int k) {
+  const int piece = channel_of() / kOfPiece<T>;
+  return load<4>(rows + (4 * k + quad_of()) * kChunk + piece_at<T>(piece, quad_of()) + channel_of() % kOfPiece<T>);
+}
+// kCount quads' k-th rows, k from 0 on, filter and core, on their way there from `table`, whose filter's first row's first
+// channel it names; of(quad, k) says which row.
+template <int kCount, class T, class Of>
+SRCGCNN_DEVICE void send_rows(T (&to)[2][kCount * kQuads * kChunk], const T* table, int64_t width, Of of) {
+  constexpr int kAtOnce = 32 / kPieces<T>;
+  const int piece = lane_of() % kPieces<T>, stride = int(4 * width * sizeof(T));
+  table += piece * kOfPiece<T>;
+  if constexpr (kCount * kQuads < kAtOnce) {  // half of the lanes the core
+    const int half = lane_of() / 16, at = lane_of() / kPieces<T> % kQuads;
+    device::copy_async<true>(to[half] + at * kChunk + piece_at<T>(piece, at), row_at(table + half * width, of(at, 0), stride),
+                             true);
+  } else {
 #pragma unroll
-  for (int from = 0; from < kTile; from += kAtOnce) {
-    Channels<V> x[kAtOnce];
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) x[k] = load<V>(tile + (from + k) * stride + V * lane_of());
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-#pragma unroll
-      for (int v = 0; v < V; ++v) x[k].x[v] = sum[v] += x[k].x[v];
-      if (!(last >> (from + k) & 1)) continue;
-      store<V>(tile + (from + k) * stride + V * lane_of(), x[k]);
-#pragma unroll
-      for (int v = 0; v < V; ++v) sum[v] = 0.0f;
+    for (int first = 0; first < kCount * kQuads; first += kAtOnce) {
+      const int at = first + lane_of() / kPieces<T>;
+      const T* from = row_at(table, of(at % kQuads, at / kQuads), stride);
+      device::copy_async<true>(to[0] + at * kChunk + piece_at<T>(piece, at % kQuads), from, true);
+      device::copy_async<true>(to[1] + at * kChunk + piece_at<T>(piece, at % kQuads), from + width, true);
     }
   }
 }
-
-// Sixteen rows, whose k-th edges are a tile: so what is summed over a row stays with the lanes that have its edges, and
-// where rows are sorted by distance, those of a tile are alike. Lanes l and l + 16 have row first + l, or the last one.
-struct Rows {
-  int first, row, begin, degree, most;  // the row's first edge, how many it has, -1 if nobody knows; the largest degree
-  SRCGCNN_DEVICE Rows(const DeviceConv& g, int number) : first(number * kTaskRows) {
-    const int at = first + (lane_of() & (kTaskRows - 1)), end = int(g.n_rows) - 1;
-    row = at < end ? at : end;
-    const int64_t from = g.ptr[row], to = g.ptr[int64_t(row) + 1];
-    const bool bad = from < 0 || to < from || to > g.n_edges;
-    begin = int(from);
-    degree = bad ? -1 : at > end ? 0 : int(to - from);
-    most = __reduce_max_sync(kAllLanes, degree);
-  }
-};
 
 // Of two such tiles, what lanes tell each other.
 struct Pair {
@@ -391,32 +366,64 @@ struct Pair {
 };
 constexpr int kPair = int(sizeof(Pair) / sizeof(float));
 
-// The tiles of these rows: each(k, which of the pair, reach).
-template <class Each>
-SRCGCNN_DEVICE void for_kth_edges(const DeviceConv& g, const Rows& rows, Pair& pair, Each each) {
-  const int ahead = lane_of() / kTile;  // lanes 16 and on have the second tile
+SRCGCNN_DEVICE int groups_of(const DeviceConv& g) { return int((g.n_rows + kQuads - 1) / kQuads); }
+
+// Groups of four rows, from the first on, every step-th: begin(group, edges of the lane's row), each(first edge of the quads,
+// which of the pair, reach), end(group). What is known of the next group is read meanwhile.
+struct RowEdges {
+  int begin, degree;  // the row's first edge, how many it has, -1 if nobody knows
+};
+template <class Begin, class Each, class End>
+SRCGCNN_DEVICE void for_groups(const DeviceConv& g, Pair& pair, int first, int step, int end, Begin begin, Each each,
+                               End done) {
+  const int ahead = kQuads * (lane_of() / kTile) + read_edge();  // lanes 16 and on have the second tile
+  const auto edges_of = [&](int group) {
+    const int at = kQuads * group + read_quad(), last = int(g.n_rows) - 1, row = at < last ? at : last;
+    const int64_t from = g.ptr[row], to = g.ptr[int64_t(row) + 1];
+    const bool bad = from < 0 || to < from || to > g.n_edges;
+    return RowEdges{int(from), bad ? -1 : at > last ? 0 : int(to - from)};
+  };
+  RowEdges now = edges_of(first), next = edges_of(first + step);
   int other = 0;
   float distance = g.dmin;
   const auto send = [&](int k) {
-    const int place = rows.begin + k + ahead;
-    if (k + ahead >= rows.degree) return;
+    const int place = now.begin + k + ahead;
+    if (k + ahead >= now.degree) return;
     other = g.other[place];
     if (g.distance) distance = g.distance[place];
   };
   send(0);
-  float u = 0.0f;
-  for (int k = 0; k < rows.most; ++k) {
-    if (k % 2 == 0) {
-      const bool live = k + ahead < rows.degree, good = live && unsigned(other) < uint64_t(g.n_rows);
-      u = good ? (distance - g.dmin) * g.inverse_step : live ? NAN : -1e3f;
+  for (int group = first; group < end; group += step) {
+    const int from = 2 * quad_of();  // a lane that reads of this quad
+    const RowEdges own{__shfl_sync(kAllLanes, now.begin, from), __shfl_sync(kAllLanes, now.degree, from)};
+    const int most = __reduce_max_sync(kAllLanes, now.degree);
+    const auto advance = [&] {
+      now = next;
+      next = edges_of(group + 2 * step);
+      send(0);
+    };
+    begin(group, own);
+    float u = 0.0f;
+    for (int k = 0; k < most; k += kQuads) {
+      const int which = k / kQuads % 2;
       __syncwarp();
-      (&pair.other[0][0])[lane_of()] = good ? other : rows.row;
-      (&pair.u[0][0])[lane_of()] = u;
-      (&pair.number[0][0])[lane_of()] = good ? rows.begin + k + ahead : 0;
-      __syncwarp();
-      send(k + 2);
+      if (which == 0) {
+        const int row = kQuads * group + read_quad();
+        const bool live = k + ahead < now.degree, good = live && unsigned(other) < uint64_t(g.n_rows);
+        u = good ? (distance - g.dmin) * g.inverse_step : live ? NAN : -1e3f;
+        (&pair.other[0][0])[lane_of()] = good ? other : row < g.n_rows ? row : 0;
+        (&pair.u[0][0])[lane_of()] = u;
+        (&pair.number[0][0])[lane_of()] = good ? now.begin + k + ahead : 0;
+        __syncwarp();
+        if (k + 2 * kQuads < most)
+          send(k + 2 * kQuads);
+        else
+          advance();
+      }
+      each(k, which, Reach(g, lane_of() / kTile == which ? u : -1e3f));
     }
-    each(k, k % 2, Reach(g, ahead == k % 2 ? u : -1e3f));
+    if (most <= 0) advance();
+    done(group);
   }
 }
 
@@ -437,51 +444,38 @@ SRCGCNN_DEVICE Channels<4> load_channels(const float* row, int channel, int64_t 
   return x;
 }
 
-// gamma p + beta of the lane's rows, so that y = gamma (q + r) + this; kept in shared memory, each lane its own.
-constexpr int kScaledSize = kTaskRows * 2 * kChunk;
-template <class T>
-SRCGCNN_DEVICE void scale_rows(float* scaled, const DeviceConv& g, const Rows& rows, int chunk, const float* vectors) {
-  const T* pq = static_cast<const T*>(g.pq) + chunk * kChunk + channel_of();
-  const Scaling y(vectors);
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    const int row = __shfl_sync(kAllLanes, rows.row, edge_of(k)), stride = int(4 * g.width * sizeof(T));
-    auto f = row_of<4>(pq, row, stride), c = row_of<4>(pq + g.width, row, stride);
+// gamma p + beta of four channels, so that y = gamma (q + r) + this.
+struct Own {
+  Channels<4> filter, core;
+  SRCGCNN_DEVICE void set(const Channels<4>& p_filter, const Channels<4>& p_core, const float* vectors) {
+    const Scaling y(vectors);
 #pragma unroll
     for (int v = 0; v < 4; ++v) {
-      f.x[v] = y.filter(f.x[v], v);
-      c.x[v] = y.core(c.x[v], v);
+      filter.x[v] = y.filter(p_filter.x[v], v);
+      core.x[v] = y.core(p_core.x[v], v);
     }
-    store<4>(scaled + 256 * k + 4 * lane_of(), f);
-    store<4>(scaled + 256 * k + 128 + 4 * lane_of(), c);
   }
-}
+};
 
-// q_j + r_ij of a lane's edges, in place of r.
+// What a warp of gate_sum keeps in shared memory.
 template <class T>
-SRCGCNN_DEVICE void add_others(Values& x, const DeviceConv& g, const int (&other_of)[kTile], int chunk) {
-  const T* q = static_cast<const T*>(g.pq) + 2 * g.width + chunk * kChunk + channel_of();
-  const int stride = int(4 * g.width * sizeof(T));
-  const auto other = of_edges(other_of);
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    const auto f = row_of<4>(q, other.x[k], stride), c = row_of<4>(q + g.width, other.x[k], stride);
-#pragma unroll
-    for (int v = 0; v < 4; ++v) {
-      x.filter[k][v] += f.x[v];
-      x.core[k][v] += c.x[v];
-    }
-  }
-}
+struct GateTile {
+  alignas(16) T p[2][kQuads * kChunk];
+  alignas(16) T q[2][kTile * kChunk];
+  Pair pair;
+};
+template <class T>
+constexpr int kGateTile = int(sizeof(GateTile<T>) / sizeof(float));
 
+// Blocks share out the rows, for one chunk of channels each.
+constexpr int64_t kGateBlocks = 4;  // of a multiprocessor
 template <bool kHalf>
-__global__ void __launch_bounds__(kThreads, 4) gate_sum(const DeviceConv g) {
+__global__ void __launch_bounds__(kThreads, kGateBlocks) gate_sum(const DeviceConv g) {
   using T = typename Storage<kHalf>::type;
   SRCGCNN_SHARED(shared);
-  const int chunks = int(g.width / kChunk), chunk = int(blockIdx.x % chunks);
-  float* scaled = shared + kVectors + kNorms + warp_of() * (kScaledSize + kPair);
-  Pair& pair = *reinterpret_cast<Pair*>(scaled + kScaledSize);
+  const int chunks = int(g.width / kChunk), chunk = int(blockIdx.x % chunks), channel = chunk * kChunk + channel_of();
   float* norms = shared + kVectors;
+  GateTile<T>& mine = reinterpret_cast<GateTile<T>*>(norms + kNorms)[warp_of()];
   if (g.out && warp_of() == 0 && chunk * kChunk + lane_of() < g.F) {
     const Norm norm(g, chunk * kChunk + lane_of());
     norms[lane_of()] = norm.scale;
@@ -489,94 +483,69 @@ __global__ void __launch_bounds__(kThreads, 4) gate_sum(const DeviceConv g) {
     if (g.new_norm && int(blockIdx.x) < chunks) keep(g, chunk * kChunk + lane_of(), norm);
   }
   read_vectors(shared, g, chunk);
-  const int number = int(blockIdx.x / chunks) * kWarps + warp_of();
-  if (number >= tasks_of(g)) return;
-  const Rows rows(g, number);
-  scale_rows<T>(scaled, g, rows, chunk, shared);
-  int degree[4];
-  float sum[4][4];
+  const int64_t block = blockIdx.x / chunks, blocks = gridDim.x / chunks, groups = groups_of(g);
+  const int first = int(groups * block / blocks) + warp_of(), end = int(groups * (block + 1) / blocks);
+  if (first >= end) return;
+  const T* p = static_cast<const T*>(g.pq) + chunk * kChunk;
+  const auto send_p = [&](int group) {
+    send_rows<1>(mine.p, p, g.width, [&](int quad, int) {
+      const int row = kQuads * group + quad;
+      return row < g.n_rows ? row : int(g.n_rows) - 1;
+    });
+    device::commit_copies();
+  };
+  Own y;
+  float sum[4];
+  int degree;
+  send_p(first);
+  for_groups(
+      g, mine.pair, first, kWarps, end,
+      [&](int group, const RowEdges& edges) {
+        degree = edges.degree;
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    degree[k] = __shfl_sync(kAllLanes, rows.degree, edge_of(k));
+        for (int v = 0; v < 4; ++v) sum[v] = degree < 0 ? NAN : 0.0f;
+        device::wait_for_copies<0>();
+        __syncwarp();
+        y.set(own_channels(mine.p[0], 0), own_channels(mine.p[1], 0), shared);
+        __syncwarp();
+        send_p(group + kWarps);
+      },
+      [&](int n, int which, const Reach& reach) {
+        send_rows<4>(mine.q, p + 2 * g.width, g.width,
+                     [&](int quad, int k) { return mine.pair.other[which][place_of(quad, k)]; });
+        device::commit_copies();
+        Values x;
+        edge_terms<T>(x, g, mine.pair.u[which], mine.pair.number[which], reach, chunk);
+        device::wait_for_copies<0>();
+        __syncwarp();
+        const auto gamma_f = load<4>(shared + channel_of()), gamma_c = load<4>(shared + kChunk + channel_of());
 #pragma unroll
-    for (int v = 0; v < 4; ++v) sum[k][v] = degree[k] < 0 ? NAN : 0.0f;
-  }
-  for_kth_edges(g, rows, pair, [&](int n, int which, const Reach& reach) {
-    Values x;
-    edge_terms<T>(x, g, pair.u[which], pair.number[which], reach, chunk);
-    add_others<T>(x, g, pair.other[which], chunk);
-    const auto gamma_f = load<4>(shared + channel_of()), gamma_c = load<4>(shared + kChunk + channel_of());
+        for (int k = 0; k < 4; ++k) {
+          const auto f = own_channels(mine.q[0], k), c = own_channels(mine.q[1], k);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const auto f = load<4>(scaled + 256 * k + 4 * lane_of()), c = load<4>(scaled + 256 * k + 128 + 4 * lane_of());
+          for (int v = 0; v < 4; ++v) {
+            const float y_f = fmaf(f.x[v] + x.filter[k][v], gamma_f.x[v], y.filter.x[v]);
+            const float y_c = fmaf(c.x[v] + x.core[k][v], gamma_c.x[v], y.core.x[v]);
+            const float message = gate2<DeviceMath>(y_f, y_c);
+            if (n + k < degree) sum[v] += message;
+          }
+        }
+      },
+      [&](int group) {
+        const int64_t row = kQuads * int64_t(group) + quad_of();
+        if (row >= g.n_rows) return;
+        float m[4];
 #pragma unroll
-      for (int v = 0; v < 4; ++v) {
-        const float y_f = fmaf(x.filter[k][v], gamma_f.x[v], f.x[v]), y_c = fmaf(x.core[k][v], gamma_c.x[v], c.x[v]);
-        const float message = gate2<DeviceMath>(y_f, y_c);
-        if (n < degree[k]) sum[k][v] += message;
-      }
-    }
-  });
-  __syncwarp();
+        for (int v = 0; v < 4; ++v) m[v] = sum[v] * DeviceMath::ln2;
+        if (g.out_m) store_channels(g.out_m + row * g.F, channel, g.F, m);
+        if (!g.out) return;
+        const auto h = load_channels(g.h + row * g.F, channel, g.F);
+        const auto scale = load<4>(norms + channel_of()), shift = load<4>(norms + kChunk + channel_of());
 #pragma unroll
-  for (int k = 0; k < 16; ++k) scaled[32 * k + lane_of()] = sum[k / 4][k % 4];  // lest the loop keep them in fours
-  const auto scale = load<4>(norms + channel_of()), shift = load<4>(norms + kChunk + channel_of());
-  const int channel = chunk * kChunk + channel_of();
-#pragma unroll 1
-  for (int k = 0; k < 4; ++k) {
-    const int64_t row = rows.first + edge_of(k);
-    if (row >= g.n_rows) continue;
-    Channels<4> m;
-#pragma unroll
-    for (int v = 0; v < 4; ++v) m.x[v] = scaled[128 * k + 32 * v + lane_of()] * DeviceMath::ln2;
-    if (g.out_m) store_channels(g.out_m + row * g.F, channel, g.F, m.x);
-    if (!g.out) continue;
-    const auto h = load_channels(g.h + row * g.F, channel, g.F);
-#pragma unroll
-    for (int v = 0; v < 4; ++v) m.x[v] = finished(h.x[v], m.x[v], scale.x[v], shift.x[v]);
-    store_channels(g.out + row * g.F, channel, g.F, m.x);
-  }
-}
-
-// By sender: w_i x and dy, the gradients at y, of a lane's edges go to shared memory: of an edge x filter, x core, dy
-// filter, dy core. Edges that are not there leave zeros.
-template <class T>
-SRCGCNN_DEVICE void gradients(float* tile, Values& x, const DeviceConv& g, int count, const Record& record, int chunk,
-                              const float* vectors) {
-  const int64_t channel = chunk * kChunk + channel_of();
-  const T* pq = static_cast<const T*>(g.pq) + channel;
-  const auto ends = of_edges(record.ends);
-  Channels<4> upstream[4];
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    const int own = ends.x[k].row, other = ends.x[k].other;
-    add_ends(x.filter[k], x.core[k], pq, g.width, other, own);
-    upstream[k] = row_of<4>(g.d_m + channel, other, int(g.m_stride * sizeof(float)));
-  }
-  __syncwarp();  // lest the compiler send for all at once, with registers that it has not
-  if (count < kTile) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-      if (edge_of(k) >= count) upstream[k] = {};
-  }
-  const Scaling y(vectors);
-  float* at = tile + edge_of(0) * kTileStride + channel_of();
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    const float weight = record.weight[edge_of(k)];
-    Channels<4> out[4];
-#pragma unroll
-    for (int v = 0; v < 4; ++v) {
-      const auto d = gate_gradient2<DeviceMath>(y.filter(x.filter[k][v], v), y.core(x.core[k][v], v));
-      out[0].x[v] = weight * x.filter[k][v];
-      out[1].x[v] = weight * x.core[k][v];
-      out[2].x[v] = upstream[k].x[v] * d.d_filter;
-      out[3].x[v] = upstream[k].x[v] * d.d_core;
-    }
-#pragma unroll
-    for (int part = 0; part < 4; ++part)
-      store<4>(at + (k % 2 + k / 2 * 8) * kTileStride + part * kChunk, out[part]);
-  }
+        for (int v = 0; v < 4; ++v) m[v] = finished(h.x[v], m[v], scale.x[v], shift.x[v]);
+        store_channels(g.out + row * g.F, channel, g.F, m);
+      });
+  device::wait_for_copies<0>();
 }
 
 template <int V>
@@ -701,8 +670,7 @@ SRCGCNN_DEVICE void add_warps(float* total, const float* mine) {
 // What a warp of backward_receivers keeps in shared memory; of each lane four numbers side by side.
 struct Receivers {
   float filter[kFilterSums];
-  float scaled[kScaledSize];  // of a task; then the sums of its rows
-  float by[4][4 * 32];        // sums of dy x, filter and core, and of dy
+  float by[4][4 * 32];  // sums of dy x, filter and core, and of dy; in the end those over all rows
   Pair pair;
 };
 constexpr int kReceivers = int(sizeof(Receivers) / sizeof(float));
@@ -720,118 +688,119 @@ __global__ void __launch_bounds__(kThreads, 2) backward_receivers(const DeviceCo
   read_vectors(shared, g, chunk);
   for (int k = 0; k < kFilterSums; k += 128) store<4>(mine.filter + k + 4 * lane_of(), {});
   for (int k = 0; k < 4; ++k) store<4>(mine.by[k] + 4 * lane_of(), {});
-  const T* p = static_cast<const T*>(g.pq) + channel;
+  const int64_t groups = groups_of(g);
+  const int first = int(groups * program / g.programs) + warp_of(), end = int(groups * (program + 1) / g.programs);
+  const T* pq = static_cast<const T*>(g.pq) + channel;
   const int stride = int(4 * g.width * sizeof(T));
-  for (int number = program * kWarps + warp_of(); number < tasks_of(g); number += int(g.programs) * kWarps) {
-    const Rows rows(g, number);
-    scale_rows<T>(mine.scaled, g, rows, chunk, shared);
-    int degree[4];
-    Channels<4> upstream[4];
-    Values dy_sum, x_sum;  // over a row, of x less p
-    float of_gamma[2][4] = {};
+  // Of a lane's row; p and what comes from above of the next group are on their way.
+  Channels<4> p_f, p_c, upstream, next_f, next_c, next_upstream;
+  const auto send = [&](int group) {
+    const int at = kQuads * group + quad_of(), row = at < g.n_rows ? at : int(g.n_rows) - 1;
+    next_f = row_of<4>(pq, row, stride);
+    next_c = row_of<4>(pq + g.width, row, stride);
+    next_upstream = row_of<4>(g.d_m + channel, row, int(g.m_stride * sizeof(float)));
+  };
+  Own y;
+  RowEdges edges;
+  float dy_sum[2][4], x_sum[2][4], of_gamma[2][4];  // filter and core, over a row; of x less p
+  if (first < end) {
+    send(first);
+    for_groups(
+        g, mine.pair, first, kWarps, end,
+        [&](int group, const RowEdges& found) {
+          edges = found;
+          p_f = next_f;
+          p_c = next_c;
+          upstream = next_upstream;
+          send(group + kWarps);
+          y.set(p_f, p_c, shared);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      degree[k] = __shfl_sync(kAllLanes, rows.degree, edge_of(k));
-      const int row = __shfl_sync(kAllLanes, rows.row, edge_of(k));
-      upstream[k] = row_of<4>(g.d_m + channel, row, int(g.m_stride * sizeof(float)));
-#pragma unroll
-      for (int v = 0; v < 4; ++v)
-        dy_sum.filter[k][v] = dy_sum.core[k][v] = x_sum.filter[k][v] = x_sum.core[k][v] = degree[k] < 0 ? NAN : 0.0f;
-    }
-    for_kth_edges(g, rows, mine.pair, [&](int n, int which, const Reach& reach) {
-      Values x;
-      edge_terms<T>(x, g, mine.pair.u[which], mine.pair.number[which], reach, chunk);
-      add_others<T>(x, g, mine.pair.other[which], chunk);
-      const auto gamma_f = load<4>(shared + channel_of()), gamma_c = load<4>(shared + kChunk + channel_of());
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const auto f = load<4>(mine.scaled + 256 * k + 4 * lane_of());
-        const auto c = load<4>(mine.scaled + 256 * k + 128 + 4 * lane_of());
-        const bool live = n < degree[k];
-        if (!live) upstream[k] = {};
-#pragma unroll
-        for (int v = 0; v < 4; ++v) {
-          float &x_f = x.filter[k][v], &x_c = x.core[k][v];
-          const auto d = gate_gradient2<DeviceMath>(fmaf(x_f, gamma_f.x[v], f.x[v]), fmaf(x_c, gamma_c.x[v], c.x[v]));
-          const float dy_f = upstream[k].x[v] * d.d_filter, dy_c = upstream[k].x[v] * d.d_core;
-          of_gamma[0][v] = fmaf(dy_f, x_f, of_gamma[0][v]);
-          of_gamma[1][v] = fmaf(dy_c, x_c, of_gamma[1][v]);
-          if (live) {
-            x_sum.filter[k][v] += x_f;
-            x_sum.core[k][v] += x_c;
-            dy_sum.filter[k][v] += dy_f;
-            dy_sum.core[k][v] += dy_c;
+          for (int v = 0; v < 4; ++v) {
+            dy_sum[0][v] = dy_sum[1][v] = x_sum[0][v] = x_sum[1][v] = edges.degree < 0 ? NAN : 0.0f;
+            of_gamma[0][v] = of_gamma[1][v] = 0.0f;
           }
-          x_f = dy_f;
-          x_c = dy_c;
-        }
-      }
-      if (g.out_edge && first_term == 0) {
+        },
+        [&](int n, int which, const Reach& reach) {
+          Values q, x;  // q is on its way while r is formed
+          const auto other = of_edges(mine.pair.other[which]);
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          if (n >= degree[k]) continue;
-          const int begin = g.ptr[rows.first + edge_of(k)];
-          float* to = g.out_edge + int64_t(begin + n) * 2 * g.all;
-          store_channels(to, channel, g.F, x.filter[k], g.all);
-          store_channels(to + g.all, channel, g.F, x.core[k], g.all);
-        }
-      }
-      const Terms e(mine.pair.u[which], mine.pair.number[which], first_term);
-      if (g.relaxed)
-        add_filter<true>(mine.filter, x, g, e, reach, first_term);
-      else
-        add_filter<false>(mine.filter, x, g, e, reach, first_term);
-    });
-    // The rows' sums, by way of shared memory lest the loop keep them in fours; first those of dy, then those of x.
-    Channels<4> by[4];
+          for (int k = 0; k < 4; ++k) {
+            const auto f = row_of<4>(pq + 2 * g.width, other.x[k], stride), c = row_of<4>(pq + 3 * g.width, other.x[k], stride);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) by[k] = load<4>(mine.by[k] + 4 * lane_of());
-#pragma unroll
-    for (int v = 0; v < 4; ++v) {
-      by[0].x[v] += of_gamma[0][v];
-      by[1].x[v] += of_gamma[1][v];
-    }
-#pragma unroll
-    for (int part = 0; part < 2; ++part) {
-      if (part && (!g.out_x || first_term)) break;
-      const Values& sum = part ? x_sum : dy_sum;
-      __syncwarp();
-#pragma unroll
-      for (int k = 0; k < 16; ++k) {
-        mine.scaled[64 * k + lane_of()] = sum.filter[k / 4][k % 4];
-        mine.scaled[64 * k + 32 + lane_of()] = sum.core[k / 4][k % 4];
-      }
-#pragma unroll 1
-      for (int k = 0; k < 4; ++k) {
-        const int64_t row = rows.first + edge_of(k);
-        if (row >= g.n_rows) continue;
-        const auto f = row_of<4>(p, int(row), stride), c = row_of<4>(p + g.width, int(row), stride);
-        const float edges = part ? float(g.ptr[row + 1] - g.ptr[row]) : 0.0f;
-        float of_filter[4], of_core[4];
-#pragma unroll
-        for (int v = 0; v < 4; ++v) {
-          of_filter[v] = mine.scaled[256 * k + 64 * v + lane_of()];
-          of_core[v] = mine.scaled[256 * k + 64 * v + 32 + lane_of()];
-          if (part) {
-            of_filter[v] = fmaf(edges, f.x[v], of_filter[v]);
-            of_core[v] = fmaf(edges, c.x[v], of_core[v]);
-            continue;
+            for (int v = 0; v < 4; ++v) {
+              q.filter[k][v] = f.x[v];
+              q.core[k][v] = c.x[v];
+            }
           }
-          by[0].x[v] = fmaf(f.x[v], of_filter[v], by[0].x[v]);
-          by[1].x[v] = fmaf(c.x[v], of_core[v], by[1].x[v]);
-          by[2].x[v] += of_filter[v];
-          by[3].x[v] += of_core[v];
-        }
-        if (first_term) continue;
-        float* to = (part ? g.out_x : g.out) + row * 4 * g.F;
-        store_channels(to, channel, g.F, of_filter);
-        store_channels(to + g.F, channel, g.F, of_core);
-      }
-    }
-    __syncwarp();
+          edge_terms<T>(x, g, mine.pair.u[which], mine.pair.number[which], reach, chunk);
+          const auto gamma_f = load<4>(shared + channel_of()), gamma_c = load<4>(shared + kChunk + channel_of());
 #pragma unroll
-    for (int k = 0; k < 4; ++k) store<4>(mine.by[k] + 4 * lane_of(), by[k]);
+          for (int k = 0; k < 4; ++k) {
+            const bool live = n + k < edges.degree;
+#pragma unroll
+            for (int v = 0; v < 4; ++v) {
+              float &x_f = x.filter[k][v], &x_c = x.core[k][v];
+              x_f += q.filter[k][v];
+              x_c += q.core[k][v];
+              const auto d = gate_gradient2<DeviceMath>(fmaf(x_f, gamma_f.x[v], y.filter.x[v]),
+                                                        fmaf(x_c, gamma_c.x[v], y.core.x[v]));
+              const float from_above = live ? upstream.x[v] : 0.0f;
+              const float dy_f = from_above * d.d_filter, dy_c = from_above * d.d_core;
+              of_gamma[0][v] = fmaf(dy_f, x_f, of_gamma[0][v]);
+              of_gamma[1][v] = fmaf(dy_c, x_c, of_gamma[1][v]);
+              if (live) {
+                x_sum[0][v] += x_f;
+                x_sum[1][v] += x_c;
+                dy_sum[0][v] += dy_f;
+                dy_sum[1][v] += dy_c;
+              }
+              x_f = dy_f;
+              x_c = dy_c;
+            }
+          }
+          if (g.out_edge && first_term == 0) {
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+              if (n + k >= edges.degree) continue;
+              float* to = g.out_edge + int64_t(edges.begin + n + k) * 2 * g.all;
+              store_channels(to, channel, g.F, x.filter[k], g.all);
+              store_channels(to + g.all, channel, g.F, x.core[k], g.all);
+            }
+          }
+          const Terms e(mine.pair.u[which], mine.pair.number[which], first_term);
+          if (g.relaxed)
+            add_filter<true>(mine.filter, x, g, e, reach, first_term);
+          else
+            add_filter<false>(mine.filter, x, g, e, reach, first_term);
+        },
+        [&](int group) {
+          const int64_t row = kQuads * int64_t(group) + quad_of();
+          if (row >= g.n_rows) return;
+#pragma unroll
+          for (int v = 0; v < 4; ++v) {
+            of_gamma[0][v] = fmaf(p_f.x[v], dy_sum[0][v], of_gamma[0][v]);
+            of_gamma[1][v] = fmaf(p_c.x[v], dy_sum[1][v], of_gamma[1][v]);
+          }
+          add<4>(mine.by[0] + 4 * lane_of(), of_gamma[0]);
+          add<4>(mine.by[1] + 4 * lane_of(), of_gamma[1]);
+          add<4>(mine.by[2] + 4 * lane_of(), dy_sum[0]);
+          add<4>(mine.by[3] + 4 * lane_of(), dy_sum[1]);
+          if (first_term) return;
+          float* to = g.out + row * 4 * g.F;
+          store_channels(to, channel, g.F, dy_sum[0]);
+          store_channels(to + g.F, channel, g.F, dy_sum[1]);
+          if (!g.out_x) return;
+#pragma unroll
+          for (int v = 0; v < 4; ++v) {
+            x_sum[0][v] = fmaf(float(edges.degree), p_f.x[v], x_sum[0][v]);
+            x_sum[1][v] = fmaf(float(edges.degree), p_c.x[v], x_sum[1][v]);
+          }
+          float* to_x = g.out_x + row * 4 * g.F;
+          store_channels(to_x, channel, g.F, x_sum[0]);
+          store_channels(to_x + g.F, channel, g.F, x_sum[1]);
+        });
   }
+  __syncwarp();
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const auto sum = load<4>(mine.by[k] + 4 * lane_of());
@@ -840,7 +809,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_receivers(const DeviceCo
       float x = sum.x[v];
       x += __shfl_xor_sync(kAllLanes, x, 1);
       x += __shfl_xor_sync(kAllLanes, x, 2);
-      if (lane_of() % 4 == 0) mine.scaled[k * kChunk + channel_of() + v] = x;
+      if (lane_of() % 4 == 0) mine.by[k][channel_of() + v] = x;
     }
   }
   __syncthreads();
@@ -855,64 +824,304 @@ __global__ void __launch_bounds__(kThreads, 2) backward_receivers(const DeviceCo
   }
   const int c = chunk * kChunk + lane_of();  // a warp one of the four sums
   float sum = 0.0f;
-  for (int warp = 0; warp < kWarps; ++warp) sum += warps[warp].scaled[warp_of() * kChunk + lane_of()];
+  for (int warp = 0; warp < kWarps; ++warp) sum += warps[warp].by[warp_of()][lane_of()];
   if (c < g.F && first_term == 0) g.out_gamma[(int64_t(program) * 4 + warp_of()) * g.F + c] = sum;
 }
 
+// By sender. In-degrees differ much (where rows stand for others, from none to hundreds), so a block's warps have equal shares
+// of the edges of 64 rows. A row's edges are taken four at a time, a quad: a lane's edges of a tile are one.
+constexpr int kSenderRows = 64, kSenderWarps = 8;
+constexpr int kRowSums = 4 * kChunk;  // w_i x, filter and core, and dy, filter and core
+// Where numbers 4 piece .. + 3 of the sums of a quad are, so that lanes that write together do so in different banks.
+SRCGCNN_DEVICE int sums_at(int quad, int piece) { return quad * kRowSums + (piece ^ 2 * quad) * 4; }
+
+struct Senders {
+  struct Row {
+    int row, shift, end;  // one with edges: of quad q its first edge is shift + 4 q, and before `end`
+    float degree;
+  };
+  alignas(16) Row rows[kSenderRows];
+  alignas(16) float heads[kSenderWarps - 1][kRowSums];  // of a row that began in an earlier warp's share and ends in that of warp k + 1
+};
+constexpr int kSenders = int(sizeof(Senders) / sizeof(float));
+
+// What a warp has in shared memory of the 16 edges at hand, in their order for `of_edges`.
+template <class T>
+struct SenderTile {
+  struct Edges {
+    alignas(16) float u[kTile];  // as of a record
+    alignas(16) int number[kTile];
+  };
+  union {
+    Edges edges;
+    alignas(16) float sums[kQuads * kRowSums];  // of the quads, then of the rows that end in them
+  };
+  alignas(16) float weight[kTile];
+  // Rows of 32 channels, in pieces of 16 bytes: the k-th edge of quad q is row 4 k + q. Filter, then core.
+  alignas(16) float upstream[kTile * kChunk];
+  alignas(16) T p[2][kTile * kChunk];
+  alignas(16) T q[2][kQuads * kChunk];
+};
+template <class T>
+constexpr int kSenderTile = int(sizeof(SenderTile<T>) / sizeof(float));
+
+// 16 edges of a block's rows, of which lanes l and l + 16 have that of place l for `of_edges`.
+struct SenderEdges {
+  int passed;  // rows with edges that end before them
+  unsigned last;  // bit q: quad q is the last of its row
+  int row, other, number;
+  float distance, weight;
+  bool live;
+
+  // First half of reading tile `tile`: what the second's addresses follow from. my_last: the last quads of a lane's rows.
+  SRCGCNN_DEVICE void begin(const DeviceConv& g, const Senders& senders, int tile, const int (&my_last)[2], int n_rows) {
+    unsigned ends = 0;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const unsigned slot = unsigned(my_last[r] - kQuads * tile);
+      ends |= slot < unsigned(kQuads) ? 1u << slot : 0u;
+    }
+    last = __reduce_or_sync(kAllLanes, ends);
+    const int at = passed + __popc(last & ((1u << read_quad()) - 1));
+    passed += __popc(last);
+    const Senders::Row found = senders.rows[at < n_rows ? at : n_rows - 1];
+    const int wanted = found.shift + 4 * (kQuads * tile + read_quad()) + read_edge();
+    live = wanted < found.end;
+    const int place = live ? wanted : found.end - 1;
+    row = found.row;
+    other = g.other[place];
+    number = g.number ? g.number[place] : place;
+  }
+  SRCGCNN_DEVICE void end(const DeviceConv& g) {
+    if (unsigned(other) >= uint64_t(g.n_rows) || unsigned(number) >= uint64_t(g.n_edges)) {
+      other = row;
+      number = -1;
+    }
+    const int at = number < 0 ? 0 : number;
+    distance = g.distance ? g.distance[at] : g.dmin;
+    weight = g.row_weight ? g.row_weight[other] : 1.0f;
+  }
+  // To shared memory; u of this lane's edge.
+  template <class T>
+  SRCGCNN_DEVICE float publish(const DeviceConv& g, SenderTile<T>& tile) const {
+    const float u = number < 0 ? NAN : live ? (distance - g.dmin) * g.inverse_step : -1e3f;
+    if (lane_of() < kTile) {
+      tile.edges.u[lane_of()] = u;
+      tile.edges.number[lane_of()] = number < 0 ? 0 : number;
+      tile.weight[lane_of()] = live ? weight : 0.0f;
+    }
+    return u;
+  }
+  // Rows that the gates of these edges need, on their way to shared memory; zeros upstream of an edge that is not there.
+  template <class T>
+  SRCGCNN_DEVICE void send(const DeviceConv& g, SenderTile<T>& tile, int chunk) const {
+    const T* p = static_cast<const T*>(g.pq) + chunk * kChunk;
+    send_rows<4>(tile.p, p, g.width, [&](int quad, int k) { return __shfl_sync(kAllLanes, other, place_of(quad, k)); });
+    send_rows<1>(tile.q, p + 2 * g.width, g.width,
+                 [&](int quad, int) { return __shfl_sync(kAllLanes, row, place_of(quad, 0)); });
+    const unsigned there = __ballot_sync(kAllLanes, live);
+    const int piece = lane_of() % 8, quad = lane_of() / 8;
+    const float* upstream = g.d_m + chunk * kChunk + piece * 4;
+    float* to = tile.upstream + quad * kChunk + piece_at<float>(piece, quad);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int place = place_of(quad, k), from = __shfl_sync(kAllLanes, other, place);
+      device::copy_async<true>(to + 4 * k * kChunk, row_at(upstream, from, int(g.m_stride * sizeof(float))), there >> place & 1);
+    }
+  }
+};
+
+// Sums over a lane's quad to shared memory, of w_i x and of dy, from x less p and q.
+template <class T>
+SRCGCNN_DEVICE void sum_quad(SenderTile<T>& tile, const Values& r, const float* vectors) {
+  const auto gamma_f = load<4>(vectors + channel_of()), gamma_c = load<4>(vectors + kChunk + channel_of());
+  auto y_f = load<4>(vectors + 2 * kChunk + channel_of()), y_c = load<4>(vectors + 3 * kChunk + channel_of());
+  const auto weights = of_edges(tile.weight);
+  const float weight = (weights.x[0] + weights.x[1]) + (weights.x[2] + weights.x[3]);
+  Channels<4> sums[4];
+  {
+    const auto q_f = own_channels(tile.q[0], 0), q_c = own_channels(tile.q[1], 0);
+#pragma unroll
+    for (int v = 0; v < 4; ++v) {
+      y_f.x[v] = fmaf(q_f.x[v], gamma_f.x[v], y_f.x[v]);
+      y_c.x[v] = fmaf(q_c.x[v], gamma_c.x[v], y_c.x[v]);
+      sums[0].x[v] = weight * q_f.x[v];
+      sums[1].x[v] = weight * q_c.x[v];
+      sums[2].x[v] = sums[3].x[v] = 0.0f;
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const auto p_f = own_channels(tile.p[0], k), p_c = own_channels(tile.p[1], k);
+    const auto upstream = own_channels(tile.upstream, k);
+#pragma unroll
+    for (int v = 0; v < 4; ++v) {
+      const float x_f = p_f.x[v] + r.filter[k][v], x_c = p_c.x[v] + r.core[k][v];
+      const auto d = gate_gradient2<DeviceMath>(fmaf(x_f, gamma_f.x[v], y_f.x[v]), fmaf(x_c, gamma_c.x[v], y_c.x[v]));
+      sums[0].x[v] = fmaf(weights.x[k], x_f, sums[0].x[v]);
+      sums[1].x[v] = fmaf(weights.x[k], x_c, sums[1].x[v]);
+      sums[2].x[v] = fmaf(upstream.x[v], d.d_filter, sums[2].x[v]);
+      sums[3].x[v] = fmaf(upstream.x[v], d.d_core, sums[3].x[v]);
+    }
+  }
+  float* at = tile.sums + sums_at(quad_of(), lane_of() / 4);
+#pragma unroll
+  for (int part = 0; part < 4; ++part) store<4>(at + part * kChunk, sums[part]);
+}
+
 template <bool kHalf>
-__global__ void __launch_bounds__(kThreads, 4) backward_senders(const DeviceConv g) {
+__global__ void __launch_bounds__(32 * kSenderWarps, 2) backward_senders(const DeviceConv g) {
   using T = typename Storage<kHalf>::type;
   SRCGCNN_SHARED(shared);
-  const int chunks = int(g.width / kChunk), chunk = int(blockIdx.x % chunks);
+  const int chunks = int(g.width / kChunk), chunk = int(blockIdx.x % chunks), warp = warp_of();
   float* correction = shared + kVectors;
-  float* tile = correction + kCorrection + warp_of() * (kTileSize + kRecord);
-  Record& record = *reinterpret_cast<Record*>(tile + kTileSize);
-  for (int k = int(threadIdx.x); k < kCorrection; k += kThreads) {
+  Senders& senders = *reinterpret_cast<Senders*>(correction + kCorrection);
+  SenderTile<T>* tiles = reinterpret_cast<SenderTile<T>*>(correction + kCorrection + kSenders);
+  SenderTile<T>& mine = tiles[warp];
+  // Lane l has rows 2 l and 2 l + 1 of the block's.
+  const int first = int(blockIdx.x / chunks) * kSenderRows, own = first + 2 * lane_of();
+  int begin[2] = {}, degree[2] = {};
+  bool bad[2] = {};
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if (own + r >= g.n_rows) continue;
+    const int* ptr = g.ptr + own;
+    const int64_t from = ptr[r], to = ptr[r + 1];
+    bad[r] = from < 0 || to < from || to > g.n_edges || to - from > kMostDegree;
+    begin[r] = bad[r] ? 0 : int(from);
+    degree[r] = bad[r] ? 0 : int(to - from);
+  }
+#pragma unroll 1
+  for (int k = int(threadIdx.x); k < kCorrection; k += 32 * kSenderWarps) {
     const int c = chunk * kChunk + k % kChunk, which = k / (2 * kChunk);
     const float* from = which == 0 ? g.a : which == 1 ? g.c1 : g.c2;
     correction[k] = c < g.F && (which == 0 || g.row_weight) ? from[k / kChunk % 2 * g.F + c] : 0.0f;
   }
   read_vectors(shared, g, chunk);
-  const int number = int(blockIdx.x / chunks) * kWarps + warp_of();
-  if (number >= tasks_of(g)) return;
-  const int half = lane_of() / 8 % 2, walked = chunk * kChunk + lane_of() % 8 * 4;  // columns in `walk`
-  const float* mine = correction + half * kChunk + lane_of() % 8 * 4;
-  const auto done = [&](int row, const Channels<4>& sum) {
-    float d[4];
-    const auto a = load<4>(mine);
+  const int quads[2] = {(degree[0] + 3) / 4, (degree[1] + 3) / 4};
+  int end = quads[0] + quads[1];  // quads up to the end of the lane's rows
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const int below = __shfl_sync(kAllLanes, end, lane_of() - d);
+    end += lane_of() >= d ? below : 0;
+  }
+  const int total = __shfl_sync(kAllLanes, end, 31);
+  const int my_last[2] = {quads[0] ? end - quads[1] - 1 : -1, quads[1] ? end - 1 : -1};
+  const unsigned with_edges[2] = {__ballot_sync(kAllLanes, quads[0] > 0), __ballot_sync(kAllLanes, quads[1] > 0)};
+  const auto below = [&](unsigned lanes) { return __popc(lanes & ((1u << lane_of()) - 1)); };
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if (warp != r || !quads[r]) continue;
+    const int at = below(with_edges[0]) + below(with_edges[1]) + (r && quads[0]);
+    senders.rows[at] = {own + r, begin[r] - 4 * (my_last[r] + 1 - quads[r]), begin[r] + degree[r],
+                        g.row_weight ? g.degree[own + r] : 0.0f};
+  }
+  __syncthreads();
+  // A row's gradient from its sums; half of the lanes, four channels each.
+  const int half = lane_of() / 8 % 2, channel = chunk * kChunk + lane_of() % 8 * 4;
+  const float* constants = correction + half * kChunk + lane_of() % 8 * 4;
+  const auto done = [&](const Senders::Row& row, int quad) {
+    const auto a = load<4>(constants);
+    auto sum = load<4>(mine.sums + sums_at(quad, 16 + lane_of() % 16));
     if (g.row_weight) {
-      const float degree = g.degree[row];
-      const auto c1 = load<4>(mine + 2 * kChunk), c2 = load<4>(mine + 4 * kChunk);
+      const auto c1 = load<4>(constants + 2 * kChunk), c2 = load<4>(constants + 4 * kChunk);
+      const auto x_sum = load<4>(mine.sums + sums_at(quad, lane_of() % 16));
 #pragma unroll
-      for (int v = 0; v < 4; ++v) {
-        const float x_sum = __shfl_xor_sync(kAllLanes, sum.x[v], 16);
-        d[v] = a.x[v] * (sum.x[v] - fmaf(degree, c1.x[v], x_sum * c2.x[v]));
-      }
-    } else {
-#pragma unroll
-      for (int v = 0; v < 4; ++v) d[v] = a.x[v] * sum.x[v];
+      for (int v = 0; v < 4; ++v) sum.x[v] -= fmaf(row.degree, c1.x[v], x_sum.x[v] * c2.x[v]);
     }
-    if (lane_of() >= 16) store_channels(g.out + (int64_t(row) * 4 + 2 + half) * g.F, walked, g.F, d);
+#pragma unroll
+    for (int v = 0; v < 4; ++v) sum.x[v] *= a.x[v];
+    if (lane_of() < 16) store_channels(g.out + (int64_t(row.row) * 4 + 2 + half) * g.F, channel, g.F, sum.x);
   };
-  const Task task(g, number, record);
-  rows_without_edges(g, task, [&](int row, float value) {
-    const float x = lane_of() < 16 ? 0.0f : value;
-    done(row, {{x, x, x, x}});
-  });
+  // Rows without edges, or whose pointers are bad: 0 or NaN. A warp has 8, half of its lanes one at a time.
+  const unsigned of_bad[2] = {__ballot_sync(kAllLanes, bad[0]), __ballot_sync(kAllLanes, bad[1])};
+  for (unsigned left = ~(with_edges[0] & with_edges[1]) >> 4 * warp & 15; left; left &= left - 1) {
+    const int lane = 4 * warp + __ffs(left) - 1, row = first + 2 * lane + lane_of() / 16;
+    if ((lane_of() < 16 ? with_edges[0] : with_edges[1]) >> lane & 1 || row >= g.n_rows) continue;
+    auto zero = load<4>(constants);
+#pragma unroll
+    for (int v = 0; v < 4; ++v) zero.x[v] *= (lane_of() < 16 ? of_bad[0] : of_bad[1]) >> lane & 1 ? NAN : 0.0f;
+    store_channels(g.out + (int64_t(row) * 4 + 2 + half) * g.F, channel, g.F, zero.x);
+  }
+  // The warp's share of the tiles.
+  const int all = (total + kQuads - 1) / kQuads, n_rows = __popc(with_edges[0]) + __popc(with_edges[1]);
+  const auto share = [&](int warp) { return int(int64_t(all) * warp / kSenderWarps); };
+  const int from = share(warp), to = share(warp + 1);
+  const auto ends_at = [&](int quad) {
+    return __ballot_sync(kAllLanes, my_last[0] == quad - 1 || my_last[1] == quad - 1) != 0;
+  };
+  bool within = from > 0 && !ends_at(kQuads * from);  // a row that began in an earlier share
   float sum[4] = {};
-  for_tiles<Weight::kOther>(g, task, record, [&](unsigned last, int count, const Reach& reach, auto send) {
-    Values x;
-    edge_terms<T>(x, g, record.u, record.number, reach, chunk);
-    send(0);
-    gradients<T>(tile, x, g, count, record, chunk, shared);
-    send(1);
-    __syncwarp();
-    walk<4>(tile, kTileStride, last, sum);
-    for (unsigned left = last; left; left &= left - 1) {
-      const int k = __ffs(left) - 1;
-      done(record.ends[k].row, load<4>(tile + k * kTileStride + 4 * lane_of()));
+  SenderEdges edges;
+  if (from < to) {
+    edges.passed = 0;
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      edges.passed += __popc(__ballot_sync(kAllLanes, my_last[r] >= 0 && my_last[r] < kQuads * from));
+    edges.begin(g, senders, from, my_last, n_rows);
+    edges.end(g);
+    edges.send(g, mine, chunk);
+    device::commit_copies();
+    for (int tile = from; tile < to; ++tile) {
+      __syncwarp();
+      const Reach reach(g, edges.publish(g, mine));
+      const unsigned last = edges.last;
+      int at = edges.passed - __popc(last);
+      const bool more = tile + 1 < to;
+      __syncwarp();
+      if (more) edges.begin(g, senders, tile + 1, my_last, n_rows);
+      Values x;
+      edge_terms<T>(x, g, mine.edges.u, mine.edges.number, reach, chunk);
+      if (more) edges.end(g);
+      device::wait_for_copies<0>();
+      __syncwarp();
+      sum_quad(mine, x, shared);
+      __syncwarp();
+      if (more) edges.send(g, mine, chunk);
+      device::commit_copies();
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q) {
+        float* at = mine.sums + sums_at(q, lane_of());
+        auto quad = load<4>(at);
+#pragma unroll
+        for (int v = 0; v < 4; ++v) quad.x[v] = sum[v] += quad.x[v];
+        if (!(last >> q & 1)) continue;
+        store<4>(at, quad);
+#pragma unroll
+        for (int v = 0; v < 4; ++v) sum[v] = 0.0f;
+      }
+      __syncwarp();
+      for (unsigned left = last; left; left &= left - 1, ++at) {
+        const int quad = __ffs(left) - 1;
+        if (within) {
+          store<4>(senders.heads[warp - 1] + 4 * lane_of(), load<4>(mine.sums + sums_at(quad, lane_of())));
+          within = false;
+        } else {
+          done(senders.rows[at], quad);
+        }
+      }
     }
-  });
+    device::wait_for_copies<0>();
+  }
+  __syncwarp();
+  // What is left belongs to a row that goes on in the next shares; the warp in whose share it began adds them up.
+  store<4>(mine.sums + 4 * lane_of(), {{sum[0], sum[1], sum[2], sum[3]}});
+  __syncthreads();
+  if (from == to || within || kQuads * to >= total || ends_at(kQuads * to)) return;
+  int last = total;  // quad of the row
+#pragma unroll
+  for (int r = 0; r < 2; ++r) last = my_last[r] >= kQuads * to && my_last[r] < last ? my_last[r] : last;
+  last = __reduce_min_sync(kAllLanes, last);
+  for (int next = warp + 1; next < kSenderWarps; ++next) {
+    const bool ends = last < kQuads * share(next + 1);
+    const auto more = load<4>((ends ? senders.heads[next - 1] : tiles[next].sums) + 4 * lane_of());
+#pragma unroll
+    for (int v = 0; v < 4; ++v) sum[v] += more.x[v];
+    if (ends) break;
+  }
+  store<4>(mine.sums + 4 * lane_of(), {{sum[0], sum[1], sum[2], sum[3]}});
+  __syncwarp();
+  done(senders.rows[edges.passed], 0);
 }
 
 // Of column_sums, finish, finish_backward and correct: a block is one of `programs` for 32 channels, of 16 rows at a time, of
@@ -1140,7 +1349,7 @@ __global__ void __launch_bounds__(kThreads, 2) edge_gram(const DeviceConv g) {
   GramSums sums = {};
   for (int number = program * kWarps + warp_of(); number < tasks_of(g); number += int(g.programs) * kWarps) {
     const Task task(g, number, record);
-    for_tiles<Weight::kOwn>(g, task, record, [&](unsigned, int, const Reach& reach, auto send) {
+    for_tiles(g, task, record, [&](const Reach& reach, auto send) {
       send(0);
       if (g.relaxed)
         add_gram<true>(sums, g, record, reach, left, right);

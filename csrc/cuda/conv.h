@@ -90,7 +90,7 @@ struct DeviceConv {
 //                `other` (N) is its own; others are left out; out_x (programs, E, F) is for parts of the sums
 // mean           out (B, F): the mean of the rows x (E, F) of each of B = n_rows crystals, whose first rows are ptr, by row_weight;
 //                0 where these are 0, as in what a batch is padded with
-// mean_backward  out (E, F): the gradient at x from grad (B, F)
+// mean_backward  out (E, F): the gradient at x from grad (B, F), NaN at rows of no crystal
 // linear         out = pq, out_x = term, out_filter = filter, out_edge (K, 2F) = w_e rstd: what x of an edge follows from
 // features       out (N, F): h, or of a table h (E, F) the rows `other` (N), after `columns` steps h <- softplus(h + scale m + shift)
 //                with m (steps, N, F) and scale and shift a (steps, 2, F); those that a backward needs of its forward

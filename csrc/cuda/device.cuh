@@ -38,11 +38,14 @@ SRCGCNN_DEVICE void prefetch(const T* from, int64_t at, int64_t count) {
   if (at < count) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
 }
 // Four numbers on their way from memory to shared memory, zeros if they are not there; the copies of a thread since its
-// last commit are a group, and it waits until all but its last kLeft groups have come.
-SRCGCNN_DEVICE void copy_async(float* to, const float* from, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(unsigned(__cvta_generic_to_shared(to))), "l"(from),
-               "r"(there ? 16 : 0)
-               : "memory");
+// last commit are a group, and it waits until all but its last kLeft groups have come. kCached: by the first-level cache.
+template <bool kCached = false>
+SRCGCNN_DEVICE void copy_async(void* to, const void* from, bool there) {
+  const unsigned at = unsigned(__cvta_generic_to_shared(to)), size = there ? 16 : 0;
+  if (kCached)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(size) : "memory");
+  else
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(size) : "memory");
 }
 SRCGCNN_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kLeft>

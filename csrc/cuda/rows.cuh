@@ -597,16 +597,23 @@ __global__ void __launch_bounds__(128) crystal_mean(const DeviceConv g) {
   }
 }
 
-// The gradient at each of its rows from that at its mean.
+// The gradient at each of its rows from that at its mean; NaN where pointers are bad, and at rows that belong to no crystal.
 __global__ void __launch_bounds__(128) crystal_mean_backward(const DeviceConv g) {
   int64_t begin, end;
   float weight;
-  if (!crystal_of(g, blockIdx.x, begin, end, weight)) return;
-  for (int64_t row = begin + warp_of(); row < end; row += 4) {
-    const float share = weight == 0 ? 0.0f : g.row_weight[row] / weight;
-    for (int64_t channel = lane_of(); channel < g.F; channel += 32)
-      g.out[row * g.F + channel] = share * g.grad[blockIdx.x * g.F + channel];
-  }
+  const bool good = crystal_of(g, blockIdx.x, begin, end, weight);
+  const auto write = [&](int64_t from, int64_t to, bool known) {
+    if (from < 0) from = 0;
+    if (to > g.n_edges) to = g.n_edges;
+    for (int64_t row = from + warp_of(); row < to; row += 4) {
+      const float share = !known ? NAN : weight == 0 ? 0.0f : g.row_weight[row] / weight;
+      for (int64_t channel = lane_of(); channel < g.F; channel += 32)
+        g.out[row * g.F + channel] = share * g.grad[blockIdx.x * g.F + channel];
+    }
+  };
+  write(begin, end, good);
+  if (blockIdx.x == 0) write(0, begin, false);
+  if (blockIdx.x + 1 == gridDim.x) write(end, g.n_edges, false);
 }
 
 constexpr int kMostTable = 128;  // rows of a table whose sums a block has in shared memory, for 32 channels and each of 4 warps

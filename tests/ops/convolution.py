@@ -48,6 +48,7 @@ class Problem:
             "no edges": np.zeros(3, int),
             "long": np.arange(300) % 9,
             "large": np.full(500, 12),
+            "popular": np.full(130, 7),
             "nothing": np.zeros(0, int),
         }[kind]
         n, e, c = len(degrees), int(degrees.sum()), 2 * width
@@ -55,12 +56,17 @@ class Problem:
         index = lambda x: torch.from_numpy(np.asarray(x, dtype=np.int32))  # noqa: E731
         self.width, self.n_features = width, n_features
         self.row_weight = (
-            index(rng.integers(1, 7, n)).double() if kind in ("weighted", "ragged") else torch.ones(n).double()
+            index(rng.integers(1, 7, n)).double()
+            if kind in ("weighted", "ragged", "popular")
+            else torch.ones(n).double()
         )
         given = rand(e, n_features) if features else None
         distance = (0.5 + 8.5 * rand(e)).float().double()
         row_ptr = index(np.concatenate([[0], np.cumsum(degrees)]))
-        self.edges = Edges(distance, given, index(rng.integers(0, max(n, 1), e)), row_ptr, index([0, n]))
+        sender = rng.integers(0, max(n, 1), e)
+        if kind == "popular":  # as where rows stand for others: most edges come from few rows, from most rows none
+            sender = np.where(sender < 90, 5, np.where(sender < 115, 60 + sender % 9, sender // 9 * 9))
+        self.edges = Edges(distance, given, index(sender), row_ptr, index([0, n]))
         self.parameters = [
             rand(n, width) * 2 + 0.3, (rand(c, c + n_features) - 0.5) / 3, rand(c) - 0.5, rand(c) + 0.5, rand(c) - 0.5,
             rand(width) + 0.5, rand(width) - 0.5,

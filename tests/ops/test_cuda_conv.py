@@ -82,7 +82,7 @@ class Problem(convolution.Problem):
 
 
 @pytest.mark.parametrize("training", TRAINING, ids=["train", "eval", "frozen bn1"])
-@pytest.mark.parametrize("kind", ["twelve", "weighted", "ragged", "isolated", "one atom", "no edges"])
+@pytest.mark.parametrize("kind", ["twelve", "weighted", "ragged", "popular", "isolated", "one atom", "no edges"])
 def test_convolution(kind, training):
     if kind in ("one atom", "no edges") and any(training):
         pytest.skip("batch norm cannot train on it; test_functional says so")
@@ -130,8 +130,11 @@ def test_six_thousand_edges():
 
 def test_bits_do_not_depend_on_the_gpu(training_library):
     """Nor on the order of its warps and blocks: the order would show a missing barrier."""
-    for features, training in itertools.product((False, True), TRAINING[:2]):
-        problem = Problem("weighted", 40, 41, features=features)
+    for kind, features, training in (
+        *itertools.product(["weighted"], (False, True), TRAINING[:2]),
+        ("popular", False, TRAINING[0]),
+    ):
+        problem = Problem(kind, 40, 41, features=features)
         training_library.gpu(132, 228 << 10)
         first = problem.found(training)
         for shared in (228, 164, 100):  # kB: room for all, some and none of the weights of rows' products
@@ -556,6 +559,19 @@ def test_rows_of_a_table(training_library, pretend_gpu, monkeypatch, count, widt
     assert relative(found, truth) < 1e-7
 
 
+@pytest.mark.parametrize(
+    ("rows", "wrong"), [([2, 5, 5, 9], [0, 1, 9, 10]), ([0, 4, 99, 9], [*range(4, 11)]), ([-3, 4, 7, 11], [*range(4)])]
+)
+def test_rows_that_no_crystal_covers_have_nan_as_gradient(rows, wrong):
+    """And those of crystals whose pointers are bad; all others what they have by their crystal."""
+    out, grad = torch.zeros(11, 20), torch.ones(3, 20)
+    ptr, given = torch.tensor(rows, dtype=torch.int32), {"row_weight": torch.ones(11), "grad": grad}
+    backend._call("mean_backward", {"n_rows": 3, "n_edges": 11, "F": 20}, out=out, ptr=ptr, **given)
+    assert [row for row in range(11) if out[row].isnan().all()] == wrong
+    good = [row for row in range(11) if row not in wrong]
+    assert torch.isfinite(out[good]).all() and (out[good] > 0).all()
+
+
 def test_statistics_of_several_processes(monkeypatch):
     """Synchronised batch norm calls the operators with statistics that it forms itself; here with one process."""
     split = library_of_operators._split
@@ -671,6 +687,7 @@ def test_offsets_beyond_two_to_the_31(training_library, given):
         m, upstream, d_pq = far(rows, width), far(rows, width), far(rows, 4 * width)
         upstream[at:] = dm
         blocks = -(-rows // backend._ROWS)
+        training_library.gpu(rows // 128, 228 << 10)  # blocks of gate_sum with 36 rows at most
         try:
             training_library.only(last_blocks=1)
             Kernels.gate_sum(m, m, moved, layer, where)

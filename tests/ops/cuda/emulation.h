@@ -263,7 +263,8 @@ inline float exp2(float x) { return flushed(::exp2f(flushed(x))); }
 inline float reciprocal(float x) { return flushed(1.0f / flushed(x)); }
 template <class T>
 void prefetch(const T*, int64_t, int64_t) {}
-inline void copy_async(float* to, const float* from, bool there) {
+template <bool kCached = false>
+void copy_async(void* to, const void* from, bool there) {
   auto& thread = emulation::threads[emulation::current];
   if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) emulation::fail("a copy is not aligned");
   thread.copies.push_back({to, from, there, thread.group});
