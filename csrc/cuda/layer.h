@@ -84,9 +84,9 @@ void rows_times(Sequence& s, const DeviceConv& g, const SplitRows& a, int64_t n,
 // Of rows that lie together.
 SplitRows whole_rows(const float* a, int64_t inner) { return {a, nullptr, inner, inner, 0}; }
 
-// a^T b (left, right), rounded.
-void columns_times(Sequence& s, const DeviceConv& g, const float* a, int64_t left, const float* b, int64_t right,
-                   int64_t b_stride, float* out) {
+// Parts of a^T b (programs, left, right).
+const float* columns_times(Sequence& s, const DeviceConv& g, const float* a, int64_t left, const float* b, int64_t right,
+                           int64_t b_stride) {
   float* sums = s.space.take(g.programs * left * right);
   const int64_t a_tiles = parts(left, kLeft), b_tiles = parts(right, kRight);
   const int64_t lefts = a_tiles < kColumnWarps ? a_tiles : kColumnWarps, room = kColumnWarps / lefts;
@@ -110,7 +110,7 @@ void columns_times(Sequence& s, const DeviceConv& g, const float* a, int64_t lef
   const bool fours = by_four(a, left) && by_four(b, b_stride) && right % 4 == 0;
   s.launch(fours ? multiply_columns<true> : multiply_columns<false>, a_blocks * b_blocks * g.programs, kColumnShared, given,
            32 * given.lefts * given.rights * given.teams);
-  s.add(g.programs, {{sums, left * right, nullptr, out}});
+  return sums;
 }
 
 // What the statistics of the edges follow from, besides the product: the mean that h was less, and the sum of w over edges.
@@ -291,14 +291,12 @@ void backward_of_channels(Sequence& s, const DeviceConv& given, const float* of_
   q.out_filter = by_filter;
   q.out_edge = given.out_edge;
   s.run(srcgcnn_cuda_backward_receivers, q);
-  auto* d_vectors = s.space.take<double>(4 * F);
   float *d_filter = s.space.take(K * 2 * F), *vectors = s.space.take(6 * F);
-  s.add(g.programs, {{by_vector, 4 * F, d_vectors, nullptr}, {by_filter, K * 2 * F, nullptr, d_filter}});
   q = g;
-  q.totals = d_vectors;
   q.a = of_messages;
   q.out = vectors;
-  s.launch(vector_gradients, parts(2 * F, 128), 0, q);
+  const ReceiverSums received{q, by_vector, {by_filter, nullptr, d_filter, K * 2 * F, g.programs}};
+  s.launch(vector_gradients, parts(2 * F, 32) + parts(K * 2 * F, 32), 2 * kPartThreads * sizeof(double), received, kPartThreads);
   g.a = vectors;
   g.c1 = vectors + 2 * F;
   g.c2 = vectors + 4 * F;
@@ -322,8 +320,7 @@ void backward_of_channels(Sequence& s, const DeviceConv& given, const float* of_
   s.run(srcgcnn_cuda_backward_senders, q);
   // Rows.
   rows_times(s, g, whole_rows(d_pq, 4 * F), n, 4 * F, back, g.all, nullptr, g.out, g.out, false);
-  float* of_rows = s.space.take(4 * F * g.all);
-  columns_times(s, g, d_pq, 4 * F, g.h, g.all, g.all, of_rows);
+  const float* of_rows = columns_times(s, g, d_pq, 4 * F, g.h, g.all, g.all);
   q = g;
   q.x = of_rows;
   q.grad = d_filter;

@@ -354,11 +354,34 @@ __global__ void __launch_bounds__(32 * kColumnWarps, kColumnBlocks) multiply_col
 
 constexpr int kPartWarps = 16, kPartThreads = 32 * kPartWarps;
 
-// Warps take every 16th part, nine of them at a time; their sums are then added in order. A lane a number.
-__global__ void __launch_bounds__(kPartThreads) add_parts(const __grid_constant__ PartSums g) {
+// Of n numbers, `apart` from each other, every step-th from `first` on, nine of them on their way at a time.
+SRCGCNN_DEVICE double sum_of(const float* x, int64_t apart, int first, int step, int n) {
   constexpr int ahead = 9;
+  double sum = 0;
+#pragma unroll 1
+  for (int part = first; part < n; part += ahead * step) {
+    float value[ahead];
+#pragma unroll
+    for (int k = 0; k < ahead; ++k) value[k] = part + k * step < n ? x[(part + k * step) * apart] : 0.0f;
+#pragma unroll
+    for (int k = 0; k < ahead; ++k) sum += value[k];
+  }
+  return sum;
+}
+// 32 of the sums. Warps take every 16th part; their sums are then added in order. A lane a number.
+SRCGCNN_DEVICE void add_parts_of(const PartSum& s, int64_t block, double* sums) {
+  const int64_t at = block * 32 + lane_of();
+  double sum = at < s.n ? sum_of(s.parts + at, s.n, warp_of(), kPartWarps, int(s.n_parts)) : 0;
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  if (warp_of() || at >= s.n) return;
+  for (int warp = 1; warp < kPartWarps; ++warp) sum += sums[32 * warp + lane_of()];
+  if (s.exact) s.exact[at] = sum;
+  if (s.rounded) s.rounded[at] = float(sum);
+}
+
+__global__ void __launch_bounds__(kPartThreads) add_parts(const __grid_constant__ PartSums g) {
   SRCGCNN_SHARED(shared);
-  double* sums = reinterpret_cast<double*>(shared);
   int64_t block = blockIdx.x;
   int which = 0;
 #pragma unroll
@@ -369,26 +392,7 @@ __global__ void __launch_bounds__(kPartThreads) add_parts(const __grid_constant_
       ++which;
     }
   }
-  const PartSum& s = g.of[which];
-  const int64_t at = block * 32 + lane_of();
-  double sum = 0;
-  if (at < s.n) {
-#pragma unroll 1
-    for (int64_t part = warp_of(); part < s.n_parts; part += ahead * kPartWarps) {
-      float x[ahead];
-#pragma unroll
-      for (int k = 0; k < ahead; ++k)
-        x[k] = part + k * kPartWarps < s.n_parts ? s.parts[(part + k * kPartWarps) * s.n + at] : 0.0f;
-#pragma unroll
-      for (int k = 0; k < ahead; ++k) sum += x[k];
-    }
-  }
-  sums[threadIdx.x] = sum;
-  __syncthreads();
-  if (warp_of() || at >= s.n) return;
-  for (int warp = 1; warp < kPartWarps; ++warp) sum += sums[32 * warp + lane_of()];
-  if (s.exact) s.exact[at] = sum;
-  if (s.rounded) s.rounded[at] = float(sum);
+  add_parts_of(g.of[which], block, reinterpret_cast<double*>(shared));
 }
 
 // Where number `x` of a product's ordered right side comes from: 64 columns, steps of 16, 8 tiles, halves of the step,
@@ -484,13 +488,37 @@ SRCGCNN_HOST_DEVICE int64_t ordered_numbers(const DeviceConv& g) {
          (g.out_edge ? ordered_size(K, 2 * W) : 0) + (g.out_gamma ? K * 2 * F : 0);
 }
 
-// From the sums `totals` (2, 2F) of dy x and dy and `a` (4, all) of finish_backward, whose last row is one number: out (3, 2F) = a,
-// c1 and c2 of `correct`; the gradients of vectors.
-__global__ void __launch_bounds__(128) vector_gradients(const DeviceConv g) {
-  const int64_t n = int64_t(blockIdx.x) * 128 + threadIdx.x, F = g.F, of_all = n / F * g.all + n % F;
-  if (n >= 2 * F) return;
+// What follows from the parts of backward_receivers, filter's sums and these: vectors (programs, 2, 2F), sums of dy x and of dy.
+struct ReceiverSums {
+  DeviceConv g;
+  const float* vectors;
+  PartSum filter;
+};
+// From these and `a` (4, all) of finish_backward, whose last row is one number: out (3, 2F) = a, c1 and c2 of `correct`; the
+// gradients of vectors. A block 32 of their numbers, or of the filter's sums.
+__global__ void __launch_bounds__(kPartThreads) vector_gradients(const __grid_constant__ ReceiverSums s) {
+  SRCGCNN_SHARED(shared);
+  double* sums = reinterpret_cast<double*>(shared);
+  const DeviceConv& g = s.g;
+  const int64_t F = g.F, blocks = (2 * F + 31) / 32, n = int64_t(blockIdx.x) * 32 + lane_of(), of_all = n / F * g.all + n % F;
+  if (blockIdx.x >= blocks) {
+    add_parts_of(s.filter, blockIdx.x - blocks, sums);
+    return;
+  }
+  double d_gamma = 0, d_beta = 0;
+  if (n < 2 * F) {
+    d_gamma = sum_of(s.vectors + n, 4 * F, warp_of(), kPartWarps, int(g.programs));
+    d_beta = sum_of(s.vectors + 2 * F + n, 4 * F, warp_of(), kPartWarps, int(g.programs));
+  }
+  sums[threadIdx.x] = d_gamma;
+  sums[kPartThreads + threadIdx.x] = d_beta;
+  __syncthreads();
+  if (warp_of() || n >= 2 * F) return;
+  for (int warp = 1; warp < kPartWarps; ++warp) {
+    d_gamma += sums[32 * warp + lane_of()];
+    d_beta += sums[kPartThreads + 32 * warp + lane_of()];
+  }
   const float a = g.gamma1[of_all] * rstd1_of(g, of_all), edges = g.a[3 * g.all];
-  const double d_gamma = g.totals[n], d_beta = g.totals[2 * F + n];
   g.out[n] = a;
   g.out[2 * F + n] = float(d_beta / edges);
   g.out[4 * F + n] = float(d_gamma / edges);
@@ -502,27 +530,42 @@ __global__ void __launch_bounds__(128) vector_gradients(const DeviceConv g) {
   g.d_gamma2[n] = g.a[g.all + n];
 }
 
-// A block a column of z. d_weight from x (4F, all), the product of the gradient at pq with h, and grad (K, 2F), the sums of
-// e dy, less sum_ij w_i e_ij (c1 + c2 x_ij) where statistics are the batch's: which the Gram matrix holds, as the sum of
+// A block a column of z. d_weight from x (programs, 4F, all), parts of the product of the gradient at pq with h, and grad
+// (K, 2F), the sums of e dy, less sum_ij w_i e_ij (c1 + c2 x_ij) where statistics are the batch's: which the Gram matrix holds, as the sum of
 // w_i x_ij is zero. a, c1, c2 (2F); totals (4, F) of finish_backward.
 __global__ void __launch_bounds__(kPartThreads) weight_gradient(const DeviceConv g) {
   SRCGCNN_SHARED(shared);
   double* sums = reinterpret_cast<double*>(shared);
-  const int64_t F = g.F, K = g.n_features, all = g.all, columns = 2 * all + K, n = blockIdx.x, gram = 3 * all + 2 * K + 2;
-  const int64_t of_all = n / F * all + n % F;
-  const float* w = g.weight + of_all * columns;
-  float* out = g.d_weight + of_all * columns;
-  for (int64_t k = threadIdx.x; k < 2 * all; k += kPartThreads) out[k] = g.x[(k / all * 2 * F + n) * all + k % all];
-  for (int64_t first = 0; first < K; first += 32) {
-    const int64_t k = first + lane_of();
+  const int F = int(g.F), K = int(g.n_features), all = int(g.all), columns = 2 * all + K, n = int(blockIdx.x);
+  const int of_all = n / F * all + n % F;
+  const float* w = g.weight + int64_t(of_all) * columns;
+  float* out = g.d_weight + int64_t(of_all) * columns;
+  // Teams of threads take the parts in turn, a thread a number.
+  const int numbers = 2 * all, at_once = numbers < kPartThreads ? numbers : kPartThreads, teams = kPartThreads / at_once;
+  const int team = int(threadIdx.x) / at_once;
+  for (int first = 0; first < numbers; first += at_once) {
+    const int k = first + int(threadIdx.x) % at_once;
+    const bool there = k < numbers && team < teams;
+    const int half = there ? k / all : 0;
+    const float* x = g.x + int64_t(half * 2 * F + n) * all + (there ? k - half * all : 0);
+    double sum = there ? sum_of(x, int64_t(4) * F * all, team, teams, int(g.programs)) : 0;
+    __syncthreads();
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (!there || team) continue;
+    for (int t = 1; t < teams; ++t) sum += sums[threadIdx.x + t * at_once];
+    out[k] = float(sum);
+  }
+  for (int first = 0; first < K; first += 32) {
+    const int k = first + lane_of();
     double sum = 0;
     if (g.train1 && k < K) {
-      for (int64_t f = warp_of(); f < all; f += kPartWarps) {
-        const float* row = g.product + f * gram + 3 * all + k;
+      for (int f = warp_of(); f < all; f += kPartWarps) {
+        const float* row = g.product + int64_t(f) * (3 * all + 2 * K + 2) + 3 * all + k;
         sum += double(w[f]) * row[0] + double(w[all + f]) * row[K];
       }
       const double mean = g.e_sum[k] / g.totals[3 * all];
-      for (int64_t l = warp_of(); l < K; l += kPartWarps) sum += w[2 * all + l] * (g.e_gram[l * K + k] - mean * g.e_sum[l]);
+      for (int l = warp_of(); l < K; l += kPartWarps) sum += w[2 * all + l] * (g.e_gram[l * K + k] - mean * g.e_sum[l]);
     }
     __syncthreads();
     sums[threadIdx.x] = sum;

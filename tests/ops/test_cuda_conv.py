@@ -112,7 +112,7 @@ def test_channels_one_chunk_after_the_other(training_library, monkeypatch, width
         before = training_library.launches()
         compare([problem], training)
         launches.append(training_library.launches() - before)
-    assert launches[1] >= launches[0] + 10 * (-(-width // 32) - 1)
+    assert launches[1] + 1 >= launches[0] + 9 * (-(-width // 32) - 1)  # one is for the graph alone
 
 
 @pytest.mark.parametrize("training", TRAINING[:2], ids=["train", "eval"])
