@@ -257,7 +257,7 @@ def features(h: Tensor, species: Tensor | None, messages: Messages, steps: int) 
 def lookup(table: Tensor, species: Tensor) -> Tensor:
     """(N, F): of a table (U, F) the row that ``species`` (N,) names; NaN where it has no such row."""
     out = table.new_empty(len(species), table.shape[1])
-    _call("features", {"n_rows": len(out), "n_edges": len(table), "F": table.shape[1]}, h=table, other=species, out=out)
+    _call("features", {**_rows(*out.shape), "n_edges": len(table)}, h=table, other=species, out=out)
     return out
 
 
