@@ -146,6 +146,7 @@ constexpr int kSections = 5;                    // of the product's columns: hh,
 constexpr int kGramScales = kSections * kStageRows * 2;
 constexpr int kGramStage = kSlots * kSlotSize + kGramScales;
 constexpr int kWordsOfSource = 8;
+constexpr int kGramShared = (kSlots * kWordsOfSource + kStages * kGramStage + 4 * kGramThreads) * int(sizeof(float));
 
 // Where 64 columns of a stage come from. Flat: 16 rows of n numbers, one after the other, and so they stay.
 struct GramSource {
@@ -249,6 +250,11 @@ __global__ void __launch_bounds__(kGramThreads, 1) gram_products(const __grid_co
     }
   }
 
+  int* place = reinterpret_cast<int*>(stages + kStages * kGramStage) + 4 * threadIdx.x;  // of the sums: registers are scarce
+  place[0] = left_column;
+  place[1] = tile.window * kRight;
+  place[2] = tile.section;
+  place[3] = there;
   float weight = 0.0f, degree = 0.0f, in_degree = 0.0f;  // of a row, by the first 16 that read
   const auto read_row = [&](int step) {
     const int64_t row = int64_t(program + step * g.programs) * kStageRows + reader;
@@ -357,16 +363,16 @@ __global__ void __launch_bounds__(kGramThreads, 1) gram_products(const __grid_co
   device::wait_for_copies<0>();
   if (!busy) return;
   // Of the section's columns there is one more where it is of edge vectors: the number of edges, at the end of the row.
-  const int begin = tile.section == 0 ? 0 : tile.section == 1 ? 2 * F : tile.section == 2 ? F : 3 * F + (tile.section - 3) * K;
+  const int section = place[2], exist = place[3];
+  const int begin = section == 0 ? 0 : section == 1 ? 2 * F : section == 2 ? F : 3 * F + (section - 3) * K;
   float* out = g.out + int64_t(program) * F * columns;
-  for_columns(sums, own_left, [&](int row, int c, const Channels<4>& y) {
-    row += left_window * kRight;
+  for_columns(sums, place[0], [&](int row, int c, const Channels<4>& y) {
     if (row >= F) return;
     float* of_row = out + int64_t(row) * columns;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      if (c + k < there) of_row[begin + tile.window * kRight + c + k] = y.x[k];
-      if (c + k == there && tile.section > 2) of_row[columns - 5 + tile.section] = y.x[k];
+      if (c + k < exist) of_row[begin + place[1] + c + k] = y.x[k];
+      if (c + k == exist && section > 2) of_row[columns - 5 + section] = y.x[k];
     }
   });
 }

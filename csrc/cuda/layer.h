@@ -155,8 +155,8 @@ Gram gram(Sequence& s, const DeviceConv& g) {
   given.rights = int(parts(tiles, parts(tiles, kMostRights)));
   given.left_blocks = int(parts(F, kRight));
   given.right_blocks = int(parts(tiles, given.rights));
-  s.launch(gram_products, programs * given.left_blocks * given.right_blocks,
-           (kSlots * kWordsOfSource + kStages * kGramStage) * sizeof(float), given, 32 * given.lefts * given.rights + kReaders);
+  s.launch(gram_products, programs * given.left_blocks * given.right_blocks, kGramShared, given,
+           32 * given.lefts * given.rights + kReaders);
   s.add(programs, {{sums, F * columns, nullptr, g.product}});
   return {centre, count};
 }
