@@ -30,7 +30,7 @@ class Room:
 
     def __init__(self, kilobytes: int, warps: int, width: int, half: bool, rows_first: bool = False) -> None:
         stored = 2 if half else 1  # numbers in a word
-        self.per_row = width + 4 * stored + (4 * width + 8) // stored + 4 + LINKS
+        self.per_row = width + (4 * width) // stored + 4 + 4 + 2 * LINKS
         self.per_distance, self.fixed = 2 * width // stored + 1, 2 * SLOTS + 4
         self.words = max((kilobytes * 1024 * warps // 16 - 1024) // 16 * 4, 16 * self.per_row + self.fixed)
         self.most_rows, self.rows_first = MOST_ROWS[warps, width], rows_first

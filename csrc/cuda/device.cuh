@@ -37,6 +37,11 @@ template <class T>
 SRCGCNN_DEVICE void prefetch(const T* from, int64_t at, int64_t count) {
   if (at < count) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
 }
+// x, as if it were not known before: what is computed of it is not computed ahead of a loop, where it would stay in registers.
+SRCGCNN_DEVICE unsigned known_late(unsigned x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 // Four numbers on their way from memory to shared memory, zeros if they are not there; the copies of a thread since its
 // last commit are a group, and it waits until all but its last kLeft groups have come. kCached: by the first-level cache.
 template <bool kCached = false>
@@ -68,6 +73,21 @@ SRCGCNN_DEVICE uint32_t to_bfloat16(float low, float high) {
 // The same for one (16, 16) tile a and one (16, 8) tile b of bfloat16, two numbers a word.
 SRCGCNN_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// Both as numbers of 16 bits of IEEE 754, nearest, ties to even: `low` in the lower half; and back.
+SRCGCNN_DEVICE uint32_t to_half(float low, float high) {
+  uint32_t y;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+SRCGCNN_DEVICE void of_half(uint32_t both, float& low, float& high) {
+  asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}" : "=f"(low), "=f"(high) : "r"(both));
+}
+// As for bfloat16, of these.
+SRCGCNN_DEVICE void mma_half(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
@@ -189,7 +209,5 @@ SRCGCNN_DEVICE void split(float x, float& high, float& low) {
   high = __uint_as_float((__float_as_uint(x) + 0x1000u) & 0xffffe000u);
   low = x - high;
 }
-// The nearest number with TF32's digits, of the two: NaN where x was.
-SRCGCNN_DEVICE float alone(float high, float low) { return low == low ? high : low; }
 
 }  // namespace srcgcnn

@@ -61,7 +61,7 @@ int widest(const DevicePlan& plan) {
   for (int l = 1; l < plan.n_readout; ++l) most = plan.readout[l] > most ? plan.readout[l] : most;
   return (most + 3) / 4 * 4;
 }
-static_assert(16 * (Places<W, Bfloat16>::pq_stride / 2 + 4 + kLinks) + 2 * kSlots >= kShares * (W + 1) + 2 * kWidestReadout, "");
+static_assert(16 * (Places<W, Bfloat16>::pq_stride / 2 + 4 + 2 * kLinks) + 2 * kSlots >= kShares * (W + 1) + 2 * kWidestReadout, "");
 
 // Of large crystals between their steps, in the scratch, up to where the widest vectors may begin.
 int64_t features_size(const DevicePlan& plan, int64_t n_rows) { return (n_rows * plan.F + 3) / 4 * 4; }

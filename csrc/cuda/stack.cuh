@@ -1,9 +1,10 @@
 // Inference: all convolutions of a crystal in one kernel, where its rows fit into shared memory, else layer by layer.
 //
 // z_ij = p_i + q_j + r_ij. A block takes the next crystals that have at most `rows` rows together through all steps:
-// features, p and q of its rows and r of its distinct distances stay in shared memory. Small blocks, of which a
-// multiprocessor holds two, so that one multiplies while the other gates, serve most crystals; large ones, alone, the rest. p and q come from the tensor cores
-// and leave them scaled and shifted, in the units of gate2. A warp walks the edges of a row, each lane with its channels.
+// features, as pairs of halves, p and q of its rows and r of its distinct distances stay in shared memory. Small blocks, of
+// which a multiprocessor holds two, so that one multiplies while the other gates, serve most crystals; large ones, alone, the
+// rest. p and q come from the tensor cores and leave them scaled and shifted, in the units of gate2. A warp walks the edges of
+// a row, each lane with its channels.
 // Where the plan has a readout, a block ends with the mean of each of its crystals and its linear maps, and no row leaves.
 // With kHalf what edges read (p, q, r and the filter) is bfloat16, and so are the factors of the rows' products.
 // No result depends on what else is in the block: rows of a product are independent, a row's edges have an order, and so
@@ -24,39 +25,37 @@ constexpr int kSmall = 8, kLarge = 16;  // warps of a block
 constexpr int kMostShells = 512;
 constexpr int kSlots = 512, kProbes = 8;  // of the hash table of distances; one that finds no slot is left out
 constexpr int kReach = 9;        // Gaussians in reach of a distance; those left out are below 2e-9
-constexpr int kLinks = 12;       // edges of a row whose ends and distances are kept from step to step, at most
+constexpr int kLinks = 12;       // edges of a row of which is kept, from step to step, where their q and r are, at most
 constexpr unsigned kEmpty = 0xffffffffu;
 
-// A block of so many warps: how many a multiprocessor holds, and how many rows one takes at most, whose sums fill up to 48
-// registers of a thread.
+// A block of so many warps: how many a multiprocessor holds, and how many rows one takes at most.
 template <int W, int kWarps>
 struct Shape {
   static constexpr int threads = 32 * kWarps, blocks = 16 / kWarps, rows = kWarps == kLarge ? (W == 128 ? 64 : 128) : W == 32 ? 64 : W == 64 ? 48 : 32;
   // Of a product, in tiles of 16 channels and 8 rows: all its channels, and those of a warp, at least two, so that they share
-  // what is made of a row; where there are more warps, they share out the rows.
+  // what is read of a row; where there are more warps, they share out the rows.
   static constexpr int channels = 4 * W / 16, mine = channels > 2 * kWarps ? channels / kWarps : 2;
-  static constexpr int parts = channels / mine, shares = kWarps / parts, tiles = rows / 8 / shares;
+  static constexpr int parts = channels / mine, shares = kWarps / parts;
 };
 
 // Places in shared memory, in numbers of 4 bytes, for a block with so many rows; distances take what they leave. The
-// strides spread rows of a tile over the banks.
+// stride of p and q spreads rows of a tile over the banks.
 template <int W, class T>
 struct Places {
   static SRCGCNN_HOST_DEVICE constexpr int words(int numbers) { return numbers * int(sizeof(T)) / 4; }
-  static constexpr int h_stride = W + 16 / int(sizeof(T)), pq_stride = 4 * W + 8;  // the latter in T
-  static_assert(sizeof(T) == 2 || sizeof(T) == 4, "a row of h is W + 4 or W + 8");
-  static constexpr int per_row = h_stride + words(pq_stride) + 4 + kLinks, fixed = 2 * kSlots + 4, per_shell = words(2 * W) + 1;
+  static constexpr int pq_stride = 4 * W + (sizeof(T) == 4 ? 4 : 8);  // in T
+  static constexpr int per_row = W + words(pq_stride) + 4 + 2 * kLinks, fixed = 2 * kSlots + 4, per_shell = words(2 * W) + 1;
   int rows, shells;
 
   static SRCGCNN_HOST_DEVICE Places of(int n, int words) {
     const int rows = n > 16 ? (n + 7) / 8 * 8 : 16, most = (words - fixed - rows * per_row) / per_shell;
     return {rows, most < 0 ? 0 : most > kMostShells ? kMostShells : most / 4 * 4};
   }
-  SRCGCNN_HOST_DEVICE int pq() const { return rows * h_stride; }
+  SRCGCNN_HOST_DEVICE int pq() const { return rows * W; }
   SRCGCNN_HOST_DEVICE int terms() const { return pq() + rows * words(pq_stride); }
   SRCGCNN_HOST_DEVICE int distances() const { return terms() + shells * words(2 * W); }
   SRCGCNN_HOST_DEVICE int links() const { return (distances() + shells + 3) / 4 * 4; }
-  SRCGCNN_HOST_DEVICE int crystals() const { return links() + rows * kLinks; }
+  SRCGCNN_HOST_DEVICE int crystals() const { return links() + rows * 2 * kLinks; }
   SRCGCNN_HOST_DEVICE int keys() const { return crystals() + rows * 4; }
   SRCGCNN_HOST_DEVICE int numbers() const { return keys() + kSlots; }
   SRCGCNN_HOST_DEVICE int count() const { return numbers() + kSlots; }
@@ -70,7 +69,7 @@ enum Counter { kSmallTasks, kLargeTasks, kParts, kCounters = 4 };
 template <int W>
 struct Sides {
   static constexpr int V = W / 32;
-  static SRCGCNN_DEVICE int at(int half, int channel) { return channel / V * 2 * V + half * V + channel % V; }
+  static SRCGCNN_DEVICE int at(int half, int channel) { return (channel & -V) * 2 + half * V + (channel & (V - 1)); }
   static SRCGCNN_DEVICE int half(int at) { return at / V % 2; }
   static SRCGCNN_DEVICE int channel(int at) { return at / (2 * V) * V + at % V; }
 };
@@ -80,7 +79,11 @@ template <int W, class T>
 struct Prepared {
   DevicePlan plan;
   static constexpr int64_t nodes_size = Places<W, T>::words(4 * W * W);
-  static constexpr int vectors_size = 6 * W;  // scale and shift of the first norm (2W each), of the second (W each)
+  // Scale of the first norm, for r (2W); scale and shift of the second (W each); of the first for a product in the units of its
+  // factors, two scales and two shifts for two channels (8W).
+  static constexpr int vectors_size = 12 * W, norms = 4 * W;
+
+  static constexpr int table_stride = W + 4;
 
   SRCGCNN_HOST_DEVICE int n_weights() const { return plan.shared ? 1 : plan.n_steps; }
   // Of the filter, with zeros up to what one distance reads.
@@ -92,11 +95,12 @@ struct Prepared {
   // Findings, not 0 where true: crystal_ptr does not ascend from 0 to N; a crystal has no room in a small block; in none.
   SRCGCNN_HOST_DEVICE int64_t findings() const { return vectors(plan.n_steps); }
   SRCGCNN_HOST_DEVICE int64_t counters() const { return findings() + kFindings; }
-  // Of the rows of the table [p, q] of the first step (n_table, 4W), in the type of what edges read; then the table (n_table, F).
+  // Of the rows of the table [p, q] of the first step (n_table, 4W), in the type of what edges read; then the table, (n_table, W)
+  // as Row has it, each with its inverse and three numbers of nothing; float32 where there is no step.
   SRCGCNN_HOST_DEVICE int64_t first_products() const { return (counters() + kCounters + 3) / 4 * 4; }
   SRCGCNN_HOST_DEVICE int64_t table() const { return first_products() + int64_t(plan.n_table) * Places<W, T>::words(4 * W); }
   // Of each linear map its weight, (in, out) where that is wide and (out, in) where it is not, then its bias.
-  SRCGCNN_HOST_DEVICE int64_t readout() const { return table() + int64_t(plan.n_table) * plan.F; }
+  SRCGCNN_HOST_DEVICE int64_t readout() const { return table() + int64_t(plan.n_table) * table_stride; }
   SRCGCNN_HOST_DEVICE int64_t size() const {
     int64_t at = readout();
     for (int l = 0; l < plan.n_readout; ++l) at += int64_t(plan.readout[l] + 1) * plan.readout[l + 1];
@@ -148,14 +152,86 @@ struct Layers {
   const float* table;  // null: embedding and readout are not meant
 };
 
-// A tile of the weights, 16 channels by `depth` of their inputs, as a lane holds it: numbers of channels lane / 4 * 2 and the
-// next one, so that the product leaves the lane two neighbours.
+// float32 as the sum of two numbers of 16 bits, whose three products keep its digits: a row of h, and the weights of a channel,
+// times the power of two that takes the largest below 2^15. Numbers down to 2^-18 of the largest keep 22 bits, and smaller
+// ones are off by at most 2^-39 of it. Not finite: neither is their sum.
+struct Unit {
+  float scale, inverse;
+  // Of the bits of the largest, of numbers that are not negative.
+  SRCGCNN_DEVICE explicit Unit(int most) {
+    const unsigned exponent = unsigned(most > (31 << 23) ? most : 31 << 23) & 0x7f800000u;
+    inverse = __uint_as_float(exponent - (14u << 23));
+    scale = __uint_as_float((268u << 23) - exponent);
+  }
+};
+SRCGCNN_DEVICE void split(float x, float y, uint32_t& high, uint32_t& low) {
+  float a, b;
+  high = device::to_half(x, y);
+  device::of_half(high, a, b);
+  low = device::to_half(x - a, y - b);
+}
+
+// A row of h, a lane its channels: float32 with kHalf, else halves in their Unit, whose four words have the high parts of four
+// channels and then the low ones. first_word: the lane's first.
+template <int W, bool kHalf>
+struct Row {
+  static constexpr int V = W / 32;
+  static SRCGCNN_DEVICE int first_word() {
+    const int pair = lane_of() * V / 2;
+    return kHalf ? lane_of() * V : pair / 2 * 4 + pair % 2;
+  }
+  // Of halves, what is yet to be multiplied by the inverse.
+  static SRCGCNN_DEVICE Channels<V> load(const float* from) {
+    if constexpr (kHalf) return srcgcnn::load<V>(from);
+    constexpr int pairs = V > 2 ? V / 2 : 1;
+    float high[2 * pairs], low[2 * pairs];
+#pragma unroll
+    for (int k = 0; k < pairs; ++k) {
+      device::of_half(__float_as_uint(from[k]), high[2 * k], high[2 * k + 1]);
+      device::of_half(__float_as_uint(from[k + 2]), low[2 * k], low[2 * k + 1]);
+    }
+    Channels<V> x;
+#pragma unroll
+    for (int v = 0; v < V; ++v) x.x[v] = high[v] + low[v];
+    if (V == 1 && lane_of() % 2) x.x[0] = high[1] + low[1];
+    return x;
+  }
+  static SRCGCNN_DEVICE void store(float* to, float* inverse, const Channels<V>& x) {
+    if constexpr (kHalf) {
+      srcgcnn::store<V>(to, x);
+      return;
+    }
+    float most = 0.0f;
+#pragma unroll
+    for (int v = 0; v < V; ++v) most = fmaxf(most, fabsf(x.x[v]));
+    const Unit unit(__reduce_max_sync(kAllLanes, int(__float_as_uint(most))));
+    if (lane_of() == 0) *inverse = unit.inverse;
+#pragma unroll
+    for (int v = 0; v < V; v += 2) {
+      uint32_t high, low;
+      split(x.x[v] * unit.scale, x.x[V > 1 ? v + 1 : v] * unit.scale, high, low);
+      if constexpr (V == 1) {
+        reinterpret_cast<uint16_t*>(to)[lane_of() % 2] = uint16_t(high);
+        reinterpret_cast<uint16_t*>(to + 2)[lane_of() % 2] = uint16_t(low);
+      } else {
+        to[v / 2] = __uint_as_float(high);
+        to[v / 2 + 2] = __uint_as_float(low);
+      }
+    }
+  }
+};
+
+// A tile of the weights, 16 channels by as many of their inputs, as lanes hold it, in numbers of 16 bits: a lane has channels
+// lane / 4 * 2 and the next one, so that the product leaves it two neighbours, and inputs lane % 4 * 4 .. + 3, so that it
+// reads these of a row at once. Of float32 the high parts of a tile come before the low ones.
 template <class T>
 struct Tile {
-  static constexpr int numbers = 16 / int(sizeof(T)), depth = 32 / int(sizeof(T));
-  static SRCGCNN_DEVICE int channel(int lane, int x) { return lane / 4 * 2 + (sizeof(T) == 4 ? x : x / 2) % 2; }
-  static SRCGCNN_DEVICE int k(int lane, int x) {
-    return sizeof(T) == 4 ? lane % 4 + x / 2 * 4 : lane % 4 * 2 + x % 2 + x / 4 * 8;
+  static constexpr int depth = 16, size = 16 * depth, parts = sizeof(T) == 4 ? 2 : 1;
+  // Where input k of channel n is, of W inputs.
+  template <int W>
+  static SRCGCNN_DEVICE int64_t at(int n, int k) {
+    const int lane = n % 16 / 2 * 4 + k % depth / 4, word = n % 2 + k % 4 / 2 * 2;
+    return int64_t(n / 16 * (W / depth) + k / depth) * parts * size + lane * 8 + word * 2 + k % 2;
   }
 };
 
@@ -183,9 +259,20 @@ SRCGCNN_DEVICE void prepare_table(float* to, const Prepared<W, T>& at, const Lay
       float sum = layers.embedding.bias ? layers.embedding.bias[c] : 0.0f;
 #pragma unroll 8
       for (int a = 0; a < plan.n_atom; ++a) sum = fmaf(from[a], weight[a], sum);
-      row[c] = to[at.table() + int64_t(place) * F + c] = sum;
+      row[c] = sum;
     }
     __syncthreads();
+    if (warp_of() == 0) {
+      constexpr int V = W / 32;
+      float* held = to + at.table() + int64_t(place) * at.table_stride;
+      Channels<V> x;
+#pragma unroll
+      for (int v = 0; v < V; ++v) x.x[v] = lane_of() * V + v < F ? row[lane_of() * V + v] : 0.0f;
+      if (plan.n_steps)
+        Row<W, sizeof(T) == 2>::store(held + Row<W, sizeof(T) == 2>::first_word(), held + W, x);
+      else
+        store<V>(held + lane_of() * V, x);
+    }
     T* products = reinterpret_cast<T*>(to + at.first_products()) + int64_t(place) * 4 * W;
     for (int n = int(threadIdx.x); plan.n_steps && n < 4 * W; n += int(blockDim.x)) {
       const int c = Sides<W>::channel(n % (2 * W)), half = Sides<W>::half(n);
@@ -232,43 +319,55 @@ __global__ void prepare(float* to, const __grid_constant__ Prepared<W, typename 
   for (int l = 0; l < count; ++l) {
     const DeviceLayer& layer = layers.of[l];
     const int t = first + l;
-    if (t < at.n_weights()) {
-      T* weights = reinterpret_cast<T*>(to + at.nodes(t));
-      for (int64_t x = thread; x < int64_t(4) * W * W + int64_t(at.filter_rows()) * 2 * W; x += threads) {
-        int row, column;
-        bool there;
-        if (x < int64_t(4) * W * W) {
-          constexpr int numbers = Tile<T>::numbers, deep = W / Tile<T>::depth;
-          const int lane = int(x) / numbers % 32, tile = int(x) / (32 * numbers);
-          const int k = tile % deep * Tile<T>::depth + Tile<T>::k(lane, int(x) % numbers);
-          const int n = tile / deep * 16 + Tile<T>::channel(lane, int(x) % numbers);
-          there = k < F && n % W < F;
-          row = n / W % 2 * F + n % W;
-          column = n / (2 * W) * F + k;
-        } else {
-          const int64_t y = x - int64_t(4) * W * W;
-          const int n = int(y % (2 * W)), c = Sides<W>::channel(n);
-          there = c < F && y / (2 * W) < at.plan.n_features;
-          row = Sides<W>::half(n) * F + c;
-          column = 2 * F + int(y / (2 * W));
-        }
-        store<1>(weights + x, Channels<1>{{there ? layer.weight[int64_t(row) * columns + column] : 0.0f}});
+    float* vectors = to + at.vectors(t);
+    uint16_t* nodes = reinterpret_cast<uint16_t*>(to + at.nodes(t));
+    for (int n = int(thread / 32); n < 4 * W; n += int(threads / 32)) {  // a warp a channel of the rows' product
+      const int half = n / W % 2, row = half * F + n % W;
+      float weights[W / 32];
+      int most = 0;
+#pragma unroll
+      for (int i = 0; i < W / 32; ++i) {
+        const int k = i * 32 + lane_of();
+        weights[i] = k < F && n % W < F ? layer.weight[int64_t(row) * columns + n / (2 * W) * F + k] : 0.0f;
+        const int bits = int(__float_as_uint(weights[i]) & 0x7fffffffu);
+        most = bits > most ? bits : most;
+      }
+      const Unit unit(__reduce_max_sync(kAllLanes, most));
+      if (lane_of() == 0) {
+        const FirstNorm norm(layer, half, n % W < F ? row : 0);
+        float* to = vectors + at.norms + n / 2 * 4 + n % 2;
+        to[0] = n % W < F ? float(norm.scale) * (kHalf ? 1.0f : unit.inverse) : 0.0f;
+        to[2] = n % W < F && n < 2 * W ? float(norm.shift) : 0.0f;
+      }
+      if (t >= at.n_weights()) continue;
+#pragma unroll
+      for (int i = 0; i < W / 32; ++i) {
+        uint16_t* to = nodes + Tile<T>::template at<W>(n, i * 32 + lane_of());
+        uint32_t high, low;
+        split(weights[i] * unit.scale, 0.0f, high, low);
+        to[0] = uint16_t(kHalf ? device::to_bfloat16(weights[i], 0.0f) : high);
+        if (!kHalf) to[Tile<T>::size] = uint16_t(low);
       }
     }
-    float* vectors = to + at.vectors(t);
+    if (t < at.n_weights()) {
+      T* filter = reinterpret_cast<T*>(to + at.filter(t));
+      for (int64_t x = thread; x < int64_t(at.filter_rows()) * 2 * W; x += threads) {
+        const int n = int(x % (2 * W)), c = Sides<W>::channel(n), k = int(x / (2 * W));
+        const int64_t from = int64_t(Sides<W>::half(n) * F + c) * columns + 2 * F + k;
+        store<1>(filter + x, Channels<1>{{c < F && k < at.plan.n_features ? layer.weight[from] : 0.0f}});
+      }
+    }
     for (int64_t x = thread; x < 3 * W; x += threads) {
       const int c = int(x % W), half = int(x / W);
       double scale = 0, shift = 0;
       if (c < F && half < 2) {
-        const FirstNorm norm(layer, half, half * F + c);
-        scale = norm.scale;
-        shift = norm.shift;
+        scale = FirstNorm(layer, half, half * F + c).scale;
       } else if (c < F) {
         scale = layer.gamma2[c] / sqrt(double(layer.var2[c]) + layer.eps2);
         shift = layer.beta2[c] - scale * layer.mean2[c];
       }
-      vectors[half < 2 ? x : 4 * W + c] = float(scale);
-      vectors[half < 2 ? 2 * W + x : 5 * W + c] = float(shift);
+      vectors[x] = float(scale);
+      if (half == 2) vectors[3 * W + c] = float(shift);
     }
   }
   if (first == 0) prepare_table(to, at, layers, shared);
@@ -294,33 +393,49 @@ struct Block {
   int first, n;
   P places;
 
-  SRCGCNN_DEVICE float* h(int row) const { return shared + row * P::h_stride; }
+  // A row of h as float32, or as pairs of Unit's halves of two channels; 16 words of odd rows change places with the next 16,
+  // so that two rows are read side by side.
+  SRCGCNN_DEVICE float* h(int row, int channel) const { return shared + row * W + (channel ^ (row & 1) * 16); }
+  SRCGCNN_DEVICE float* words(int row) const {  // the lane's of Row
+    const int first = Row<W, kHalf>::first_word();
+    return h(row, first & ~3) + (first & 3);
+  }
+  SRCGCNN_DEVICE float* unit(int row) const { return reinterpret_cast<float*>(crystal(row) + 3); }  // the inverse
   SRCGCNN_DEVICE T* pq(int row) const { return reinterpret_cast<T*>(shared + places.pq()) + row * P::pq_stride; }
   SRCGCNN_DEVICE T* term(int shell) const { return reinterpret_cast<T*>(shared + places.terms()) + shell * 2 * W; }
   SRCGCNN_DEVICE float* distance() const { return shared + places.distances(); }
-  // First row of the row's crystal, the row after its last; the row's number of edges if find_links() has them all, or -1.
+  // First row of the row's crystal, the row after its last; the row's number of edges if find_links() has them all, or -1; unit(),
+  // and before that the row's place in the embedded table.
   SRCGCNN_DEVICE int* crystal(int row) const { return reinterpret_cast<int*>(shared + places.crystals()) + 4 * row; }
-  SRCGCNN_DEVICE unsigned* links(int row) const { return reinterpret_cast<unsigned*>(shared + places.links()) + kLinks * row; }
+  SRCGCNN_DEVICE uint2* links(int row) const { return reinterpret_cast<uint2*>(shared + places.links()) + kLinks * row; }
   SRCGCNN_DEVICE unsigned* keys() const { return reinterpret_cast<unsigned*>(shared + places.keys()); }
   SRCGCNN_DEVICE int* numbers() const { return reinterpret_cast<int*>(shared + places.numbers()); }
   SRCGCNN_DEVICE int* count() const { return reinterpret_cast<int*>(shared + places.count()); }
 };
 
 // Fills crystal() of the block's rows for `count` crystals, which cover them; lane l has where number l begins, and its size.
+// The last number is the row's place in the embedded table, or -1.
 template <int W, int kWarps, bool kHalf>
 SRCGCNN_DEVICE void find_crystals(const Block<W, kWarps, kHalf>& b, int begin, int size, int count) {
-  for (int row = warp_of(); row < b.n; row += b.warps) {
+  static_assert(Shape<W, kWarps>::rows <= 32 * kWarps, "a lane a row");
+  const int mine = warp_of() + lane_of() * b.warps;
+  int place = -1;
+  if (b.s.at.plan.n_table && mine < b.n) place = b.s.h.species[int64_t(b.first) + mine];
+  if (place >= b.s.at.plan.n_table || place < 0) place = -1;
+  for (int row = warp_of(), number = 0; row < b.n; row += b.warps, ++number) {
     const int k = __popc(__ballot_sync(kAllLanes, lane_of() < count && begin <= b.first + row)) - 1;
     const int from = __shfl_sync(kAllLanes, begin, k), to = from + __shfl_sync(kAllLanes, size, k);
-    if (lane_of() < 3) b.crystal(row)[lane_of()] = lane_of() == 0 ? from : lane_of() == 1 ? to : -1;
+    const int4 all{from, to, -1, __shfl_sync(kAllLanes, place, number)};
+    if (lane_of() == 0) *reinterpret_cast<int4*>(b.crystal(row)) = all;
   }
 }
 
-// Features of the block's rows, and zeros up to whole tiles and to W; a warp its rows, each lane with its channels.
+// Features of the block's rows, a warp its rows, each lane with its channels.
 template <int W, int kWarps, bool kHalf>
 SRCGCNN_DEVICE void read_features(const Block<W, kWarps, kHalf>& b, const DeviceFeatures& h) {
-  static_assert(Shape<W, kWarps>::rows <= 32 * kWarps, "a lane a row");
-  const int F = b.s.at.plan.F, rows = (b.n + 15) / 16 * 16, mine = warp_of() + lane_of() * b.warps;
+  constexpr int V = W / 32;
+  const int F = b.s.at.plan.F, mine = warp_of() + lane_of() * b.warps;
+  const int stride = h.species && b.s.at.plan.n_table ? b.s.at.table_stride : F;
   const int64_t i = int64_t(b.first) + mine;
   int place = -1;  // in the table, or -1: no number
   if (mine < b.n) place = h.species ? h.species[i] : mine;
@@ -329,64 +444,51 @@ SRCGCNN_DEVICE void read_features(const Block<W, kWarps, kHalf>& b, const Device
 #pragma unroll 4
   for (int k = 0; k < 32; ++k) {
     const int row = warp_of() + k * b.warps, from = __shfl_sync(kAllLanes, place, k);
-    if (row >= rows) break;
+    if (row >= b.n) break;
+    Channels<V> x;
 #pragma unroll
-    for (int c = lane_of(); c < W; c += 32) {
-      float value = row < b.n && c < F ? NAN : 0.0f;
-      if (from >= 0 && c < F) value = data[int64_t(from) * F + c];
-      b.h(row)[c] = value;
+    for (int v = 0; v < V; ++v) {
+      const int c = lane_of() * V + v;
+      x.x[v] = c < F ? NAN : 0.0f;
+      if (from >= 0 && c < F) x.x[v] = data[int64_t(from) * stride + c];
     }
+    if (b.s.at.plan.n_steps)
+      Row<W, kHalf>::store(b.words(row), b.unit(row), x);
+    else
+      store<V>(b.h(row, lane_of() * V), x);
   }
 }
 
-// What a lane holds of a tile of the weights and of a tile of 8 rows, and their product, added to sums.
+// What a lane holds of a tile of the weights and of a tile of 8 rows.
 template <class T>
 struct Factors {
-  float high[4], low[4];
+  uint32_t high[4], low[4];
   struct Rows {
-    float x[2];
-    SRCGCNN_DEVICE void read(const float* h, int stride) {
-      const float* at = h + lane_of() / 4 * stride + lane_of() % 4;
-      x[0] = at[0], x[1] = at[4];
+    uint32_t high[2], low[2];
+    SRCGCNN_DEVICE explicit Rows(const float* at) {
+      const uint4 found = *reinterpret_cast<const uint4*>(at);
+      high[0] = found.x, high[1] = found.y, low[0] = found.z, low[1] = found.w;
     }
   };
-  using Read = Channels<4>;
-  static SRCGCNN_DEVICE Read read(const float* at) { return load<4>(at); }
-  SRCGCNN_DEVICE explicit Factors(const Read& found) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) split(found.x[k], high[k], low[k]);
+  SRCGCNN_DEVICE void read(const uint4* at) {
+    const uint4 a = at[0], b = at[32];
+    high[0] = a.x, high[1] = a.y, high[2] = a.z, high[3] = a.w;
+    low[0] = b.x, low[1] = b.y, low[2] = b.z, low[3] = b.w;
   }
-  Factors() = default;
-  // The tensor cores cut off what a sum has no digits for: so they add up three products of 8 terms, the small ones first,
+  // The tensor cores cut off what a sum has no digits for: so they add up three products of 16 terms, the small ones first,
   // and the rest is added here.
-  template <bool kRelaxed, int kMany>
-  static SRCGCNN_DEVICE void multiply(float (&sum)[kMany][4], const Rows& rows, const Factors (&w)[kMany]) {
-    float high[2], low[2];
-#pragma unroll
-    for (int k = 0; k < 2; ++k) split(rows.x[k], high[k], low[k]);
-    if constexpr (kRelaxed) {
-#pragma unroll
-      for (int k = 0; k < 2; ++k) high[k] = alone(high[k], low[k]);
-#pragma unroll
-      for (int m = 0; m < kMany; ++m) {
-        float nearest[4];
-#pragma unroll
-        for (int k = 0; k < 4; ++k) nearest[k] = alone(w[m].high[k], w[m].low[k]);
-        device::mma(sum[m], nearest, high);
-      }
-    } else {
-      float part[kMany][4] = {};
-#pragma unroll
-      for (int m = 0; m < kMany; ++m) device::mma(part[m], w[m].high, low);
-#pragma unroll
-      for (int m = 0; m < kMany; ++m) device::mma(part[m], w[m].low, high);
-#pragma unroll
-      for (int m = 0; m < kMany; ++m) device::mma(part[m], w[m].high, high);
-#pragma unroll
-      for (int m = 0; m < kMany; ++m)
-#pragma unroll
-        for (int v = 0; v < 4; ++v) sum[m][v] += part[m][v];
+  template <bool kRelaxed>
+  SRCGCNN_DEVICE void add_product(float (&sum)[4], const Rows& rows, bool first) const {
+    if (kRelaxed) {
+      device::mma_half(sum, high, rows.high);
+      return;
     }
+    float part[4] = {};
+    device::mma_half(part, high, rows.low);
+    device::mma_half(part, low, rows.high);
+    device::mma_half(part, high, rows.high);
+#pragma unroll
+    for (int v = 0; v < 4; ++v) sum[v] = first ? part[v] : sum[v] + part[v];
   }
 };
 template <>
@@ -394,106 +496,122 @@ struct Factors<Bfloat16> {
   uint32_t both[4];
   struct Rows {
     uint32_t both[2];
-    SRCGCNN_DEVICE void read(const float* h, int stride) {
-      const float* at = h + lane_of() / 4 * stride + lane_of() % 4 * 2;
-#pragma unroll
-      for (int x = 0; x < 2; ++x) {
-        const auto found = load<2>(at + x * 8);
-        both[x] = device::to_bfloat16(found.x[0], found.x[1]);
-      }
+    SRCGCNN_DEVICE explicit Rows(const float* at) {
+      const auto found = load<4>(at);
+      both[0] = device::to_bfloat16(found.x[0], found.x[1]);
+      both[1] = device::to_bfloat16(found.x[2], found.x[3]);
     }
   };
-  using Read = uint4;
-  static SRCGCNN_DEVICE Read read(const Bfloat16* at) { return *reinterpret_cast<const uint4*>(at); }
-  SRCGCNN_DEVICE explicit Factors(const Read& found) : both{found.x, found.y, found.z, found.w} {}
-  Factors() = default;
-  template <bool kRelaxed, int kMany>
-  static SRCGCNN_DEVICE void multiply(float (&sum)[kMany][4], const Rows& rows, const Factors (&w)[kMany]) {
-#pragma unroll
-    for (int m = 0; m < kMany; ++m) device::mma(sum[m], w[m].both, rows.both);
+  SRCGCNN_DEVICE void read(const uint4* at) {
+    const uint4 a = *at;
+    both[0] = a.x, both[1] = a.y, both[2] = a.z, both[3] = a.w;
+  }
+  template <bool kRelaxed>
+  SRCGCNN_DEVICE void add_product(float (&sum)[4], const Rows& rows, bool) const {
+    device::mma(sum, both, rows.both);
   }
 };
 
-// Rows of h times the weights, scaled and shifted, to pq: (p, q), each by Sides. A warp has its channels of all rows: for each
-// tile of the weights, read once, all tiles of rows.
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+// Rows of h times the weights, scaled and shifted, to pq: (p, q), each by Sides. A warp keeps the weights of 16 of its channels
+// in registers, as many steps as fit there, and takes all tiles of rows, two at a time; sums wait in pq for further steps (W = 128).
 template <bool kRelaxed, int W, int kWarps, bool kHalf>
 SRCGCNN_DEVICE void multiply(const Block<W, kWarps, kHalf>& b, int t) {
   using T = typename Storage<kHalf>::type;
   using S = Shape<W, kWarps>;
-  constexpr int depth = Tile<T>::depth, together = kHopper ? 2 : 1;
-  constexpr int tiles = S::tiles > 6 ? S::tiles / 2 : S::tiles, stride = Places<W, T>::h_stride;
-  const int lane = lane_of(), group = lane / 4, in_group = lane % 4;
-  const int share = warp_of() / S::parts;
-  const T* nodes = b.s.nodes(t);
-  const float* scale = b.s.vectors(t);
-  const float* shift = scale + 2 * W;
-  for (int pass = 0; pass < S::mine / together * (S::tiles / tiles); ++pass) {
-    const int first = warp_of() % S::parts * S::mine + pass % (S::mine / together) * together;
-    const int from = (pass / (S::mine / together) * tiles * S::shares + share) * 8;
-    if (from >= b.n) break;
-    float sum[tiles][together][4] = {};
-    typename Factors<T>::Read next[together];  // on its way while the step before is multiplied
-    const auto read = [&](int step) {
-#pragma unroll
-      for (int x = 0; x < together; ++x)
-        next[x] = Factors<T>::read(nodes + (((first + x) * (W / depth) + step) * 32 + lane) * Tile<T>::numbers);
-    };
-    read(0);
+  constexpr int depth = Tile<T>::depth, steps = W / depth, held = steps > 4 && !kHalf ? 4 : steps;
+  constexpr int apart = 8 * S::shares, stride = Places<W, T>::pq_stride;  // rows of a warp's tiles
+  const unsigned thread = device::known_late(threadIdx.x);
+  const int lane = thread % 32, group = lane / 4, in_group = lane % 4, warp = thread / 32;
+  const int first_tile = warp % S::parts * S::mine, column = first_tile * 16 + 2 * group, from = warp / S::parts * 8;
+  const auto* nodes = reinterpret_cast<const uint4*>(b.s.nodes(t)) + first_tile * steps * Tile<T>::parts * 32 + lane;
+  const float* norms = b.s.vectors(t) + Prepared<W, T>::norms + 2 * column;
+  const float *even_rows = b.h(from + group, 4 * in_group), *odd_rows = b.h(from + group, depth + 4 * in_group);
+  const float* units = b.unit(from + 2 * in_group);
+  T* products = b.pq(from + 2 * in_group) + column / (2 * W) * 2 * W + Sides<W>::at(column / W % 2, column % W);
+  constexpr int passes = steps / held;
 #pragma unroll 1
-    for (int step = 0; step < W / depth; ++step) {
-      Factors<T> w[together];
+  for (int pass = 0; pass < S::mine * passes; ++pass) {  // neighbours, filter or core, of p or of q
+    const bool begins = passes == 1 || pass % passes == 0, ends = passes == 1 || pass % passes == passes - 1;
+    Factors<T> w[held];
 #pragma unroll
-      for (int x = 0; x < together; ++x) w[x] = Factors<T>(next[x]);
-      read(step + 1 < W / depth ? step + 1 : step);
+    for (int step = 0; step < held; ++step) w[step].read(nodes + step * Tile<T>::parts * 32);
+    nodes += held * Tile<T>::parts * 32;
+    const auto norm = load<4>(norms);
+    const int first = pass % passes * held * depth;
+    const float *even = even_rows + first, *odd = odd_rows + first, *unit = units;
+    T* to = products;
+    if (ends) norms += 32, products += 32;
+    const auto take = [&](auto many) {
+      constexpr int tiles = decltype(many)::value;
+      float sum[tiles][4] = {};
+      const auto place = [&](int x, int v, int c) { return to + (x * apart + v) * stride + (W == 32 ? 2 * c : c); };
+      if constexpr (held < steps) {
+        if (!begins) {
 #pragma unroll
-      for (int tile = 0; tile < tiles; ++tile) {
-        const int row = from + tile * S::shares * 8;
-        if (row >= b.n) break;
-        typename Factors<T>::Rows rows;
-        rows.read(b.h(row) + step * depth, stride);
-        Factors<T>::template multiply<kRelaxed>(sum[tile], rows, w);
-      }
-    }
+          for (int x = 0; x < tiles; ++x)
 #pragma unroll
-    for (int x = 0; x < together; ++x) {
-      const int column = (first + x) * 16 + 2 * group, half = column / W % 2, channel = column % W;
-      const auto by = load<2>(scale + column % (2 * W));
-      auto add = load<2>(shift + column % (2 * W));
-      if (column >= 2 * W) add = {};
-#pragma unroll
-      for (int tile = 0; tile < tiles; ++tile) {
-        const int row = from + tile * S::shares * 8;
-        if (row >= b.n) break;
-#pragma unroll
-        for (int v = 0; v < 2; ++v) {
-          Channels<2> y;
-#pragma unroll
-          for (int c = 0; c < 2; ++c) y.x[c] = fmaf(sum[tile][x][v + 2 * c], by.x[c], add.x[c]);
-          T* to = b.pq(row + 2 * in_group + v) + column / (2 * W) * 2 * W;
-          if constexpr (W == 32) {
-            store<1>(to + Sides<W>::at(half, channel), Channels<1>{{y.x[0]}});
-            store<1>(to + Sides<W>::at(half, channel + 1), Channels<1>{{y.x[1]}});
-          } else {
-            store<2>(to + Sides<W>::at(half, channel), y);
-          }
+            for (int k = 0; k < 4; ++k) sum[x][k] = load<1>(place(x, k % 2, k / 2)).x[0];
         }
       }
+#pragma unroll
+      for (int step = 0; step < held; ++step)
+#pragma unroll
+        for (int x = 0; x < tiles; ++x) {
+          const typename Factors<T>::Rows rows((step % 2 ? odd : even) + step / 2 * 2 * depth + x * apart * W);
+          w[step].template add_product<kRelaxed>(sum[x], rows, step == 0 && held == steps);
+        }
+#pragma unroll
+      for (int x = 0; x < tiles; ++x)
+#pragma unroll
+        for (int v = 0; v < 2; ++v) {
+          const float inverse = kHalf ? 1.0f : unit[4 * (x * apart + v)];
+          Channels<2> y;
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            const float raw = sum[x][v + 2 * c];
+            y.x[c] = held == steps || ends ? fmaf(raw * inverse, norm.x[c], norm.x[c + 2]) : raw;
+          }
+          if constexpr (W == 32) {
+            store<1>(place(x, v, 0), Channels<1>{{y.x[0]}});
+            store<1>(place(x, v, 1), Channels<1>{{y.x[1]}});
+          } else {
+            store<2>(place(x, v, 0), y);
+          }
+        }
+      even += tiles * apart * W, odd += tiles * apart * W, unit += 4 * tiles * apart, to += tiles * apart * stride;
+    };
+    int row = from;
+    if constexpr (held < steps) {  // and no registers for two
+#pragma unroll 1
+      for (; row < b.n; row += apart) take(Count<1>{});
+    } else {
+#pragma unroll 1
+      for (; row + apart < b.n; row += 2 * apart) take(Count<2>{});
+      if (row < b.n) take(Count<1>{});
     }
   }
 }
 
-// [p, q] of the block's rows in the first step, from those of the table; a row without a place there is NaN.
+// Rows of h and their [p, q] in the first step, from those of the table; a row without a place there is NaN.
 template <int W, int kWarps, bool kHalf>
 SRCGCNN_DEVICE void look_up(const Block<W, kWarps, kHalf>& b) {
   using T = typename Storage<kHalf>::type;
   constexpr int vectors = Places<W, T>::words(4 * W) / 4;
   for (int row = warp_of(); row < b.n; row += b.warps) {
-    const int place = b.s.h.species[int64_t(b.first) + row];
-    const bool there = place >= 0 && place < b.s.h.n_table;
+    const int place = b.crystal(row)[3];
+    const bool there = place >= 0;
     const uint4* from = reinterpret_cast<const uint4*>(b.s.first_products() + int64_t(there ? place : 0) * 4 * W);
 #pragma unroll
     for (int k = lane_of(); k < vectors; k += 32)
       reinterpret_cast<uint4*>(b.pq(row))[k] = there ? from[k] : uint4{~0u, ~0u, ~0u, ~0u};
+    const float* held = b.s.prepared + b.s.at.table() + int64_t(there ? place : 0) * b.s.at.table_stride;
+    store<W / 32>(b.h(row, lane_of() * (W / 32)), load<W / 32>(held + lane_of() * (W / 32)));
+    __syncwarp();  // the place has been read
+    if (lane_of() == 0) *b.unit(row) = held[W];
   }
 }
 
@@ -550,27 +668,35 @@ SRCGCNN_DEVICE int shell_of(const Block<W, kWarps, kHalf>& b, float distance) {
 }
 
 // Of each row whose edges all end in its crystal and have a place among the distances, and which has no more than kLinks:
-// their rows in the block, and in the upper half of the word the numbers of their distances. -1 in place of the number of
-// edges: another row.
+// where q and r of an edge are, in bytes from the beginning. -1 in place of the number of edges: another row.
 template <int W, int kWarps, bool kHalf>
 SRCGCNN_DEVICE void find_links(const Block<W, kWarps, kHalf>& b) {
+  using T = typename Storage<kHalf>::type;
   const DeviceGraph& g = b.s.g;
-  static_assert(kLinks <= 32 && kMostShells <= 1 << 16, "a lane an edge, half a word a number");
-  for (int row = warp_of(); row < b.n; row += b.warps) {
-    const int64_t i = int64_t(b.first) + row, begin = g.row_ptr[i], end = g.row_ptr[i + 1];
-    bool quick = begin >= 0 && begin <= end && end <= g.n_edges && end - begin <= kLinks;
-    unsigned link = 0;
+  static_assert(kLinks <= 16, "half a warp a row, a lane an edge");
+  const char* begins = reinterpret_cast<const char*>(b.shared);
+  const auto bytes = [&](const T* at) { return unsigned(reinterpret_cast<const char*>(at) - begins); };
+  const int edge = lane_of() % 16;
+  for (int first = 2 * warp_of(); first < b.n; first += 2 * b.warps) {
+    const int row = first + lane_of() / 16;
+    const bool there = row < b.n;
+    const int32_t* ends = g.row_ptr + (int64_t(b.first) + (there ? row : first));
+    const int begin = ends[0], end = ends[1];
+    bool quick = there && begin >= 0 && begin <= end && end <= g.n_edges && end - begin <= kLinks;
+    uint2 link = {};
     bool good = true;
-    if (quick && lane_of() < end - begin) {
-      const int sender = g.sender[begin + lane_of()], shell = shell_of(b, g.distance[begin + lane_of()]);
+    if (quick && edge < end - begin) {
+      const int sender = g.sender[int64_t(begin) + edge], shell = shell_of(b, g.distance[int64_t(begin) + edge]);
       good = sender >= b.crystal(row)[0] && sender < b.crystal(row)[1] && shell >= 0;
-      link = unsigned(sender - b.first) | unsigned(shell) << 16;
+      link.x = bytes(b.pq(sender - b.first) + 2 * W);
+      link.y = bytes(b.term(shell));
     }
-    quick = __ballot_sync(kAllLanes, !good) == 0 && quick;
-    device::prefetch(g.sender, begin + b.n * kLinks + lane_of(), g.n_edges);  // of the block that comes next, perhaps
-    device::prefetch(g.distance, begin + b.n * kLinks + lane_of(), g.n_edges);
-    if (lane_of() < kLinks) b.links(row)[lane_of()] = link;
-    if (lane_of() == 0) b.crystal(row)[2] = quick ? int(end - begin) : -1;
+    quick = (__ballot_sync(kAllLanes, !good) >> (lane_of() & 16) & 0xffffu) == 0 && quick;
+    const int64_t ahead = int64_t(begin) + b.n * kLinks + edge;  // of the block that comes next, perhaps
+    device::prefetch(g.sender, ahead, g.n_edges);
+    device::prefetch(g.distance, ahead, g.n_edges);
+    if (there && edge < kLinks) b.links(row)[edge] = link;
+    if (there && edge == 0) b.crystal(row)[2] = quick ? end - begin : -1;
   }
 }
 
@@ -578,10 +704,9 @@ template <int V>
 struct Pair {
   Channels<V> filter, core;
 };
-// Of 2W numbers the lane's, as Sides has them.
-template <int W, class T, int V = W / 32>
-SRCGCNN_DEVICE Pair<V> load_pair(const T* p) {
-  const T* mine = p + lane_of() * 2 * V;
+// The lane's of 2W numbers, as Sides has them.
+template <int V, class T>
+SRCGCNN_DEVICE Pair<V> load_mine(const T* mine) {
   if constexpr (2 * V * sizeof(T) > 16) return {load<V>(mine), load<V>(mine + V)};
   const auto found = load<2 * V>(mine);
   Pair<V> pair;
@@ -589,24 +714,38 @@ SRCGCNN_DEVICE Pair<V> load_pair(const T* p) {
   for (int v = 0; v < V; ++v) pair.filter.x[v] = found.x[v], pair.core.x[v] = found.x[V + v];
   return pair;
 }
-// r of one distance: the Gaussians in reach of it times the filter, one lane a Gaussian, then one lane its channels. What
-// is read of the filter is on its way together, as far as registers reach.
+template <int W, class T>
+SRCGCNN_DEVICE Pair<W / 32> load_pair(const T* p) {
+  return load_mine<W / 32>(p + lane_of() * (W / 16));
+}
+// The Gaussians in reach of a distance, one lane a Gaussian, the same in both halves of a warp: the first of them, and the
+// lane's value.
+struct Gaussians {
+  int first;
+  float value;
+  SRCGCNN_DEVICE Gaussians(const DeviceGraph& g, float distance) {
+    static_assert(kReach <= 16, "half a warp");
+    const float u = (distance - g.dmin) * g.inverse_step, last = float(g.n_features > kReach ? g.n_features - kReach : 0);
+    first = int(fminf(fmaxf(u + (0.5f - kReach / 2), 0.0f), last));
+    const float x = u - float(first + lane_of() % 16);
+    value = device::exp2(x * x * float(-kLog2e));
+  }
+};
+// r of one distance: those of lane `from` and the next ones times the filter, a lane its channels. What is read of the filter is
+// on its way together, as far as registers reach.
 template <int W, class T, int V = W / 32>
-SRCGCNN_DEVICE Pair<V> edge_term(const T* filter, const DeviceGraph& g, float distance) {
+SRCGCNN_DEVICE Pair<V> edge_term(const T* filter, const Gaussians& e, int from) {
   constexpr int together = V > 2 ? (kHopper ? kReach / 3 : 1) : kReach;
-  const float u = (distance - g.dmin) * g.inverse_step, last = float(g.n_features > kReach ? g.n_features - kReach : 0);
-  const int first = int(fminf(fmaxf(u + (0.5f - kReach / 2), 0.0f), last));
-  const float x = u - float(first + lane_of());
-  const float value = device::exp2(x * x * float(-kLog2e));
+  const T* weights = filter + int64_t(__shfl_sync(kAllLanes, e.first, from)) * 2 * W + lane_of() * 2 * V;
   Pair<V> r = {};
 #pragma unroll 1
   for (int k0 = 0; k0 < kReach; k0 += together) {
     Pair<V> w[together];
 #pragma unroll
-    for (int k = 0; k < together; ++k) w[k] = load_pair<W>(filter + int64_t(first + k0 + k) * 2 * W);
+    for (int k = 0; k < together; ++k) w[k] = load_mine<V>(weights + (k0 + k) * 2 * W);
 #pragma unroll
     for (int k = 0; k < together; ++k) {
-      const float a = __shfl_sync(kAllLanes, value, k0 + k);
+      const float a = __shfl_sync(kAllLanes, e.value, from + k0 + k);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         r.filter.x[v] = fmaf(a, w[k].filter.x[v], r.filter.x[v]);
@@ -619,14 +758,23 @@ SRCGCNN_DEVICE Pair<V> edge_term(const T* filter, const DeviceGraph& g, float di
   return r;
 }
 
+// A warp two distances at a time, where registers reach.
 template <int W, int kWarps, bool kHalf>
 SRCGCNN_DEVICE void fill_shells(const Block<W, kWarps, kHalf>& b, int t) {
-  constexpr int V = W / 32;
+  constexpr int V = W / 32, together = V > 2 ? 1 : 2;
   const int count = *b.count() < b.places.shells ? *b.count() : b.places.shells;
-  for (int shell = warp_of(); shell < count; shell += b.warps) {
-    const auto r = edge_term<W>(b.s.filter(t), b.s.g, b.distance()[shell]);
-    store<V>(b.term(shell) + lane_of() * 2 * V, r.filter);
-    store<V>(b.term(shell) + lane_of() * 2 * V + V, r.core);
+  const auto* filter = b.s.filter(t);
+  for (int shell = together * warp_of(); shell < count; shell += together * b.warps) {
+    const int mine = shell + lane_of() / 16;
+    const Gaussians e(b.s.g, b.distance()[together == 2 && mine < count ? mine : shell]);
+    const auto fill = [&](int k) {
+      const auto r = edge_term<W>(filter, e, 16 * k);
+      auto* to = b.term(shell + k) + lane_of() * 2 * V;
+      store<V>(to, r.filter);
+      store<V>(to + V, r.core);
+    };
+    fill(0);
+    if (together == 2 && shell + 1 < count) fill(1);
   }
 }
 
@@ -642,13 +790,24 @@ SRCGCNN_DEVICE void gate_rows(const Block<W, kWarps, kHalf>& b, int t) {
   const float* vectors = s.vectors(t);
   const T* given = static_cast<const T*>(g.edge_term);
   const Pair<V> scale{load<V>(vectors + lane_of() * V), load<V>(vectors + W + lane_of() * V)};
-  const auto scale2 = load<V>(vectors + 4 * W + lane_of() * V), shift2 = load<V>(vectors + 5 * W + lane_of() * V);
-  for (int row = warp_of(); row < b.n; row += b.warps) {
-    const int low = b.crystal(row)[0], high = b.crystal(row)[1];
-    const int64_t i = int64_t(b.first) + row;
-    const int linked = kLayer ? -1 : b.crystal(row)[2];
-    bool good = true;
-    const auto p = load_pair<W>(b.pq(row));
+  const auto scale2 = load<V>(vectors + 2 * W + lane_of() * V), shift2 = load<V>(vectors + 3 * W + lane_of() * V);
+  const bool last = t + 1 == s.at.plan.n_steps, leaves = kLayer || (last && !s.out);
+  const char* mine = reinterpret_cast<const char*>(b.shared) + lane_of() * 2 * V * int(sizeof(T));
+  // Of the warp's rows, all even or all odd.
+  float* words = b.words(warp_of());
+  const int plain = int(b.h(warp_of(), lane_of() * V) - words);
+  int* about = b.crystal(warp_of());
+  const T* own = b.pq(warp_of()) + lane_of() * 2 * V;
+  const uint2* links = b.links(warp_of());
+  static_assert(kWarps % 2 == 0, "");
+#pragma unroll 1
+  for (int row = warp_of(); row < b.n; row += kWarps, words += kWarps * W, about += kWarps * 4,
+           own += kWarps * Places<W, T>::pq_stride, links += kWarps * kLinks) {
+    const int4 crystal = *reinterpret_cast<const int4*>(about);
+    const int low = crystal.x, high = crystal.y, linked = kLayer ? -1 : crystal.z;
+    const float unit = kHalf ? 1.0f : __uint_as_float(unsigned(crystal.w));
+    auto x = Row<W, kHalf>::load(words);
+    const auto p = load_mine<V>(own);
     Channels<V> sum = {};
     const auto add_pair = [&](const Pair<V>& q, const Pair<V>& r) {
 #pragma unroll
@@ -659,21 +818,26 @@ SRCGCNN_DEVICE void gate_rows(const Block<W, kWarps, kHalf>& b, int t) {
       }
     };
     if (linked >= 0) {  // nothing to ask of an edge: several are on their way, as far as registers reach
-      [[maybe_unused]] constexpr int ahead = V > 2 ? 1 : 4;
-      const unsigned* links = b.links(row);
-      const auto add_link = [&](unsigned link) {
-        add_pair(load_pair<W>(b.pq(int(link & 0xffffu)) + 2 * W), load_pair<W>(b.term(int(link >> 16))));
+      [[maybe_unused]] constexpr int ahead = V > 2 ? 1 : 2;
+      const uint2* link = links;
+      const auto add_link = [&](unsigned q, unsigned r) {
+        add_pair(load_mine<V>(reinterpret_cast<const T*>(mine + q)), load_mine<V>(reinterpret_cast<const T*>(mine + r)));
       };
-      int k = 0;
-      for (; k + 4 <= linked; k += 4) {
-        const uint4 four = *reinterpret_cast<const uint4*>(links + k);
+      int left = linked - 4;
+#pragma unroll 1
+      for (; left >= 0; left -= 4, link += 4) {
 #pragma unroll ahead
-        for (int v = 0; v < 4; ++v) add_link(v == 0 ? four.x : v == 1 ? four.y : v == 2 ? four.z : four.w);
+        for (int v = 0; v < 4; v += 2) {
+          const uint4 two = *reinterpret_cast<const uint4*>(link + v);
+          add_link(two.x, two.y);
+          add_link(two.z, two.w);
+        }
       }
-      for (; k < linked; ++k) add_link(links[k]);
+#pragma unroll 1
+      for (; left > -4; --left, ++link) add_link(link->x, link->y);
     } else {
-      const int64_t begin = g.row_ptr[i], end = g.row_ptr[i + 1];
-      good = begin >= 0 && begin <= end && end <= g.n_edges;
+      const int64_t begin = g.row_ptr[int64_t(b.first) + row], end = g.row_ptr[int64_t(b.first) + row + 1];
+      bool good = begin >= 0 && begin <= end && end <= g.n_edges;
       const auto add = [&](int j, const Pair<V>& r) {
         add_pair(load_pair<W>(kLayer ? s.q + int64_t(j) * 2 * W : b.pq(j - b.first) + 2 * W), r);
       };
@@ -706,22 +870,33 @@ SRCGCNN_DEVICE void gate_rows(const Block<W, kWarps, kHalf>& b, int t) {
           else if (number >= 0)
             r = load_pair<W>(b.term(number));
           else
-            r = edge_term<W>(filter, g, __shfl_sync(kAllLanes, distance, k));
+            r = edge_term<W>(filter, Gaussians(g, __shfl_sync(kAllLanes, distance, k)), 0);
           add(__shfl_sync(kAllLanes, sender, k), r);
         }
       }
+#pragma unroll
+      for (int v = 0; v < V; ++v)
+        if (!good) sum.x[v] = NAN;
     }
-    float* h = b.h(row) + lane_of() * V;
-    auto x = load<V>(h);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      const float m = good ? sum.x[v] * DeviceMath::ln2 : NAN;
-      const float u = x.x[v] + fmaf(scale2.x[v], m, shift2.x[v]);
-      x.x[v] = softplus<DeviceMath>(u);
-      const int c = lane_of() * V + v;
-      if ((kLayer || (t + 1 == s.at.plan.n_steps && !s.out)) && c < s.at.plan.F) s.rows[i * s.at.plan.F + c] = x.x[v];
+      const float change = fmaf(scale2.x[v], sum.x[v] * DeviceMath::ln2, shift2.x[v]);
+      x.x[v] = softplus<DeviceMath>(fmaf(x.x[v], unit, change));
     }
-    if (!kLayer) store<V>(h, x);
+    if (leaves) {
+      const int64_t i = int64_t(b.first) + int(device::known_late(unsigned(row)));
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        const int c = lane_of() * V + v;
+        if (c < s.at.plan.F) s.rows[i * s.at.plan.F + c] = x.x[v];
+      }
+    }
+    if (kLayer) continue;
+    __syncwarp();  // lanes have words of each other's channels
+    if (last)
+      store<V>(words + plain, x);  // for the readout, as it is
+    else
+      Row<W, kHalf>::store(words, reinterpret_cast<float*>(about + 3), x);
   }
 }
 
@@ -891,25 +1066,24 @@ __global__ void __launch_bounds__(Shape<W, kWarps>::threads, Shape<W, kWarps>::b
   if (threadIdx.x == 0) *together = s.together;
   __syncthreads();
   for (int task = int(blockIdx.x); task < s.n_tasks; task = next_of(s, next_task)) {
-    const int64_t first_row = s.row_of(task);
-    int c = first_not_below(g.crystal_ptr, int(g.n_crystals), first_row);
-    const int end = task + 1 < s.n_tasks ? first_not_below(g.crystal_ptr, int(g.n_crystals), s.row_of(task + 1))
-                                         : int(g.n_crystals);  // with those that have no rows
-    while (c < end) {
-      const int mine = c + lane_of(), first = g.crystal_ptr[c];
-      const int begin = mine < end ? g.crystal_ptr[mine] : 0, size = mine < end ? g.crystal_ptr[mine + 1] - begin : 0;
-      const bool wanted = mine < end && size > s.least && size <= s.most;
+    int c = first_not_below(g.crystal_ptr, int(g.n_crystals), s.row_of(task));
+    int limit = task + 1 < s.n_tasks ? int(s.row_of(task + 1)) : INT32_MAX;  // the last one has those without rows
+    while (c < g.n_crystals) {
+      const int mine = c + lane_of(), begin = mine < g.n_crystals ? g.crystal_ptr[mine] : INT32_MAX;
+      const int next = begin < limit ? g.crystal_ptr[mine + 1] : begin, first = __shfl_sync(kAllLanes, begin, 0);
+      if (first >= limit) break;
+      const bool wanted = begin < limit && next - begin > s.least && next - begin <= s.most;
       const int skip = __ffs(__ballot_sync(kAllLanes, wanted)) - 1;  // crystals before the first that is wanted
       if (skip) {
         c += skip < 0 ? 32 : skip;
         continue;
       }
-      const unsigned fit = __ballot_sync(kAllLanes, wanted && (mine == c || begin + size - first <= *together));
+      const unsigned fit = __ballot_sync(kAllLanes, wanted && (mine == c || next - first <= *together));
       const int count = ~fit ? __ffs(~fit) - 1 : 32;
-      const int n = g.crystal_ptr[c + count] - first;
+      const int n = __shfl_sync(kAllLanes, next, count - 1) - first;
       const Block<W, kWarps, kHalf> b{s, shared, first, n, Places<W, typename Storage<kHalf>::type>::of(n, s.words)};
-      find_crystals(b, begin, size, count);
-      read_features(b, s.h);
+      find_crystals(b, begin, next - begin, count);
+      if (!s.at.plan.n_table || !s.at.plan.n_steps) read_features(b, s.h);
       if (!g.edge_term) {
         find_shells(b);
         __syncthreads();
@@ -917,6 +1091,7 @@ __global__ void __launch_bounds__(Shape<W, kWarps>::threads, Shape<W, kWarps>::b
         if (threadIdx.x == 0 && n) *together = joined_next(b, *together);
       }
       __syncthreads();
+      const int kept = lane_of() == 0 ? c + count : lane_of() == 1 ? count : limit;  // one register, while they are short
       for (int t = 0; t < s.at.plan.n_steps; ++t) {
         if (!g.edge_term && (t == 0 || !s.at.plan.shared)) fill_shells(b, t);
         find_products(b, t);
@@ -924,10 +1099,12 @@ __global__ void __launch_bounds__(Shape<W, kWarps>::threads, Shape<W, kWarps>::b
         gate_rows<false>(b, t);
         __syncthreads();
       }
+      c = __shfl_sync(kAllLanes, kept, 0);
+      limit = __shfl_sync(kAllLanes, kept, 2);
+      const int taken = __shfl_sync(kAllLanes, kept, 1);
       if (s.out)
-        read_out(s, shared + b.places.pq(), s.words - b.places.pq(), c, count,
-                 [&](int i) { return load<W / 32>(b.h(i - first) + lane_of() * (W / 32)); });
-      c += count;
+        read_out(s, shared + b.places.pq(), s.words - b.places.pq(), c - taken, taken,
+                 [&](int i) { return load<W / 32>(b.h(i - first, lane_of() * (W / 32))); });
     }
   }
 }
@@ -962,7 +1139,7 @@ __global__ void __launch_bounds__(Shape<W, kSmall>::threads, Shape<W, kSmall>::b
     const int first = s.g.crystal_ptr[c] + s.parts[2 * int64_t(k) + 1] * s.together;
     const Block<W, kSmall, kHalf> b{s, shared, first, end - first < s.together ? end - first : s.together, places};
     find_crystals(b, s.g.crystal_ptr[c], end - s.g.crystal_ptr[c], 1);
-    read_features(b, t ? DeviceFeatures{s.rows, nullptr, 0} : s.h);
+    if (t || !s.at.plan.n_table) read_features(b, t ? DeviceFeatures{s.rows, nullptr, 0} : s.h);
     if (kGate && !s.g.edge_term) find_shells(b);
     __syncthreads();
     find_products(b, t);

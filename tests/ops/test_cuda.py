@@ -182,6 +182,15 @@ def test_the_term_of_an_edge(library, gpu):
     assert relative(ours, truth) < 3e-7
 
 
+@pytest.mark.parametrize("scale", [1e-20, 1e-5, 1e5, 1e20])
+def test_features_and_weights_of_any_size(make_batch, scale):
+    """A row, and the weights of a channel, are two numbers of 16 bits in a unit of their own."""
+    problem = Problem(make_batch("weighted", seed=7), 32, 41, 1, True)
+    problem.h *= scale
+    problem.layers[0][0][:, : 2 * 32] /= scale
+    problem.check()
+
+
 def test_tf32_is_used_where_it_is_allowed(make_batch, monkeypatch):
     problem = Problem(make_batch("weighted"), 32, 41, 1, True)
     exact = problem.expected(torch.float64)

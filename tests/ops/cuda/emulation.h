@@ -47,6 +47,9 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
 inline Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
@@ -263,6 +266,7 @@ inline float exp2(float x) { return flushed(::exp2f(flushed(x))); }
 inline float reciprocal(float x) { return flushed(1.0f / flushed(x)); }
 template <class T>
 void prefetch(const T*, int64_t, int64_t) {}
+inline unsigned known_late(unsigned x) { return x; }
 template <bool kCached = false>
 void copy_async(void* to, const void* from, bool there) {
   auto& thread = emulation::threads[emulation::current];
@@ -309,13 +313,36 @@ inline uint32_t to_bfloat16(float x) {
   return x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 inline uint32_t to_bfloat16(float low, float high) { return to_bfloat16(high) << 16 | to_bfloat16(low); }
-inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+// IEEE 754's 16 bits: nearest, ties to even, with subnormal numbers.
+inline uint32_t to_half(float x) {
+  const uint32_t sign = __float_as_uint(x) >> 16 & 0x8000;
+  const double size = fabs(double(x));
+  if (x != x) return 0x7fff;
+  if (size >= 65520) return sign | 0x7c00;
+  int exponent;
+  frexp(size, &exponent);
+  if (!size || exponent < -13) exponent = -13;
+  const double units = nearbyint(ldexp(size, 11 - exponent));  // of the last bit: up to 2048, which is the next exponent's 1024
+  return sign | (uint32_t(exponent + 13) * 1024 + uint32_t(units));
+}
+inline uint32_t to_half(float low, float high) { return to_half(high) << 16 | to_half(low); }
+inline float of_half(uint32_t bits) {
+  const int exponent = int(bits >> 10 & 31), units = int(bits & 1023);
+  const double size = exponent == 31 ? (units ? double(NAN) : double(INFINITY))
+                                     : ldexp(exponent ? units + 1024 : units, (exponent ? exponent : 1) - 25);
+  return float(bits & 0x8000 ? -size : size);
+}
+inline void of_half(uint32_t both, float& low, float& high) {
+  low = of_half(both & 0xffff);
+  high = of_half(both >> 16);
+}
+template <class Number>
+void mma_of_words(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Number& number) {
   const int turn = emulation::next_turn(), lane = emulation::lane();
   auto& warp = emulation::my_warp();
   memcpy(warp.half_a[turn][lane], a, sizeof a);
   memcpy(warp.half_b[turn][lane], b, sizeof b);
   emulation::meet(5);
-  const auto number = [](uint32_t both, int which) { return __uint_as_float(which ? both & 0xffff0000 : both << 16); };
   for (int x = 0; x < 4; ++x) {
     const int row = lane / 4 + x / 2 * 8, column = lane % 4 * 2 + x % 2;
     double sum = d[x];
@@ -324,6 +351,12 @@ inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
              number(warp.half_b[turn][column * 4 + k % 8 / 2][k / 8], k % 2);
     d[x] = cut(sum);
   }
+}
+inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  mma_of_words(d, a, b, [](uint32_t both, int k) { return __uint_as_float(k ? both & 0xffff0000 : both << 16); });
+}
+inline void mma_half(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  mma_of_words(d, a, b, [](uint32_t both, int k) { return of_half(k ? both >> 16 : both & 0xffff); });
 }
 }  // namespace srcgcnn::device
 
