@@ -66,7 +66,7 @@ auto product_of_rows(bool held, bool relaxed) {
 
 // half: of `out`, which may be `add`. Persistent blocks, one for each multiprocessor; as many columns' weights as have room are
 // kept in each.
-void rows_times(Sequence& s, const DeviceConv& g, const SplitRows& a, int64_t n, int64_t inner, const float* b,
+void rows_times(Sequence& s, const DeviceConv& g, const float* a, int64_t n, int64_t inner, const float* b,
                 int64_t columns, const float* shift, const float* add, void* out, bool half) {
   if (!s.goes() || n == 0) return;
   constexpr int rows = 2 * kProductWarps * kPieceSize * int(sizeof(float));
@@ -76,13 +76,11 @@ void rows_times(Sequence& s, const DeviceConv& g, const SplitRows& a, int64_t n,
   const int64_t units = parts(n, kProductRows) * (held ? held : all), most = s.device.processors / slices;
   const int64_t enough = parts(units, 4), blocks = enough < most ? enough : most > 0 ? most : 1;
   const bool aligned = by_four(add, columns) && reinterpret_cast<uintptr_t>(out) % 16 == 0;
-  const bool fours = by_four(a.first, a.stride) && by_four(a.rest, a.rest_stride) && a.n_first % 4 == 0 && inner % 4 == 0;
+  const bool fours = by_four(a, inner);
   const RowProduct given{a, b, shift, add, out, n, inner, columns, int(held), fours, aligned};
   s.launch(half ? product_of_rows<true>(held, g.relaxed) : product_of_rows<false>(held, g.relaxed), blocks * slices,
            rows + held * of_block, given, 32 * kProductWarps);
 }
-// Of rows that lie together.
-SplitRows whole_rows(const float* a, int64_t inner) { return {a, nullptr, inner, inner, 0}; }
 
 // Parts of a^T b (programs, left, right).
 const float* columns_times(Sequence& s, const DeviceConv& g, const float* a, int64_t left, const float* b, int64_t right,
@@ -176,11 +174,11 @@ const float* linear(Sequence& s, DeviceConv& g, bool back, const DeviceConv& to 
   const float* shift = q.out_m;
   g.filter = q.out_filter;
   char* pq = to.out ? reinterpret_cast<char*>(to.out) : s.space.take<char>(g.n_rows * 4 * W * size);
-  rows_times(s, g, whole_rows(g.h, all), g.n_rows, all, q.out, 4 * W, shift, nullptr, pq, g.half);
+  rows_times(s, g, g.h, g.n_rows, all, q.out, 4 * W, shift, nullptr, pq, g.half);
   g.pq = pq;
   if (!g.distance) {
     char* term = to.out_x ? reinterpret_cast<char*>(to.out_x) : s.space.take<char>(g.n_edges * 2 * W * size);
-    rows_times(s, g, whole_rows(g.features, K), g.n_edges, K, q.out_edge, 2 * W, nullptr, nullptr, term, g.half);
+    rows_times(s, g, g.features, g.n_edges, K, q.out_edge, 2 * W, nullptr, nullptr, term, g.half);
     g.term = term;
   }
   return q.out_x;
@@ -319,7 +317,7 @@ void backward_of_channels(Sequence& s, const DeviceConv& given, const float* of_
   if (!g.train1) q.row_weight = nullptr;
   s.run(srcgcnn_cuda_backward_senders, q);
   // Rows.
-  rows_times(s, g, whole_rows(d_pq, 4 * F), n, 4 * F, back, g.all, nullptr, g.out, g.out, false);
+  rows_times(s, g, d_pq, n, 4 * F, back, g.all, nullptr, g.out, g.out, false);
   const float* of_rows = columns_times(s, g, d_pq, 4 * F, g.h, g.all, g.all);
   q = g;
   q.x = of_rows;

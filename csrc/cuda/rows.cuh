@@ -26,19 +26,13 @@ constexpr int kStageRows = 16, kStages = 3;
 // Numbers of a row of a stage, those of b after those of a; it spreads four rows over the banks.
 constexpr int kStageWidth = 320, kStageStride = kStageWidth + 8, kStageSize = kStageRows * kStageStride;
 
-// Rows of which the first `n_first` numbers lie in one place, `stride` apart, and the rest in another.
-struct SplitRows {
-  const float *first, *rest;
-  int64_t n_first, stride, rest_stride;
-};
 // out (N, columns) = a (N, inner) b + shift + add, stored as kHalf says. b was ordered by order_weights.
 struct RowProduct {
-  SplitRows a;
-  const float *b, *shift, *add;  // add (N, columns), which may be out; either may be null
+  const float *a, *b, *shift, *add;  // add (N, columns), which may be out; shift and add may be null
   void* out;
   int64_t n_rows, inner, columns;
   int held;  // 64 columns each, whose weights a block keeps in shared memory; 0: none
-  int by_four, out_by_four;  // by_four: both parts of rows of a are vectors of four, aligned; those of add and out
+  int by_four, out_by_four;  // by_four: rows of a are vectors of four, aligned; those of add and out
 };
 // out (programs, left, right): sums of a^T b over the rows of a program; a (N, left), b (N, right), `stride` apart.
 struct ColumnProduct {
@@ -98,15 +92,13 @@ __global__ void __launch_bounds__(32 * kProductWarps, 1) multiply_rows(const __g
   const float* weights = g.b + int64_t(first_block) * steps * 2048;
   const auto read = [&](int tile, int piece, int slot) {
     const int own_row = lane_of() / 8, own_four = lane_of() % 8;
-    const int at = piece * kPiece + 4 * own_four, first = int(g.a.n_first), inner = int(g.inner);
+    const int at = piece * kPiece + 4 * own_four, inner = int(g.inner);
     const int64_t row = int64_t(tile) * kProductRows + own_row;
     float* to = ring + slot * kPieceSize + own_row * kPiece + (own_four ^ own_row % 2 * 4) * 4;
     if (g.by_four) {
-      const bool there = at < inner, rest = there && at >= first;
-      const int64_t stride = rest ? g.a.rest_stride : g.a.stride;
-      const float* x = (rest ? g.a.rest - first : g.a.first) + (there ? at : 0);
-      const int size = int(stride) * int(sizeof(float)), last = int(g.n_rows - 1 - row);  // beyond it rows are the last one
-      x += row * stride;
+      const bool there = at < inner;
+      const float* x = g.a + row * inner + (there ? at : 0);
+      const int size = inner * int(sizeof(float)), last = int(g.n_rows - 1 - row);  // beyond it rows are the last one
 #pragma unroll
       for (int v = 0; v < kProductRows; v += 4)
         device::copy_async(to + v * kPiece, reinterpret_cast<const float*>(reinterpret_cast<const char*>(x) +
@@ -118,10 +110,7 @@ __global__ void __launch_bounds__(32 * kProductWarps, 1) multiply_rows(const __g
       const int64_t n = row + v < g.n_rows ? row + v : g.n_rows - 1;
       Channels<4> x;
 #pragma unroll
-      for (int k = 0; k < 4; ++k)
-        x.x[k] = at + k >= inner  ? 0.0f
-                 : at + k < first ? g.a.first[n * g.a.stride + at + k]
-                                  : g.a.rest[n * g.a.rest_stride + at + k - first];
+      for (int k = 0; k < 4; ++k) x.x[k] = at + k < inner ? g.a[n * inner + at + k] : 0.0f;
       store<4>(to + v * kPiece, x);
     }
   };
