@@ -21,6 +21,7 @@ STDINT = """
 typedef signed int int32_t; typedef unsigned int uint32_t; typedef unsigned short uint16_t; typedef long long int64_t;
 typedef unsigned long long uint64_t; typedef unsigned long long uintptr_t;
 #define NAN __int_as_float(0x7fffffff)
+#define INT32_MAX 2147483647
 """
 
 
