@@ -346,7 +346,7 @@ def from_store(bench: Bench, n_crystals: int = 65536) -> dict[str, Any]:
         return len(store) / statistics.median(seconds)
 
     for rows in (20_000, 200_000):
-        places = [np.array(x) for x in prediction._batches(dict(enumerate(store.row_counts.tolist())), rows)]
+        places = [np.arange(*cut) for cut in prediction._cuts(store.row_counts, rows)]
         here = [store.batch(place) for place in places]
         if not bench.dry_run:
             here = [batch.pin_memory() for batch in here]
