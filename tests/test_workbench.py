@@ -1,0 +1,33 @@
+"""What is for a GPU, as dry runs on a CPU: so that it does not fall behind while no GPU is at hand."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_tests_for_a_gpu():
+    found = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu", SRCGCNN_GPU_DRY_RUN="1")
+    assert " passed" in found
+
+
+def test_everything_that_the_workbench_measures():
+    found = run("benchmarks/gpu/run.py", "--dry-run", "--skip-checks", "--minutes", "10")
+    assert "Precision" in found
+    wrong = [line for line in found.splitlines() if "failed" in line or "left out" in line or "differ by" in line]
+    assert not wrong
