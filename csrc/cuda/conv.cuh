@@ -78,11 +78,31 @@ struct Task {
   }
 };
 
-// 16 edges of a task, of which lanes l and l + 16 have number l; where there are fewer, the last one again.
-struct Edges {
-  int passed = 0;  // rows with edges that end before them
-  int row, other, number;
+// An edge, read in two halves: what addresses follow from, and what is there.
+struct ReadEdge {
+  int row, other, number;  // -1: it, or its other end, is outside
   float distance, weight;
+
+  SRCGCNN_DEVICE void ask(const DeviceConv& g, int of_row, int place) {
+    row = of_row;
+    other = g.other[place];
+    number = g.number ? g.number[place] : place;
+  }
+  template <bool kOfOther>
+  SRCGCNN_DEVICE void read(const DeviceConv& g) {
+    if (unsigned(other) >= uint64_t(g.n_rows) || unsigned(number) >= uint64_t(g.n_edges)) {
+      other = row;
+      number = -1;
+    }
+    const int at = number < 0 ? 0 : number;
+    distance = g.distance ? g.distance[at] : g.dmin;
+    weight = g.row_weight ? g.row_weight[kOfOther ? other : row] : 1.0f;
+  }
+};
+
+// 16 edges of a task, of which lanes l and l + 16 have number l; where there are fewer, the last one again.
+struct Edges : ReadEdge {
+  int passed = 0;  // rows with edges that end before them
 
   // First half of reading those from number `from` of the task on, `count` or more: what the second's addresses follow from.
   SRCGCNN_DEVICE void begin(const DeviceConv& g, const Record& record, int from, int count) {
@@ -91,20 +111,9 @@ struct Edges {
     const unsigned last = __reduce_or_sync(kAllLanes, slot < unsigned(kTile) ? 1u << slot : 0u);
     const Record::Row found = record.rows[passed + __popc(last & ((1u << at) - 1))];
     passed += __popc(last);
-    const int place = found.shift + from + at;
-    row = found.row;
-    other = g.other[place];
-    number = g.number ? g.number[place] : place;
+    ask(g, found.row, found.shift + from + at);
   }
-  SRCGCNN_DEVICE void end(const DeviceConv& g) {
-    if (unsigned(other) >= uint64_t(g.n_rows) || unsigned(number) >= uint64_t(g.n_edges)) {
-      other = row;
-      number = -1;
-    }
-    const int at = number < 0 ? 0 : number;
-    distance = g.distance ? g.distance[at] : g.dmin;
-    weight = g.row_weight ? g.row_weight[row] : 1.0f;
-  }
+  SRCGCNN_DEVICE void end(const DeviceConv& g) { read<false>(g); }
   // To the record; u of this lane's edge.
   SRCGCNN_DEVICE float publish(const DeviceConv& g, Record& record, int count) const {
     const int k = lane_of();
@@ -866,11 +875,9 @@ template <class T>
 constexpr int kSenderTile = int(sizeof(SenderTile<T>) / sizeof(float));
 
 // 16 edges of a block's rows, of which lanes l and l + 16 have that of place l for `of_edges`.
-struct SenderEdges {
+struct SenderEdges : ReadEdge {
   int passed;  // rows with edges that end before them
   unsigned last;  // bit q: quad q is the last of its row
-  int row, other, number;
-  float distance, weight;
   bool live;
 
   // First half of reading tile `tile`: what the second's addresses follow from. my_last: the last quads of a lane's rows.
@@ -887,20 +894,9 @@ struct SenderEdges {
     const Senders::Row found = senders.rows[at < n_rows ? at : n_rows - 1];
     const int wanted = found.shift + 4 * (kQuads * tile + read_quad()) + read_edge();
     live = wanted < found.end;
-    const int place = live ? wanted : found.end - 1;
-    row = found.row;
-    other = g.other[place];
-    number = g.number ? g.number[place] : place;
+    ask(g, found.row, live ? wanted : found.end - 1);
   }
-  SRCGCNN_DEVICE void end(const DeviceConv& g) {
-    if (unsigned(other) >= uint64_t(g.n_rows) || unsigned(number) >= uint64_t(g.n_edges)) {
-      other = row;
-      number = -1;
-    }
-    const int at = number < 0 ? 0 : number;
-    distance = g.distance ? g.distance[at] : g.dmin;
-    weight = g.row_weight ? g.row_weight[other] : 1.0f;
-  }
+  SRCGCNN_DEVICE void end(const DeviceConv& g) { read<true>(g); }
   // To shared memory; u of this lane's edge.
   template <class T>
   SRCGCNN_DEVICE float publish(const DeviceConv& g, SenderTile<T>& tile) const {
