@@ -812,14 +812,14 @@ __global__ void __launch_bounds__(kThreads, 2) backward_receivers(const DeviceCo
   __syncwarp();
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    const auto sum = load<4>(mine.by[k] + 4 * lane_of());
+    auto sum = load<4>(mine.by[k] + 4 * lane_of());
 #pragma unroll
     for (int v = 0; v < 4; ++v) {
-      float x = sum.x[v];
-      x += __shfl_xor_sync(kAllLanes, x, 1);
-      x += __shfl_xor_sync(kAllLanes, x, 2);
-      if (lane_of() % 4 == 0) mine.by[k][channel_of() + v] = x;
+      sum.x[v] += __shfl_xor_sync(kAllLanes, sum.x[v], 1);
+      sum.x[v] += __shfl_xor_sync(kAllLanes, sum.x[v], 2);
     }
+    __syncwarp();  // all have read
+    if (lane_of() % 4 == 0) store(mine.by[k] + channel_of(), sum);
   }
   __syncthreads();
   // Sums of the four warps in their order.

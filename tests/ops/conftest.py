@@ -1,8 +1,9 @@
-"""The kernels of csrc/cuda on tensors of the CPU."""
+"""The kernels of csrc/cuda on tensors of the CPU; with SRCGCNN_RACES in the environment they look for races, too."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -17,28 +18,41 @@ emulated = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(emulated)
 
 
-def _built(folder: Path, source: str):
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory):
+    """built(source): its kernels, compiled for the CPU (cuda/emulation.h)."""
     if emulated.compiler() is None:
         pytest.skip("the emulation needs g++")
-    return emulated.Emulated(emulated.build(folder, source))
+
+    def build(source: Path, races: bool = "SRCGCNN_RACES" in os.environ):
+        return emulated.Emulated(emulated.build(tmp_path_factory.mktemp("emulated"), source, races))
+
+    return build
+
+
+@pytest.fixture(autouse=True)
+def without_races():
+    """Of a test's launches."""
+    yield
+    assert not [race for library in emulated.Emulated.looking for race in library.races()]
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory):
-    """The kernels for inference, compiled for the CPU (cuda/emulation.h)."""
-    return _built(tmp_path_factory.mktemp("emulated"), "stack")
+def library(built):
+    """The kernels for inference."""
+    return built(emulated.KERNELS / "stack.cu")
 
 
 @pytest.fixture(scope="session")
-def training_library(tmp_path_factory: pytest.TempPathFactory):
+def training_library(built):
     """Those for training."""
-    return _built(tmp_path_factory.mktemp("emulated"), "conv")
+    return built(emulated.KERNELS / "conv.cu")
 
 
 @pytest.fixture(scope="session")
-def padding_library(tmp_path_factory: pytest.TempPathFactory):
+def padding_library(built):
     """Those that fill the batches of captured graphs."""
-    return _built(tmp_path_factory.mktemp("emulated"), "pad")
+    return built(emulated.KERNELS / "pad.cu")
 
 
 @pytest.fixture

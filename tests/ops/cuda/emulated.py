@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import ctypes as c
+import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from srcgcnn_fast.ops import cuda_conv
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[2]
+KERNELS = HERE.parents[2] / "csrc" / "cuda"
 POINTER = c.c_void_p
 
 
@@ -72,18 +73,20 @@ def compiler() -> str | None:
     return shutil.which("g++")
 
 
-def build(folder: Path, source: str = "stack") -> Path:
-    """A library with the kernels of one file, those of stack.cu for all widths."""
+def build(folder: Path, source: Path, races: bool = False) -> Path:
+    """A library with the kernels of one file, those of stack.cu for all widths; looking for `races` (races.h)."""
     library, objects, running = folder / "emulated.so", [], []
-    for width in (32, 64, 128) if source == "stack" else (0,):
-        objects.append(folder / f"{source}{width}.o")
-        command = [
-            compiler(), "-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror",
-            "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error",  # a GPU refuses them too
-            f"-DSRCGCNN_WIDTH={width}", "-include", HERE / "emulation.h", "-x", "c++", "-c",
-            ROOT / "csrc" / "cuda" / f"{source}.cu", "-o", objects[-1],
-        ]  # fmt: skip
-        running.append(subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True))
+    usual = [compiler(), "-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
+    options = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]  # a GPU refuses them too
+    if races:
+        options += ["-DSRCGCNN_RACES", "-fsanitize=thread", "-fno-gnu-unique", "-g1"]
+        objects.append(folder / "races.o")
+        running.append([*usual, "-c", HERE / "races.cpp", "-o", objects[-1]])
+    for width in (32, 64, 128) if source.stem == "stack" else (0,):
+        objects.append(folder / f"{source.stem}{width}.o")
+        kernels = ["-I", KERNELS, "-x", "c++", "-c", source, "-o", objects[-1]]
+        running.append([*usual, *options, f"-DSRCGCNN_WIDTH={width}", "-include", HERE / "emulation.h", *kernels])
+    running = [subprocess.Popen(list(map(str, x)), stderr=subprocess.PIPE, text=True) for x in running]
     for process in running:
         errors = process.communicate()[1]
         assert process.returncode == 0, errors
@@ -94,12 +97,29 @@ def build(folder: Path, source: str = "stack") -> Path:
 class Emulated:
     """What ``srcgcnn_fast._core`` offers with a CUDA build, on addresses of this machine's memory."""
 
+    looking: ClassVar[list[Emulated]] = []  # for races
+
     def __init__(self, library: Path) -> None:
         self._library = c.CDLL(str(library))
+        if hasattr(self._library, "emulated_races"):
+            self.looking.append(self)
 
     def gpu(self, processors: int, shared_per_processor: int, descending: bool = False) -> None:
         self._library.emulated_gpu(processors, shared_per_processor)
         self._library.emulated_order(int(descending))
+
+    def run(self, name: str, *arguments: Any) -> None:
+        getattr(self._library, name)(*arguments)
+
+    def races(self) -> list[str]:
+        """Those since the last call, of a library that looks for them: what happened, and where in the source."""
+        self._library.emulated_races.restype = c.c_char_p
+        found = self._library.emulated_races().decode()
+        codes = re.findall("0x[0-9a-f]+", found)
+        command = ["addr2line", "-spi", "-e", self._library._name, *(hex(int(code, 16) - 1) for code in codes)]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout if codes else ""
+        sources = iter(re.sub(r"\n \(inlined by\) ", " < ", lines).splitlines())
+        return [re.sub("0x[0-9a-f]+", lambda _: f"[{next(sources)}]", line) for line in found.splitlines()]
 
     def launches(self) -> int:
         return self._library.emulated_launches()

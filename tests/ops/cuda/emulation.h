@@ -4,8 +4,8 @@
 // What it finds: wrong indices, layouts and orders (results), numbers that nobody wrote (shared memory begins as NaN),
 // overruns of shared memory (the page after it cannot be touched), vectors that are not aligned (a trap), lanes that do
 // not meet where they must (abort), and missing barriers (results that depend on the order of warps, see
-// emulation_order). What it does not: speed, the rounding of the GPU's approximate exponentials and of its tensor cores'
-// sums, the memory model between blocks.
+// emulated_order; every race, whatever the results, with races.h). What it does not: speed, and the rounding of the GPU's
+// approximate exponentials and of its tensor cores' sums.
 #pragma once
 #include <math.h>
 #include <setjmp.h>
@@ -19,6 +19,8 @@
 #include <functional>
 #include <map>
 #include <vector>
+
+#include "races.h"
 
 #define __global__
 #define __grid_constant__
@@ -54,7 +56,7 @@ inline Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
 
-constexpr int kMostThreads = 1024, kStack = 256 << 10;
+constexpr int kMostThreads = 1024, kMostCopies = 256, kStack = 256 << 10;
 inline int processors = 4, shared_per_processor = 228 << 10;
 inline bool descending = false;
 inline int launches = 0, on_stream = 0;  // the latter: those, and memsets, that went to `asked_stream`
@@ -80,7 +82,8 @@ struct Copy {  // to shared memory: it comes when the thread waits for its group
 struct Thread {
   State state = kDone;
   int group = 0;
-  std::vector<Copy> copies;
+  Copy copies[kMostCopies];
+  int n_copies = 0;
   int meeting = 0, turn = 0;  // what it waits for; which half of the warp's mailboxes is next
   bool begun = false;
   jmp_buf at;
@@ -92,6 +95,7 @@ inline jmp_buf scheduler;
 inline ucontext_t scheduler_context;
 inline int current;
 inline std::function<void()> body;
+inline const bool told = (races_not_of_kernels(threads, sizeof threads), races_not_of_kernels(warps, sizeof warps), true);
 
 [[noreturn]] inline void fail(const char* what) {
   fprintf(stderr, "emulation of CUDA: %s (block %u, thread %d)\n", what, blockIdx.x, current);
@@ -99,11 +103,14 @@ inline std::function<void()> body;
 }
 
 inline void leave(State state) {
+  races_thread(-1, nullptr, 0);
   threads[current].state = state;
   if (!_setjmp(threads[current].at)) _longjmp(scheduler, 1);
+  races_thread(current, threads[current].context.uc_stack.ss_sp, kStack);
 }
 inline void run_for_ever() {
   for (;;) {
+    races_thread(current, threads[current].context.uc_stack.ss_sp, kStack);
     body();
     leave(kDone);
   }
@@ -122,6 +129,8 @@ inline void resume(int thread) {
   setcontext(&t.context);
 }
 
+constexpr int kSyncWarp = 4;
+
 // All lanes of the warp meet; they must do so for the same operation.
 inline void meet(int operation) {
   threads[current].meeting = operation;
@@ -135,6 +144,7 @@ inline bool open_warp(int warp) {
     if (t[lane].meeting != t[0].meeting) fail("the lanes of a warp meet for different operations");
     t[lane].state = kReady;
   }
+  if (t[0].meeting == kSyncWarp) races_at_warp(warp);
   return true;
 }
 
@@ -160,11 +170,12 @@ inline void run_block(int n_threads) {
       done += threads[t].state == kDone;
     }
     for (int t = 0; t < n_threads && done == n_threads; ++t)
-      if (!threads[t].copies.empty()) fail("a thread ends before its copies have come");
+      if (threads[t].n_copies) fail("a thread ends before its copies have come");
     if (done == n_threads) return;
-    if (at_block == n_threads)
+    if (at_block == n_threads) {
       for (int t = 0; t < n_threads; ++t) threads[t].state = kReady;
-    else if (!moved)
+      races_at_block();
+    } else if (!moved)
       fail("threads wait for others that do not come");
   }
 }
@@ -175,6 +186,7 @@ inline void launch(unsigned grid, int n_threads, int shared, void* stream, std::
   if (size) mprotect(memory, size, PROT_READ | PROT_WRITE);
   shared_memory = reinterpret_cast<float*>(memory + size - size_t(shared) / 16 * 16);
   body = kernel;
+  races_launch(memory, size);
   ++launches;
   on_stream += stream == asked_stream;
   gridDim.x = grid;
@@ -183,6 +195,7 @@ inline void launch(unsigned grid, int n_threads, int shared, void* stream, std::
   for (unsigned block = grid - some; block < grid; ++block) {
     blockIdx.x = descending ? 2 * grid - some - 1 - block : block;
     if (size) memset(memory, 0xff, size);
+    races_block(blockIdx.x);
     run_block(n_threads);
   }
   munmap(memory, size + page);
@@ -246,15 +259,17 @@ inline int __reduce_min_sync(unsigned, int x) {
 inline int __reduce_max_sync(unsigned, int x) {
   return reduced(x, [](int a, int b) { return a > b ? a : b; });
 }
-inline void __syncwarp() { emulation::meet(4); }
+inline void __syncwarp() { emulation::meet(emulation::kSyncWarp); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
-inline unsigned atomicCAS(unsigned* at, unsigned expected, unsigned value) {
+SRCGCNN_UNSEEN inline unsigned atomicCAS(unsigned* at, unsigned expected, unsigned value) {
+  races_atomic(at, sizeof *at, __builtin_return_address(0));
   const unsigned found = *at;
   if (found == expected) *at = value;
   return found;
 }
-inline int atomicAdd(int* at, int value) {
+SRCGCNN_UNSEEN inline int atomicAdd(int* at, int value) {
+  races_atomic(at, sizeof *at, __builtin_return_address(0));
   const int found = *at;
   *at += value;
   return found;
@@ -268,24 +283,31 @@ template <class T>
 void prefetch(const T*, int64_t, int64_t) {}
 inline unsigned known_late(unsigned x) { return x; }
 template <bool kCached = false>
-void copy_async(void* to, const void* from, bool there) {
+SRCGCNN_UNSEEN void copy_async(void* to, const void* from, bool there) {
   auto& thread = emulation::threads[emulation::current];
   if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) emulation::fail("a copy is not aligned");
-  thread.copies.push_back({to, from, there, thread.group});
+  if (thread.n_copies == emulation::kMostCopies) emulation::fail("too many copies on their way");
+  races_copy(to, there ? from : nullptr, false, __builtin_return_address(0));
+  thread.copies[thread.n_copies++] = {to, from, there, thread.group};
 }
 inline void commit_copies() { ++emulation::threads[emulation::current].group; }
 template <int kLeft>
-void wait_for_copies() {
+SRCGCNN_UNSEEN void wait_for_copies() {
   auto& thread = emulation::threads[emulation::current];
-  std::vector<emulation::Copy> later;
-  for (const auto& copy : thread.copies)
-    if (copy.group >= thread.group - kLeft)
-      later.push_back(copy);
-    else if (copy.there)
+  int later = 0;
+  for (int k = 0; k < thread.n_copies; ++k) {
+    const emulation::Copy copy = thread.copies[k];
+    if (copy.group >= thread.group - kLeft) {
+      thread.copies[later++] = copy;
+      continue;
+    }
+    races_copy(copy.to, copy.there ? copy.from : nullptr, true, __builtin_return_address(0));
+    if (copy.there)
       memcpy(copy.to, copy.from, 16);
     else
       memset(copy.to, 0, 16);
-  thread.copies.swap(later);
+  }
+  thread.n_copies = later;
 }
 // The tensor core does not look at the last 13 bits of its operands.
 inline float seen(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000); }
