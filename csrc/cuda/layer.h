@@ -70,7 +70,7 @@ void rows_times(Sequence& s, const DeviceConv& g, const float* a, int64_t n, int
                 int64_t columns, const float* shift, const float* add, void* out, bool half) {
   if (!s.goes() || n == 0) return;
   constexpr int rows = 2 * kProductWarps * kPieceSize * int(sizeof(float));
-  const int64_t of_block = ordered_size(inner, kProductColumns) * int64_t(sizeof(float));
+  const int64_t of_block = of_columns(inner) * int64_t(sizeof(float));
   const int64_t all = parts(columns, kProductColumns), room = (s.device.shared - rows) / of_block;
   const int64_t slices = room > 0 ? parts(all, room < all ? room : all) : 1, held = room > 0 ? parts(all, slices) : 0;
   const int64_t units = parts(n, kProductRows) * (held ? held : all), most = s.device.processors / slices;

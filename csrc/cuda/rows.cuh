@@ -1,8 +1,8 @@
 // Products of rows on the tensor cores, and the sums and small vectors of a layer that are left between its passes.
 //
-// Both products take float32 as the sum of two TF32 numbers. The tensor cores cut off what does not fit their sums, so a
-// sum begins at zero, takes the products of 8 numbers, small ones first, and is then added in float32. Rows are on their way
-// to shared memory while those before them are multiplied.
+// float32 is the sum of two numbers of 16 bits in multiply_rows (Unit), of two TF32 numbers in multiply_columns. The tensor
+// cores cut off what does not fit their sums, so a sum begins at zero, takes the products of 16 or 8 numbers, small ones first,
+// and is then added in float32. Rows are on their way to shared memory while those before them are multiplied.
 #pragma once
 #include "conv.h"
 #include "device.cuh"
@@ -12,6 +12,7 @@ namespace srcgcnn {
 constexpr int kInner = 16;         // numbers of a sum that are multiplied at a time
 constexpr int kProductRows = 32;   // of a warp of multiply_rows
 constexpr int kProductColumns = 64;
+constexpr int kOfStep = kInner * kProductColumns;  // words of the weights that kInner numbers are multiplied by
 constexpr int kProductWarps = 12;  // of a block, the only one of its multiprocessor
 constexpr int kPiece = 32;         // numbers of its rows that a warp has in shared memory, twice
 constexpr int kPieceSize = kProductRows * kPiece;
@@ -63,33 +64,30 @@ SRCGCNN_DEVICE void fetch_four(float* to, const float* row, int at, int n, bool 
   else
     store<4>(to, four_of(row, at, n, false));
 }
-// Relaxed: `high` alone, of which a NaN stays one.
-SRCGCNN_DEVICE void split_or_round(float x, bool relaxed, float& high, float& low) {
-  split(x, high, low);
-  if (relaxed && x != x) high = x;
-}
 
 SRCGCNN_DEVICE void store_one(float* p, float x) { *p = x; }
 SRCGCNN_DEVICE void store_one(Bfloat16* p, float x) { p->bits = uint16_t(device::to_bfloat16(x, 0.0f)); }
 
 // Each warp has a share of the products of 32 rows with 64 columns, those of the same rows one after the other. kHeld:
-// weights are in shared memory, before the pieces of the warps' rows. kRelaxed: one product, not three.
+// weights are in shared memory, before the pieces of the warps' rows. A piece of a row is split in its place, in a unit of its
+// own, by the lanes that multiply it. kRelaxed: one product, not three.
 template <bool kHalf, bool kHeld, bool kRelaxed>
 __global__ void __launch_bounds__(32 * kProductWarps, 1) multiply_rows(const __grid_constant__ RowProduct g) {
   using T = typename Storage<kHalf>::type;
   SRCGCNN_SHARED(shared);
   const int group = lane_of() / 4, in_group = lane_of() % 4;
   const int all = int((g.columns + kProductColumns - 1) / kProductColumns), held = kHeld ? g.held : all;
-  const int slices = (all + held - 1) / held, first_block = int(blockIdx.x) % slices * held;
-  const int blocks = held < all - first_block ? held : all - first_block;
+  const int slices = kHeld ? (all + held - 1) / held : 1, first_block = kHeld ? int(blockIdx.x) % slices * held : 0;
+  const int blocks = !kHeld ? all : held < all - first_block ? held : all - first_block;
   const int steps = int((g.inner + kInner - 1) / kInner), pieces = (steps + 1) / 2;
   const int64_t units = (g.n_rows + kProductRows - 1) / kProductRows * blocks;
   const int64_t groups = gridDim.x / slices, ranks = groups * kProductWarps;
   const int64_t rank = warp_of() * groups + blockIdx.x / slices;
   const int64_t from = rank * units / ranks;
   const int count = int((rank + 1) * units / ranks - from);
-  float* ring = shared + (kHeld ? held * steps * 2048 : 0) + warp_of() * 2 * kPieceSize;
-  const float* weights = g.b + int64_t(first_block) * steps * 2048;
+  float* ring = shared + (kHeld ? held * steps * kOfStep : 0) + warp_of() * 2 * kPieceSize;
+  const float* weights = g.b + int64_t(first_block) * steps * kOfStep;
+  const float* inverse_of_columns = g.b + int64_t(all) * steps * kOfStep + first_block * kProductColumns;
   const auto read = [&](int tile, int piece, int slot) {
     const int own_row = lane_of() / 8, own_four = lane_of() % 8;
     const int at = piece * kPiece + 4 * own_four, inner = int(g.inner);
@@ -114,10 +112,12 @@ __global__ void __launch_bounds__(32 * kProductWarps, 1) multiply_rows(const __g
       store<4>(to + v * kPiece, x);
     }
   };
+  const auto four_at = [&](int step) { return 4 * ((step * 4 + in_group) ^ group % 2 * 4); };  // of a lane's row, in a piece
   int tile = int(from / blocks), block = int(from % blocks), slot = 0;
+  uint32_t inverses = 0;  // of the units of row group + 8 in_group in the two pieces, their first halves
   if (count > 0) read(tile, 0, 0);
   if (kHeld) {
-    for (int x = int(threadIdx.x); x < blocks * steps * 512; x += 32 * kProductWarps)
+    for (int x = int(threadIdx.x); x < blocks * steps * (kOfStep / 4); x += 32 * kProductWarps)
       device::copy_async(shared + 4 * x, weights + 4 * x, true);
     weights = shared;
   }
@@ -137,48 +137,93 @@ __global__ void __launch_bounds__(32 * kProductWarps, 1) multiply_rows(const __g
       if ((pieces > 2 || moves || (!ends && (block == 0 || unit == 0))) && !(ends && unit + 1 == count))
         read(tile + moves, ends ? 0 : piece + 1, next);
       device::commit_copies();
-      const float* rows = ring + slot * kPieceSize + group * kPiece;
-      const float* b = weights + (int64_t(block) * steps + 2 * piece) * 2048 + 4 * lane_of();
+      float* rows = ring + slot * kPieceSize + group * kPiece;
+      if (pieces > 2 || block == 0 || unit == 0) {  // read since the last product with these rows
+        float own = 0.0f;
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          Channels<4> x[2][2];  // row, step
+#pragma unroll
+          for (int v = 0; v < 2; ++v) {
+            float most = 0.0f;
+#pragma unroll
+            for (int step = 0; step < 2; ++step) {
+              x[v][step] = load<4>(rows + 8 * (2 * m + v) * kPiece + four_at(step));
+#pragma unroll
+              for (int k = 0; k < 4; ++k) most = fmaxf(most, fabsf(x[v][step].x[k]));
+            }
+            most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));
+            most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2));
+            const Unit unit_of_row(int(__float_as_uint(most)));
+            if (in_group == 2 * m + v) own = unit_of_row.inverse;
+#pragma unroll
+            for (int k = 0; k < 8; ++k) x[v][k / 4].x[k % 4] *= unit_of_row.scale;
+          }
+#pragma unroll
+          for (int step = 0; step < 2; ++step) {
+            Channels<4> high, low;
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {  // two pairs of each row
+              uint32_t of_pair[2];
+              split(x[k % 2][step].x[k / 2 * 2], x[k % 2][step].x[k / 2 * 2 + 1], of_pair[0], of_pair[1]);
+              high.x[k] = __uint_as_float(of_pair[0]);
+              low.x[k] = __uint_as_float(of_pair[1]);
+            }
+            store(rows + 16 * m * kPiece + four_at(step), high);
+            store(rows + (16 * m + 8) * kPiece + four_at(step), low);
+          }
+        }
+        inverses = slot ? __float_as_uint(own) | (inverses & 0xffff) : __float_as_uint(own) >> 16 | (inverses & 0xffff0000);
+      }
+      float of_row[4];
+#pragma unroll
+      for (int v = 0; v < 4; ++v) of_row[v] = __uint_as_float(__shfl_sync(kAllLanes, slot ? inverses & 0xffff0000 : inverses << 16, group * 4 + v));
+      const float* b = weights + (int64_t(block) * steps + 2 * piece) * kOfStep + 4 * lane_of();
       const int here = steps - 2 * piece < 2 ? 1 : 2;
 #pragma unroll 1
-      for (int eight = 0; eight < 2 * here; ++eight, b += eight % 2 ? 128 : 2048 - 128) {
-        float high[2][4], low[2][4];  // tile of 16 rows
+      for (int step = 0; step < here; ++step, b += kOfStep) {
+        uint32_t high[2][4], low[2][4];  // tiles of 16 rows
 #pragma unroll
-        for (int v = 0; v < 4; ++v) {
-          const int four = (eight / 2 * 4 + in_group) ^ group % 2 * 4;
-          const auto x = load<2>(rows + 8 * v * kPiece + 4 * four + eight % 2 * 2);
+        for (int m = 0; m < 2; ++m) {
+          const auto x = load<4>(rows + 16 * m * kPiece + four_at(step)), y = load<4>(rows + (16 * m + 8) * kPiece + four_at(step));
 #pragma unroll
-          for (int k = 0; k < 2; ++k) split_or_round(x.x[k], kRelaxed, high[v / 2][k * 2 + v % 2], low[v / 2][k * 2 + v % 2]);
+          for (int k = 0; k < 4; ++k) {
+            high[m][k] = __float_as_uint(x.x[k]);
+            low[m][k] = __float_as_uint(y.x[k]);
+          }
         }
 #pragma unroll
         for (int n = 0; n < 8; ++n) {
           if (n == 4) __syncwarp();  // so that no more weights than these wait in registers
-          const auto w = load<4>(b + n * 256);
-          const float of_high[2] = {w.x[0], w.x[1]}, of_low[2] = {w.x[2], w.x[3]};
+          const auto w = load<4>(b + n * 128);
+          const uint32_t of_high[2] = {__float_as_uint(w.x[0]), __float_as_uint(w.x[1])};
+          const uint32_t of_low[2] = {__float_as_uint(w.x[2]), __float_as_uint(w.x[3])};
 #pragma unroll
           for (int m = 0; m < 2; ++m) {
             float d[4] = {};
             if (!kRelaxed) {
-              device::mma(d, low[m], of_high);
-              device::mma(d, high[m], of_low);
+              device::mma_half(d, low[m], of_high);
+              device::mma_half(d, high[m], of_low);
             }
-            device::mma(d, high[m], of_high);
+            device::mma_half(d, high[m], of_high);
 #pragma unroll
-            for (int v = 0; v < 4; ++v) sums[m][n][v] += d[v];
+            for (int v = 0; v < 4; ++v) sums[m][n][v] = fmaf(d[v], of_row[2 * m + v / 2], sums[m][n][v]);
           }
         }
       }
       slot = next;
     }
     // A lane has columns 4 in_group .. + 3 of each 16.
-    const int first_column = (first_block + block) * kProductColumns + 4 * in_group, columns = int(g.columns);
-    const int64_t row = int64_t(tile) * kProductRows + group, at = row * columns + first_column;
+    const int of_lane = int(device::known_late(unsigned(lane_of()))), own_columns = of_lane % 4 * 4, columns = int(g.columns);
+    const int first_column = (first_block + block) * kProductColumns + own_columns;
+    const int64_t row = int64_t(tile) * kProductRows + of_lane / 4, at = row * columns + first_column;
     const int there = int(g.n_rows - row < kProductRows ? g.n_rows - row : kProductRows);  // row + 8 v below it
     T* out = static_cast<T*>(g.out) + at;
 #pragma unroll
     for (int n = 0; n < 8; n += 2) {
       const int c = first_column + 8 * n;
       if (c >= columns) continue;
+      const auto of_columns = load<4>(inverse_of_columns + block * kProductColumns + own_columns + 8 * n);
       Channels<4> shift = {};
       if (g.shift) shift = four_of(g.shift, c, columns, g.out_by_four);
 #pragma unroll
@@ -186,8 +231,7 @@ __global__ void __launch_bounds__(32 * kProductWarps, 1) multiply_rows(const __g
         if (8 * v >= there) continue;
         Channels<4> y;
 #pragma unroll
-        for (int k = 0; k < 4; ++k) y.x[k] = sums[v / 2][n + k / 2][v % 2 * 2 + k % 2];
-        add_to(y, shift);
+        for (int k = 0; k < 4; ++k) y.x[k] = fmaf(sums[v / 2][n + k / 2][v % 2 * 2 + k % 2], of_columns.x[k], shift.x[k]);
         if (g.out_by_four) {
           if (g.add) add_to(y, load<4>(g.add + at + 8 * v * columns + 8 * n));
           store<4>(out + 8 * v * columns + 8 * n, y);
@@ -384,45 +428,55 @@ __global__ void __launch_bounds__(kPartThreads) add_parts(const __grid_constant_
   add_parts_of(g.of[which], block, reinterpret_cast<double*>(shared));
 }
 
-// Where number `x` of a product's ordered right side comes from: 64 columns, steps of 16, 8 tiles, halves of the step,
-// lanes, 4 numbers. Of two tiles a lane of the result has four neighbours.
-struct Ordered {
-  int64_t inner, column;
-  bool low;
-  SRCGCNN_DEVICE Ordered(int64_t x, int64_t steps) {
-    const int number = int(x % 4), lane = int(x / 4 % 32), half = int(x / 128 % 2), tile = int(x / 256 % 8);
-    const int64_t step = x / 2048 % steps, block = x / 2048 / steps;
-    inner = step * kInner + lane % 4 * 4 + half * 2 + number % 2;
-    column = block * kProductColumns + tile / 2 * 16 + lane / 8 * 4 + tile % 2 * 2 + lane / 4 % 2;
-    low = number / 2;
-  }
-};
-SRCGCNN_HOST_DEVICE int64_t ordered_size(int64_t inner, int64_t columns) {
-  return (columns + kProductColumns - 1) / kProductColumns * ((inner + kInner - 1) / kInner) * 2048;
+// A product's right side as multiply_rows reads it: words of pairs for 64 columns, steps of 16, 8 tiles, 32 lanes, then high and
+// low ones of the lane's four numbers; after these the inverse unit of each column. Of two tiles a lane of the result has four
+// neighbours.
+SRCGCNN_HOST_DEVICE int64_t whole_columns(int64_t columns) {
+  return (columns + kProductColumns - 1) / kProductColumns * kProductColumns;
 }
-SRCGCNN_DEVICE float ordered(float x, bool low, bool relaxed) {
-  float high, rest;
-  split_or_round(x, relaxed, high, rest);
-  return low ? rest : high;
+SRCGCNN_HOST_DEVICE int64_t of_columns(int64_t inner) { return (inner + kInner - 1) / kInner * kOfStep; }  // 64 of them
+SRCGCNN_HOST_DEVICE int64_t ordered_size(int64_t inner, int64_t columns) {
+  return whole_columns(columns) * (of_columns(inner) / kProductColumns + 1);
+}
+// A warp a column, whose numbers are weight(0 .. inner).
+template <class Weight>
+SRCGCNN_DEVICE void order_column(float* to, int64_t inner, int64_t column, int64_t columns, Weight weight) {
+  const auto number = [&](int64_t k) { return k < inner ? weight(k) : 0.0f; };
+  const int64_t padded = (inner + kInner - 1) / kInner * kInner;
+  int most = 0;
+  for (int64_t k = lane_of(); k < inner; k += 32) {
+    const int bits = int(__float_as_uint(weight(k)) & 0x7fffffffu);
+    most = bits > most ? bits : most;
+  }
+  const Unit unit(__reduce_max_sync(kAllLanes, most));
+  const int c = int(column % kProductColumns), tile = c / 16 * 2 + c / 2 % 2, lane = c / 4 % 4 * 8 + c % 2 * 4;
+  auto* words = reinterpret_cast<uint32_t*>(to + column / kProductColumns * of_columns(inner) + tile * 128 + lane * 4);
+  for (int64_t k = 2 * lane_of(); k < padded; k += 64) {
+    uint32_t high, low;
+    split(number(k) * unit.scale, number(k + 1) * unit.scale, high, low);
+    uint32_t* at = words + k / kInner * kOfStep + k % kInner / 4 * 4 + k / 2 % 2;
+    at[0] = high;
+    at[2] = low;
+  }
+  if (lane_of() == 0) to[whole_columns(columns) / kProductColumns * of_columns(inner) + column] = unit.inverse;
 }
 
 SRCGCNN_DEVICE float rstd1_of(const DeviceConv& g, int64_t n) { return float(1 / sqrt(double(g.var1[n]) + g.eps1)); }
 
 // What x of an edge follows from, as the products read it: out, right side for pq; out_m (4W), its shift; out_filter, see
 // `filter`; and, or null: out_x, right side for the gradient at h from that at pq; out_edge, for term from given features;
-// out_gamma (K, 2F) = w_e / sqrt(var1 + eps1). One number a thread of all these.
+// out_gamma (K, 2F) = w_e / sqrt(var1 + eps1). One number a thread of all these, a column a warp of the right sides.
 __global__ void __launch_bounds__(128) order_weights(const DeviceConv g) {
   const int64_t F = g.F, W = g.width, K = g.n_features, all = g.all, columns = 2 * all + K, steps = (K + 7) / 8;
   int64_t x = int64_t(blockIdx.x) * 128 + threadIdx.x;
-  if (x < ordered_size(all, 4 * W)) {  // columns: p filter, p core, q filter, q core
-    const Ordered o(x, (all + kInner - 1) / kInner);
-    const int64_t c = o.column % W, n = o.column / W % 2 * all + c;
-    const bool there = o.inner < all && c < F && o.column < 4 * W;
-    const float w = there ? g.weight[n * columns + o.column / (2 * W) * all + o.inner] * rstd1_of(g, n) : 0.0f;
-    g.out[x] = ordered(w, o.low, g.relaxed);
+  if (x < 32 * whole_columns(4 * W)) {  // columns: p filter, p core, q filter, q core
+    const int64_t column = x / 32, c = column % W, n = column / W % 2 * all + c;
+    const bool there = c < F && column < 4 * W;
+    const float rstd = there ? rstd1_of(g, n) : 0.0f, *row = g.weight + n * columns + column / (2 * W) * all;
+    order_column(g.out, all, column, 4 * W, [&](int64_t k) { return there ? row[k] * rstd : 0.0f; });
     return;
   }
-  x -= ordered_size(all, 4 * W);
+  x -= 32 * whole_columns(4 * W);
   if (x < 4 * W) {
     const int64_t c = x % W, n = x / W * all + c;
     const bool there = c < F && x < 2 * W;
@@ -444,37 +498,36 @@ __global__ void __launch_bounds__(128) order_weights(const DeviceConv g) {
   }
   x -= W * steps * 16;
   if (g.out_x) {
-    if (x < ordered_size(4 * F, all)) {
-      const Ordered o(x, (4 * F + kInner - 1) / kInner);
-      const bool there = o.inner < 4 * F && o.column < all;
-      const int64_t n = o.inner / F % 2 * all + o.inner % F;
-      const float w = there ? g.weight[n * columns + o.inner / (2 * F) * all + o.column] : 0.0f;
-      g.out_x[x] = ordered(w, o.low, g.relaxed);
+    if (x < 32 * whole_columns(all)) {
+      const int64_t column = x / 32;
+      order_column(g.out_x, 4 * F, column, all, [&](int64_t k) {
+        const int64_t n = k / F % 2 * all + k % F;
+        return column < all ? g.weight[n * columns + k / (2 * F) * all + column] : 0.0f;
+      });
       return;
     }
-    x -= ordered_size(4 * F, all);
+    x -= 32 * whole_columns(all);
   }
   if (g.out_edge) {
-    if (x < ordered_size(K, 2 * W)) {
-      const Ordered o(x, (K + kInner - 1) / kInner);
-      const int64_t c = o.column % W, n = o.column / W * all + c;
-      const bool there = o.inner < K && c < F && o.column < 2 * W;
-      const float w = there ? g.weight[n * columns + 2 * all + o.inner] * rstd1_of(g, n) : 0.0f;
-      g.out_edge[x] = ordered(w, o.low, g.relaxed);
+    if (x < 32 * whole_columns(2 * W)) {
+      const int64_t column = x / 32, c = column % W, n = column / W * all + c;
+      const bool there = c < F && column < 2 * W;
+      const float rstd = there ? rstd1_of(g, n) : 0.0f, *row = g.weight + n * columns + 2 * all;
+      order_column(g.out_edge, K, column, 2 * W, [&](int64_t k) { return there ? row[k] * rstd : 0.0f; });
       return;
     }
-    x -= ordered_size(K, 2 * W);
+    x -= 32 * whole_columns(2 * W);
   }
   if (g.out_gamma && x < K * 2 * F) {
     const int64_t n = x / F % 2 * all + x % F;
     g.out_gamma[x] = g.weight[n * columns + 2 * all + x / (2 * F)] * rstd1_of(g, n);
   }
 }
-// How many numbers these are.
+// Threads for all of it.
 SRCGCNN_HOST_DEVICE int64_t ordered_numbers(const DeviceConv& g) {
   const int64_t F = g.F, W = g.width, K = g.n_features;
-  return ordered_size(g.all, 4 * W) + 4 * W + W * ((K + 7) / 8) * 16 + (g.out_x ? ordered_size(4 * F, g.all) : 0) +
-         (g.out_edge ? ordered_size(K, 2 * W) : 0) + (g.out_gamma ? K * 2 * F : 0);
+  return 32 * whole_columns(4 * W) + 4 * W + W * ((K + 7) / 8) * 16 + (g.out_x ? 32 * whole_columns(g.all) : 0) +
+         (g.out_edge ? 32 * whole_columns(2 * W) : 0) + (g.out_gamma ? K * 2 * F : 0);
 }
 
 // What follows from the parts of backward_receivers, filter's sums and these: vectors (programs, 2, 2F), sums of dy x and of dy.

@@ -96,6 +96,26 @@ def test_any_width_and_number_of_gaussians(width, n_features):
     compare([Problem(kind, width, n_features, seed=seed) for seed in seeds], (True, True))
 
 
+@pytest.mark.parametrize("width", [7, 33, 64, 128])
+def test_products_of_rows_and_channels_of_any_size(width):
+    """A part of a row, and the weights of a channel, are two numbers of 16 bits in a unit of their own."""
+    problem = Problem("weighted", width, 41)
+    h, layer, graph, _ = arguments(problem)
+    h = h * 10.0 ** torch.randint(-18, 19, (len(h), 1))
+    layer = layer._replace(weight=layer.weight * 10.0 ** torch.randint(-18, 19, (2 * width, 1)))
+    found = Kernels.linear(h, layer, backend._Edges(graph, 41, h.dtype, h.device)).pq.unflatten(1, (4, -1))[:, 2:, :width]
+    weight = layer.weight.double()[:, width : 2 * width] / torch.sqrt(layer.var1.double() + layer.eps1)[:, None]
+    of_rows = lambda h, weight: (h.double() @ weight.T).unflatten(1, (2, -1))  # noqa: E731
+    assert ((found - of_rows(h, weight)).abs() <= 4e-7 * of_rows(h.abs(), weight.abs())).all()
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e20])
+def test_gradients_of_any_size(size):
+    problem = Problem("weighted", 33, 41)
+    problem.upstream = problem.upstream * size
+    compare([problem], (True, True))
+
+
 @pytest.mark.parametrize("training", TRAINING[:2], ids=["train", "eval"])
 @pytest.mark.parametrize(("width", "n_features"), [(16, 23), (40, 60)])
 def test_generic_edge_features(width, n_features, training):
