@@ -440,18 +440,19 @@ SRCGCNN_HOST_DEVICE int64_t ordered_size(int64_t inner, int64_t columns) {
 }
 // A warp a column, whose numbers are weight(0 .. inner).
 template <class Weight>
-SRCGCNN_DEVICE void order_column(float* to, int64_t inner, int64_t column, int64_t columns, Weight weight) {
-  const auto number = [&](int64_t k) { return k < inner ? weight(k) : 0.0f; };
-  const int64_t padded = (inner + kInner - 1) / kInner * kInner;
+SRCGCNN_DEVICE void order_column(float* to, int inner, int64_t column, int64_t columns, Weight weight) {
+  const auto number = [&](int k) { return k < inner ? weight(k) : 0.0f; };
   int most = 0;
-  for (int64_t k = lane_of(); k < inner; k += 32) {
+#pragma unroll 4
+  for (int k = lane_of(); k < inner; k += 32) {
     const int bits = int(__float_as_uint(weight(k)) & 0x7fffffffu);
     most = bits > most ? bits : most;
   }
   const Unit unit(__reduce_max_sync(kAllLanes, most));
   const int c = int(column % kProductColumns), tile = c / 16 * 2 + c / 2 % 2, lane = c / 4 % 4 * 8 + c % 2 * 4;
   auto* words = reinterpret_cast<uint32_t*>(to + column / kProductColumns * of_columns(inner) + tile * 128 + lane * 4);
-  for (int64_t k = 2 * lane_of(); k < padded; k += 64) {
+#pragma unroll 4
+  for (int k = 2 * lane_of(); k < (inner + kInner - 1) / kInner * kInner; k += 64) {
     uint32_t high, low;
     split(number(k) * unit.scale, number(k + 1) * unit.scale, high, low);
     uint32_t* at = words + k / kInner * kOfStep + k % kInner / 4 * 4 + k / 2 % 2;
@@ -473,7 +474,7 @@ __global__ void __launch_bounds__(128) order_weights(const DeviceConv g) {
     const int64_t column = x / 32, c = column % W, n = column / W % 2 * all + c;
     const bool there = c < F && column < 4 * W;
     const float rstd = there ? rstd1_of(g, n) : 0.0f, *row = g.weight + n * columns + column / (2 * W) * all;
-    order_column(g.out, all, column, 4 * W, [&](int64_t k) { return there ? row[k] * rstd : 0.0f; });
+    order_column(g.out, int(all), column, 4 * W, [&](int k) { return there ? row[k] * rstd : 0.0f; });
     return;
   }
   x -= 32 * whole_columns(4 * W);
@@ -500,9 +501,11 @@ __global__ void __launch_bounds__(128) order_weights(const DeviceConv g) {
   if (g.out_x) {
     if (x < 32 * whole_columns(all)) {
       const int64_t column = x / 32;
-      order_column(g.out_x, 4 * F, column, all, [&](int64_t k) {
-        const int64_t n = k / F % 2 * all + k % F;
-        return column < all ? g.weight[n * columns + k / (2 * F) * all + column] : 0.0f;
+      const int of_half = int(F);
+      order_column(g.out_x, 4 * of_half, column, all, [&](int k) {
+        const int quarter = k / of_half;
+        const int64_t n = quarter % 2 * all + k - quarter * of_half;
+        return column < all ? g.weight[n * columns + quarter / 2 * all + column] : 0.0f;
       });
       return;
     }
@@ -513,7 +516,7 @@ __global__ void __launch_bounds__(128) order_weights(const DeviceConv g) {
       const int64_t column = x / 32, c = column % W, n = column / W * all + c;
       const bool there = c < F && column < 2 * W;
       const float rstd = there ? rstd1_of(g, n) : 0.0f, *row = g.weight + n * columns + 2 * all;
-      order_column(g.out_edge, K, column, 2 * W, [&](int64_t k) { return there ? row[k] * rstd : 0.0f; });
+      order_column(g.out_edge, int(K), column, 2 * W, [&](int k) { return there ? row[k] * rstd : 0.0f; });
       return;
     }
     x -= 32 * whole_columns(2 * W);
