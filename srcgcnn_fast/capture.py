@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
+from threading import Lock, RLock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -48,8 +50,8 @@ class CapturedModel:
 
     A batch is padded with a crystal of its own to the next size, 2^k or 3·2^(k-1) rows, so that a few graphs serve all
     batches; the last 32 are kept. Batches may lie on the CPU, from where they go to the GPU in one copy. The model's
-    weights may change in place between calls; moving or replacing them needs a new ``CapturedModel``. Precision and
-    backend are those in force at the capture.
+    weights may change in place between calls; moving or replacing them needs a new ``CapturedModel``. Precision,
+    backend and autocast are those in force at the capture. Threads that call it take turns.
 
     Args:
         model: on a CUDA device, in eval mode.
@@ -63,6 +65,7 @@ class CapturedModel:
         self.device = model.fc_out.weight.device
         if self.device.type != _DEVICE:
             raise InputError(f"A CUDA graph needs a model on a CUDA device, not on {self.device}; call model.predict.")
+        self._streams, self._turn = _streams(self.device), Lock()
         self._graphs: OrderedDict[tuple[int, ...], _Captured] = OrderedDict()
         self._units: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
         n = len(model.metadata.std)
@@ -76,9 +79,13 @@ class CapturedModel:
         if _DEVICE == "cuda" and torch.cuda.current_device() != self.device.index:
             with torch.cuda.device(self.device):
                 return self(batch)
-        if self._units != (units := (model.metadata.std, model.metadata.mean)):
+        with self._turn:
+            return self._predict(batch)
+
+    def _predict(self, batch: GraphBatch) -> Tensor:
+        metadata, n_crystals = self.model.metadata, batch.crystal_ptr.numel() - 1
+        if self._units != (units := (metadata.std, metadata.mean)):
             self._set_units(*units)
-        n_crystals = batch.crystal_ptr.numel() - 1
         atoms, edges = batch.atom_features, batch.edge_features
         key = (
             *_sizes(batch.numbers.numel(), batch.sender.numel(), n_crystals),
@@ -96,16 +103,16 @@ class CapturedModel:
         return found.out.narrow_copy(0, 0, n_crystals)
 
     def _capture(self, batch: GraphBatch) -> _Captured:
-        static = StaticBatch(batch, self.device)
-        static.fill(batch)
-
+        @torch.inference_mode()
         def run() -> Tensor:
             static.batch.cache.clear()
             out: Tensor = self.model(static.batch)
             return self.model.in_units(out) if self.model.classification else out * self._std + self._mean
 
-        with torch.inference_mode():
-            return _Captured(static, *_recorded(run))
+        with _undisturbed():
+            static = StaticBatch(batch, self.device)
+            static.fill(batch)
+            return _Captured(static, *_recorded(run, *self._streams))
 
     def _set_units(self, std: tuple[float, ...], mean: tuple[float, ...]) -> None:
         """As the metadata have them now, where every graph reads them."""
@@ -122,16 +129,42 @@ class _Captured(NamedTuple):
     """What a replay writes: a prediction for each crystal, those of the padding too."""
 
 
-def _recorded(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """A CUDA graph of ``run``: its replay, and the tensor that this writes."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles the kernels and fills the libraries' workspaces
+def _streams(device: torch.device) -> list[Any]:
+    """Where one object warms up, and where it captures: libraries keep memory for every stream that they have seen."""
+    return [torch.cuda.Stream(device) for _ in range(2)] if device.type == "cuda" else []
+
+
+_capturing = RLock()
+"""PyTorch captures one graph at a time in a process."""
+_OTHERS_GO_ON = "thread_local"
+"""Meanwhile other threads may ask CUDA for memory and for events."""
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """For captures, whatever the caller's modes.
+
+    What PyTorch makes for the first graph it writes to for later ones (up to 2.10 at least), which it may not if that
+    was in inference mode. Weights that autocast has converted and kept would not follow their parameters.
+    """
+    keeps = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with _capturing, torch.inference_mode(False):  # gradients included
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(keeps)
+
+
+def _recorded(run: Callable[[], Tensor], aside: Any, stream: Any) -> tuple[Callable[[], None], Tensor]:
+    """A CUDA graph of ``run``, captured on ``stream``: its replay, and the tensor that this writes."""
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # compiles the kernels and fills the libraries' workspaces
         for _ in range(2):
             run()
-    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode=_OTHERS_GO_ON):
         out = run()
     return graph.replay, out
 
@@ -142,8 +175,9 @@ class CapturedTraining:
     The outputs, (B, n_targets) or a classifier's (B, 2), have a gradient as those of ``model(batch)``: in a training
     loop it takes the model's place. A batch is padded with rows of weight 0, which change nothing but the order of some
     sums, to the next size of eight for each power of two; graphs of the last eight sizes are kept, with the memory of a
-    step each. Batches may lie on the CPU. Weights may change in place, by an optimiser; moving or replacing them needs
-    a new ``CapturedTraining``. Precision is that in force at the capture. The compiled kernels alone do so.
+    step each. Batches may lie on the CPU. Weights may change in place, by an optimiser; moving the model or replacing a
+    buffer needs a new ``CapturedTraining``. Precision and autocast are those in force at the capture. The compiled
+    kernels alone do so.
 
     Args:
         model: on a CUDA device, in training mode whenever it is called; its batch norms have a momentum, and are not
@@ -151,7 +185,7 @@ class CapturedTraining:
 
     Raises:
         InputError: the model is elsewhere or does not train, its norms are others, the compiled kernels cannot take it,
-            or a gradient is asked for after a later batch took the place of its own.
+            or a gradient is asked for twice, or after a later batch took the place of its own.
     """
 
     def __init__(self, model: CGCNN | SRCGCNN) -> None:
@@ -167,6 +201,7 @@ class CapturedTraining:
                     raise InputError("Captured training needs batch norms with a momentum; call the model itself.")
                 if process_group(norm) is not None:
                     raise InputError("Captured training has batch norms of its own; call the model itself.")
+        self._streams = _streams(self.device)
         self._graphs: OrderedDict[tuple[object, ...], _Step] = OrderedDict()
 
     def __call__(self, batch: GraphBatch) -> Tensor:
@@ -174,9 +209,15 @@ class CapturedTraining:
         model = self.model
         if not model.training:
             raise InputError("Captured training trains only; call model.train() first, or the model itself.")
-        parameters = [x for x in model.parameters() if x.requires_grad]
+        if batch.num_rows < 2 or batch.num_edges < 2:  # which a model may refuse
+            alone: Tensor = model(batch.to(self.device))
+            return alone
+        modules = list(model.modules())
+        held = (x for module in modules for x in module._parameters.values() if x is not None and x.requires_grad)
+        parameters = list({id(x): x for x in held}.values())
         widths = [-1 if x is None else x.shape[1] for x in (batch.atom_features, batch.edge_features)]
-        key = (sizes(batch, _OF_TRAINING), *widths, tuple(map(id, parameters)))
+        modes = tuple(module.training for module in modules)
+        key = (sizes(batch, _OF_TRAINING), *widths, tuple(map(Tensor.data_ptr, parameters)), modes)
         with torch.cuda.device(self.device) if _DEVICE == "cuda" else nullcontext():
             if (step := self._graphs.get(key)) is None:
                 step = self._graphs[key] = self._capture(batch, parameters)
@@ -188,19 +229,19 @@ class CapturedTraining:
             return out
 
     def _capture(self, batch: GraphBatch, parameters: Sequence[Tensor]) -> _Step:
-        static = StaticBatch(batch, self.device, _OF_TRAINING, weight=0.0)
-        static.fill(batch)
-
         def run() -> Tensor:
             static.batch.cache.clear()
             out: Tensor = self.model(static.batch)
             return out
 
-        moving = [(x, x.clone()) for x in self.model.buffers()]
-        recorded = _recorded_training(run, parameters)
-        with torch.no_grad():
-            for x, before in moving:
-                x.copy_(before)
+        with _undisturbed():
+            static = StaticBatch(batch, self.device, _OF_TRAINING, weight=0.0)
+            static.fill(batch)
+            moving = [(x, x.clone()) for x in self.model.buffers()]
+            recorded = _recorded_training(run, parameters, *self._streams)
+            with torch.no_grad():
+                for x, before in moving:
+                    x.copy_(before)
         return _Step(static, *recorded)
 
 
@@ -235,8 +276,9 @@ class _Replayed(torch.autograd.Function):
         step = ctx.step
         if step.passes != ctx.passes:
             raise InputError(
-                "A later batch took this one's place in the CUDA graph; call backward before the next batch."
+                "The CUDA graph has lost what this gradient follows from; call backward once, before the next batch."
             )
+        step.passes += 1  # its memory serves the backward pass, too
         step.upstream.zero_()
         step.upstream[: ctx.n_crystals].copy_(grad)
         step.backward()
@@ -245,21 +287,22 @@ class _Replayed(torch.autograd.Function):
 
 
 def _recorded_training(
-    run: Callable[[], Tensor], parameters: Sequence[Tensor]
+    run: Callable[[], Tensor], parameters: Sequence[Tensor], aside: Any, stream: Any
 ) -> tuple[Callable[[], None], Tensor, Callable[[], None], Tensor, Sequence[Tensor | None]]:
     """CUDA graphs of ``run`` and of its backward pass: replays, and the tensors that these read and write."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    random = torch.cuda.get_rng_state()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
         for _ in range(2):
             out = run()
             upstream = torch.zeros_like(out)
             torch.autograd.grad(out, parameters, upstream, allow_unused=True)
-    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.current_stream().wait_stream(aside)
+    torch.cuda.set_rng_state(random)  # so that a dropout does not depend on when its graph was captured
     first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(first):
+    with torch.cuda.graph(first, stream=stream, capture_error_mode=_OTHERS_GO_ON):
         out = run()
-    with torch.cuda.graph(second, pool=first.pool()):
+    with torch.cuda.graph(second, pool=first.pool(), stream=stream, capture_error_mode=_OTHERS_GO_ON):
         gradients = torch.autograd.grad(out, parameters, upstream, allow_unused=True)
     return first.replay, out.detach(), second.replay, upstream, gradients
 
@@ -315,7 +358,10 @@ class StaticBatch:
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
         if self._copied is not None:
             self._copied.record()
+            weakref.finalize(self, self._copied.synchronize).atexit = False  # before anybody else has its pinned memory
         self._kernels, self._device = _kernels(device), device
+        self._handle = triton.current_stream(device)
+        self._stream: Any = torch.cuda.current_stream(device) if device.type == "cuda" else None
         fields = ([getattr(x, name) for name in _FIELDS] for x in (self.batch, staged))
         self._on_device, self._on_cpu = ([0 if x is None else x.data_ptr() for x in some] for some in fields)
         event = 0 if self._copied is None else self._copied.cuda_event
@@ -332,9 +378,11 @@ class StaticBatch:
 
     def fill(self, batch: GraphBatch) -> None:
         """Copy ``batch`` into it; what it is padded with forms a crystal of its own."""
+        stream = triton.current_stream(self._device)
+        if stream != self._handle:
+            self._follow(stream)
         if self._kernels is not None and (source := self._addresses(batch)) is not None:
             addresses, counts, is_on_cpu = source
-            stream = triton.current_stream(self._device)
             if is_on_cpu:
                 self._kernels.cuda_send(addresses, self._on_cpu, counts, *self._way, stream)
             else:
@@ -350,6 +398,13 @@ class StaticBatch:
             self._there.copy_(self._here, non_blocking=True)
             if self._copied is not None:
                 self._copied.record()
+
+    def _follow(self, handle: int) -> None:
+        """Let the stream that is current now wait for that of the call before, which may still read the batch."""
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_stream(self._stream)
+        self._there.record_stream(stream)
+        self._handle, self._stream = handle, stream
 
     def _addresses(self, batch: GraphBatch) -> tuple[list[int], list[int], bool] | None:
         """Those of its fields, its sizes, and whether it is on the CPU; None if the kernels cannot read it as it is."""

@@ -430,8 +430,14 @@ def test_captured_training_refuses_what_would_be_wrong(pretend_gpu, replayed, mo
     call = capture.CapturedTraining(model)
     first = call(batch)
     call(batch).sum().backward()
-    with pytest.raises(sf.InputError, match="call backward before the next batch"):
+    with pytest.raises(sf.InputError, match="call backward once, before the next batch"):
         first.sum().backward()
+    loss = call(batch).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(sf.InputError, match="call backward once, before the next batch"):
+        loss.backward()
+    with pytest.raises(sf.InputError, match="cannot train on a single atom"):
+        call(make_batch("one atom"))
     with pytest.raises(sf.InputError, match=r"call model\.train\(\) first"):
         capture.CapturedTraining(model.eval())(batch)
     model.convs[0].bn1.momentum = None
@@ -443,6 +449,32 @@ def test_captured_training_refuses_what_would_be_wrong(pretend_gpu, replayed, mo
     monkeypatch.setattr(capture, "_DEVICE", "cuda")
     with pytest.raises(sf.InputError, match="needs a model on a CUDA device, not on cpu"):
         capture.CapturedTraining(model)
+
+
+def test_captured_training_follows_what_is_frozen_or_replaced(pretend_gpu, replayed, monkeypatch, make_batch):
+    """Norms that stop, weights that stop, a parameter at another address: each has a graph of its own."""
+    monkeypatch.setattr(registry, "select", lambda *_a, **_k: "cuda")
+    model, batch = small_model(torch.float32, sf.SRCGCNN, 20), make_batch("weighted")
+    call = capture.CapturedTraining(model)
+    for change in (
+        lambda: None,
+        lambda: model.recurrent_bn1s[0].eval(),
+        lambda: model.embedding.requires_grad_(False),
+        lambda: setattr(model.fc_out, "weight", torch.nn.Parameter(2 * model.fc_out.weight.detach())),
+    ):
+        change()
+        batch.cache.clear()
+        found = []
+        for given in (model, call):
+            model.zero_grad()
+            with torch.no_grad():  # the running statistics that one norm computes with
+                model.recurrent_bn1s[0].running_mean.fill_(0.1)
+            out = given(batch)
+            out.sum().backward()
+            found.append([out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        for expected, ours in zip(*found, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=2e-4, atol=2e-5)
+    assert replayed == [4]
 
 
 def test_features_that_are_formed_again_have_the_bits_of_those_that_left():
