@@ -295,9 +295,9 @@ def _recorded_training(
     with torch.cuda.stream(aside):
         for _ in range(2):
             out = run()
-            upstream = torch.zeros_like(out)
-            torch.autograd.grad(out, parameters, upstream, allow_unused=True)
+            torch.autograd.grad(out, parameters, torch.zeros_like(out), allow_unused=True)
     torch.cuda.current_stream().wait_stream(aside)
+    upstream = torch.zeros_like(out)
     torch.cuda.set_rng_state(random)  # so that a dropout does not depend on when its graph was captured
     first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(first, stream=stream, capture_error_mode=_OTHERS_GO_ON):
