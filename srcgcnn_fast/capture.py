@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 from .errors import InputError
 from .graph.batch import GraphBatch
@@ -229,16 +230,23 @@ class CapturedTraining:
             return out
 
     def _capture(self, batch: GraphBatch, parameters: Sequence[Tensor]) -> _Step:
-        def run() -> Tensor:
+        names = {id(x): name for name, x in self.model.named_parameters()}
+
+        def run() -> tuple[Tensor, list[Tensor]]:
+            """The outputs, and what they follow from.
+
+            Not the parameters: whatever of an earlier step is still held, a loss for instance, holds their nodes of the
+            autograd graph, which belong to that step's stream, and a capture must not reach for this one.
+            """
             static.batch.cache.clear()
-            out: Tensor = self.model(static.batch)
-            return out
+            own = {names[id(x)]: x.detach().requires_grad_() for x in parameters}
+            return functional_call(self.model, own, (static.batch,)), list(own.values())
 
         with _undisturbed():
             static = StaticBatch(batch, self.device, _OF_TRAINING, weight=0.0)
             static.fill(batch)
             moving = [(x, x.clone()) for x in self.model.buffers()]
-            recorded = _recorded_training(run, parameters, *self._streams)
+            recorded = _recorded_training(run, *self._streams)
             with torch.no_grad():
                 for x, before in moving:
                     x.copy_(before)
@@ -287,23 +295,23 @@ class _Replayed(torch.autograd.Function):
 
 
 def _recorded_training(
-    run: Callable[[], Tensor], parameters: Sequence[Tensor], aside: Any, stream: Any
+    run: Callable[[], tuple[Tensor, Sequence[Tensor]]], aside: Any, stream: Any
 ) -> tuple[Callable[[], None], Tensor, Callable[[], None], Tensor, Sequence[Tensor | None]]:
     """CUDA graphs of ``run`` and of its backward pass: replays, and the tensors that these read and write."""
     random = torch.cuda.get_rng_state()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
         for _ in range(2):
-            out = run()
-            torch.autograd.grad(out, parameters, torch.zeros_like(out), allow_unused=True)
+            out, leaves = run()
+            torch.autograd.grad(out, leaves, torch.zeros_like(out), allow_unused=True)
     torch.cuda.current_stream().wait_stream(aside)
     upstream = torch.zeros_like(out)
     torch.cuda.set_rng_state(random)  # so that a dropout does not depend on when its graph was captured
     first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(first, stream=stream, capture_error_mode=_OTHERS_GO_ON):
-        out = run()
+        out, leaves = run()
     with torch.cuda.graph(second, pool=first.pool(), stream=stream, capture_error_mode=_OTHERS_GO_ON):
-        gradients = torch.autograd.grad(out, parameters, upstream, allow_unused=True)
+        gradients = torch.autograd.grad(out, leaves, upstream, allow_unused=True)
     return first.replay, out.detach(), second.replay, upstream, gradients
 
 

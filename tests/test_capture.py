@@ -243,14 +243,14 @@ def test_graphs_are_captured_on_a_stream_that_nothing_ran_on(monkeypatch):
     how = {"stream": cuda.streams[2], "capture_error_mode": "thread_local"}
     around = ["aside waits for current", "aside", "run", "run", "done", "current waits for aside"]
 
-    def run() -> torch.Tensor:
+    def run() -> tuple[torch.Tensor, list[torch.Tensor]]:
         cuda.said.append("run")
-        return 2 * weight
+        return 2 * weight, [weight]
 
-    _, out = capture._recorded(run, *cuda.streams[1:])
+    _, out = capture._recorded(lambda: run()[0], *cuda.streams[1:])
     assert cuda.said == [*around, "capture", how, "run", "done"] and torch.equal(out, torch.full((3,), 2.0))
     cuda.said.clear()
-    _, out, _, upstream, gradients = capture._recorded_training(run, [weight], *cuda.streams[1:])
+    _, out, _, upstream, gradients = capture._recorded_training(run, *cuda.streams[1:])
     assert cuda.said == [
         *around, "random", "capture", how, "run", "done", "capture", {"pool": "pool", **how}, "done",
     ]  # fmt: skip

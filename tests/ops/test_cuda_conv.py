@@ -373,20 +373,20 @@ def replayed(monkeypatch) -> list[int]:
     """Graphs of training on the CPU: a replay computes anew into the same memory. Holds how many were captured."""
     captured = [0]
 
-    def recorded(run, parameters):
+    def recorded(run):
         captured[0] += 1
-        made = run()
+        made, leaves = run()
         out, upstream = made.detach().clone(), torch.zeros_like(made)
-        gradients = torch.autograd.grad(made, parameters, upstream)
+        gradients = torch.autograd.grad(made, leaves, upstream)
         last = []
 
         def forward():
             with torch.enable_grad():
                 last[:] = [run()]
-            out.copy_(last[0].detach())
+            out.copy_(last[0][0].detach())
 
         def backward():
-            for old, new in zip(gradients, torch.autograd.grad(last.pop(), parameters, upstream), strict=True):
+            for old, new in zip(gradients, torch.autograd.grad(*last.pop(), upstream), strict=True):
                 old.copy_(new)
 
         return forward, out, backward, upstream, gradients
@@ -449,6 +449,28 @@ def test_captured_training_refuses_what_would_be_wrong(pretend_gpu, replayed, mo
     monkeypatch.setattr(capture, "_DEVICE", "cuda")
     with pytest.raises(sf.InputError, match="needs a model on a CUDA device, not on cpu"):
         capture.CapturedTraining(model)
+
+
+def test_a_capture_reaches_for_no_node_of_an_earlier_step(pretend_gpu, replayed, monkeypatch, make_batch):
+    """A parameter's node belongs to the stream of the step that made it, which is held as long as its loss is."""
+    monkeypatch.setattr(registry, "select", lambda *_a, **_k: "cuda")
+    model, recorded, seen = small_model(torch.float32, sf.CGCNN, 20), capture._recorded_training, []
+    nodes = {x.expand_as(x).grad_fn.next_functions[0][0] for x in model.parameters()}  # alive
+
+    def reached(node):
+        return set() if node is None else {node}.union(*(reached(x) for x, _ in node.next_functions))
+
+    def watched(run):
+        out, leaves = run()
+        seen.append(reached(out.grad_fn))
+        assert [x.data_ptr() for x in leaves] == [x.data_ptr() for x in model.parameters()]
+        return recorded(run)
+
+    monkeypatch.setattr(capture, "_recorded_training", watched)
+    loss = capture.CapturedTraining(model)(make_batch("isolated")).sum()
+    assert len(seen[0]) > len(nodes) and not seen[0] & nodes
+    assert nodes <= reached(loss.grad_fn)
+    assert all(isinstance(x, torch.nn.Parameter) for x in model.parameters())
 
 
 def test_captured_training_follows_what_is_frozen_or_replaced(pretend_gpu, replayed, monkeypatch, make_batch):
