@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 _DEVICE = "cuda"
 _MOST_GRAPHS = 32
-_MOST_STEPS = 8  # each of which holds the memory of a training step
+_MOST_STEPS = 32  # each of which holds the memory of a training step
+_FEWER_STEPS, _MANY_ROWS = 8, 1 << 16
+"""So many at most where all of them together have more rows; few crystals vary in size more than many."""
 _PADDING_DISTANCE = 1.0  # Å; any that is a distance
 _FIELDS = ("numbers", "weight", "distance", "sender", "row_ptr", "crystal_ptr", "atom_features", "edge_features")
 """BatchField of csrc/cuda/pad.h."""
@@ -175,10 +177,10 @@ class CapturedTraining:
 
     The outputs, (B, n_targets) or a classifier's (B, 2), have a gradient as those of ``model(batch)``: in a training
     loop it takes the model's place. A batch is padded with rows of weight 0, which change nothing but the order of some
-    sums, to the next size of eight for each power of two; graphs of the last eight sizes are kept, with the memory of a
-    step each. Batches may lie on the CPU. Weights may change in place, by an optimiser; moving the model or replacing a
-    buffer needs a new ``CapturedTraining``. Precision and autocast are those in force at the capture. The compiled
-    kernels alone do so.
+    sums, to the next size of eight for each power of two; graphs of the last eight sizes are kept, of small batches 32,
+    with the memory of a step each. Batches may lie on the CPU. Weights may change in place, by an optimiser; moving the
+    model or replacing a buffer needs a new ``CapturedTraining``. Precision and autocast are those in force at the
+    capture. The compiled kernels alone do so.
 
     Args:
         model: on a CUDA device, in training mode whenever it is called; its batch norms have a momentum, and are not
@@ -222,12 +224,16 @@ class CapturedTraining:
         with torch.cuda.device(self.device) if _DEVICE == "cuda" else nullcontext():
             if (step := self._graphs.get(key)) is None:
                 step = self._graphs[key] = self._capture(batch, parameters)
-                while len(self._graphs) > _MOST_STEPS:
+                while self._are_too_many():
                     self._graphs.popitem(last=False)
             self._graphs.move_to_end(key)
             step.static.fill(batch)
             out: Tensor = _Replayed.apply(step, batch.num_crystals, *parameters)
             return out
+
+    def _are_too_many(self) -> bool:
+        rows = sum(step.static.batch.num_rows for step in self._graphs.values())
+        return len(self._graphs) > (_FEWER_STEPS if rows > _MANY_ROWS else _MOST_STEPS)
 
     def _capture(self, batch: GraphBatch, parameters: Sequence[Tensor]) -> _Step:
         names = {id(x): name for name, x in self.model.named_parameters()}

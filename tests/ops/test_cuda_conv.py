@@ -424,6 +424,23 @@ def test_captured_training_gives_the_steps_of_the_model(pretend_gpu, replayed, m
             )
 
 
+def test_captured_training_keeps_more_graphs_of_small_batches(pretend_gpu, replayed, monkeypatch, make_batch):
+    monkeypatch.setattr(registry, "select", lambda *_a, **_k: "cuda")
+    call, kept = capture.CapturedTraining(small_model(torch.float32, sf.CGCNN, 20)), []
+    static = lambda batch: types.SimpleNamespace(batch=batch, fill=lambda _: None)  # noqa: E731
+    monkeypatch.setattr(call, "_capture", lambda batch, _: types.SimpleNamespace(static=static(batch)))
+    monkeypatch.setattr(capture._Replayed, "apply", lambda *_: None)
+    monkeypatch.setattr(capture, "_FEWER_STEPS", 2)
+    monkeypatch.setattr(capture, "_MOST_STEPS", 3)
+    for kind in ("isolated", "weighted", "ragged", "plain", "large"):
+        call(make_batch(kind))
+        kept.append(len(call._graphs))
+    assert kept == [1, 2, 3, 3, 3]
+    monkeypatch.setattr(capture, "_MANY_ROWS", 8000)
+    call(make_batch("one crystal"))
+    assert len(call._graphs) == 2 and list(call._graphs.values())[-1].static.batch.num_rows == 150
+
+
 def test_captured_training_refuses_what_would_be_wrong(pretend_gpu, replayed, monkeypatch, make_batch):
     monkeypatch.setattr(registry, "select", lambda *_a, **_k: "cuda")
     model, batch = small_model(torch.float32, sf.CGCNN, 20), make_batch("plain")
