@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -68,7 +69,8 @@ class CapturedModel:
         self.device = model.fc_out.weight.device
         if self.device.type != _DEVICE:
             raise InputError(f"A CUDA graph needs a model on a CUDA device, not on {self.device}; call model.predict.")
-        self._streams, self._turn = _streams(self.device), Lock()
+        self._streams, self._turn = _Streams(self.device), Lock()
+        weakref.finalize(self, self._streams.wait).atexit = False
         self._graphs: OrderedDict[tuple[int, ...], _Captured] = OrderedDict()
         self._units: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
         n = len(model.metadata.std)
@@ -83,27 +85,25 @@ class CapturedModel:
             with torch.cuda.device(self.device):
                 return self(batch)
         with self._turn:
-            return self._predict(batch)
-
-    def _predict(self, batch: GraphBatch) -> Tensor:
-        metadata, n_crystals = self.model.metadata, batch.crystal_ptr.numel() - 1
-        if self._units != (units := (metadata.std, metadata.mean)):
-            self._set_units(*units)
-        atoms, edges = batch.atom_features, batch.edge_features
-        key = (
-            *_sizes(batch.numbers.numel(), batch.sender.numel(), n_crystals),
-            -1 if atoms is None else atoms.shape[1], -1 if edges is None else edges.shape[1],
-        )  # fmt: skip
-        found = self._graphs.get(key)
-        if found is None:
-            found = self._graphs[key] = self._capture(batch)
-            while len(self._graphs) > _MOST_GRAPHS:
-                self._graphs.popitem(last=False)
-        else:
-            self._graphs.move_to_end(key)
-        found.static.fill(batch)
-        found.replay()
-        return found.out.narrow_copy(0, 0, n_crystals)
+            stream = self._streams.follow()
+            metadata, n_crystals = model.metadata, batch.crystal_ptr.numel() - 1
+            if self._units != (units := (metadata.std, metadata.mean)):
+                self._set_units(*units)
+            atoms, edges = batch.atom_features, batch.edge_features
+            key = (
+                *_sizes(batch.numbers.numel(), batch.sender.numel(), n_crystals),
+                -1 if atoms is None else atoms.shape[1], -1 if edges is None else edges.shape[1],
+            )  # fmt: skip
+            found = self._graphs.get(key)
+            if found is None:
+                found = self._graphs[key] = self._capture(batch)
+                while len(self._graphs) > _MOST_GRAPHS:
+                    self._graphs.popitem(last=False)
+            else:
+                self._graphs.move_to_end(key)
+            found.static.fill(batch, stream)
+            found.replay()
+            return found.out.narrow_copy(0, 0, n_crystals)
 
     def _capture(self, batch: GraphBatch) -> _Captured:
         @torch.inference_mode()
@@ -115,7 +115,7 @@ class CapturedModel:
         with _undisturbed():
             static = StaticBatch(batch, self.device)
             static.fill(batch)
-            return _Captured(static, *_recorded(run, *self._streams))
+            return _Captured(static, *_recorded(run, *self._streams.apart))
 
     def _set_units(self, std: tuple[float, ...], mean: tuple[float, ...]) -> None:
         """As the metadata have them now, where every graph reads them."""
@@ -132,9 +132,32 @@ class _Captured(NamedTuple):
     """What a replay writes: a prediction for each crystal, those of the padding too."""
 
 
-def _streams(device: torch.device) -> list[Any]:
-    """Where one object warms up, and where it captures: libraries keep memory for every stream that they have seen."""
-    return [torch.cuda.Stream(device) for _ in range(2)] if device.type == "cuda" else []
+class _Streams:
+    """Where one object warms up, where it captures, and where it was called last.
+
+    Libraries keep memory for every stream that they have seen; what they have for that of the captures is in use by all
+    of the object's graphs, so that no two of these may run at once.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        is_gpu = device.type == "cuda"
+        self._device, self._handle = device, triton.current_stream(device)
+        self._last: Any = torch.cuda.current_stream(device) if is_gpu else None
+        self.apart: list[Any] = [torch.cuda.Stream(device) for _ in range(2)] if is_gpu else []
+
+    def follow(self) -> int:
+        """The handle of the stream that is current now, which waits for that of the call before."""
+        handle = triton.current_stream(self._device)
+        if handle != self._handle:
+            stream: Any = torch.cuda.current_stream(self._device)
+            stream.wait_stream(self._last)
+            self._handle, self._last = handle, stream
+        return handle
+
+    def wait(self) -> None:
+        """Until nothing is under way; then the object's memory may be anybody's."""
+        if self._last is not None:
+            self._last.synchronize()
 
 
 _capturing = RLock()
@@ -150,13 +173,16 @@ def _undisturbed() -> Iterator[None]:
     What PyTorch makes for the first graph it writes to for later ones (up to 2.10 at least), which it may not if that
     was in inference mode. Weights that autocast has converted and kept would not follow their parameters.
     """
-    keeps = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        with _capturing, torch.inference_mode(False):  # gradients included
+    with _capturing, torch.inference_mode(False):  # gradients included
+        keeps, collects = torch.is_autocast_cache_enabled(), gc.isenabled()
+        torch.set_autocast_cache_enabled(False)
+        gc.disable()  # which might find other graphs and events, whose end breaks a capture
+        try:
             yield
-    finally:
-        torch.set_autocast_cache_enabled(keeps)
+        finally:
+            torch.set_autocast_cache_enabled(keeps)
+            if collects:
+                gc.enable()
 
 
 def _recorded(run: Callable[[], Tensor], aside: Any, stream: Any) -> tuple[Callable[[], None], Tensor]:
@@ -204,7 +230,8 @@ class CapturedTraining:
                     raise InputError("Captured training needs batch norms with a momentum; call the model itself.")
                 if process_group(norm) is not None:
                     raise InputError("Captured training has batch norms of its own; call the model itself.")
-        self._streams = _streams(self.device)
+        self._streams = _Streams(self.device)
+        weakref.finalize(self, self._streams.wait).atexit = False
         self._graphs: OrderedDict[tuple[object, ...], _Step] = OrderedDict()
 
     def __call__(self, batch: GraphBatch) -> Tensor:
@@ -227,7 +254,7 @@ class CapturedTraining:
                 while self._are_too_many():
                     self._graphs.popitem(last=False)
             self._graphs.move_to_end(key)
-            step.static.fill(batch)
+            step.static.fill(batch, self._streams.follow())
             out: Tensor = _Replayed.apply(step, batch.num_crystals, *parameters)
             return out
 
@@ -252,7 +279,7 @@ class CapturedTraining:
             static = StaticBatch(batch, self.device, _OF_TRAINING, weight=0.0)
             static.fill(batch)
             moving = [(x, x.clone()) for x in self.model.buffers()]
-            recorded = _recorded_training(run, *self._streams)
+            recorded = _recorded_training(run, *self._streams.apart)
             with torch.no_grad():
                 for x, before in moving:
                     x.copy_(before)
@@ -374,8 +401,6 @@ class StaticBatch:
             self._copied.record()
             weakref.finalize(self, self._copied.synchronize).atexit = False  # before anybody else has its pinned memory
         self._kernels, self._device = _kernels(device), device
-        self._handle = triton.current_stream(device)
-        self._stream: Any = torch.cuda.current_stream(device) if device.type == "cuda" else None
         fields = ([getattr(x, name) for name in _FIELDS] for x in (self.batch, staged))
         self._on_device, self._on_cpu = ([0 if x is None else x.data_ptr() for x in some] for some in fields)
         event = 0 if self._copied is None else self._copied.cuda_event
@@ -390,13 +415,11 @@ class StaticBatch:
             first += spans[name]
         return GraphBatch(**fields, atom_class=block[:0])
 
-    def fill(self, batch: GraphBatch) -> None:
-        """Copy ``batch`` into it; what it is padded with forms a crystal of its own."""
-        stream = triton.current_stream(self._device)
-        if stream != self._handle:
-            self._follow(stream)
+    def fill(self, batch: GraphBatch, stream: int | None = None) -> None:
+        """Copy ``batch`` into it; what it is padded with forms a crystal of its own. ``stream``: the current one's."""
         if self._kernels is not None and (source := self._addresses(batch)) is not None:
             addresses, counts, is_on_cpu = source
+            stream = triton.current_stream(self._device) if stream is None else stream
             if is_on_cpu:
                 self._kernels.cuda_send(addresses, self._on_cpu, counts, *self._way, stream)
             else:
@@ -412,13 +435,6 @@ class StaticBatch:
             self._there.copy_(self._here, non_blocking=True)
             if self._copied is not None:
                 self._copied.record()
-
-    def _follow(self, handle: int) -> None:
-        """Let the stream that is current now wait for that of the call before, which may still read the batch."""
-        stream = torch.cuda.current_stream(self._device)
-        stream.wait_stream(self._stream)
-        self._there.record_stream(stream)
-        self._handle, self._stream = handle, stream
 
     def _addresses(self, batch: GraphBatch) -> tuple[list[int], list[int], bool] | None:
         """Those of its fields, its sizes, and whether it is on the CPU; None if the kernels cannot read it as it is."""

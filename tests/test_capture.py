@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -170,15 +171,15 @@ def test_a_capture_does_not_take_on_the_callers_modes(replayed, monkeypatch, mak
     recorded, modes = capture._recorded, []
 
     def watched(run):
-        modes.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled(), torch.is_autocast_cache_enabled()))
+        modes.append((torch.is_inference_mode_enabled(), torch.is_autocast_cache_enabled(), gc.isenabled()))
         return recorded(run)
 
     monkeypatch.setattr(capture, "_recorded", watched)
     captured = CapturedModel(model_with_units())
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         captured(make_batch("plain"))
-        assert torch.is_inference_mode_enabled() and torch.is_autocast_cache_enabled()
-    assert modes == [(False, True, False)]
+        assert torch.is_inference_mode_enabled() and torch.is_autocast_cache_enabled() and gc.isenabled()
+    assert modes == [(False, False, False)]
 
 
 def test_threads_take_turns(replayed, monkeypatch, make_batch):
@@ -197,19 +198,23 @@ def test_threads_take_turns(replayed, monkeypatch, make_batch):
     assert replayed == [1]
 
 
-def test_another_stream_waits_for_the_one_before(monkeypatch, make_batch):
-    """Whose graph may still read the batch; its memory stays until both are done."""
-    batch, said = make_batch("plain"), []
-    stream = types.SimpleNamespace(wait_stream=lambda other: said.append(("waits", other)))
-    static = StaticBatch(batch, CPU)
+def test_another_stream_waits_for_the_one_before(replayed, monkeypatch, make_batch):
+    """Whose graph may still read its batch; and the memory of all is given back when it is done."""
+    batches, said = [make_batch(kind) for kind in ("plain", "one atom")], []
+    stream = types.SimpleNamespace(
+        wait_stream=lambda other: said.append(("waits for", other)), synchronize=lambda: said.append("ends")
+    )
+    captured = CapturedModel(model_with_units())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda _, given: said.append(("used on", given)))
-    static.fill(batch)
+    captured(batches[0])
     assert said == []
     monkeypatch.setattr(triton, "current_stream", lambda _: 7)
-    for _ in range(2):
-        static.fill(batch)
-    assert said == [("waits", None), ("used on", stream)]
+    for batch in batches:
+        captured(batch)
+    assert said == [("waits for", None)]
+    del captured
+    gc.collect()  # these replays hold it
+    assert said[1:] == ["ends"]
 
 
 class Pretended:

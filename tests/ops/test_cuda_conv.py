@@ -427,7 +427,7 @@ def test_captured_training_gives_the_steps_of_the_model(pretend_gpu, replayed, m
 def test_captured_training_keeps_more_graphs_of_small_batches(pretend_gpu, replayed, monkeypatch, make_batch):
     monkeypatch.setattr(registry, "select", lambda *_a, **_k: "cuda")
     call, kept = capture.CapturedTraining(small_model(torch.float32, sf.CGCNN, 20)), []
-    static = lambda batch: types.SimpleNamespace(batch=batch, fill=lambda _: None)  # noqa: E731
+    static = lambda batch: types.SimpleNamespace(batch=batch, fill=lambda *_: None)  # noqa: E731
     monkeypatch.setattr(call, "_capture", lambda batch, _: types.SimpleNamespace(static=static(batch)))
     monkeypatch.setattr(capture._Replayed, "apply", lambda *_: None)
     monkeypatch.setattr(capture, "_FEWER_STEPS", 2)
