@@ -61,7 +61,7 @@ class CapturedModel:
         model: on a CUDA device, in eval mode.
 
     Raises:
-        InputError: the model is elsewhere, or trains.
+        InputError: the model is elsewhere, has moved since, or trains.
     """
 
     def __init__(self, model: CGCNN | SRCGCNN) -> None:
@@ -72,6 +72,8 @@ class CapturedModel:
         self._streams, self._turn = _Streams(self.device), Lock()
         weakref.finalize(self, self._streams.wait).atexit = False
         self._graphs: OrderedDict[tuple[int, ...], _Captured] = OrderedDict()
+        self._last_map = model.fc_out._parameters
+        self._address = model.fc_out.weight.data_ptr()
         self._units: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
         n = len(model.metadata.std)
         self._std, self._mean = (torch.empty(n, dtype=model.fc_out.weight.dtype, device=self.device) for _ in range(2))
@@ -81,6 +83,8 @@ class CapturedModel:
         model = self.model
         if model.training:
             raise InputError("A captured model predicts only; call model.eval() first.")
+        if self._last_map["weight"].data_ptr() != self._address:  # type: ignore[union-attr]
+            raise InputError("The model has moved, and its CUDA graphs have not; make a new CapturedModel.")
         if _DEVICE == "cuda" and torch.cuda.current_device() != self.device.index:
             with torch.cuda.device(self.device):
                 return self(batch)

@@ -146,6 +146,17 @@ def test_units_and_weights_are_those_of_the_moment(replayed, make_batch):
         CapturedModel(model.train())(batch)
 
 
+def test_a_model_that_moved_is_refused(replayed, make_batch):
+    """Its graphs would read memory that is not its own any more."""
+    model, batch = model_with_units(), make_batch("plain")
+    captured = CapturedModel(model)
+    captured(batch)
+    model.load_state_dict(model.state_dict())  # in place
+    captured(batch)
+    with pytest.raises(sf.InputError, match="has moved, and its CUDA graphs have not; make a new CapturedModel"):
+        model.double() and captured(batch)
+
+
 def test_the_last_graphs_are_kept(replayed, monkeypatch, make_batch):
     monkeypatch.setattr(capture, "_MOST_GRAPHS", 2)
     captured = CapturedModel(model_with_units())
