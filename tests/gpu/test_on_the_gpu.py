@@ -695,6 +695,21 @@ def test_captures_of_all_kinds_in_one_process(make_batch):
 
 
 @cuda_only
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_captures_on_two_devices(make_batch):
+    """The first one's being current, and having captured before."""
+    model, batch = model_and_batch(sf.SRCGCNN, make_batch, "plain")
+    found = []
+    for device in ("cuda:0", "cuda:1"):
+        here = copy.deepcopy(model).to(device)
+        predicted = sf.CapturedModel(here.eval())(batch.to(device))
+        out = sf.CapturedTraining(here.train())(batch.to("cpu"))
+        out.sum().backward()
+        found.append([x.detach().cpu() for x in (predicted, out, here.fc_out.weight.grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@cuda_only
 def test_a_captured_dropout_depends_on_the_seed_alone(make_batch):
     """Whether a graph was there before or not; each step draws anew."""
     torch.manual_seed(0)
