@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
+from threading import Lock, RLock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 from .errors import InputError
 from .graph.batch import GraphBatch
@@ -23,7 +27,9 @@ if TYPE_CHECKING:
 
 _DEVICE = "cuda"
 _MOST_GRAPHS = 32
-_MOST_STEPS = 8  # each of which holds the memory of a training step
+_MOST_STEPS = 32  # each of which holds the memory of a training step
+_FEWER_STEPS, _MANY_ROWS = 8, 1 << 16
+"""So many at most where all of them together have more rows; few crystals vary in size more than many."""
 _PADDING_DISTANCE = 1.0  # Å; any that is a distance
 _FIELDS = ("numbers", "weight", "distance", "sender", "row_ptr", "crystal_ptr", "atom_features", "edge_features")
 """BatchField of csrc/cuda/pad.h."""
@@ -48,14 +54,14 @@ class CapturedModel:
 
     A batch is padded with a crystal of its own to the next size, 2^k or 3·2^(k-1) rows, so that a few graphs serve all
     batches; the last 32 are kept. Batches may lie on the CPU, from where they go to the GPU in one copy. The model's
-    weights may change in place between calls; moving or replacing them needs a new ``CapturedModel``. Precision and
-    backend are those in force at the capture.
+    weights may change in place between calls; moving or replacing them needs a new ``CapturedModel``. Precision,
+    backend and autocast are those in force at the capture. Threads that call it take turns.
 
     Args:
         model: on a CUDA device, in eval mode.
 
     Raises:
-        InputError: the model is elsewhere, or trains.
+        InputError: the model is elsewhere, has moved since, or trains.
     """
 
     def __init__(self, model: CGCNN | SRCGCNN) -> None:
@@ -63,7 +69,11 @@ class CapturedModel:
         self.device = model.fc_out.weight.device
         if self.device.type != _DEVICE:
             raise InputError(f"A CUDA graph needs a model on a CUDA device, not on {self.device}; call model.predict.")
+        self._streams, self._turn = _Streams(self.device), Lock()
+        weakref.finalize(self, self._streams.wait).atexit = False
         self._graphs: OrderedDict[tuple[int, ...], _Captured] = OrderedDict()
+        self._last_map = model.fc_out._parameters
+        self._address = model.fc_out.weight.data_ptr()
         self._units: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
         n = len(model.metadata.std)
         self._std, self._mean = (torch.empty(n, dtype=model.fc_out.weight.dtype, device=self.device) for _ in range(2))
@@ -73,39 +83,43 @@ class CapturedModel:
         model = self.model
         if model.training:
             raise InputError("A captured model predicts only; call model.eval() first.")
+        if self._last_map["weight"].data_ptr() != self._address:  # type: ignore[union-attr]
+            raise InputError("The model has moved, and its CUDA graphs have not; make a new CapturedModel.")
         if _DEVICE == "cuda" and torch.cuda.current_device() != self.device.index:
             with torch.cuda.device(self.device):
                 return self(batch)
-        if self._units != (units := (model.metadata.std, model.metadata.mean)):
-            self._set_units(*units)
-        n_crystals = batch.crystal_ptr.numel() - 1
-        atoms, edges = batch.atom_features, batch.edge_features
-        key = (
-            *_sizes(batch.numbers.numel(), batch.sender.numel(), n_crystals),
-            -1 if atoms is None else atoms.shape[1], -1 if edges is None else edges.shape[1],
-        )  # fmt: skip
-        found = self._graphs.get(key)
-        if found is None:
-            found = self._graphs[key] = self._capture(batch)
-            while len(self._graphs) > _MOST_GRAPHS:
-                self._graphs.popitem(last=False)
-        else:
-            self._graphs.move_to_end(key)
-        found.static.fill(batch)
-        found.replay()
-        return found.out.narrow_copy(0, 0, n_crystals)
+        with self._turn:
+            stream = self._streams.follow()
+            metadata, n_crystals = model.metadata, batch.crystal_ptr.numel() - 1
+            if self._units != (units := (metadata.std, metadata.mean)):
+                self._set_units(*units)
+            atoms, edges = batch.atom_features, batch.edge_features
+            key = (
+                *_sizes(batch.numbers.numel(), batch.sender.numel(), n_crystals),
+                -1 if atoms is None else atoms.shape[1], -1 if edges is None else edges.shape[1],
+            )  # fmt: skip
+            found = self._graphs.get(key)
+            if found is None:
+                found = self._graphs[key] = self._capture(batch)
+                while len(self._graphs) > _MOST_GRAPHS:
+                    self._graphs.popitem(last=False)
+            else:
+                self._graphs.move_to_end(key)
+            found.static.fill(batch, stream)
+            found.replay()
+            return found.out.narrow_copy(0, 0, n_crystals)
 
     def _capture(self, batch: GraphBatch) -> _Captured:
-        static = StaticBatch(batch, self.device)
-        static.fill(batch)
-
+        @torch.inference_mode()
         def run() -> Tensor:
             static.batch.cache.clear()
             out: Tensor = self.model(static.batch)
             return self.model.in_units(out) if self.model.classification else out * self._std + self._mean
 
-        with torch.inference_mode():
-            return _Captured(static, *_recorded(run))
+        with _undisturbed():
+            static = StaticBatch(batch, self.device)
+            static.fill(batch)
+            return _Captured(static, *_recorded(run, *self._streams.apart))
 
     def _set_units(self, std: tuple[float, ...], mean: tuple[float, ...]) -> None:
         """As the metadata have them now, where every graph reads them."""
@@ -122,16 +136,68 @@ class _Captured(NamedTuple):
     """What a replay writes: a prediction for each crystal, those of the padding too."""
 
 
-def _recorded(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """A CUDA graph of ``run``: its replay, and the tensor that this writes."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles the kernels and fills the libraries' workspaces
+class _Streams:
+    """Where one object warms up, where it captures, and where it was called last.
+
+    Libraries keep memory for every stream that they have seen; what they have for that of the captures is in use by all
+    of the object's graphs, so that no two of these may run at once.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        is_gpu = device.type == "cuda"
+        self._device, self._handle = device, triton.current_stream(device)
+        self._last: Any = torch.cuda.current_stream(device) if is_gpu else None
+        self.apart: list[Any] = [torch.cuda.Stream(device) for _ in range(2)] if is_gpu else []
+
+    def follow(self) -> int:
+        """The handle of the stream that is current now, which waits for that of the call before."""
+        handle = triton.current_stream(self._device)
+        if handle != self._handle:
+            stream: Any = torch.cuda.current_stream(self._device)
+            stream.wait_stream(self._last)
+            self._handle, self._last = handle, stream
+        return handle
+
+    def wait(self) -> None:
+        """Until nothing is under way; then the object's memory may be anybody's."""
+        if self._last is not None:
+            self._last.synchronize()
+
+
+_capturing = RLock()
+"""PyTorch captures one graph at a time in a process."""
+_OTHERS_GO_ON = "thread_local"
+"""Meanwhile other threads may ask CUDA for memory and for events."""
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """For captures, whatever the caller's modes.
+
+    What PyTorch makes for the first graph it writes to for later ones (up to 2.10 at least), which it may not if that
+    was in inference mode. Weights that autocast has converted and kept would not follow their parameters.
+    """
+    with _capturing, torch.inference_mode(False):  # gradients included
+        keeps, collects = torch.is_autocast_cache_enabled(), gc.isenabled()
+        torch.set_autocast_cache_enabled(False)
+        gc.disable()  # which might find other graphs and events, whose end breaks a capture
+        try:
+            yield
+        finally:
+            torch.set_autocast_cache_enabled(keeps)
+            if collects:
+                gc.enable()
+
+
+def _recorded(run: Callable[[], Tensor], aside: Any, stream: Any) -> tuple[Callable[[], None], Tensor]:
+    """A CUDA graph of ``run``, captured on ``stream``: its replay, and the tensor that this writes."""
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # compiles the kernels and fills the libraries' workspaces
         for _ in range(2):
             run()
-    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode=_OTHERS_GO_ON):
         out = run()
     return graph.replay, out
 
@@ -141,9 +207,10 @@ class CapturedTraining:
 
     The outputs, (B, n_targets) or a classifier's (B, 2), have a gradient as those of ``model(batch)``: in a training
     loop it takes the model's place. A batch is padded with rows of weight 0, which change nothing but the order of some
-    sums, to the next size of eight for each power of two; graphs of the last eight sizes are kept, with the memory of a
-    step each. Batches may lie on the CPU. Weights may change in place, by an optimiser; moving or replacing them needs
-    a new ``CapturedTraining``. Precision is that in force at the capture. The compiled kernels alone do so.
+    sums, to the next size of eight for each power of two; graphs of the last eight sizes are kept, of small batches 32,
+    with the memory of a step each. Batches may lie on the CPU. Weights may change in place, by an optimiser; moving the
+    model or replacing a buffer needs a new ``CapturedTraining``. Precision and autocast are those in force at the
+    capture. The compiled kernels alone do so.
 
     Args:
         model: on a CUDA device, in training mode whenever it is called; its batch norms have a momentum, and are not
@@ -151,7 +218,7 @@ class CapturedTraining:
 
     Raises:
         InputError: the model is elsewhere or does not train, its norms are others, the compiled kernels cannot take it,
-            or a gradient is asked for after a later batch took the place of its own.
+            or a gradient is asked for twice, or after a later batch took the place of its own.
     """
 
     def __init__(self, model: CGCNN | SRCGCNN) -> None:
@@ -167,6 +234,8 @@ class CapturedTraining:
                     raise InputError("Captured training needs batch norms with a momentum; call the model itself.")
                 if process_group(norm) is not None:
                     raise InputError("Captured training has batch norms of its own; call the model itself.")
+        self._streams = _Streams(self.device)
+        weakref.finalize(self, self._streams.wait).atexit = False
         self._graphs: OrderedDict[tuple[object, ...], _Step] = OrderedDict()
 
     def __call__(self, batch: GraphBatch) -> Tensor:
@@ -174,33 +243,50 @@ class CapturedTraining:
         model = self.model
         if not model.training:
             raise InputError("Captured training trains only; call model.train() first, or the model itself.")
-        parameters = [x for x in model.parameters() if x.requires_grad]
+        if batch.num_rows < 2 or batch.num_edges < 2:  # which a model may refuse
+            alone: Tensor = model(batch.to(self.device))
+            return alone
+        modules = list(model.modules())
+        held = (x for module in modules for x in module._parameters.values() if x is not None and x.requires_grad)
+        parameters = list({id(x): x for x in held}.values())
         widths = [-1 if x is None else x.shape[1] for x in (batch.atom_features, batch.edge_features)]
-        key = (sizes(batch, _OF_TRAINING), *widths, tuple(map(id, parameters)))
+        modes = tuple(module.training for module in modules)
+        key = (sizes(batch, _OF_TRAINING), *widths, tuple(map(Tensor.data_ptr, parameters)), modes)
         with torch.cuda.device(self.device) if _DEVICE == "cuda" else nullcontext():
             if (step := self._graphs.get(key)) is None:
                 step = self._graphs[key] = self._capture(batch, parameters)
-                while len(self._graphs) > _MOST_STEPS:
+                while self._are_too_many():
                     self._graphs.popitem(last=False)
             self._graphs.move_to_end(key)
-            step.static.fill(batch)
+            step.static.fill(batch, self._streams.follow())
             out: Tensor = _Replayed.apply(step, batch.num_crystals, *parameters)
             return out
 
+    def _are_too_many(self) -> bool:
+        rows = sum(step.static.batch.num_rows for step in self._graphs.values())
+        return len(self._graphs) > (_FEWER_STEPS if rows > _MANY_ROWS else _MOST_STEPS)
+
     def _capture(self, batch: GraphBatch, parameters: Sequence[Tensor]) -> _Step:
-        static = StaticBatch(batch, self.device, _OF_TRAINING, weight=0.0)
-        static.fill(batch)
+        names = {id(x): name for name, x in self.model.named_parameters()}
 
-        def run() -> Tensor:
+        def run() -> tuple[Tensor, list[Tensor]]:
+            """The outputs, and what they follow from.
+
+            Not the parameters: whatever of an earlier step is still held, a loss for instance, holds their nodes of the
+            autograd graph, which belong to that step's stream, and a capture must not reach for this one.
+            """
             static.batch.cache.clear()
-            out: Tensor = self.model(static.batch)
-            return out
+            own = {names[id(x)]: x.detach().requires_grad_() for x in parameters}
+            return functional_call(self.model, own, (static.batch,)), list(own.values())
 
-        moving = [(x, x.clone()) for x in self.model.buffers()]
-        recorded = _recorded_training(run, parameters)
-        with torch.no_grad():
-            for x, before in moving:
-                x.copy_(before)
+        with _undisturbed():
+            static = StaticBatch(batch, self.device, _OF_TRAINING, weight=0.0)
+            static.fill(batch)
+            moving = [(x, x.clone()) for x in self.model.buffers()]
+            recorded = _recorded_training(run, *self._streams.apart)
+            with torch.no_grad():
+                for x, before in moving:
+                    x.copy_(before)
         return _Step(static, *recorded)
 
 
@@ -235,8 +321,9 @@ class _Replayed(torch.autograd.Function):
         step = ctx.step
         if step.passes != ctx.passes:
             raise InputError(
-                "A later batch took this one's place in the CUDA graph; call backward before the next batch."
+                "The CUDA graph has lost what this gradient follows from; call backward once, before the next batch."
             )
+        step.passes += 1  # its memory serves the backward pass, too
         step.upstream.zero_()
         step.upstream[: ctx.n_crystals].copy_(grad)
         step.backward()
@@ -245,22 +332,23 @@ class _Replayed(torch.autograd.Function):
 
 
 def _recorded_training(
-    run: Callable[[], Tensor], parameters: Sequence[Tensor]
+    run: Callable[[], tuple[Tensor, Sequence[Tensor]]], aside: Any, stream: Any
 ) -> tuple[Callable[[], None], Tensor, Callable[[], None], Tensor, Sequence[Tensor | None]]:
     """CUDA graphs of ``run`` and of its backward pass: replays, and the tensors that these read and write."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    random = torch.cuda.get_rng_state()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
         for _ in range(2):
-            out = run()
-            upstream = torch.zeros_like(out)
-            torch.autograd.grad(out, parameters, upstream, allow_unused=True)
-    torch.cuda.current_stream().wait_stream(stream)
+            out, leaves = run()
+            torch.autograd.grad(out, leaves, torch.zeros_like(out), allow_unused=True)
+    torch.cuda.current_stream().wait_stream(aside)
+    upstream = torch.zeros_like(out)
+    torch.cuda.set_rng_state(random)  # so that a dropout does not depend on when its graph was captured
     first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(first):
-        out = run()
-    with torch.cuda.graph(second, pool=first.pool()):
-        gradients = torch.autograd.grad(out, parameters, upstream, allow_unused=True)
+    with torch.cuda.graph(first, stream=stream, capture_error_mode=_OTHERS_GO_ON):
+        out, leaves = run()
+    with torch.cuda.graph(second, pool=first.pool(), stream=stream, capture_error_mode=_OTHERS_GO_ON):
+        gradients = torch.autograd.grad(out, leaves, upstream, allow_unused=True)
     return first.replay, out.detach(), second.replay, upstream, gradients
 
 
@@ -315,6 +403,7 @@ class StaticBatch:
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
         if self._copied is not None:
             self._copied.record()
+            weakref.finalize(self, self._copied.synchronize).atexit = False  # before anybody else has its pinned memory
         self._kernels, self._device = _kernels(device), device
         fields = ([getattr(x, name) for name in _FIELDS] for x in (self.batch, staged))
         self._on_device, self._on_cpu = ([0 if x is None else x.data_ptr() for x in some] for some in fields)
@@ -330,11 +419,11 @@ class StaticBatch:
             first += spans[name]
         return GraphBatch(**fields, atom_class=block[:0])
 
-    def fill(self, batch: GraphBatch) -> None:
-        """Copy ``batch`` into it; what it is padded with forms a crystal of its own."""
+    def fill(self, batch: GraphBatch, stream: int | None = None) -> None:
+        """Copy ``batch`` into it; what it is padded with forms a crystal of its own. ``stream``: the current one's."""
         if self._kernels is not None and (source := self._addresses(batch)) is not None:
             addresses, counts, is_on_cpu = source
-            stream = triton.current_stream(self._device)
+            stream = triton.current_stream(self._device) if stream is None else stream
             if is_on_cpu:
                 self._kernels.cuda_send(addresses, self._on_cpu, counts, *self._way, stream)
             else:

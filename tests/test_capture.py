@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import time
+import types
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 import srcgcnn_fast as sf
 from srcgcnn_fast import capture
 from srcgcnn_fast.capture import CapturedModel, StaticBatch, _fill, _next_size, sizes
+from srcgcnn_fast.ops import fused, triton
 
 CPU = torch.device("cpu")
 
@@ -139,6 +146,17 @@ def test_units_and_weights_are_those_of_the_moment(replayed, make_batch):
         CapturedModel(model.train())(batch)
 
 
+def test_a_model_that_moved_is_refused(replayed, make_batch):
+    """Its graphs would read memory that is not its own any more."""
+    model, batch = model_with_units(), make_batch("plain")
+    captured = CapturedModel(model)
+    captured(batch)
+    model.load_state_dict(model.state_dict())  # in place
+    captured(batch)
+    with pytest.raises(sf.InputError, match="has moved, and its CUDA graphs have not; make a new CapturedModel"):
+        model.double() and captured(batch)
+
+
 def test_the_last_graphs_are_kept(replayed, monkeypatch, make_batch):
     monkeypatch.setattr(capture, "_MOST_GRAPHS", 2)
     captured = CapturedModel(model_with_units())
@@ -157,3 +175,107 @@ def test_batches_with_features_have_graphs_of_their_own(replayed, make_batch):
             batch.atom_features = features
             torch.testing.assert_close(captured(batch), model.predict(batch), rtol=2e-5, atol=2e-6)
     assert replayed == [2]
+
+
+def test_a_capture_does_not_take_on_the_callers_modes(replayed, monkeypatch, make_batch):
+    """Else a later capture fails in some versions of PyTorch, and weights that autocast converted are those of then."""
+    recorded, modes = capture._recorded, []
+
+    def watched(run):
+        modes.append((torch.is_inference_mode_enabled(), torch.is_autocast_cache_enabled(), gc.isenabled()))
+        return recorded(run)
+
+    monkeypatch.setattr(capture, "_recorded", watched)
+    captured = CapturedModel(model_with_units())
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        captured(make_batch("plain"))
+        assert torch.is_inference_mode_enabled() and torch.is_autocast_cache_enabled() and gc.isenabled()
+    assert modes == [(False, False, False)]
+
+
+def test_threads_take_turns(replayed, monkeypatch, make_batch):
+    recorded, model = capture._recorded, model_with_units()
+
+    def slow(run):
+        replay, out = recorded(run)
+        return lambda: (time.sleep(0.02), replay()), out
+
+    monkeypatch.setattr(capture, "_recorded", slow)
+    captured, batches = CapturedModel(model), [make_batch("plain", seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(captured, batches))
+    for x, batch in zip(found, batches, strict=True):
+        torch.testing.assert_close(x, model.predict(batch).detach(), rtol=2e-5, atol=2e-6)
+    assert replayed == [1]
+
+
+def test_another_stream_waits_for_the_one_before(replayed, monkeypatch, make_batch):
+    """Whose graph may still read its batch; and the memory of all is given back when it is done."""
+    batches, said = [make_batch(kind) for kind in ("plain", "one atom")], []
+    stream = types.SimpleNamespace(
+        wait_stream=lambda other: said.append(("waits for", other)), synchronize=lambda: said.append("ends")
+    )
+    captured = CapturedModel(model_with_units())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    captured(batches[0])
+    assert said == []
+    monkeypatch.setattr(triton, "current_stream", lambda _: 7)
+    for batch in batches:
+        captured(batch)
+    assert said == [("waits for", None)]
+    del captured
+    gc.collect()  # these replays hold it
+    assert said[1:] == ["ends"]
+
+
+class Pretended:
+    """CUDA's streams and graphs: says what was done, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.said: list[object] = []
+        names = ("current", "aside", "stream")
+        self.streams = [types.SimpleNamespace(name=name, wait_stream=self.wait(name)) for name in names]
+        graph = types.SimpleNamespace(replay=lambda: None, pool=lambda: "pool")
+        for name, function in (
+            ("current_stream", lambda: self.streams[0]), ("stream", lambda x: self.enter(x.name)),
+            ("CUDAGraph", lambda: graph), ("graph", lambda _, **how: self.enter("capture", how)),
+            ("get_rng_state", lambda: "random"), ("set_rng_state", self.said.append),
+        ):  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, function)
+
+    def wait(self, name: str):
+        return lambda other: self.said.append(f"{name} waits for {other.name}")
+
+    @contextlib.contextmanager
+    def enter(self, *what: object):
+        self.said += what
+        yield
+        self.said.append("done")
+
+
+def test_graphs_are_captured_on_a_stream_that_nothing_ran_on(monkeypatch):
+    """Both of a training step on one, whose memory they share; what runs before draws no random numbers."""
+    cuda, weight = Pretended(monkeypatch), torch.ones(3, requires_grad=True)
+    how = {"stream": cuda.streams[2], "capture_error_mode": "thread_local"}
+    around = ["aside waits for current", "aside", "run", "run", "done", "current waits for aside"]
+
+    def run() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        cuda.said.append("run")
+        return 2 * weight, [weight]
+
+    _, out = capture._recorded(lambda: run()[0], *cuda.streams[1:])
+    assert cuda.said == [*around, "capture", how, "run", "done"] and torch.equal(out, torch.full((3,), 2.0))
+    cuda.said.clear()
+    _, out, _, upstream, gradients = capture._recorded_training(run, *cuda.streams[1:])
+    assert cuda.said == [
+        *around, "random", "capture", how, "run", "done", "capture", {"pool": "pool", **how}, "done",
+    ]  # fmt: skip
+    assert not out.requires_grad and out.shape == upstream.shape == gradients[0].shape
+
+
+def test_ones_and_zeros_that_are_kept_serve_a_capture(monkeypatch):
+    """Where each would be a launch more at every replay."""
+    key = 3, torch.float32, torch.device("cuda", 0)
+    monkeypatch.setitem(fused._kept_constants, key, (torch.ones(3), torch.zeros(3)))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert fused._constants(*key) is fused._kept_constants[key]

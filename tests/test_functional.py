@@ -54,6 +54,20 @@ def test_without_running_statistics(backend, make_batch):
     torch.testing.assert_close(conv(h, batch), plain_layer(conv, h, batch), rtol=1e-5, atol=1e-5)
 
 
+def test_inference_leaves_nothing_that_training_could_not_use(make_batch):
+    """Ones and zeros in place of what norms lack are kept, and those made in inference mode serve training, too."""
+    torch.manual_seed(0)
+    conv = GatedConv(112)
+    conv.bn1, conv.bn2 = (nn.BatchNorm1d(k, affine=False) for k in (224, 112))  # which no other test asks for
+    batch = make_batch("plain")
+    h = torch.rand(batch.num_rows, 112)
+    with torch.inference_mode():
+        conv.eval()(h, batch)
+    batch.cache.clear()
+    torch.testing.assert_close(conv.train()(h, batch), plain_layer(conv, h, batch), rtol=1e-5, atol=1e-5)
+    conv(h, batch).sum().backward()
+
+
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_weights_stand_for_copies(backend, make_batch):
     """A row of weight w counts as w atoms in both batch norms: two copies of a batch equal doubled weights."""

@@ -186,6 +186,8 @@ def one(bench: Bench, made: candidates.Candidate, work: str, how: str, rounds: i
         made._forget()  # so that the step, not the state before it, counts what it makes
         made.model.zero_grad(set_to_none=True)
         backend._transposed.clear()
+        if isinstance(made.call, sf.CapturedTraining):
+            made.call._graphs.clear()  # a graph's memory is asked for when it is captured
         peak = bench.peak(run)
         seconds = [bench.seconds(run) for _ in range(rounds)]
         found = {"seconds": seconds, "ms": 1e3 * statistics.median(seconds), "peak": peak, "out": out.float().cpu()}

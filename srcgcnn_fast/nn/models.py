@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -37,6 +38,13 @@ def _with_first(states: list[functional.BatchNorm]) -> list[functional.BatchNorm
     """Norms without scale and shift take the first one's."""
     first = states[0]
     return [s if s.weight is not None else s._replace(weight=first.weight, bias=first.bias) for s in states]
+
+
+@lru_cache(64)
+def _vectors(std: tuple[float, ...], mean: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Both, which to copy anew would let every call wait for the GPU."""
+    with torch.inference_mode(False):
+        return [torch.tensor(x, dtype=dtype, device=device) for x in (std, mean)]
 
 
 class CrystalModel(nn.Module):
@@ -264,7 +272,10 @@ class CrystalModel(nn.Module):
         std, mean = self.metadata.std, self.metadata.mean
         if len(std) == 1:  # numbers go along with the kernels, tensors are copied first
             return out * std[0] + mean[0]
-        return out * out.new_tensor(std) + out.new_tensor(mean)
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            return out * out.new_tensor(std) + out.new_tensor(mean)
+        scale, shift = _vectors(tuple(std), tuple(mean), out.dtype, out.device)
+        return out * scale + shift
 
 
 class CGCNN(CrystalModel):

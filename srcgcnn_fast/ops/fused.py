@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -59,16 +58,22 @@ def _widen_weight(weight: Tensor, width: int, more: int) -> Tensor:
 
 
 def _constants(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ones and zeros, which nobody writes to."""
-    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()  # fake tensors, for instance
-    if traced or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    """Ones and zeros, which nobody writes to.
+
+    What is kept serves captured graphs, too, where it would take a launch each at every replay.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():  # fake tensors, for instance
         return torch.ones(size, dtype=dtype, device=device), torch.zeros(size, dtype=dtype, device=device)
-    return _kept_constants(size, dtype, device)
+    found = _kept_constants.get((size, dtype, device))
+    if found is None:
+        with torch.inference_mode(False):  # so that they may be part of what is differentiated
+            found = torch.ones(size, dtype=dtype, device=device), torch.zeros(size, dtype=dtype, device=device)
+        if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            _kept_constants[size, dtype, device] = found
+    return found
 
 
-@cache
-def _kept_constants(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    return torch.ones(size, dtype=dtype, device=device), torch.zeros(size, dtype=dtype, device=device)
+_kept_constants: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
 
 def _layer(weight: Tensor, bias: Tensor | None, bn1: BatchNorm, bn2: BatchNorm, width: int, more: int) -> Layer:

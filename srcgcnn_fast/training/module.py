@@ -218,12 +218,12 @@ class TrainingModule(pl.LightningModule):
     def on_train_start(self) -> None:
         if self.captured:
             self._captured = CapturedTraining(self.model)
-
-    def on_train_end(self) -> None:
-        self._captured = None  # its graphs hold the memory of their steps, and weights where they are now
         for loader in (self.trainer.train_dataloader, self.trainer.val_dataloaders):
             if isinstance(loader, Batches):
                 loader.device = self.device
+
+    def on_train_end(self) -> None:
+        self._captured = None  # its graphs hold the memory of their steps, and weights where they are now
 
     def on_train_epoch_start(self) -> None:
         self._losses = _Losses()

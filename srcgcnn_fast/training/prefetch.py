@@ -29,7 +29,8 @@ class Batches(DataLoader[Item]):
     waited = 0.0
 
     def __iter__(self) -> Iterator[Item]:  # type: ignore[override]
-        return self._timed(self._on_device() if self.device.type == "cuda" else super().__iter__())
+        # Not before a batch is wanted: Lightning asks for an iterator before it says what the device is.
+        yield from self._timed(self._on_device() if self.device.type == "cuda" else super().__iter__())
 
     def _timed(self, batches: Iterator[Item]) -> Iterator[Item]:
         while True:

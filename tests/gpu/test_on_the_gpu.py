@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -665,6 +666,78 @@ def test_captured_training(make_batch, model_type):
 
 
 @cuda_only
+def test_captures_of_all_kinds_in_one_process(make_batch):
+    """Predictions captured in inference mode, then training; calls on streams of the caller's and from threads."""
+    model, _ = model_and_batch(sf.SRCGCNN, make_batch, "plain")
+    trained, plain = copy.deepcopy(model), copy.deepcopy(model)
+    batches = [make_batch("plain", seed=s) for s in range(8)]
+    with torch.inference_mode():
+        captured = sf.CapturedModel(model.eval())
+        captured(batches[0])
+    step = sf.CapturedTraining(trained.train())
+    outs = [call(batches[0].to(DEVICE)) for call in (step, plain.train())]
+    torch.testing.assert_close(*outs, rtol=1e-3, atol=1e-4)
+    for out in outs:
+        out.sum().backward()
+    torch.testing.assert_close(trained.fc_out.weight.grad, plain.fc_out.weight.grad, rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        expected = [model.predict(batch.to(DEVICE)) for batch in batches]
+    streams, found = [torch.cuda.Stream() for _ in range(3)], []
+    for k, batch in enumerate(batches):
+        with torch.cuda.stream(streams[k % 3]):
+            found.append(captured(batch))
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(4) as threads:
+        found += threads.map(lambda batch: captured(batch).cpu().to(DEVICE), batches)
+    assert len(captured._graphs) == 1
+    for ours, truth in zip(found, 2 * expected, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=2e-5, atol=2e-6)
+
+
+@cuda_only
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_captures_on_two_devices(make_batch):
+    """The first one's being current, and having captured before."""
+    model, batch = model_and_batch(sf.SRCGCNN, make_batch, "plain")
+    found = []
+    for device in ("cuda:0", "cuda:1"):
+        here = copy.deepcopy(model).to(device)
+        predicted = sf.CapturedModel(here.eval())(batch.to(device))
+        out = sf.CapturedTraining(here.train())(batch.to("cpu"))
+        out.sum().backward()
+        found.append([x.detach().cpu() for x in (predicted, out, here.fc_out.weight.grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@cuda_only
+def test_a_captured_dropout_depends_on_the_seed_alone(make_batch):
+    """Whether a graph was there before or not; each step draws anew."""
+    torch.manual_seed(0)
+    step = sf.CapturedTraining(sf.CGCNN(1, 16, 32, 2, classification=True).to(DEVICE).train())
+    batch, found = make_batch("plain").to(DEVICE), []
+    for _ in range(2):
+        torch.manual_seed(3)
+        found.append([step(batch).detach() for _ in range(2)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert not torch.equal(*found[0])
+
+
+@cuda_only
+def test_a_captured_step_under_autocast_follows_its_weights(make_batch):
+    """And not what autocast made of them when the graph was captured."""
+    torch.manual_seed(0)
+    model = sf.SRCGCNN().to(DEVICE).train()
+    step, batch = sf.CapturedTraining(model), make_batch("plain").to(DEVICE)
+    for _ in range(2):
+        with torch.autocast("cuda", torch.bfloat16):
+            found, expected = step(batch), model(batch)
+        assert difference(found, expected) < 2e-2
+        with torch.no_grad():
+            model.fc_out.weight *= 3
+            model.fc_out.bias += 1
+
+
+@cuda_only
 @each_backend
 @pytest.mark.parametrize("features", [False, True])
 def test_batches_of_captured_graphs_are_filled_alike_from_either_side(backend, make_batch, features):
@@ -736,15 +809,17 @@ def test_prediction_from_structures_and_from_a_store(packed, captured):
 
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_training_from_a_store(tmp_path, workers, precision):
+def test_training_from_a_store(tmp_path, monkeypatch, workers, precision):
     """Prefetched batches train as the CPU does; the log tells the share of time without data."""
+    from srcgcnn_fast.graph.packing import Packing
     from srcgcnn_fast.training import GraphDataModule, Recipe, fit
 
     if workers and precision != "float32":
         pytest.skip("one precision is enough for the workers")
     rng = np.random.default_rng(1)
     store = GraphStore.from_graphs(graphs_of(160), targets={"y": rng.normal(size=160)})
-    losses = []
+    losses, sent, on = [], [], Packing.on
+    monkeypatch.setattr(Packing, "on", lambda *a: sent.append(1) or on(*a))
     for accelerator in ("cpu", "cpu" if DRY else "gpu"):
         torch.manual_seed(0)
         data = GraphDataModule(store, "y", batch_size=16, num_workers=workers)
@@ -752,6 +827,7 @@ def test_training_from_a_store(tmp_path, workers, precision):
         result = fit(sf.SRCGCNN(), data, out, Recipe(epochs=3), accelerator=accelerator, precision=precision)
         losses.append([row["train_loss"] for row in result.history])
         assert all(0 <= row["data_wait"] < 1 for row in result.history)
+    assert len(sent) == (0 if DRY or workers else 3 * (8 + 1))  # batches of three epochs, in one copy each
     np.testing.assert_allclose(losses[1], losses[0], rtol={"float32": 2e-3, "tf32": 2e-2, "bfloat16": 5e-2}[precision])
 
 

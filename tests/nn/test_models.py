@@ -94,6 +94,21 @@ def test_multiple_targets_and_units(make_batch):
         sf.ModelMetadata(("a", "b"), ("eV",), (0.0, 0.0), (1.0, 1.0))
 
 
+def test_units_of_several_targets_go_to_a_device_once(make_batch, monkeypatch):
+    """A GPU is waited for when they do; made in inference mode, they serve gradients all the same."""
+    batch, model, made, tensor = make_batch("plain"), sf.CGCNN(1, 8, n_targets=3).eval(), [], torch.tensor
+    model.metadata.std, model.metadata.mean = (2.0, 3.0, 5.0), (-0.125, 0.25, 1e-3)
+    monkeypatch.setattr(torch, "tensor", lambda *a, **k: made.append(1) or tensor(*a, **k))
+    with torch.inference_mode():
+        found = [model.predict(batch) for _ in range(3)]
+    assert len(made) == 2 and all(torch.equal(x, found[0]) for x in found)
+    model.predict(batch).sum().backward()
+    assert torch.equal(model.fc_out.bias.grad, len(found[0]) * tensor(model.metadata.std))
+    model.metadata.std = (4.0, 3.0, 5.0)
+    torch.testing.assert_close(model.predict(batch)[:, 1:], found[0][:, 1:])
+    assert not torch.allclose(model.predict(batch)[:, 0], found[0][:, 0])
+
+
 def test_a_classifier_gives_log_probabilities(make_batch):
     batch, model = make_batch("plain"), sf.SRCGCNN(1, atom_fea_len=8, classification=True).eval()
     out = model(batch)

@@ -373,20 +373,20 @@ def replayed(monkeypatch) -> list[int]:
     """Graphs of training on the CPU: a replay computes anew into the same memory. Holds how many were captured."""
     captured = [0]
 
-    def recorded(run, parameters):
+    def recorded(run):
         captured[0] += 1
-        made = run()
+        made, leaves = run()
         out, upstream = made.detach().clone(), torch.zeros_like(made)
-        gradients = torch.autograd.grad(made, parameters, upstream)
+        gradients = torch.autograd.grad(made, leaves, upstream)
         last = []
 
         def forward():
             with torch.enable_grad():
                 last[:] = [run()]
-            out.copy_(last[0].detach())
+            out.copy_(last[0][0].detach())
 
         def backward():
-            for old, new in zip(gradients, torch.autograd.grad(last.pop(), parameters, upstream), strict=True):
+            for old, new in zip(gradients, torch.autograd.grad(*last.pop(), upstream), strict=True):
                 old.copy_(new)
 
         return forward, out, backward, upstream, gradients
@@ -424,14 +424,37 @@ def test_captured_training_gives_the_steps_of_the_model(pretend_gpu, replayed, m
             )
 
 
+def test_captured_training_keeps_more_graphs_of_small_batches(pretend_gpu, replayed, monkeypatch, make_batch):
+    monkeypatch.setattr(registry, "select", lambda *_a, **_k: "cuda")
+    call, kept = capture.CapturedTraining(small_model(torch.float32, sf.CGCNN, 20)), []
+    static = lambda batch: types.SimpleNamespace(batch=batch, fill=lambda *_: None)  # noqa: E731
+    monkeypatch.setattr(call, "_capture", lambda batch, _: types.SimpleNamespace(static=static(batch)))
+    monkeypatch.setattr(capture._Replayed, "apply", lambda *_: None)
+    monkeypatch.setattr(capture, "_FEWER_STEPS", 2)
+    monkeypatch.setattr(capture, "_MOST_STEPS", 3)
+    for kind in ("isolated", "weighted", "ragged", "plain", "large"):
+        call(make_batch(kind))
+        kept.append(len(call._graphs))
+    assert kept == [1, 2, 3, 3, 3]
+    monkeypatch.setattr(capture, "_MANY_ROWS", 8000)
+    call(make_batch("one crystal"))
+    assert len(call._graphs) == 2 and list(call._graphs.values())[-1].static.batch.num_rows == 150
+
+
 def test_captured_training_refuses_what_would_be_wrong(pretend_gpu, replayed, monkeypatch, make_batch):
     monkeypatch.setattr(registry, "select", lambda *_a, **_k: "cuda")
     model, batch = small_model(torch.float32, sf.CGCNN, 20), make_batch("plain")
     call = capture.CapturedTraining(model)
     first = call(batch)
     call(batch).sum().backward()
-    with pytest.raises(sf.InputError, match="call backward before the next batch"):
+    with pytest.raises(sf.InputError, match="call backward once, before the next batch"):
         first.sum().backward()
+    loss = call(batch).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(sf.InputError, match="call backward once, before the next batch"):
+        loss.backward()
+    with pytest.raises(sf.InputError, match="cannot train on a single atom"):
+        call(make_batch("one atom"))
     with pytest.raises(sf.InputError, match=r"call model\.train\(\) first"):
         capture.CapturedTraining(model.eval())(batch)
     model.convs[0].bn1.momentum = None
@@ -443,6 +466,54 @@ def test_captured_training_refuses_what_would_be_wrong(pretend_gpu, replayed, mo
     monkeypatch.setattr(capture, "_DEVICE", "cuda")
     with pytest.raises(sf.InputError, match="needs a model on a CUDA device, not on cpu"):
         capture.CapturedTraining(model)
+
+
+def test_a_capture_reaches_for_no_node_of_an_earlier_step(pretend_gpu, replayed, monkeypatch, make_batch):
+    """A parameter's node belongs to the stream of the step that made it, which is held as long as its loss is."""
+    monkeypatch.setattr(registry, "select", lambda *_a, **_k: "cuda")
+    model, recorded, seen = small_model(torch.float32, sf.CGCNN, 20), capture._recorded_training, []
+    nodes = {x.expand_as(x).grad_fn.next_functions[0][0] for x in model.parameters()}  # alive
+
+    def reached(node):
+        return set() if node is None else {node}.union(*(reached(x) for x, _ in node.next_functions))
+
+    def watched(run):
+        out, leaves = run()
+        seen.append(reached(out.grad_fn))
+        assert [x.data_ptr() for x in leaves] == [x.data_ptr() for x in model.parameters()]
+        return recorded(run)
+
+    monkeypatch.setattr(capture, "_recorded_training", watched)
+    loss = capture.CapturedTraining(model)(make_batch("isolated")).sum()
+    assert len(seen[0]) > len(nodes) and not seen[0] & nodes
+    assert nodes <= reached(loss.grad_fn)
+    assert all(isinstance(x, torch.nn.Parameter) for x in model.parameters())
+
+
+def test_captured_training_follows_what_is_frozen_or_replaced(pretend_gpu, replayed, monkeypatch, make_batch):
+    """Norms that stop, weights that stop, a parameter at another address: each has a graph of its own."""
+    monkeypatch.setattr(registry, "select", lambda *_a, **_k: "cuda")
+    model, batch = small_model(torch.float32, sf.SRCGCNN, 20), make_batch("weighted")
+    call = capture.CapturedTraining(model)
+    for change in (
+        lambda: None,
+        lambda: model.recurrent_bn1s[0].eval(),
+        lambda: model.embedding.requires_grad_(False),
+        lambda: setattr(model.fc_out, "weight", torch.nn.Parameter(2 * model.fc_out.weight.detach())),
+    ):
+        change()
+        batch.cache.clear()
+        found = []
+        for given in (model, call):
+            model.zero_grad()
+            with torch.no_grad():  # the running statistics that one norm computes with
+                model.recurrent_bn1s[0].running_mean.fill_(0.1)
+            out = given(batch)
+            out.sum().backward()
+            found.append([out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        for expected, ours in zip(*found, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=2e-4, atol=2e-5)
+    assert replayed == [4]
 
 
 def test_features_that_are_formed_again_have_the_bits_of_those_that_left():

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import threading
 import time
+import types
 from dataclasses import fields
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from srcgcnn_fast import SRCGCNN, InputError
 from srcgcnn_fast.graph import packing
 from srcgcnn_fast.training import GraphDataModule, Recipe, fit
 from srcgcnn_fast.training.data import GraphDataset, Split
-from srcgcnn_fast.training.prefetch import Item
+from srcgcnn_fast.training.module import TrainingModule
+from srcgcnn_fast.training.prefetch import Batches, Item
 
 CPU = torch.device("cpu")
 
@@ -74,6 +78,21 @@ def test_the_next_batch_is_begun_before_one_is_used(alloys, monkeypatch):
     counts = [len(begun) for _ in loader._on_device()]
     assert counts == [*range(2, len(loader) + 1), len(loader)]
     assert set(begun) == {threading.get_ident()}
+
+
+def test_training_and_validation_take_their_batches_on_the_device_from_the_first_on(alloys, monkeypatch):
+    """Whatever device Lightning names says that it is a GPU; the batches stay here."""
+    seen: list[int] = []
+    gpu = types.SimpleNamespace(type="cuda")
+    place = property(lambda self: vars(self).get("place", CPU), lambda self, _: vars(self).update(place=gpu))
+    monkeypatch.setattr(Batches, "device", place)
+    monkeypatch.setattr(Batches, "_on_device", lambda self: (seen.append(len(self)), DataLoader.__iter__(self))[1])
+    data = GraphDataModule(alloys, "energy", batch_size=40)
+    module = TrainingModule(SRCGCNN(atom_fea_len=8), data, Recipe(epochs=2))
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(max_epochs=2, accelerator="cpu", enable_model_summary=False, num_sanity_val_steps=0, **options)
+    trainer.fit(module, data)
+    assert seen == [len(data.loader("train", shuffle=True)), len(data.loader("val"))] * 2
 
 
 def test_an_error_arrives(alloys, monkeypatch):
