@@ -345,10 +345,11 @@ def _recorded_training(
     upstream = torch.zeros_like(out)
     torch.cuda.set_rng_state(random)  # so that a dropout does not depend on when its graph was captured
     first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(first, stream=stream, capture_error_mode=_OTHERS_GO_ON):
-        out, leaves = run()
-    with torch.cuda.graph(second, pool=first.pool(), stream=stream, capture_error_mode=_OTHERS_GO_ON):
-        gradients = torch.autograd.grad(out, leaves, upstream, allow_unused=True)
+    with triton.captured_together():
+        with torch.cuda.graph(first, stream=stream, capture_error_mode=_OTHERS_GO_ON):
+            out, leaves = run()
+        with torch.cuda.graph(second, pool=first.pool(), stream=stream, capture_error_mode=_OTHERS_GO_ON):
+            gradients = torch.autograd.grad(out, leaves, upstream, allow_unused=True)
     return first.replay, out.detach(), second.replay, upstream, gradients
 
 

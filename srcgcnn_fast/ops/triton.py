@@ -154,6 +154,18 @@ class Transposed(NamedTuple):
 
 
 _transposed: dict[int, tuple[Any, Any, Transposed]] = {}
+_of_step: dict[tuple[int, int], tuple[Tensor, Tensor, Transposed]] | None = None
+
+
+@contextlib.contextmanager
+def captured_together() -> Iterator[None]:
+    """CUDA graphs captured inside are replayed one after the other, on the same edges: the first makes their index."""
+    global _of_step
+    _of_step = {}
+    try:
+        yield
+    finally:
+        _of_step = None
 
 
 def transposed(graph: Graph, build: Callable[[Tensor, Tensor], Transposed] | None = None) -> Transposed:
@@ -166,7 +178,12 @@ def transposed(graph: Graph, build: Callable[[Tensor, Tensor], Transposed] | Non
     if sender.is_inference() or row_ptr.is_inference():
         return build(sender, row_ptr)
     if sender.is_cuda and torch.cuda.is_current_stream_capturing():
-        return build(sender, row_ptr)
+        if _of_step is None:
+            return build(sender, row_ptr)
+        edges = id(sender), id(row_ptr)
+        if edges not in _of_step:
+            _of_step[edges] = sender, row_ptr, build(sender, row_ptr)
+        return _of_step[edges][2]
     key, version = id(sender), (sender._version, row_ptr._version, id(row_ptr))
     found = _transposed.get(key)
     if found is None or found[0]() is not sender or found[1] != version:

@@ -103,7 +103,8 @@ def test_products_of_rows_and_channels_of_any_size(width):
     h, layer, graph, _ = arguments(problem)
     h = h * 10.0 ** torch.randint(-18, 19, (len(h), 1))
     layer = layer._replace(weight=layer.weight * 10.0 ** torch.randint(-18, 19, (2 * width, 1)))
-    found = Kernels.linear(h, layer, backend._Edges(graph, 41, h.dtype, h.device)).pq.unflatten(1, (4, -1))[:, 2:, :width]
+    found = Kernels.linear(h, layer, backend._Edges(graph, 41, h.dtype, h.device)).pq
+    found = found.unflatten(1, (4, -1))[:, 2:, :width]
     weight = layer.weight.double()[:, width : 2 * width] / torch.sqrt(layer.var1.double() + layer.eps1)[:, None]
     of_rows = lambda h, weight: (h.double() @ weight.T).unflatten(1, (2, -1))  # noqa: E731
     assert ((found - of_rows(h, weight)).abs() <= 4e-7 * of_rows(h.abs(), weight.abs())).all()

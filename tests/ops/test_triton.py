@@ -352,6 +352,23 @@ def test_the_transposed_index_follows_its_graph():
     assert len(backend._transposed) == kept - 1
 
 
+def test_graphs_that_are_captured_together_share_the_transposed_index(monkeypatch):
+    """Otherwise a replay would find that of other edges."""
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    graph = Problem("ragged", 8, 41).graph()
+    graph = graph._replace(sender=graph.sender.as_subclass(OnGpu))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert backend.transposed(graph) is not backend.transposed(graph)
+    with backend.captured_together():
+        first = backend.transposed(graph)
+        assert backend.transposed(graph) is first
+        assert backend.transposed(graph._replace(sender=graph.sender.clone())) is not first
+    assert backend.transposed(graph) is not first
+
+
 @needs_triton
 def test_bad_shapes_and_types_are_refused():
     convolution.bad_input(Problem)
