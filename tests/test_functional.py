@@ -10,6 +10,7 @@ import srcgcnn_fast as sf
 from srcgcnn_fast import functional
 from srcgcnn_fast.functional import BatchNorm
 from srcgcnn_fast.nn.conv import GatedConv
+from srcgcnn_fast.ops import fused
 
 BACKENDS = ["reference", "cpu"]
 
@@ -52,6 +53,20 @@ def test_without_running_statistics(backend, make_batch):
     conv.bn1, conv.bn2 = (nn.BatchNorm1d(k, track_running_stats=False) for k in (16, 8))
     h = torch.rand(batch.num_rows, 8)
     torch.testing.assert_close(conv(h, batch), plain_layer(conv, h, batch), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_training_after_inference_mode(backend, make_batch):
+    """Of norms without scale and shift, whose ones and zeros are kept from call to call."""
+    torch.manual_seed(0)
+    batch, conv = make_batch("plain"), GatedConv(16)
+    conv.bn1, conv.bn2 = (nn.BatchNorm1d(k, affine=False) for k in (32, 16))
+    h = torch.rand(batch.num_rows, 16)
+    fused._kept_constants.cache_clear()
+    with torch.inference_mode():
+        conv.eval()(h, batch)
+    theirs = plain_layer(conv.train(), h, batch)
+    torch.testing.assert_close(conv(h, batch), theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)

@@ -68,7 +68,8 @@ def _constants(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Ten
 
 @cache
 def _kept_constants(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    return torch.ones(size, dtype=dtype, device=device), torch.zeros(size, dtype=dtype, device=device)
+    with torch.inference_mode(False):  # whose tensors no training could keep; copies are there for any stream
+        return torch.ones(size, dtype=dtype).to(device), torch.zeros(size, dtype=dtype).to(device)
 
 
 def _layer(weight: Tensor, bias: Tensor | None, bn1: BatchNorm, bn2: BatchNorm, width: int, more: int) -> Layer:

@@ -159,10 +159,12 @@ _transposed: dict[int, tuple[Any, Any, Transposed]] = {}
 def transposed(graph: Graph, build: Callable[[Tensor, Tensor], Transposed] | None = None) -> Transposed:
     """The transposed index of a graph, kept as long as its ``sender`` lives unchanged; ``build``: who makes it.
 
-    While a CUDA graph is captured it is built anew, as part of that graph: a replay may bring other edges.
+    While a CUDA graph is captured it is built anew, as part of that graph: a replay may bring other edges. So it is for
+    tensors of inference mode, which do not say whether they changed.
     """
     sender, row_ptr, build = graph.sender, graph.row_ptr, build or _transpose
-    if sender.is_cuda and torch.cuda.is_current_stream_capturing():
+    is_captured = sender.is_cuda and torch.cuda.is_current_stream_capturing()
+    if is_captured or sender.is_inference() or row_ptr.is_inference():
         return build(sender, row_ptr)
     key, version = id(sender), (sender._version, row_ptr._version, id(row_ptr))
     found = _transposed.get(key)
