@@ -131,7 +131,7 @@ def _recorded(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):  # PyTorch's own may be of another device
         out = run()
     return graph.replay, out
 
@@ -179,7 +179,7 @@ class CapturedTraining:
         key = (sizes(batch, _OF_TRAINING), *widths, tuple(map(id, parameters)))
         with torch.cuda.device(self.device) if _DEVICE == "cuda" else nullcontext():
             if (step := self._graphs.get(key)) is None:
-                step = self._graphs[key] = self._capture(batch, parameters)
+                step = self._graphs[key] = self._capture(batch)
                 while len(self._graphs) > _MOST_STEPS:
                     self._graphs.popitem(last=False)
             self._graphs.move_to_end(key)
@@ -187,17 +187,20 @@ class CapturedTraining:
             out: Tensor = _Replayed.apply(step, batch.num_crystals, *parameters)
             return out
 
-    def _capture(self, batch: GraphBatch, parameters: Sequence[Tensor]) -> _Step:
+    def _capture(self, batch: GraphBatch) -> _Step:
         static = StaticBatch(batch, self.device, _OF_TRAINING, weight=0.0)
         static.fill(batch)
+        # Where somebody holds a loss, the parameters are leaves of another stream's, which no capture can wait for.
+        own = {name: x.detach().requires_grad_() for name, x in self.model.named_parameters() if x.requires_grad}
 
         def run() -> Tensor:
             static.batch.cache.clear()
-            out: Tensor = self.model(static.batch)
+            out: Tensor = torch.func.functional_call(self.model, own, (static.batch,))
             return out
 
         moving = [(x, x.clone()) for x in self.model.buffers()]
-        recorded = _recorded_training(run, parameters)
+        with torch.enable_grad():
+            recorded = _recorded_training(run, list(own.values()))
         with torch.no_grad():
             for x, before in moving:
                 x.copy_(before)
@@ -257,10 +260,11 @@ def _recorded_training(
             torch.autograd.grad(out, parameters, upstream, allow_unused=True)
     torch.cuda.current_stream().wait_stream(stream)
     first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(first):
+    with torch.cuda.graph(first, stream=stream):
         out = run()
-    with torch.cuda.graph(second, pool=first.pool()):
-        gradients = torch.autograd.grad(out, parameters, upstream, allow_unused=True)
+    with torch.cuda.graph(second, pool=first.pool(), stream=stream):
+        # A second replay finds what the forward pass left, as nothing of it is given back for others to write.
+        gradients = torch.autograd.grad(out, parameters, upstream, allow_unused=True, retain_graph=True)
     return first.replay, out.detach(), second.replay, upstream, gradients
 
 

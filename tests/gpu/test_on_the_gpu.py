@@ -650,8 +650,12 @@ def test_captured_training(make_batch, model_type):
         optimizer, outs = torch.optim.SGD(model.parameters(), 1e-3), []
         for k, (kind, seed) in enumerate(kinds):
             batch = make_batch(kind, seed=seed)
-            outs.append(call(batch if captured and k % 2 else batch.to(DEVICE)))
-            outs[-1].square().mean().backward()
+            outs.append(call(batch if captured and k % 2 else batch.to(DEVICE)))  # whose graphs live on
+            loss = outs[-1].square().mean()
+            gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+            loss.backward()
+            if k != 2:
+                assert all(torch.equal(x.grad, given) for x, given in zip(model.parameters(), gradients, strict=True))
             if k != 1:
                 optimizer.step()
                 optimizer.zero_grad()

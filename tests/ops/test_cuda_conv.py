@@ -442,6 +442,46 @@ def test_captured_training_refuses_what_would_be_wrong(pretend_gpu, replayed, mo
         capture.CapturedTraining(model)
 
 
+def leaves_of(x: torch.Tensor) -> list[torch.Tensor]:
+    found, left = [], [x.grad_fn]
+    while left:
+        node = left.pop()
+        found += [node.variable] if hasattr(node, "variable") else []
+        left += [n for n, _ in node.next_functions if n is not None]
+    return found
+
+
+def test_what_pytorch_asks_of_captures(pretend_gpu, monkeypatch, make_batch):
+    """A stream of the device, leaves that no graph of another stream has, a backward pass that can be repeated. Nothing
+    is recorded here."""
+    monkeypatch.setattr(registry, "select", lambda *_a, **_k: "cuda")
+    monkeypatch.setattr(capture, "_DEVICE", "cpu")
+    stream, captures, passes, grad = types.SimpleNamespace(wait_stream=lambda _: None), [], [], torch.autograd.grad
+    fake = {
+        "Stream": lambda: stream, "current_stream": lambda: stream, "stream": contextlib.nullcontext,
+        "CUDAGraph": lambda: types.SimpleNamespace(replay=lambda: None, pool=lambda: None),
+        "graph": lambda _, pool=None, stream=None: captures.append(stream) or contextlib.nullcontext(),
+    }  # fmt: skip
+    for name, value in fake.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    def repeated(*given, **how):
+        passes.append(given)
+        found = grad(*given, **how)
+        return grad(*given, **how) if captures else found
+
+    monkeypatch.setattr(torch.autograd, "grad", repeated)
+    model, batch = small_model(torch.float32, sf.CGCNN, 20), make_batch("plain")
+    with torch.no_grad():
+        capture.CapturedTraining(model)(batch)
+    capture._recorded(lambda: torch.zeros(1))
+    assert captures == [stream] * 3
+    out, wanted, _ = passes[-1]
+    own = {id(x) for x in leaves_of(out)}
+    assert own == {id(x) for x in wanted} and not own & {id(x) for x in model.parameters()}
+    assert [x.data_ptr() for x in wanted] == [x.data_ptr() for x in model.parameters()]
+
+
 def test_features_that_are_formed_again_have_the_bits_of_those_that_left():
     problem, stream = Problem("weighted", 40, 41), 0
     h, layer, graph, _ = arguments(problem)
