@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -122,16 +122,22 @@ class _Captured(NamedTuple):
     """What a replay writes: a prediction for each crystal, those of the padding too."""
 
 
+@cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """Where graphs of this device are recorded, all of them, as cuBLAS keeps memory for every stream."""
+    return torch.cuda.Stream(device)
+
+
 def _recorded(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     """A CUDA graph of ``run``: its replay, and the tensor that this writes."""
-    stream = torch.cuda.Stream()
+    stream = _stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compiles the kernels and fills the libraries' workspaces
         for _ in range(2):
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):  # PyTorch's own may be of another device
+    with torch.cuda.graph(graph, stream=stream):
         out = run()
     return graph.replay, out
 
@@ -251,7 +257,7 @@ def _recorded_training(
     run: Callable[[], Tensor], parameters: Sequence[Tensor]
 ) -> tuple[Callable[[], None], Tensor, Callable[[], None], Tensor, Sequence[Tensor | None]]:
     """CUDA graphs of ``run`` and of its backward pass: replays, and the tensors that these read and write."""
-    stream = torch.cuda.Stream()
+    stream = _stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):

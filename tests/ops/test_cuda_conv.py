@@ -458,12 +458,13 @@ def test_what_pytorch_asks_of_captures(pretend_gpu, monkeypatch, make_batch):
     monkeypatch.setattr(capture, "_DEVICE", "cpu")
     stream, captures, passes, grad = types.SimpleNamespace(wait_stream=lambda _: None), [], [], torch.autograd.grad
     fake = {
-        "Stream": lambda: stream, "current_stream": lambda: stream, "stream": contextlib.nullcontext,
+        "current_device": lambda: 1, "current_stream": lambda: stream, "stream": contextlib.nullcontext,
         "CUDAGraph": lambda: types.SimpleNamespace(replay=lambda: None, pool=lambda: None),
         "graph": lambda _, pool=None, stream=None: captures.append(stream) or contextlib.nullcontext(),
     }  # fmt: skip
     for name, value in fake.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(capture, "_stream", {1: stream}.get)
 
     def repeated(*given, **how):
         passes.append(given)
