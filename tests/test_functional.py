@@ -62,11 +62,19 @@ def test_training_after_inference_mode(backend, make_batch):
     batch, conv = make_batch("plain"), GatedConv(16)
     conv.bn1, conv.bn2 = (nn.BatchNorm1d(k, affine=False) for k in (32, 16))
     h = torch.rand(batch.num_rows, 16)
-    fused._kept_constants.cache_clear()
+    fused._kept_constants.clear()
     with torch.inference_mode():
         conv.eval()(h, batch)
     theirs = plain_layer(conv.train(), h, batch)
     torch.testing.assert_close(conv(h, batch), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_captured_graph_makes_no_constants_anew(monkeypatch):
+    """Two launches for every norm."""
+    device, kept = torch.device("cuda", 0), (torch.ones(3), torch.zeros(3))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setitem(fused._kept_constants, (3, torch.float32, device), kept)
+    assert fused._constants(3, torch.float32, device) is kept
 
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)

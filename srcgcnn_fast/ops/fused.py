@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -61,15 +60,17 @@ def _widen_weight(weight: Tensor, width: int, more: int) -> Tensor:
 def _constants(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Ones and zeros, which nobody writes to."""
     traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()  # fake tensors, for instance
+    if not traced and (found := _kept_constants.get((size, dtype, device))) is not None:
+        return found
     if traced or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return torch.ones(size, dtype=dtype, device=device), torch.zeros(size, dtype=dtype, device=device)
-    return _kept_constants(size, dtype, device)
-
-
-@cache
-def _kept_constants(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):  # whose tensors no training could keep; copies are there for any stream
-        return torch.ones(size, dtype=dtype).to(device), torch.zeros(size, dtype=dtype).to(device)
+        made = torch.ones(size, dtype=dtype).to(device), torch.zeros(size, dtype=dtype).to(device)
+    _kept_constants[size, dtype, device] = made
+    return made
+
+
+_kept_constants: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
 
 def _layer(weight: Tensor, bias: Tensor | None, bn1: BatchNorm, bn2: BatchNorm, width: int, more: int) -> Layer:
