@@ -445,12 +445,9 @@ SRCGCNN_DEVICE void store_channels(float* row, int channel, int64_t F, const flo
 #pragma unroll 1
   for (int v = 0; v < 4 && channel + v < F; ++v) row[channel + v] = v < 2 ? (v ? x[1] : x[0]) : v < 3 ? x[2] : x[3];
 }
-SRCGCNN_DEVICE Channels<4> load_channels(const float* row, int channel, int64_t F) {
-  if (F % 4 == 0) return channel < F ? load<4>(row + channel) : Channels<4>{};
-  Channels<4> x;
-#pragma unroll
-  for (int v = 0; v < 4; ++v) x.x[v] = channel + v < F ? row[channel + v] : 0.0f;
-  return x;
+// Are rows of `stride` numbers vectors of four? Memory of ours is aligned; what a caller gives may begin anywhere.
+SRCGCNN_DEVICE bool in_fours(int64_t stride, const float* x) {
+  return stride % 4 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
 }
 
 // gamma p + beta of four channels, so that y = gamma (q + r) + this.
@@ -548,7 +545,7 @@ __global__ void __launch_bounds__(kThreads, kGateBlocks) gate_sum(const DeviceCo
         for (int v = 0; v < 4; ++v) m[v] = sum[v] * DeviceMath::ln2;
         if (g.out_m) store_channels(g.out_m + row * g.F, channel, g.F, m);
         if (!g.out) return;
-        const auto h = load_channels(g.h + row * g.F, channel, g.F);
+        const auto h = four_of(g.h + row * g.F, channel, g.F, in_fours(g.F, g.h));
         const auto scale = load<4>(norms + channel_of()), shift = load<4>(norms + kChunk + channel_of());
 #pragma unroll
         for (int v = 0; v < 4; ++v) m[v] = finished(h.x[v], m[v], scale.x[v], shift.x[v]);
@@ -809,7 +806,6 @@ __global__ void __launch_bounds__(kThreads, 2) backward_receivers(const DeviceCo
           store_channels(to_x + g.F, channel, g.F, x_sum[1]);
         });
   }
-  __syncwarp();
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     auto sum = load<4>(mine.by[k] + 4 * lane_of());
@@ -1126,9 +1122,6 @@ constexpr int kRowsAtOnce = 4 * kWarps;
 SRCGCNN_DEVICE int four_channels_of() { return lane_of() % 8 * 4; }
 SRCGCNN_DEVICE int64_t first_row(int64_t program) { return program * kRowsAtOnce + 4 * warp_of() + lane_of() / 8; }
 
-SRCGCNN_DEVICE bool in_fours(int64_t stride, const float* x) {
-  return stride % 4 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
-}
 SRCGCNN_DEVICE void store_four(float* row, int64_t at, int64_t n, bool by_four, const Channels<4>& x) {
   if (by_four) {
     if (at < n) store<4>(row + at, x);

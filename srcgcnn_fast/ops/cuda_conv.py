@@ -127,6 +127,7 @@ class Call:
         }  # fmt: skip
         self.sizes = [int(sizes.get(name, 0)) for name in SIZES]
         row_weight, in_degree, by_receiver, by_sender, e_sum, e_gram = moments
+        triton._check("row_weight", row_weight, (edges.n_rows,), like.dtype, like.device)
         self.pointers = _put(
             [0] * len(FIELDS), distance=edges.distance, features=graph.features, ptr=graph.row_ptr, other=graph.sender,
             row_weight=row_weight, degree=in_degree, by_receiver=by_receiver, by_sender=by_sender, e_sum=e_sum,
@@ -302,7 +303,6 @@ def edge_moments(row_weight: Tensor, graph: Graph, n_features: int) -> tuple[Ten
     )  # fmt: skip
     by_receiver, by_sender = row_weight.new_empty(n, k), row_weight.new_empty(n, k)
     run = Call(graph, Moments(row_weight, None, None, None, None, None), row_weight[:, None], k)
-    triton._check("row_weight", row_weight, (run.edges.n_rows,), row_weight.dtype, row_weight.device)
     if n == 0:
         return in_degree, by_receiver, by_sender, total.zero_()[0], gram.zero_()
     run.by_sender()

@@ -65,11 +65,13 @@ def _constants(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Ten
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():  # fake tensors, for instance
         return torch.ones(size, dtype=dtype, device=device), torch.zeros(size, dtype=dtype, device=device)
     found = _kept_constants.get((size, dtype, device))
-    if found is None:
-        with torch.inference_mode(False):  # so that they may be part of what is differentiated
-            found = torch.ones(size, dtype=dtype, device=device), torch.zeros(size, dtype=dtype, device=device)
-        if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-            _kept_constants[size, dtype, device] = found
+    if found is not None:
+        return found
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.ones(size, dtype=dtype, device=device), torch.zeros(size, dtype=dtype, device=device)
+    with torch.inference_mode(False):  # so that training may keep them; copies are there for any stream
+        found = torch.ones(size, dtype=dtype).to(device), torch.zeros(size, dtype=dtype).to(device)
+    _kept_constants[size, dtype, device] = found
     return found
 
 

@@ -498,6 +498,7 @@ def conv(
     """As ``cpu.conv``."""
     h = _of_rows(h, species)
     n, edges = h.shape[0], _checked(graph, [layer], h=h)
+    _check("row_weight", moments.row_weight, (n,), h.dtype, h.device)
     out, m = torch.empty_like(h), torch.empty_like(h)
     if n == 0:
         return out, m, *(x.clone() for x in layer[6:10])  # type: ignore[return-value]
@@ -536,6 +537,7 @@ def conv_backward(
     table, h = h, _of_rows(h, species)
     n, width = h.shape
     edges = _checked(graph, [layer], h=h, grad=grad, m=m)
+    _check("row_weight", moments.row_weight, (n,), h.dtype, h.device)
     if edge_grad and layer.train1:
         raise InputError("Gradients of the edges exist for fixed statistics only; call model.eval() first.")
     if n == 0:

@@ -21,6 +21,7 @@ from srcgcnn_fast import functional
 from srcgcnn_fast.capture import StaticBatch
 from srcgcnn_fast.functional import BatchNorm
 from srcgcnn_fast.graph import CrystalGraph, GraphBatch, GraphStore
+from srcgcnn_fast.nn.conv import GatedConv
 from srcgcnn_fast.ops import cpu as cpu_backend
 from srcgcnn_fast.ops import cuda as cuda_backend
 from srcgcnn_fast.ops import cuda_conv
@@ -623,6 +624,21 @@ def test_rows_beyond_two_to_the_31_numbers(backend):
         torch.testing.assert_close(far, alone, rtol=1e-5, atol=1e-6)
 
 
+@each_backend
+@pytest.mark.parametrize("trains", [False, True])
+def test_features_may_begin_at_any_number(backend, make_batch, trains):
+    """Kernels read rows of 64 four numbers at a time, where these lie so."""
+    torch.manual_seed(0)
+    batch, conv, found = make_batch("weighted").to(DEVICE), GatedConv(64).to(DEVICE).train(trains), []
+    given = torch.rand(batch.num_rows, 64, device=DEVICE)
+    for first in range(2):
+        h = torch.empty(given.numel() + first, device=DEVICE)[first:].view_as(given).copy_(given).requires_grad_()
+        out = conv(h, batch)
+        found.append([out, *torch.autograd.grad(out.square().mean(), [h, *conv.parameters()])])
+    for aligned, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, aligned, rtol=1e-4, atol=1e-5)
+
+
 @cuda_only
 @each_backend
 @pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
@@ -651,7 +667,7 @@ def test_captured_training(make_batch, model_type):
         optimizer, outs = torch.optim.SGD(model.parameters(), 1e-3), []
         for k, (kind, seed) in enumerate(kinds):
             batch = make_batch(kind, seed=seed)
-            outs.append(call(batch if captured and k % 2 else batch.to(DEVICE)))
+            outs.append(call(batch if captured and k % 2 else batch.to(DEVICE)))  # whose graphs live on
             outs[-1].square().mean().backward()
             if k != 1:
                 optimizer.step()

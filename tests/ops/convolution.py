@@ -262,6 +262,8 @@ def bad_input(make: type[Problem]) -> None:
         make.backend.conv(h.double(), layer, graph, moments)
     with pytest.raises(sf.InputError, match="sender must be a contiguous"):
         make.backend.conv(h, layer, graph._replace(sender=graph.sender.long()), moments)
+    with pytest.raises(sf.InputError, match="row_weight must be a contiguous"):
+        make.backend.conv(h, layer, graph, Moments(torch.ones(len(h), 2)[:, 0], *moments[1:]))
     with pytest.raises(sf.InputError, match="gamma2 must be"):
         make.backend.conv(h, layer._replace(gamma2=layer.gamma1), graph, moments)
     with pytest.raises(sf.InputError, match="fixed statistics only"):

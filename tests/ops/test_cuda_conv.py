@@ -123,6 +123,23 @@ def test_generic_edge_features(width, n_features, training):
     compare([Problem("weighted", width, n_features, features=True, seed=6)], training)
 
 
+@pytest.mark.parametrize("features", [False, True])
+@pytest.mark.parametrize("training", TRAINING, ids=["train", "eval", "frozen bn1"])
+def test_what_is_given_may_begin_anywhere(training, features):
+    """At any number, though rows of 32 are read four at a time where they can be."""
+    problem = Problem("weighted", 32, 40, features)
+
+    def moved(x: torch.Tensor) -> torch.Tensor:
+        found = torch.empty(x.numel() + 1)[1:].view(x.shape)
+        assert found.data_ptr() % 16 == 4
+        return found.copy_(x)
+
+    problem.parameters, problem.state = ([moved(x) for x in given] for given in (problem.parameters, problem.state))
+    problem.upstream, (distance, given, *others) = moved(problem.upstream), problem.edges
+    problem.edges = Edges(moved(distance), None if given is None else moved(given), *others)
+    compare([problem], training)
+
+
 @pytest.mark.parametrize("training", TRAINING, ids=["train", "eval", "frozen bn1"])
 @pytest.mark.parametrize(("width", "features"), [(33, False), (64, False), (128, False), (72, True)])
 def test_channels_one_chunk_after_the_other(training_library, monkeypatch, width, features, training):
