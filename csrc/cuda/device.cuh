@@ -35,7 +35,7 @@ SRCGCNN_DEVICE float reciprocal(float x) {
 // Number `at` of `count`, if there is one, on its way to the second-level cache.
 template <class T>
 SRCGCNN_DEVICE void prefetch(const T* from, int64_t at, int64_t count) {
-  if (at < count) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
+  if (uint64_t(at) < uint64_t(count)) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
 }
 // x, as if it were not known before: what is computed of it is not computed ahead of a loop, where it would stay in registers.
 SRCGCNN_DEVICE unsigned known_late(unsigned x) {

@@ -590,7 +590,10 @@ SRCGCNN_DEVICE void look_up(const Block<W, kWarps, kHalf>& b) {
     for (int k = lane_of(); k < vectors; k += 32)
       reinterpret_cast<uint4*>(b.pq(row))[k] = there ? from[k] : uint4{~0u, ~0u, ~0u, ~0u};
     const float* held = b.s.prepared + b.s.at.table() + int64_t(there ? place : 0) * b.s.at.table_stride;
-    store<W / 32>(b.h(row, lane_of() * (W / 32)), load<W / 32>(held + lane_of() * (W / 32)));
+    auto x = load<W / 32>(held + lane_of() * (W / 32));
+#pragma unroll
+    for (int v = 0; v < W / 32; ++v) x.x[v] = there ? x.x[v] : __uint_as_float(~0u);  // of both halves
+    store<W / 32>(b.h(row, lane_of() * (W / 32)), x);
     __syncwarp();  // the place has been read
     if (lane_of() == 0) *b.unit(row) = held[W];
   }
@@ -1019,7 +1022,8 @@ template <int W, int kWarps, bool kHalf>
 SRCGCNN_DEVICE int joined_next(const Block<W, kWarps, kHalf>& b, int now) {
   using P = typename Block<W, kWarps, kHalf>::P;
   const int row = P::per_row + (*b.count() * P::per_shell + b.n - 1) / b.n, room = (b.s.words - P::fixed) / 8 * 7 / row;
-  const int wanted = room < 16 ? 16 : room < Shape<W, kWarps>::rows ? room : Shape<W, kWarps>::rows;
+  const int whole = (b.s.words - P::fixed) / P::per_row & -8, most = whole < Shape<W, kWarps>::rows ? whole : Shape<W, kWarps>::rows;
+  const int wanted = room < 16 ? 16 : room < most ? room : most;
   return (now + wanted) / 2;
 }
 
@@ -1084,7 +1088,7 @@ __global__ void __launch_bounds__(Shape<W, kWarps>::threads, Shape<W, kWarps>::b
       limit = __shfl_sync(kAllLanes, kept, 2);
       const int taken = __shfl_sync(kAllLanes, kept, 1);
       if (s.out)
-        read_out(s, shared + b.places.pq(), s.words - b.places.pq(), c - taken, taken,
+        read_out(s, shared + b.places.pq(), s.words - 2 - b.places.pq(), c - taken, taken,
                  [&](int i) { return load<W / 32>(b.h(i - first, lane_of() * (W / 32))); });
     }
   }

@@ -77,6 +77,16 @@ def test_large_blocks_with_all_their_tiles(library, make_batch, width, largest):
     Problem(batch, width, 41, 2, True).check()
 
 
+@pytest.mark.parametrize("memory", [42, 45])
+def test_rows_that_are_joined_have_room(library, make_batch, memory):
+    """Where those before have no distance they are as many as a block's memory holds, in whole tiles of 8."""
+    library.gpu(1, memory << 10)
+    batch = make_batch("many crystals")
+    batch.distance, batch.sender = batch.distance[:0], batch.sender[:0]
+    batch.row_ptr = torch.zeros_like(batch.row_ptr)
+    Problem(batch, 16, 41, 1, True).check()
+
+
 def test_bits_do_not_depend_on_what_else_is_in_the_batch(make_batch):
     batch = make_batch("plain", seed=8)
     problem = Problem(batch, 16, 41, 2, True)

@@ -187,6 +187,34 @@ def test_bad_indices_give_nan_in_their_crystal_alone(library, make_batch, monkey
         assert problem.found(graph._replace(crystal_ptr=crystal_ptr)).isnan().all()
 
 
+@pytest.mark.parametrize("how", [0, 2], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("gpu", [H100, TINY], ids=["in blocks", "layered"])
+def test_an_atom_without_edges_whose_number_is_bad_gives_nan(library, make_batch, monkeypatch, gpu, how):
+    """Nothing of its own [p, q] reaches it: its features themselves must be NaN."""
+    library.gpu(*gpu)
+    with_precision(monkeypatch, how)
+    batch = make_batch("one crystal")
+    batch.distance, batch.sender = batch.distance[:0], batch.sender[:0]
+    batch.row_ptr = torch.zeros_like(batch.row_ptr)
+    problem = Whole(batch)
+    for value in (-1, 10):
+        species = problem.species.clone()
+        species[1] = value
+        assert problem.found().isfinite().all() and problem.found(species=species).isnan().all()
+
+
+def test_a_readout_that_takes_all_that_is_left_of_a_block(library, make_batch):
+    """But how many rows the next crystals may have together, which follows from those before."""
+    processors, words = 5, 5136
+    library.gpu(processors, 4 * words + 1024)
+    batch = make_batch("many crystals", seed=3)
+    ends = batch.crystal_ptr[3:].tolist()
+    third = max(end for end in ends if end <= int(batch.crystal_ptr[2]) + 16)
+    fourth = max(end for end in ends if end <= third + 16)
+    batch.crystal_ptr = torch.tensor([*batch.crystal_ptr[:3].tolist(), third, fourth, ends[-1]], dtype=torch.int32)
+    Whole(batch, sizes=(1024, 1)).check()
+
+
 def test_a_bad_pointer_of_one_large_crystal_gives_nan(make_batch, monkeypatch):
     """Which no block takes whole: its steps and its readout alone see the pointer."""
     monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
