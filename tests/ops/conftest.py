@@ -78,9 +78,11 @@ def on_the_emulation(library, fenced, monkeypatch: pytest.MonkeyPatch):
     """Three multiprocessors of an H100."""
     monkeypatch.setattr(backend, "native", lambda: library)
     library.gpu(3, 228 << 10)
+    library.tensor_cores("Hopper")
 
 
 @pytest.fixture
 def training_on_the_emulation(training_library, fenced, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cuda_conv, "native", lambda: training_library)
     training_library.gpu(3, 228 << 10)
+    training_library.tensor_cores("Hopper")

@@ -90,6 +90,12 @@ def test_convolution(kind, training):
     compare([Problem(kind, 16, 41, seed=seed) for seed in seeds], training)
 
 
+@pytest.mark.parametrize("training", TRAINING[:2], ids=["train", "eval"])
+def test_on_the_tensor_cores_of_ampere(training_library, training):
+    training_library.tensor_cores("Ampere")
+    compare([Problem("weighted", 64, 41), Problem("ragged", 64, 41)], training)
+
+
 @pytest.mark.parametrize(("width", "n_features"), [(64, 41), (7, 41), (1, 3), (33, 5), (48, 9), (128, 60), (20, 130)])
 def test_any_width_and_number_of_gaussians(width, n_features):
     kind, seeds = ("weighted", range(30 if width == 1 else 4)) if width < 8 else ("isolated", range(8))

@@ -121,6 +121,9 @@ class Emulated:
         sources = iter(re.sub(r"\n \(inlined by\) ", " < ", lines).splitlines())
         return [re.sub("0x[0-9a-f]+", lambda _: f"[{next(sources)}]", line) for line in found.splitlines()]
 
+    def tensor_cores(self, of: str) -> None:
+        self._library.emulated_tensor_cores(*{"Hopper": (25, 1), "Ampere": (24, 2)}[of])
+
     def launches(self) -> int:
         return self._library.emulated_launches()
 

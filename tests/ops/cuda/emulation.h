@@ -5,7 +5,7 @@
 // overruns of shared memory (the page after it cannot be touched), vectors that are not aligned (a trap), lanes that do
 // not meet where they must (abort), and missing barriers (results that depend on the order of warps, see
 // emulated_order; every race, whatever the results, with races.h). What it does not: speed, and the rounding of the GPU's
-// approximate exponentials and of its tensor cores' sums.
+// approximate exponentials.
 #pragma once
 #include <math.h>
 #include <setjmp.h>
@@ -58,6 +58,7 @@ namespace emulation {
 
 constexpr int kMostThreads = 1024, kMostCopies = 256, kStack = 256 << 10;
 inline int processors = 4, shared_per_processor = 228 << 10;
+inline int places = 25, parts = 1;  // of the tensor cores' sums: Hopper's
 inline bool descending = false;
 inline int launches = 0, on_stream = 0;  // the latter: those, and memsets, that went to `asked_stream`
 inline void* asked_stream;
@@ -311,10 +312,43 @@ SRCGCNN_UNSEEN void wait_for_copies() {
 }
 // The tensor core does not look at the last 13 bits of its operands.
 inline float seen(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000); }
-// Nor does it round a sum to the nearest number: what does not fit is cut off.
-inline float cut(double x) {
-  const float nearest = float(x);
-  return fabs(double(nearest)) > fabs(x) ? nextafterf(nearest, 0.0f) : nearest;
+// Nor does it round a sum to the nearest number: products and what they are added to are cut off below so many binary places
+// of the largest of them, all at once (Hopper) or in halves (Ampere), and so is the sum, below those of a float. Bit by bit what
+// Xie et al. found GPUs to do, arXiv 2511.10909.
+inline int exponent_of(float x, int least) {
+  const int exponent = int(__float_as_uint(x) >> 23 & 255) - 127;
+  return x == 0 ? -126 : exponent < least ? least : exponent;
+}
+inline double two_to(int exponent) {
+  const uint64_t bits = uint64_t(exponent + 1023) << 52;
+  double y;
+  memcpy(&y, &bits, 8);
+  return y;
+}
+// of: d += a[k] b[k], whose exponents are not below `least`.
+template <int K>
+float dot(float d, const float (&a)[K], const float (&b)[K], int least) {
+  const int places = emulation::places, at_once = K / emulation::parts;
+  for (int first = 0; first < K; first += at_once) {
+    double exact = d, sum = 0;
+    int most = exponent_of(d, -126);
+    for (int k = first; k < first + at_once; ++k) {
+      const int exponent = exponent_of(a[k], least) + exponent_of(b[k], least);
+      most = exponent > most ? exponent : most;
+      exact += double(a[k]) * b[k];
+    }
+    if (!(fabs(exact) < INFINITY)) {
+      d = float(exact);
+      continue;
+    }
+    const double unit = two_to(places - most);
+    sum = trunc(d * unit);
+    for (int k = first; k < first + at_once; ++k) sum += trunc(double(a[k]) * b[k] * unit);
+    sum *= two_to(most - places);
+    d = float(sum);
+    if (fabs(double(d)) > fabs(sum)) d = nextafterf(d, 0.0f);
+  }
+  return d;
 }
 inline void mma(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
   const int turn = emulation::next_turn(), lane = emulation::lane();
@@ -324,10 +358,12 @@ inline void mma(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
   emulation::meet(3);
   for (int x = 0; x < 4; ++x) {
     const int row = lane / 4 + x / 2 * 8, column = lane % 4 * 2 + x % 2;
-    double sum = d[x];
-    for (int k = 0; k < 8; ++k)
-      sum += double(warp.a[turn][row % 8 * 4 + k % 4][row / 8 + k / 4 * 2]) * warp.b[turn][column * 4 + k % 4][k / 4];
-    d[x] = cut(sum);
+    float left[8], right[8];
+    for (int k = 0; k < 8; ++k) {
+      left[k] = warp.a[turn][row % 8 * 4 + k % 4][row / 8 + k / 4 * 2];
+      right[k] = warp.b[turn][column * 4 + k % 4][k / 4];
+    }
+    d[x] = dot(d[x], left, right, -126);
   }
 }
 inline uint32_t to_bfloat16(float x) {
@@ -349,17 +385,16 @@ inline uint32_t to_half(float x) {
 }
 inline uint32_t to_half(float low, float high) { return to_half(high) << 16 | to_half(low); }
 inline float of_half(uint32_t bits) {
-  const int exponent = int(bits >> 10 & 31), units = int(bits & 1023);
-  const double size = exponent == 31 ? (units ? double(NAN) : double(INFINITY))
-                                     : ldexp(exponent ? units + 1024 : units, (exponent ? exponent : 1) - 25);
-  return float(bits & 0x8000 ? -size : size);
+  const uint32_t sign = (bits & 0x8000) << 16, size = bits & 0x7fff;
+  if (size < 0x400) return copysignf(float(size) * 0x1p-24f, __uint_as_float(sign));
+  return __uint_as_float(sign | (size < 0x7c00 ? (size << 13) + (112u << 23) : 0x7f800000u | (size & 0x3ff) << 13));
 }
 inline void of_half(uint32_t both, float& low, float& high) {
   low = of_half(both & 0xffff);
   high = of_half(both >> 16);
 }
 template <class Number>
-void mma_of_words(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Number& number) {
+void mma_of_words(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int least, const Number& number) {
   const int turn = emulation::next_turn(), lane = emulation::lane();
   auto& warp = emulation::my_warp();
   memcpy(warp.half_a[turn][lane], a, sizeof a);
@@ -367,18 +402,19 @@ void mma_of_words(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
   emulation::meet(5);
   for (int x = 0; x < 4; ++x) {
     const int row = lane / 4 + x / 2 * 8, column = lane % 4 * 2 + x % 2;
-    double sum = d[x];
-    for (int k = 0; k < 16; ++k)
-      sum += double(number(warp.half_a[turn][row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2)) *
-             number(warp.half_b[turn][column * 4 + k % 8 / 2][k / 8], k % 2);
-    d[x] = cut(sum);
+    float left[16], right[16];
+    for (int k = 0; k < 16; ++k) {
+      left[k] = number(warp.half_a[turn][row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2);
+      right[k] = number(warp.half_b[turn][column * 4 + k % 8 / 2][k / 8], k % 2);
+    }
+    d[x] = dot(d[x], left, right, least);
   }
 }
 inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  mma_of_words(d, a, b, [](uint32_t both, int k) { return __uint_as_float(k ? both & 0xffff0000 : both << 16); });
+  mma_of_words(d, a, b, -126, [](uint32_t both, int k) { return __uint_as_float(k ? both & 0xffff0000 : both << 16); });
 }
 inline void mma_half(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  mma_of_words(d, a, b, [](uint32_t both, int k) { return of_half(k ? both >> 16 : both & 0xffff); });
+  mma_of_words(d, a, b, -14, [](uint32_t both, int k) { return of_half(k ? both >> 16 : both & 0xffff); });
 }
 }  // namespace srcgcnn::device
 
@@ -431,12 +467,16 @@ inline cudaError_t cudaGetLastError() {
 }
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid value"; }
 
-// Of the tests: the emulated GPU, the order of its warps and blocks, launches so far, launches and memsets on a stream
+// Of the tests: the emulated GPU, its tensor cores, the order of its warps and blocks, launches so far, launches and memsets on a stream
 // since it was named, which blocks run, whether the next launch fails, the wait for an event.
 extern "C" {
 __attribute__((weak)) void emulated_gpu(int processors, int shared_per_processor) {
   emulation::processors = processors;
   emulation::shared_per_processor = shared_per_processor;
+}
+__attribute__((weak)) void emulated_tensor_cores(int places, int parts) {
+  emulation::places = places;
+  emulation::parts = parts;
 }
 __attribute__((weak)) void emulated_order(int descending) { emulation::descending = descending; }
 __attribute__((weak)) int emulated_launches() { return emulation::launches; }
