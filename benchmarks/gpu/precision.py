@@ -81,7 +81,8 @@ def emulated_cuda() -> Iterator[None]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     with tempfile.TemporaryDirectory() as folder:
-        library, before = module.Emulated(module.build(Path(folder))), (cuda.native, cpu.NetworkParameters)
+        library = module.Emulated(module.build(Path(folder), module.KERNELS / "stack.cu"))
+        before = cuda.native, cpu.NetworkParameters
         library.gpu(132, 228 << 10)
         cuda.native, cpu.NetworkParameters = lambda: library, cuda.NetworkParameters
         try:
