@@ -31,3 +31,10 @@ def test_everything_that_the_workbench_measures():
     assert "Precision" in found
     wrong = [line for line in found.splitlines() if "failed" in line or "left out" in line or "differ by" in line]
     assert not wrong
+
+
+def test_what_precision_does_to_published_checkpoints():
+    if "SRCGCNN_TEST_DATA" not in os.environ:
+        pytest.skip("the checkpoints are in the test data: set SRCGCNN_TEST_DATA")
+    found = run("benchmarks/gpu/precision.py", "--crystals", "4")
+    assert found.count("| bfloat16 |") == 2 and "Emulated on the CPU" in found
