@@ -420,15 +420,12 @@ def replayed(monkeypatch) -> list[int]:
     return captured
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_captured_training_gives_the_steps_of_the_model(pretend_gpu, replayed, monkeypatch, make_batch, frozen):
+def test_captured_training_gives_the_steps_of_the_model(pretend_gpu, replayed, monkeypatch, make_batch):
     """Outputs, weights and running statistics over batches of other sizes, padded with rows that have no weight."""
     monkeypatch.setattr(registry, "select", lambda *_a, **_k: "cuda")
     models, batches = [], [make_batch(kind, seed) for kind, seed in (("weighted", 1), ("plain", 1), ("weighted", 2))]
     for captured in (False, True):
         model = small_model(torch.float32, sf.SRCGCNN, 20)
-        if frozen:
-            model.embedding.requires_grad_(False)
         call = capture.CapturedTraining(model) if captured else model
         optimizer, outs = torch.optim.SGD(model.parameters(), 1e-2), []
         for k in (0, 1, 2, 0, 1):
