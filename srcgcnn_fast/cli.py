@@ -126,7 +126,7 @@ def train(arguments: argparse.Namespace) -> None:
             val_store=val_store,
             test_store=test_store,
             units=arguments.unit and [arguments.unit],
-            batch_size=arguments.batch_size or 256,
+            batch_size=256 if arguments.batch_size is None else arguments.batch_size,
             batch_rows=arguments.batch_rows,
             seed=arguments.seed,
             length_buckets=arguments.length_buckets,
@@ -161,6 +161,8 @@ def _check_combination(arguments: argparse.Namespace) -> None:
         raise InputError("--folds and --members train in one process; start them without torchrun.")
     if arguments.folds and (arguments.val or arguments.split_file or arguments.members > 1):
         raise InputError("--folds makes its own split and one model each; drop --val, --test, --split-file, --members.")
+    if arguments.members < 1:
+        raise InputError(f"--members {arguments.members} trains nothing; give 1, or more for an ensemble.")
     if arguments.split_file and arguments.val:
         raise InputError("--split-file splits SOURCE and --val brings another set; give one of them.")
     if arguments.unit and len(arguments.target) > 1:
@@ -370,7 +372,7 @@ def _compare_study(arguments: argparse.Namespace, targets: list[str]) -> None:
             targets,
             arguments.seeds or (arguments.seed,),
             recipe,
-            batch_size=arguments.batch_size or 256,
+            batch_size=256 if arguments.batch_size is None else arguments.batch_size,
             precision=arguments.precision or "float32",
             n_conv=arguments.n_conv,
             n_recurrent_steps=arguments.n_recurrent_steps,

@@ -311,6 +311,14 @@ def test_bad_input_is_one_sentence(trained, source, tmp_path, capsys):
         capsys, "prepare", source, tmp_path / "s", "--full-graph", "--symmetry-tolerance", "1e-4"
     )
     assert not (tmp_path / "p.csv").exists()
+    for words, says in (
+        (("--batch-size", "0"), "cannot hold 0"), (("--members", "0"), "--members 0"), (("--seed", "-1"), "seed -1"),
+        (("--weight-decay", "-1"), "weight_decay -1.0"), (("--workers", "-1"), "workers -1"),
+    ):  # fmt: skip
+        assert says in refused(capsys, "train", source, "--target", TARGET, "--out", tmp_path / "new", *words)
+    assert "cannot hold 0" in refused(
+        capsys, "compare", source, "--target", TARGET, "--out", tmp_path / "both", "--batch-size", "0"
+    )
 
 
 def cif(x: str = "0.5", a: float = 4.2, element: str = "Cl") -> str:

@@ -204,7 +204,8 @@ def _data(
             f"Only {sum(sizes.values())} crystals have a graph and a {target}; "
             f"a comparison needs at least {MIN_CRYSTALS}."
         )
-    data.batch_size = batch_size or (64 if sizes["train"] <= SMALL_SET else 256)
+    usual = 64 if sizes["train"] <= SMALL_SET else 256
+    data.batch_size = usual if batch_size is None else batch_size
     return data
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -9,9 +10,11 @@ from typing import NamedTuple
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
 
 from ..errors import InputError
+from ..graph.parameters import GraphParameters
 from ..graph.store import GraphStore
 from .distributed import place
 from .prefetch import Batches, Item, moved, unchanged
@@ -48,7 +51,7 @@ def random_split(indices: np.ndarray, fractions: Sequence[float], seed: int) -> 
     return Split(order[: cuts[0]], order[cuts[0] : cuts[1]], order[cuts[1] : cuts[2]])
 
 
-class EpochSampler(Sampler[np.ndarray]):
+class EpochSampler(DistributedSampler[np.ndarray]):  # or Lightning would share out the shares once more
     """Yields the indices of one batch at a time; the order depends on (seed, epoch) alone, so it resumes exactly.
 
     ``batch_size`` counts crystals; a last training batch of one crystal joins the batch before (batch norm has no
@@ -179,9 +182,10 @@ class GraphDataModule(pl.LightningDataModule):
         num_workers: processes that assemble batches ahead; 0 assembles in the training process.
 
     Crystals without any of the targets are left out and counted in the log; one of several that is missing is NaN.
+    Given indices that validate or test what is also trained on are counted in the log, too.
 
     Raises:
-        InputError: a target does not exist, too few crystals have it, or given indices do not fit.
+        InputError: a target does not exist or is named twice, too few crystals have it, or given indices do not fit.
     """
 
     def __init__(
@@ -201,6 +205,7 @@ class GraphDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.targets = (targets,) if isinstance(targets, str) else tuple(targets)
+        _check_numbers(self.targets, seed, num_workers)
         self.units = tuple(units or (KNOWN_UNITS.get(name, "") for name in self.targets))
         self.graph_parameters = store.parameters
         self.batch_size = batch_size
@@ -214,7 +219,8 @@ class GraphDataModule(pl.LightningDataModule):
         whole = _dataset(store, self.targets)
         if val_store is None:
             parts = split if isinstance(split, Split) else random_split(whole.usable(), split, seed)
-            self.parts = {name: Part(whole, np.asarray(part)) for name, part in parts._asdict().items()}
+            self.parts = {name: Part(whole, _indices(name, part)) for name, part in parts._asdict().items()}
+            _warn_of_overlap(self.parts)
         else:
             datasets = {"train": whole, "val": _dataset(val_store, self.targets)}
             datasets["test"] = _dataset(test_store, self.targets) if test_store else datasets["val"]
@@ -232,6 +238,26 @@ class GraphDataModule(pl.LightningDataModule):
         """Names of the crystals of one part, in the order of its indices."""
         dataset, indices = self.parts[part]
         return [dataset.store.ids[i] for i in indices]
+
+    def fingerprint(self) -> str:
+        """A hash of names, targets and sizes of the crystals of each part, in order."""
+        digest = hashlib.sha256()
+        for name, (dataset, indices) in self.parts.items():
+            digest.update(f"{name} {len(indices)}".encode())
+            digest.update("\0".join(self.ids(name)).encode())
+            digest.update(np.ascontiguousarray(self.target_values(name)).tobytes())
+            digest.update(np.ascontiguousarray(dataset.store.row_counts[indices]).tobytes())
+        return digest.hexdigest()[:16]
+
+    def check_graphs(self, there: GraphParameters) -> None:
+        """Are these crystals the same graphs as those of a model trained on ``there``?"""
+        here = self.graph_parameters
+        for name in ("radius", "max_neighbors", "padded"):
+            if getattr(there, name) != getattr(here, name):
+                raise InputError(
+                    f"The model was trained on graphs with {name} {getattr(there, name)}, and these have "
+                    f"{getattr(here, name)}; prepare them with {there}."
+                )
 
     def loader(self, part: str, shuffle: bool = False) -> Batches:
         """Batches of ``part`` ("train", "val" or "test"), all of them in this process."""
@@ -287,6 +313,32 @@ def _check_same_graphs(store: GraphStore, *others: GraphStore | None) -> None:
         if other is not None and other.parameters != store.parameters:
             raise InputError(
                 f"The stores hold different graphs ({store.parameters} and {other.parameters}); prepare them alike."
+            )
+
+
+def _check_numbers(targets: tuple[str, ...], seed: int, num_workers: int) -> None:
+    if len(set(targets)) < len(targets):
+        raise InputError(f"The targets {', '.join(targets)} name one twice; name each once.")
+    if seed < 0 or num_workers < 0:
+        raise InputError(f"The seed {seed} and the number of workers {num_workers} must be 0 or more.")
+
+
+def _indices(name: str, part: Sequence[int] | np.ndarray) -> np.ndarray:
+    """As int64; a list may be empty."""
+    indices = np.asarray(part)
+    if indices.ndim != 1 or (len(indices) and indices.dtype.kind not in "iu"):
+        raise InputError(
+            f"The {name} part of a split is a list of indices, not an array of {indices.dtype} {indices.shape}; "
+            "np.flatnonzero makes them of a mask."
+        )
+    return indices.astype(np.int64)
+
+
+def _warn_of_overlap(parts: dict[str, Part]) -> None:
+    for name in ("val", "test"):
+        if shared := len(np.intersect1d(parts[name].indices, parts["train"].indices)):
+            logger.warning(
+                "%d %s crystals are also trained on, so their scores tell nothing about others", shared, name
             )
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
@@ -56,7 +57,8 @@ def on_rank_zero(function: Callable[..., _T], *arguments: Any, **options: Any) -
 def trainer_options() -> dict[str, Any]:
     """How a Lightning trainer takes the processes at hand; the data module shares out the crystals."""
     if not is_shared():
-        return {"devices": 1}
+        # Asked, Lightning takes the tasks of a SLURM, LSF or MPI job for processes of this training.
+        return {"devices": 1, "plugins": [LightningEnvironment()]}
     local = int(os.environ["LOCAL_WORLD_SIZE"])
     # Synchronised statistics leave the same buffers everywhere, and ranks may validate different numbers of batches.
     strategy = DDPStrategy(broadcast_buffers=False)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..errors import InputError
 from ..files import atomic_path
 from ..nn import CGCNN, SRCGCNN
 from ..uncertainty import Sampler
@@ -50,8 +51,13 @@ def evaluate(model: CGCNN | SRCGCNN | Sampler, data: GraphDataModule, part: str 
     """Predict one part ("train", "val" or "test") with ``model``, on its device, and score it.
 
     An :class:`~srcgcnn_fast.uncertainty.Ensemble` is scored by its mean, and the standard deviation is kept.
+
+    Raises:
+        InputError: the part is empty, or its targets or graphs are not those of the model; a single target may have
+            another name.
     """
     models = model.models if isinstance(model, Sampler) else [model]
+    _check(models[0], data, part)
     device = next(models[0].parameters()).device
     training = [each.training for each in models]
     for each in models:
@@ -74,3 +80,14 @@ def evaluate(model: CGCNN | SRCGCNN | Sampler, data: GraphDataModule, part: str 
         scale = torch.tensor(models[0].metadata.std)
         scores = regression_metrics(predicted, target, data.targets, scale)
     return Evaluation(data.ids(part), data.targets, target.numpy(), predicted.numpy(), scores, std)
+
+
+def _check(model: CGCNN | SRCGCNN, data: GraphDataModule, part: str) -> None:
+    if not len(data.parts[part].indices):
+        raise InputError(f"There are no {part} crystals to score; choose another part, or another split.")
+    known = model.metadata.targets
+    if len(known) != len(data.targets) or (set(known) == set(data.targets) and known != data.targets):
+        raise InputError(
+            f"The model predicts {', '.join(known)}, the data hold {', '.join(data.targets)}; name the same."
+        )
+    data.check_graphs(model.metadata.graph)

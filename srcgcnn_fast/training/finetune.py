@@ -6,7 +6,6 @@ import os
 
 import torch
 
-from ..errors import InputError
 from ..nn import CGCNN, SRCGCNN
 from ..serialization import load_model
 from .data import GraphDataModule
@@ -30,13 +29,7 @@ def fine_tuned(
     """
     if isinstance(source, str | os.PathLike):
         source = load_model(source)
-    there, here = source.metadata.graph, data.graph_parameters
-    for name in ("radius", "max_neighbors", "padded"):
-        if getattr(there, name) != getattr(here, name):
-            raise InputError(
-                f"The model was trained on graphs with {name} {getattr(there, name)}, and these have "
-                f"{getattr(here, name)}; prepare them with {there}."
-            )
+    data.check_graphs(source.metadata.graph)
     options = source.hyperparameters
     is_class = options["classification"] if classification is None else classification
     options |= {"classification": is_class, "n_targets": len(data.targets)}

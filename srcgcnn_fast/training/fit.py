@@ -91,6 +91,10 @@ def fit(
         InputError: ``run_dir`` holds another run, there is nothing to resume, no GPU to train on, ``captured`` is not
             possible, or the loss is no longer finite.
     """
+    if not 0 <= seed < 2**32:
+        raise InputError(f"The seed {seed} is not a number from 0 to 2³² - 1.")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"The seed {seed} is not a number from 0 to 2³² - 1.")
     if accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         raise InputError("PyTorch finds no GPU here; train with accelerator 'cpu' or 'auto' (srcgcnn-fast doctor).")
     if captured and (accelerator == "cpu" or not torch.cuda.is_available()):
@@ -99,43 +103,47 @@ def fit(
     recipe = recipe or Recipe()
     directory = Path(run_dir)
     module = TrainingModule(model, data, recipe, seed, captured=captured)
-    monitor = _monitor(module, data)
-    record = _record(module, data) | {"precision": precision}
-    checkpoint = distributed.on_rank_zero(_claim, directory, record, resume)
-    files = RunFiles(directory, monitor, larger_is_better=module.classification, patience=recipe.patience)
-    unit = model.metadata.units[0] if len(data.targets) == 1 else ""
-    averages = [_moving_average(recipe.ema)] if recipe.ema is not None else []
-    bars = [RunBar(type(model).__name__.replace("SR", "SR-"), monitor, unit)] if progress else []
-    started = time.perf_counter()
-    if distributed.is_shared():
-        synchronize_batch_norm(model)
-    with use_precision(precision), _quiet(), _deterministic():
-        pl.seed_everything(seed, workers=True, verbose=False)
-        trainer = pl.Trainer(
-            max_epochs=recipe.epochs,
-            accelerator=accelerator,
-            **distributed.trainer_options(),
-            deterministic="warn",
-            gradient_clip_val=recipe.gradient_clip,
-            logger=_logger(logger, directory),
-            callbacks=[files, *averages, *bars, *callbacks],
-            enable_progress_bar=progress,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            profiler=_NoProfiler(),
-            default_root_dir=directory,
-        )
-        with _ctrl_c():
-            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-    distributed.on_rank_zero(files.write)  # a process killed between the last checkpoint and this table left an old one
-    best = distributed.on_rank_zero(torch.load, directory / "best.ckpt", map_location="cpu", weights_only=True)
-    module.load_state_dict(best["state_dict"])
-    module.thaw()
-    model.cpu().eval()
-    scores = {name: value for name, value in files.best.items() if math.isfinite(value)}
-    model.metadata.extra |= {"training": _record(module, data), "best_epoch": scores}
-    distributed.on_rank_zero(save_model, model, directory / "model")
-    return FitResult(model, files.history, files.best, time.perf_counter() - started, directory)
+    try:
+        monitor = _monitor(module, data)
+        record = _record(module, data) | {"precision": precision}
+        checkpoint = distributed.on_rank_zero(_claim, directory, record, resume)
+        files = RunFiles(directory, monitor, larger_is_better=module.classification, patience=recipe.patience)
+        unit = model.metadata.units[0] if len(data.targets) == 1 else ""
+        averages = [_moving_average(recipe.ema)] if recipe.ema is not None else []
+        bars = [RunBar(type(model).__name__.replace("SR", "SR-"), monitor, unit)] if progress else []
+        started = time.perf_counter()
+        if distributed.is_shared():
+            synchronize_batch_norm(model)
+        with use_precision(precision), _quiet(), _deterministic():
+            pl.seed_everything(seed, workers=True, verbose=False)
+            trainer = pl.Trainer(
+                max_epochs=recipe.epochs,
+                accelerator=accelerator,
+                **distributed.trainer_options(),
+                deterministic="warn",
+                gradient_clip_val=recipe.gradient_clip,
+                logger=_logger(logger, directory),
+                callbacks=[files, *averages, *bars, *callbacks],
+                enable_progress_bar=progress,
+                enable_model_summary=False,
+                num_sanity_val_steps=0,
+                profiler=_NoProfiler(),
+                default_root_dir=directory,
+            )
+            with _ctrl_c():
+                trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+        distributed.on_rank_zero(
+            files.write
+        )  # a process killed between the last checkpoint and this table left an old one
+        best = distributed.on_rank_zero(torch.load, directory / "best.ckpt", map_location="cpu", weights_only=True)
+        module.load_state_dict(best["state_dict"])
+        model.cpu().eval()
+        scores = {name: value for name, value in files.best.items() if math.isfinite(value)}
+        model.metadata.extra |= {"training": _record(module, data), "best_epoch": scores}
+        distributed.on_rank_zero(save_model, model, directory / "model")
+        return FitResult(model, files.history, files.best, time.perf_counter() - started, directory)
+    finally:
+        module.thaw()  # or a model whose training was interrupted would keep its frozen parts, whatever comes next
 
 
 def _monitor(module: TrainingModule, data: GraphDataModule) -> str:
@@ -158,6 +166,7 @@ def _record(module: TrainingModule, data: GraphDataModule) -> dict[str, Any]:
         "length_buckets": data.length_buckets or None,  # as runs from before there was a choice have it
         "data_seed": data.seed,
         "crystals": {name: len(part.indices) for name, part in data.parts.items()},
+        "data_fingerprint": data.fingerprint(),
         "target_mean": module.target_mean.tolist(),
         "target_std": module.target_std.tolist(),
     }
@@ -180,6 +189,8 @@ def _claim(directory: Path, record: dict[str, Any], resume: bool) -> Path | None
     if not file.exists():
         raise InputError(f"There is no run to resume in {directory}; start one without resume.")
     before = json.loads(file.read_text())
+    if "data_fingerprint" not in before:  # a run from before it was noted
+        record.pop("data_fingerprint")
     changed = [f"{k} ({before.get(k)} before, {record[k]} now)" for k in record if before.get(k) != record[k]]
     if changed:
         raise InputError(f"The run in {directory} was started with other settings: {'; '.join(changed)}; use those.")

@@ -85,6 +85,13 @@ class Recipe:
             raise InputError(f"The learning rate {self.lr} is not a positive number.")
         if not (math.isfinite(self.muon_lr) and self.muon_lr > 0):
             raise InputError(f"Muon's learning rate {self.muon_lr} is not a positive number.")
+        for name in ("weight_decay", "momentum", "gamma"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise InputError(f"The {name} {getattr(self, name)} is not a number of at least 0.")
+        if self.gradient_clip is not None and not (math.isfinite(self.gradient_clip) and self.gradient_clip > 0):
+            raise InputError(
+                f"A gradient_clip of {self.gradient_clip} bounds nothing; give a positive number, or None."
+            )
         if not 0 < self.warmup < 1:
             raise InputError(f"A warm-up of {self.warmup} is not a share of the run; give a number between 0 and 1.")
         if self.ema is not None and not 0 < self.ema < 1:
@@ -149,6 +156,7 @@ class TrainingModule(pl.LightningModule):
         self.save_hyperparameters(
             {"model": type(model).__name__, "hyperparameters": model.hyperparameters, **asdict(recipe), "seed": seed}
         )
+        self._trained: float | None = None
         self._predicted: list[Tensor] = []
         self._given: list[Tensor] = []
 
@@ -229,7 +237,7 @@ class TrainingModule(pl.LightningModule):
         self._losses = _Losses()
         self._lr = self.trainer.optimizers[0].param_groups[0]["lr"]  # the scheduler has stepped when the epoch ends
         self._waited = self._data_wait()
-        self._started = time.perf_counter()
+        self._started, self._trained = time.perf_counter(), None
 
     def training_step(self, batch: Item, batch_idx: int) -> Tensor:
         if batch_idx == 0:  # after the loader drew its own numbers, so that a resumed run has the same dropout
@@ -237,8 +245,9 @@ class TrainingModule(pl.LightningModule):
             torch.manual_seed((self.seed * 1_000_003 + self.current_epoch) * world_size + rank)
         graphs, target, _ = batch
         loss = self.loss((self._captured or self.model)(graphs), target)
-        self._losses.add(loss, len(target))
-        return self._share(loss, target)
+        shared, counted = self._share(loss, target)
+        self._losses.add(counted, len(target))
+        return shared
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
         """As the optimiser does, without what it makes ready for gradients that stay."""
@@ -253,13 +262,15 @@ class TrainingModule(pl.LightningModule):
         else:
             super().__setattr__(name, value)
 
-    def _share(self, loss: Tensor, target: Tensor) -> Tensor:
-        """This process's part of the loss of the whole batch, so that the mean over processes is that loss."""
+    def _share(self, loss: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """This process's part of the loss of the whole batch, so that the mean over processes is that loss; and per
+        crystal, so that the sum over all crystals is that loss times their number."""
         _, world_size = place(self.trainer)
         if world_size == 1:
-            return loss
-        values = torch.isfinite(target).sum().to(loss)
-        return loss * (world_size * values / total(values))
+            return loss, loss
+        own = torch.stack([torch.isfinite(target).sum(), torch.full_like(target[0, 0], len(target))]).to(loss)
+        values, crystals = own / total(own)
+        return loss * (world_size * values), loss * (values / crystals)
 
     def on_validation_epoch_start(self) -> None:
         if self.device.type == "cuda":
@@ -295,7 +306,7 @@ class TrainingModule(pl.LightningModule):
                 f"The training loss is {loss} in epoch {self.current_epoch + 1}; "
                 "try a lower learning rate or gradient_clip."
             )
-        seconds = self._trained - self._started
+        seconds = (self._trained or time.perf_counter()) - self._started  # an epoch may go without validation
         self.log_dict(
             {
                 "train_loss": loss,
@@ -374,7 +385,8 @@ def normalizer(targets: np.ndarray, names: Sequence[str]) -> tuple[list[float], 
     for name, column in zip(names, targets.T, strict=True):
         if np.isnan(column).all():
             raise InputError(f"No training crystal has a value of {name}; leave it out, or split otherwise.")
-    std = np.nanstd(targets, axis=0)
+    given = targets.astype(np.float32)  # as they are trained on; in float64 the deviation of 0.3, 0.3, … is not quite 0
+    std = np.where(np.nanmax(given, axis=0) > np.nanmin(given, axis=0), np.nanstd(targets, axis=0), 0.0)
     return np.nanmean(targets, axis=0).tolist(), np.where(std > 0, std, 1.0).tolist()
 
 

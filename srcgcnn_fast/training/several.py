@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..errors import InputError
 from ..files import atomic_path
 from ..nn import CGCNN, SRCGCNN
 from ..uncertainty import Ensemble, save_ensemble
@@ -102,8 +103,13 @@ def train_ensemble(
     and, at the end, ``model`` with the ensemble, whose standard deviation covers 68.3 % of the validation errors.
 
     Raises:
-        InputError: as :func:`fit`; or there are fewer than two members.
+        InputError: as :func:`fit`; or there are fewer than two members, or a target that no validation crystal has.
     """
+    if members < 2:
+        raise InputError(f"An ensemble of {members} has no spread; train at least two models.")
+    for name, column in zip(data.targets, data.target_values("val").T, strict=True):
+        if np.isnan(column).all():
+            raise InputError(f"No validation crystal has a value of {name} to calibrate with; split otherwise.")
     directory, order, trained = Path(run_dir), data.seed, []
     try:
         for k in range(members):

@@ -11,7 +11,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -356,24 +355,12 @@ def _key(variant: Variant, data: GraphDataModule, seed: int) -> dict[str, Any]:
         "seed": seed,
         "targets": list(data.targets),
         "graph": {k: v for k, v in asdict(data.graph_parameters).items() if v != getattr(GraphParameters(), k)},
-        "data": fingerprint(data),
+        "data": data.fingerprint(),
     }
 
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-@lru_cache(maxsize=8)  # the same for all variants and seeds
-def fingerprint(data: GraphDataModule) -> str:
-    """A hash of names, targets and sizes of the crystals of each part, in order."""
-    digest = hashlib.sha256()
-    for name, (dataset, indices) in data.parts.items():
-        digest.update(f"{name} {len(indices)}".encode())
-        digest.update("\0".join(data.ids(name)).encode())
-        digest.update(np.ascontiguousarray(data.target_values(name)).tobytes())
-        digest.update(np.ascontiguousarray(dataset.store.row_counts[indices]).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _scores(result: FitResult, data: GraphDataModule, on_gpu: bool) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -163,6 +164,24 @@ def test_frozen_parts_stay_batch_norms_included(alloys, tmp_path, recipe, build)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {"conv_to_fc.weight", "conv_to_fc.bias", "fc_out.weight", "fc_out.bias"}
     assert all(p.requires_grad for p in model.parameters())  # it can be trained further
+
+
+def test_a_run_that_ends_early_leaves_nothing_frozen(alloys, tmp_path):
+    """Or the next one, which freezes nothing, would train the output layer alone, and not say so."""
+
+    class Stop(pl.Callback):
+        def on_train_batch_start(self, *_):
+            raise KeyboardInterrupt
+
+    data, recipe = GraphDataModule(alloys, "energy", split=SPLIT), Recipe(epochs=1, freeze=("convolutions", "head"))
+    model = small()
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, data, tmp_path / "run", recipe, callbacks=[Stop()], accelerator="cpu")
+    assert all(p.requires_grad for p in model.parameters())
+    fit(small(), data, tmp_path / "done", recipe, accelerator="cpu")
+    with pytest.raises(InputError, match="already holds a run"):
+        fit(model, data, tmp_path / "done", recipe, accelerator="cpu")
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_frozen_parts_stay_in_evaluation_mode_whoever_calls_train(alloys):

@@ -124,8 +124,16 @@ def test_explicit_indices_and_separate_stores(alloys):
     split = Split(np.arange(100), np.arange(100, 130), np.arange(130, 160))
     data = GraphDataModule(alloys, "energy", split=split)
     assert np.array_equal(data.parts["test"].indices, split.test)
+    lists = GraphDataModule(alloys, "energy", split=Split([3, 1], [2], [])).parts
+    assert [part.indices.tolist() for part in lists.values()] == [[3, 1], [2], []]
     apart = GraphDataModule(alloys, "energy", val_store=alloys)
     assert [len(apart.parts[p].indices) for p in ("train", "val", "test")] == [160, 160, 0]
+
+
+def test_what_is_trained_on_and_scored_too_is_counted(alloys, caplog):
+    with caplog.at_level(logging.WARNING):
+        GraphDataModule(alloys, "energy", split=Split(np.arange(100), np.arange(93, 130), np.arange(130, 160)))
+    assert "7 val crystals are also trained on" in caplog.text and "test crystals" not in caplog.text
 
 
 def test_bad_requests_are_sentences(alloys):
@@ -137,6 +145,15 @@ def test_bad_requests_are_sentences(alloys):
         GraphDataModule(alloys, "volume", split=Split(np.arange(20), np.arange(20, 30), np.arange(30, 40)))
     with pytest.raises(InputError, match="leave the store"):
         GraphDataModule(alloys, "energy", split=Split(np.arange(20), np.arange(150, 161), np.arange(0)))
+    mask = np.arange(160) < 100
+    for wrong, kind in ((mask, "bool"), (np.arange(100.0), "float64"), (np.arange(100)[:, None], "int64")):
+        with pytest.raises(InputError, match=rf"list of indices, not an array of {kind}.*np\.flatnonzero"):
+            GraphDataModule(alloys, "energy", split=Split(wrong, np.arange(100, 160), []))
+    with pytest.raises(InputError, match="energy, high, energy name one twice"):
+        GraphDataModule(alloys, ["energy", "high", "energy"])
+    for wrong in ({"seed": -1}, {"num_workers": -1}):
+        with pytest.raises(InputError, match="must be 0 or more"):
+            GraphDataModule(alloys, "energy", **wrong)
     with pytest.raises(InputError, match="at least 2 crystals"):
         GraphDataModule(alloys, "energy", split=(1.0, 0.0, 0.0))
     with pytest.raises(InputError, match="at least 1"):

@@ -85,13 +85,24 @@ def test_a_run_of_two_is_the_run_of_one(place, alloys, tmp_path):
     assert {p.name for p in (tmp_path / "run").iterdir()} == {p.name for p in (place / "run").iterdir()}
     assert (tmp_path / "run" / "run.json").read_text() == (place / "run" / "run.json").read_text()
     for rank in (0, 1):
-        history, weights = torch.load(place / f"result{rank}.pt")
+        history, weights, *_ = torch.load(place / f"result{rank}.pt")
         for key in ("train_loss", "val_mae", "val_r2", "lr"):
             assert [row[key] for row in history] == pytest.approx([row[key] for row in alone.history], rel=1e-4)
         for name, x in alone.model.state_dict().items():
             torch.testing.assert_close(weights[name], x, rtol=1e-3, atol=1e-4)
     saved = sf.load_model(place / "run" / "model").state_dict()
     assert all(torch.equal(saved[name], x) for name, x in weights.items())
+
+
+def test_losses_with_missing_labels_are_those_of_one(place, alloys, tmp_path):
+    alone = two_processes.missing_labels(tmp_path / "run", alloys)
+    for rank in (0, 1):
+        assert torch.load(place / f"result{rank}.pt")[2] == pytest.approx(alone, rel=1e-4)
+
+
+def test_a_trainer_of_ones_own_trains_on_every_crystal_too(place):
+    (first, whole), (second, _) = (torch.load(place / f"result{rank}.pt")[3] for rank in (0, 1))
+    assert sorted([*first, *second]) == sorted(whole)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from srcgcnn_fast import CGCNN, SRCGCNN, InputError, load_model, predict
-from srcgcnn_fast.graph import GraphStore, prepare
+from srcgcnn_fast.graph import GraphParameters, GraphStore, prepare
 from srcgcnn_fast.interop.checkpoints import save_upstream_checkpoint
 from srcgcnn_fast.nn import ModelMetadata
 from srcgcnn_fast.training import GraphDataModule, Recipe, TrainingModule, evaluate, fine_tuned, fit
@@ -65,6 +65,22 @@ def test_other_graphs_are_a_sentence(alloys, tmp_path):
     with pytest.raises(InputError, match="padded True, and these have False"):
         fine_tuned(tmp_path / "theirs.pth.tar", GraphDataModule(alloys, "energy"))
     assert fine_tuned(tmp_path / "m.pth.tar", GraphDataModule(alloys, "energy")).hyperparameters["atom_fea_len"] == 16
+
+
+def test_scores_are_of_the_models_targets_and_graphs(alloys):
+    two = source(("energy", "high"))
+    evaluate(two, GraphDataModule(alloys, ["energy", "volume"]))  # a column may have another name
+    with pytest.raises(InputError, match="predicts energy, high, the data hold high, energy"):
+        evaluate(two, GraphDataModule(alloys, ["high", "energy"]))
+    with pytest.raises(InputError, match="predicts energy, high, the data hold energy"):
+        evaluate(two, GraphDataModule(alloys, "energy"))
+    one = source()
+    one.metadata.graph = GraphParameters(radius=6.0)
+    with pytest.raises(InputError, match=r"radius 6\.0, and these have 8\.0"):
+        evaluate(one, GraphDataModule(alloys, "energy"))
+    for how in ({}, {"batch_rows": 30}):
+        with pytest.raises(InputError, match="no test crystals"):
+            evaluate(source(), GraphDataModule(alloys, "energy", split=(0.9, 0.1, 0.0), **how))
 
 
 def test_a_published_checkpoint_learns_with_its_convolutions_frozen(data_dir, tmp_path):

@@ -17,7 +17,7 @@ import torch
 from srcgcnn_fast import CGCNN, SRCGCNN, InputError, load_model
 from srcgcnn_fast.training import GraphDataModule, Recipe, Split, TrainingModule, evaluate, fit
 from srcgcnn_fast.training.callbacks import write_table
-from srcgcnn_fast.training.module import _Losses
+from srcgcnn_fast.training.module import _Losses, normalizer
 from srcgcnn_fast.training.optimizers import make_optimizer
 
 
@@ -291,6 +291,14 @@ def test_normaliser_comes_from_the_training_targets(alloys):
     assert torch.allclose(module.values(output), module.target_mean.expand(3, 2))
 
 
+@pytest.mark.parametrize("number", [0.3, -2.7, 1e5 + 0.1])
+def test_a_constant_target_is_divided_by_one(number):
+    """Its mean, and so its deviation, is off by a rounding: 128 of 0.3 deviate by 2e-16."""
+    constant = np.full(127, number)
+    mean, std = normalizer(np.stack([constant, constant + np.arange(127)], axis=1), ("constant", "other"))
+    assert std == [1.0, pytest.approx(np.arange(127).std())] and mean[0] == pytest.approx(number, rel=1e-12)
+
+
 def test_classifier(alloys, tmp_path):
     result = run(alloys, tmp_path, target="high", epochs=20)
     assert result.best["val_auc"] == max(row["val_auc"] for row in result.history)
@@ -331,6 +339,35 @@ def test_a_run_is_never_overwritten_nor_continued_with_other_settings(alloys, tm
     assert json.loads((tmp_path / "run.json").read_text())["model"] == "SRCGCNN"
 
 
+def test_a_run_is_not_continued_with_other_crystals(alloys, tmp_path):
+    """Validation and test set have changed places, which no count and no mean tells."""
+    train, first, second = np.arange(100), np.arange(100, 130), np.arange(130, 160)
+    run(alloys, tmp_path, epochs=1, split=Split(train, first, second))
+    with pytest.raises(InputError, match="data_fingerprint"):
+        run(alloys, tmp_path, epochs=1, split=Split(train, second, first), resume=True)
+    record = json.loads((tmp_path / "run.json").read_text())
+    del record["data_fingerprint"]  # a run of an older version
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    run(alloys, tmp_path, epochs=1, split=Split(train, first, second), resume=True)
+
+
+@pytest.mark.parametrize("per_node", [{}, {"SLURM_NTASKS_PER_NODE": "8"}])
+def test_a_job_of_many_tasks_trains_in_one_process(alloys, tmp_path, monkeypatch, per_node):
+    """Job scripts of MPI programs ask for tasks; Lightning would refuse them, or wait for them."""
+    job = {"SLURM_NTASKS": "8", "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "alloys", "SLURM_PROCID": "3", **per_node}
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    assert len(run(alloys, tmp_path, epochs=1).history) == 1
+
+
+def test_an_epoch_without_validation_is_timed(alloys):
+    data = GraphDataModule(alloys, "energy", batch_size=32)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = pl.Trainer(max_epochs=1, limit_val_batches=0, accelerator="cpu", **quiet)
+    trainer.fit(TrainingModule(CGCNN(1, 8, 8), data, Recipe(epochs=1)), data)
+    assert 0 < trainer.callback_metrics["seconds"] < 60
+
+
 def test_divergence_is_a_sentence(alloys, tmp_path):
     with pytest.raises(InputError, match="lower learning rate"):
         run(alloys, tmp_path, recipe=Recipe(epochs=3, lr=1e30, optimizer="sgd"))
@@ -349,6 +386,14 @@ def test_bad_requests_are_sentences(alloys, tmp_path):
         TrainingModule(SRCGCNN(), GraphDataModule(alloys, ["energy", "high"]), Recipe())
     with pytest.raises(InputError, match="0 or 1"):
         TrainingModule(SRCGCNN(classification=True), GraphDataModule(alloys, "energy"), Recipe())
+    for name in ("weight_decay", "momentum", "gamma"):
+        for value in (-0.1, float("nan")):
+            with pytest.raises(InputError, match=f"{name} {value} is not a number of at least 0"):
+                Recipe(**{name: value})
+    with pytest.raises(InputError, match=r"gradient_clip of -1\.0 bounds nothing"):
+        Recipe(gradient_clip=-1.0)
+    with pytest.raises(InputError, match="seed -1 is not"):
+        fit(SRCGCNN(), GraphDataModule(alloys, "energy"), tmp_path / "run", seed=-1, accelerator="cpu")
     with pytest.raises(InputError, match="patience of 0"):
         Recipe(patience=0)
     with pytest.raises(InputError, match="frozen part 'pooling'"):

@@ -143,6 +143,18 @@ def test_a_trained_ensemble_is_calibrated_on_validation(trained, tmp_path):
     assert png.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_what_cannot_be_calibrated_is_said_before_anything_is_trained(alloys, tmp_path):
+    has = np.isfinite(alloys.target_array(["volume"])[:, 0])
+    split = Split(np.flatnonzero(has)[:80], np.flatnonzero(~has), [])
+    data = GraphDataModule(alloys, ["energy", "volume"], split=split)
+    build = lambda _: CGCNN(1, 8, 8, n_targets=2)  # noqa: E731
+    with pytest.raises(InputError, match="No validation crystal has a value of volume"):
+        train_ensemble(build, data, tmp_path / "run", Recipe(epochs=1), members=2, accelerator="cpu")
+    with pytest.raises(InputError, match="ensemble of 1 has no spread"):
+        train_ensemble(build, data, tmp_path / "run", Recipe(epochs=1), members=1, accelerator="cpu")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_calibration_of_dropout_travels_with_the_model(trained, tmp_path):
     from srcgcnn_fast import save_model
 

@@ -31,7 +31,7 @@ import srcgcnn_fast as sf
 from srcgcnn_fast.graph import CrystalGraph, collate
 from srcgcnn_fast.nn import synchronize_batch_norm
 from srcgcnn_fast.ops import fused
-from srcgcnn_fast.training import GraphDataModule, Recipe, distributed, fit
+from srcgcnn_fast.training import GraphDataModule, Recipe, TrainingModule, distributed, fit
 
 SMALL = {"atom_fea_len": 16, "h_fea_len": 8}
 GATED = {"recurrent_layer_norm": True, "recurrent_learnable_alpha": True}
@@ -214,6 +214,32 @@ def run(directory: Path, store, callbacks=(), resume=False):
     return fit(model, data, directory, Recipe(epochs=3, lr=5e-3), callbacks=callbacks, resume=resume, accelerator="cpu")
 
 
+def missing_labels(directory: Path, store) -> list[float]:
+    """The losses of a run whose second target some crystals lack."""
+    torch.manual_seed(0)
+    data = GraphDataModule(store, ["energy", "volume"], batch_size=15)
+    result = fit(sf.CGCNN(1, n_targets=2, **SMALL), data, directory, Recipe(epochs=2), accelerator="cpu")
+    return [row["train_loss"] for row in result.history]
+
+
+class Seen(TrainingModule):
+    """Notes the crystals that it trains on."""
+
+    def training_step(self, batch, batch_idx):
+        self.seen = [*getattr(self, "seen", []), *batch[2].tolist()]
+        return super().training_step(batch, batch_idx)
+
+
+def own_trainer(store) -> tuple[list[int], list[int]]:
+    """What this process trains on in an epoch, under a trainer that shares out crystals itself; and all there is."""
+    data = GraphDataModule(store, "energy", batch_size=15)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", **quiet)
+    module = Seen(sf.CGCNN(1, **SMALL), data, Recipe(epochs=1))
+    trainer.fit(module, data)
+    return module.seen, data.parts["train"].indices.tolist()
+
+
 if __name__ == "__main__":
     place, what = Path(sys.argv[1]), sys.argv[2:]
     store = pickle.loads((place / "store.pickle").read_bytes())
@@ -231,7 +257,8 @@ if __name__ == "__main__":
             torch.save(results, place / f"{word}.pt")
     if "run" in what:
         result = run(place / "run", store)
-        torch.save((result.history, result.model.state_dict()), place / f"result{os.environ['RANK']}.pt")
+        more = missing_labels(place / "missing", store), own_trainer(store)
+        torch.save((result.history, result.model.state_dict(), *more), place / f"result{os.environ['RANK']}.pt")
     if "killed" in what:
         run(place / "cut", store, [KillIn(1)])
     if "resumed" in what:
