@@ -167,6 +167,9 @@ def _check_combination(arguments: argparse.Namespace) -> None:
         raise InputError("--split-file splits SOURCE and --val brings another set; give one of them.")
     if arguments.unit and len(arguments.target) > 1:
         raise InputError("--unit is of one target, and there are several; name the columns as usual, or drop it.")
+    parts = ("dropout", "recurrent_layer_norm", "recurrent_learnable_alpha")
+    if arguments.init and (given := [f"--{name.replace('_', '-')}" for name in parts if getattr(arguments, name)]):
+        raise InputError(f"--init fixes the network, so {' and '.join(given)} would change nothing; drop it.")
     if arguments.freeze and not arguments.init:
         raise InputError("--freeze keeps what --init brings; give --init, or drop --freeze.")
 

@@ -174,6 +174,8 @@ def test_fine_tuning_keeps_what_is_frozen(trained, source, tmp_path, capsys):
         "conv_to_fc.weight", "conv_to_fc.bias", "fc_out.weight", "fc_out.bias",
     }  # fmt: skip
     assert "give --init" in refused(capsys, *common, "--freeze", "embedding")
+    fixed = refused(capsys, *common, "--init", upstream, "--dropout", "0.1", "--recurrent-layer-norm")
+    assert "--dropout and --recurrent-layer-norm would change nothing" in fixed
 
 
 def test_classes_are_weighted_and_a_run_stops_early(source, tmp_path, capsys):

@@ -39,7 +39,7 @@ class Evaluation:
         suffixes = ("", "_predicted", "_std")[: 2 + len(spread)]
         names = [f"{name}{suffix}" for name in self.target_names for suffix in suffixes]
         values = np.stack([self.target, self.predicted, *spread], axis=2).reshape(len(self.ids), -1)
-        with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
+        with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["id", *names])
             writer.writerows([name, *row] for name, row in zip(self.ids, values.tolist(), strict=True))

@@ -332,7 +332,9 @@ class TrainingModule(pl.LightningModule):
         if recipe.schedule == "one_cycle":
             steps = int(self.trainer.estimated_stepping_batches)
             peaks = [group["lr"] for group in optimizer.param_groups]
-            cycle = schedules.OneCycleLR(optimizer, peaks, steps, pct_start=recipe.warmup, cycle_momentum=False)
+            # PyTorch divides by the steps before the peak less one: a warm-up of exactly one step begins at the peak.
+            share = recipe.warmup * (1 - 1e-9) if recipe.warmup * steps == 1 else recipe.warmup
+            cycle = schedules.OneCycleLR(optimizer, peaks, steps, pct_start=share, cycle_momentum=False)
             return [optimizer], [{"scheduler": cycle, "interval": "step"}]
         return optimizer
 

@@ -85,14 +85,14 @@ def _rows(path: Path, column: str) -> Iterable[tuple[str, str]]:
     """(id, part) of every crystal that the file puts somewhere."""
     try:
         if path.suffix == ".json":
-            parts = json.loads(path.read_text())
+            parts = json.loads(path.read_text(encoding="utf-8-sig"))
             return [(str(name), part) for part, names in parts.items() for name in names]
         if path.suffix == ".parquet":
             pandas = require("pandas", "Reading a Parquet file", extra="io")
             table = pandas.read_parquet(path).astype(object)
             header, rows = list(table.columns), table.where(table.notna(), "").to_dict("records")
         else:
-            with open(path, newline="") as file:
+            with open(path, newline="", encoding="utf-8-sig") as file:
                 reader = csv.DictReader(file)
                 header, rows = list(reader.fieldnames or []), list(reader)
     except FileNotFoundError as error:

@@ -137,6 +137,14 @@ def test_one_cycle_warms_up_and_ends_near_zero(alloys, tmp_path):
     assert (rates[-1] < 1e-5).all()
 
 
+def test_one_cycle_whose_warm_up_is_one_step(alloys, tmp_path):
+    """As of twenty epochs of one batch with the usual 0.05: PyTorch's schedule divides by zero there."""
+    recipe = Recipe(epochs=20, schedule="one_cycle")
+    history = run(alloys, tmp_path, recipe=recipe, batch_size=256).history
+    assert history[0]["lr"] == pytest.approx(recipe.lr) and history[-1]["lr"] < 0.01 * recipe.lr
+    assert all(np.diff([row["lr"] for row in history]) < 0)
+
+
 def test_weight_decay_spares_biases_and_norms(alloys):
     module = TrainingModule(SRCGCNN(), GraphDataModule(alloys, "energy"), MODERN)
     module.trainer = pl.Trainer(logger=False, enable_checkpointing=False)

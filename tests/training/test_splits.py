@@ -32,6 +32,15 @@ def table(store: GraphStore) -> pd.DataFrame:
     return pd.DataFrame([*rows[::-1], ("absent", "test")], columns=["id", "split"])
 
 
+@pytest.mark.parametrize("kind", ["csv", "json"])
+def test_a_file_of_a_spreadsheet_begins_with_a_mark(alloys, tmp_path, kind):
+    frame, path = table(alloys), tmp_path / f"split.{kind}"
+    parts = {part: frame["id"][frame["split"] == part].tolist() for part in PARTS}
+    path.write_text(frame.to_csv(index=False) if kind == "csv" else json.dumps(parts), encoding="utf-8-sig")
+    for part, indices in PARTS.items():
+        assert getattr(read_split(path, alloys), part).tolist() == list(indices)
+
+
 @pytest.mark.parametrize("kind", ["csv", "parquet", "json"])
 def test_a_file_gives_the_ids_of_each_part(alloys, tmp_path, kind, caplog):
     path, frame = tmp_path / f"split.{kind}", table(alloys)
