@@ -53,6 +53,8 @@ class Variant:
         for what, value, known in (("model", self.model, MODELS), ("precision", self.precision, PRECISIONS)):
             if value not in known:
                 raise InputError(f"{self.name}: the {what} {value!r} is unknown; choose among {', '.join(known)}.")
+        if self.hyperparameters.get("classification"):
+            raise InputError(f"{self.name}: a study compares errors, which a classifier does not have; leave it out.")
 
     def build(self, nbr_fea_len: int) -> CGCNN | SRCGCNN:
         """The untrained model, with weights by torch's generator."""
@@ -195,40 +197,63 @@ def _section(top: Mapping[str, Any], content: Any) -> Section:
     own = _mapping("A section", content, keys)
     title = own.get("title", "")
     joined = {**top, **own}
-    recipe = {**(top.get("recipe") or {}), **(own.get("recipe") or {})}
-    variants = tuple(_variant(name, recipe, v) for name, v in (own.get("variants") or {}).items())
-    targets, seeds = joined.get("targets") or (), joined.get("seeds") or (0,)
+    recipe = {**_named(title, "recipe", top), **_named(title, "recipe", own)}
+    variants = tuple(_variant(name, recipe, v) for name, v in _named(title, "variants", own).items())
+    targets = [str(target) for target in _listed(joined.get("targets"))]
+    seeds = [_number(title, "seeds", seed, whole=True) for seed in _listed(joined.get("seeds")) or [0]]
     scored = joined.get("scored", "test")
     if not (variants and targets):
         raise InputError(f"The section {title!r} needs variants and targets; name them.")
     if scored not in ("val", "test"):
         raise InputError(f"The section {title!r} is scored on {scored!r}; write val or test.")
-    return Section(title, variants, tuple(targets), tuple(int(s) for s in seeds), scored, own.get("text", ""))
+    return Section(title, variants, tuple(targets), tuple(seeds), scored, own.get("text", ""))
 
 
 def _variant(name: str, recipe: dict[str, Any], content: Any) -> Variant:
-    own = dict(content or {})
+    own = dict(_named("", name, {name: content}))
     model = own.pop("model", "sr-cgcnn")
-    settings = {**recipe, **(own.pop("recipe", None) or {})}
-    batch_size, precision = int(settings.pop("batch_size", 256)), str(settings.pop("precision", "float32"))
+    settings = {**recipe, **_named(name, "recipe", {"recipe": own.pop("recipe", None)})}
+    batch_size = _number(name, "batch_size", settings.pop("batch_size", 256), whole=True)
+    precision = str(settings.pop("precision", "float32"))
     allowed = {field.name: field for field in fields(Recipe)}
     if unknown := sorted(set(settings) - set(allowed)):
         raise InputError(
             f"{name}: a recipe has no {', '.join(unknown)}; it has {', '.join(allowed)}, batch_size, precision."
         )
-    for key, value in settings.items():
-        if isinstance(value, str) and not isinstance(allowed[key].default, str):
-            settings[key] = _number(name, key, value)
-        elif isinstance(value, list):
-            settings[key] = tuple(value)
-    return Variant(str(name), model, own, Recipe(**settings), batch_size, precision)
+    given = {key: _setting(name, key, value, allowed[key].default) for key, value in settings.items()}
+    return Variant(str(name), model, own, Recipe(**given), batch_size, precision)
 
 
-def _number(name: str, key: str, value: str) -> float:
+def _setting(name: str, key: str, value: Any, default: Any) -> Any:
+    if isinstance(value, list) or isinstance(default, tuple):
+        return tuple(_listed(value))
+    if isinstance(default, str) or key == "class_weights" or (value is None and default is None):
+        return value
+    return _number(name, key, value, whole=isinstance(default, int) or key == "patience")
+
+
+def _number(name: str, key: str, value: Any, whole: bool = False) -> Any:
+    kind = "whole number" if whole else "number"
     try:
-        return float(value)  # YAML takes 1e-3 for a text
-    except ValueError as error:
-        raise InputError(f"{name}: {key} is {value!r}; write a number.") from error
+        number = float(value) if isinstance(value, str) else value  # YAML takes 1e-3 for a text
+        if isinstance(number, bool) or (whole and int(number) != number):
+            raise ValueError(f"no {kind}")
+        float(number)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name}: {key} is {value!r}; write a {kind}.") from error
+    return int(number) if whole else number
+
+
+def _listed(value: Any) -> list[Any]:
+    """One may be written without brackets."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _named(what: str, key: str, content: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = content.get(key) or {}
+    if not isinstance(found, dict):
+        raise InputError(f"{what}: {key} is {found!r}; write a name and a value a line.".removeprefix(": "))
+    return found
 
 
 def _mapping(what: str, content: Any, keys: Sequence[str]) -> dict[str, Any]:

@@ -88,12 +88,27 @@ def test_the_innermost_setting_counts(tmp_path):
         ("targets: [energy]", "targets: []", "'One' needs variants and targets"),
         ("sections:", "parts:", "says parts"),
         ("seeds: [0, 1]", "seeds: [0", "is not YAML"),
+        ("seeds: [0, 1]", "seeds: [a]", "seeds is 'a'; write a whole number"),
+        ("epochs: 7", "epochs: 7.5", "epochs is 7.5; write a whole number"),
+        ("lr: 1e-3", "lr:", "lr is None; write a number"),
+        ("batch_size: 32", "batch_size: many", "batch_size is 'many'; write a whole number"),
+        ("model: cgcnn", "model: cgcnn, classification: true", "A: a study compares errors"),
+        ("variants:", "variants: [1]\n    text:", "variants is .*; write a name and a value a line"),
     ],
 )
 def test_a_bad_study_is_refused(tmp_path, old, new, says):
     (tmp_path / "s.yaml").write_text(TEXT.replace(old, new))
     with pytest.raises(InputError, match=says):
         read_study(tmp_path / "s.yaml")
+
+
+def test_one_target_or_seed_may_stand_without_brackets(tmp_path):
+    text = TEXT.replace("[energy]", "energy").replace("[0, 1]", "3").replace("epochs: 7", "epochs: '7', freeze: head")
+    (tmp_path / "s.yaml").write_text(text)
+    section = read_study(tmp_path / "s.yaml").sections[0]
+    assert (section.targets, section.seeds) == (("energy",), (3,))
+    recipe = section.variants[0].recipe
+    assert (recipe.epochs, recipe.freeze) == (7, ("head",)) and isinstance(recipe.epochs, int)
 
 
 def test_an_argument_that_a_model_does_not_have(alloys, tmp_path):
