@@ -188,9 +188,13 @@ def _train_one(build: Any, data: Any, out: Path, recipe: Any, options: dict[str,
     _tell_scores(result.model, data, out)
     if result.model.hyperparameters["dropout"]:
         sampler = MonteCarloDropout(result.model)
-        calibrate(sampler, data)
-        save_model(result.model, out / "model")
-        _tell_calibration(sampler, evaluate(sampler, data, _scored(data)), out)
+        try:
+            calibrate(sampler, data)
+        except InputError as error:  # the run is done, and may want no spread
+            logging.getLogger(__name__).warning("%s", error)
+        else:
+            save_model(result.model, out / "model")
+            _tell_calibration(sampler, evaluate(sampler, data, _scored(data)), out)
     print(f"best epoch {result.best['epoch']} of {len(result.history)}, {result.seconds:.1f} s")
     print(f"epochs in {out / 'metrics.csv'}")
 
@@ -293,7 +297,7 @@ def _write_config(arguments: argparse.Namespace, out: Path) -> None:
 
     from .files import atomic_path
 
-    left_out = ("command", "debug", "config", "resume")
+    left_out = ("argv", "command", "debug", "config", "resume")
     options = {name: value for name, value in vars(arguments).items() if name not in left_out and value is not None}
     options = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
     with atomic_path(out / "config.yaml") as temporary:

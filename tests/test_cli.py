@@ -88,6 +88,18 @@ def test_train_writes_a_run(trained, source, capsys):
     assert main([str(word) for word in (*again, "--resume")]) == 0
 
 
+@pytest.mark.parametrize(
+    "options",
+    ["", "--full-graph --split 0.7 0.2 0.1 --seed 3 --optimizer adamw --schedule one_cycle --ema 0.9 --dropout 0.2"],
+)
+def test_a_run_of_the_command_line_repeats_from_its_file(source, tmp_path, options):
+    small = ["--epochs", "1", "--atom-fea-len", "8", "--h-fea-len", "8", *options.split()]
+    assert main(["train", str(source), "--target", TARGET, "--out", str(tmp_path / "run"), *small]) == 0
+    assert main(["train", "--config", str(tmp_path / "run" / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
+    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("run", "again")]
+    assert weights[0] == weights[1]
+
+
 def test_a_config_file_holds_any_option_and_the_command_line_wins(trained, source, tmp_path, capsys):
     config = tmp_path / "c.yaml"
     config.write_text(f"source: {source}\ntarget: [{TARGET}]\nepochs: 2\nlr: 1e-3\nsplit: [0.5, 0.3, 0.2]\n")
@@ -144,6 +156,17 @@ def test_dropout_is_left_on_for_a_spread(source, tmp_path, capsys):
     extra = json.loads((out / "model" / "config.json").read_text())["extra"]
     assert extra["dropout_scale"][0] > 0
     assert "within one standard deviation" in capsys.readouterr().out and (out / "calibration.png").exists()
+
+
+def test_dropout_without_values_to_calibrate_with_is_a_warning(source, tmp_path, caplog):
+    frame = pd.read_parquet(source)
+    frame["rare"] = frame[TARGET].where(np.arange(40) < 20)
+    frame.assign(split=["train"] * 25 + ["val"] * 15).to_parquet(tmp_path / "t.parquet")
+    table, out = str(tmp_path / "t.parquet"), str(tmp_path / "run")
+    argv = ["train", table, "--target", TARGET, "--target", "rare", *SMALL, "--dropout", "0.2", "--out", out]
+    assert main([*argv, "--split-file", table]) == 0
+    assert "predictions of rare cannot be calibrated" in caplog.text
+    assert "dropout_scale" not in load_model(tmp_path / "run" / "model").metadata.extra
 
 
 def test_folds_and_split_files(source, tmp_path, capsys):

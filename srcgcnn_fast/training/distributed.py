@@ -14,6 +14,8 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
+from ..errors import InputError
+
 _T = TypeVar("_T")
 
 
@@ -59,6 +61,8 @@ def trainer_options() -> dict[str, Any]:
     if not is_shared():
         # Asked, Lightning takes the tasks of a SLURM, LSF or MPI job for processes of this training.
         return {"devices": 1, "plugins": [LightningEnvironment()]}
+    if not dist.is_torchelastic_launched():
+        raise InputError("Of several processes, fit trains those that torchrun started; start them with torchrun.")
     local = int(os.environ["LOCAL_WORLD_SIZE"])
     # Synchronised statistics leave the same buffers everywhere, and ranks may validate different numbers of batches.
     strategy = DDPStrategy(broadcast_buffers=False)

@@ -20,6 +20,7 @@ import srcgcnn_fast as sf
 from srcgcnn_fast import InputError
 from srcgcnn_fast.cli import main
 from srcgcnn_fast.nn import norm, synchronize_batch_norm
+from srcgcnn_fast.training import distributed
 from srcgcnn_fast.training.data import EpochSampler
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
@@ -187,6 +188,13 @@ def test_too_few_crystals_for_the_processes():
         EpochSampler(np.arange(3), np.ones(3, int), world_size=4)
     with pytest.raises(InputError, match="in batches of 2"):
         EpochSampler(np.arange(30), np.ones(30, int), batch_size=2, shuffle=True, world_size=4)
+
+
+def test_processes_that_something_else_started(monkeypatch):
+    monkeypatch.setattr(distributed, "is_shared", lambda: True)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    with pytest.raises(InputError, match="start them with torchrun"):
+        distributed.trainer_options()
 
 
 def test_commands_that_run_in_one_process_say_so_once(monkeypatch, capsys):
