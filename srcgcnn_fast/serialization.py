@@ -39,7 +39,7 @@ def save_model(model: CGCNN | SRCGCNN, directory: str | os.PathLike[str]) -> Pat
     target = Path(directory).resolve()
     if type(model) not in _MODELS.values():
         raise InputError(f"save_model writes CGCNN and SRCGCNN models, not {type(model).__name__}; give one of those.")
-    _check_replaceable(target)
+    check_replaceable(target)
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
     built_in = _is_built_in(model.element_table)
     if not built_in:
@@ -156,7 +156,7 @@ def _read_bytes(file: Path, model: Path) -> bytes:
         raise InputError(f"Cannot read {file}: {error.strerror or error}; check its permissions.") from error
 
 
-def _check_replaceable(target: Path) -> None:
+def check_replaceable(target: Path) -> None:
     """Only an empty directory or a model of ours, with nothing beside it, is ever replaced."""
     if not target.exists():
         return

@@ -130,8 +130,7 @@ def save_ensemble(ensemble: Ensemble, directory: str | os.PathLike[str]) -> Path
         InputError: ``directory`` holds something else than an ensemble, or cannot be written.
     """
     target = Path(directory)
-    if target.exists() and any(target.iterdir()) and not (target / ENSEMBLE).is_file():
-        raise InputError(f"{target} holds other files; give save_ensemble a new directory.")
+    check_replaceable(target)
     with atomic_path(target) as temporary:
         temporary.mkdir()
         names = [f"member_{number}" for number in range(len(ensemble.members))]
@@ -141,6 +140,12 @@ def save_ensemble(ensemble: Ensemble, directory: str | os.PathLike[str]) -> Path
         (temporary / ENSEMBLE).write_text(json.dumps(record, indent=2) + "\n")
         shutil.rmtree(target, ignore_errors=True)  # os.replace does not replace a directory that holds files
     return target
+
+
+def check_replaceable(target: Path) -> None:
+    """Raises InputError: ``target`` holds something else than an ensemble."""
+    if target.exists() and any(target.iterdir()) and not (target / ENSEMBLE).is_file():
+        raise InputError(f"{target} holds other files; give save_ensemble a new directory.")
 
 
 def load_ensemble(directory: str | os.PathLike[str]) -> Ensemble:

@@ -15,6 +15,8 @@ from .data import GraphDataModule
 from .evaluate import Evaluation, evaluate
 from .plots import _figure, _save
 
+_ROUNDING = 1e4
+"""Errors over spread from which on the spread is that of single precision."""
 ONE_STD = 2 * NormalDist().cdf(1.0) - 1
 """0.6827: the share of a normal distribution within one standard deviation."""
 
@@ -27,7 +29,7 @@ def calibrate(sampler: Sampler, data: GraphDataModule, part: str = "val") -> tup
     states its own uncertainty.
 
     Raises:
-        InputError: no crystal of ``part`` has the target, or all its predictions have no spread.
+        InputError: no crystal of ``part`` has the target, or its predictions have no spread but rounding.
     """
     sampler.scale = (1.0,) * len(data.targets)
     if not sampler.models[0].hyperparameters["classification"]:
@@ -45,6 +47,11 @@ def _factor(found: Evaluation, k: int, part: str) -> float:
         raise InputError(
             f"The {part} predictions of {found.target_names[k]} cannot be calibrated: no crystal has both a value and "
             "a spread; use another part."
+        )
+    if factor > _ROUNDING:
+        raise InputError(
+            f"The {part} predictions of {found.target_names[k]} cannot be calibrated: their spread, {1 / factor:.0e} "
+            "of their errors, is rounding; train members that differ, from other weights or with smaller batches."
         )
     return factor
 

@@ -26,7 +26,7 @@ from ..errors import InputError, require
 from ..files import atomic_path, sweep
 from ..nn import CGCNN, SRCGCNN, synchronize_batch_norm
 from ..ops.precision import use_precision
-from ..serialization import save_model
+from ..serialization import check_replaceable, save_model
 from . import distributed
 from .averaging import ExponentialAverage
 from .callbacks import RunBar, RunFiles
@@ -177,6 +177,7 @@ def _claim(directory: Path, record: dict[str, Any], resume: bool) -> Path | None
 
     Returns the checkpoint to continue from, if there is one yet.
     """
+    check_replaceable(directory / "model")  # or training would end where its model cannot be written
     record = json.loads(json.dumps(record))
     file, checkpoint = directory / "run.json", directory / "last.ckpt"
     if not resume:

@@ -15,7 +15,7 @@ import torch
 from ..errors import InputError
 from ..files import atomic_path
 from ..nn import CGCNN, SRCGCNN
-from ..uncertainty import Ensemble, save_ensemble
+from ..uncertainty import Ensemble, check_replaceable, save_ensemble
 from .calibration import calibrate
 from .data import GraphDataModule, Split
 from .evaluate import Evaluation, evaluate
@@ -103,14 +103,21 @@ def train_ensemble(
     and, at the end, ``model`` with the ensemble, whose standard deviation covers 68.3 % of the validation errors.
 
     Raises:
-        InputError: as :func:`fit`; or there are fewer than two members, or a target that no validation crystal has.
+        InputError: as :func:`fit`; or there are fewer than two members, a target that no validation crystal has, or
+            nothing in which members would differ.
     """
     if members < 2:
         raise InputError(f"An ensemble of {members} has no spread; train at least two models.")
     for name, column in zip(data.targets, data.target_values("val").T, strict=True):
         if np.isnan(column).all():
             raise InputError(f"No validation crystal has a value of {name} to calibrate with; split otherwise.")
+    if len(data.loader("train", shuffle=True)) == 1 and _start_alike(build, data, seed):
+        raise InputError(
+            "The members start from the same weights and would learn from the same single batch, so they would be "
+            "alike; use smaller batches, or members with weights of their own."
+        )
     directory, order, trained = Path(run_dir), data.seed, []
+    check_replaceable(directory / "model")
     try:
         for k in range(members):
             data.seed = order + k
@@ -123,6 +130,16 @@ def train_ensemble(
     calibrate(ensemble, data)
     save_ensemble(ensemble, directory / "model")
     return ensemble
+
+
+def _start_alike(build: Build, data: GraphDataModule, seed: int) -> bool:
+    """Do members of two seeds have the same weights, and no dropout?"""
+    models = []
+    for k in (0, 1):
+        torch.manual_seed(seed + k)
+        models.append(build(data))
+    first, second = (model.state_dict() for model in models)
+    return models[0].dropout is None and all(torch.equal(x, second[name]) for name, x in first.items())
 
 
 def _run(

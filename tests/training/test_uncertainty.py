@@ -21,6 +21,8 @@ from srcgcnn_fast.training import (
     calibration_plot,
     coverage,
     evaluate,
+    fine_tuned,
+    fit,
     train_ensemble,
 )
 from srcgcnn_fast.training.calibration import ONE_STD
@@ -152,7 +154,31 @@ def test_what_cannot_be_calibrated_is_said_before_anything_is_trained(alloys, tm
         train_ensemble(build, data, tmp_path / "run", Recipe(epochs=1), members=2, accelerator="cpu")
     with pytest.raises(InputError, match="ensemble of 1 has no spread"):
         train_ensemble(build, data, tmp_path / "run", Recipe(epochs=1), members=1, accelerator="cpu")
+    source, whole = model(), GraphDataModule(alloys, "energy", batch_size=128)
+    with pytest.raises(InputError, match="the same single batch"):
+        train_ensemble(lambda d: fine_tuned(source, d), whole, tmp_path / "run", Recipe(epochs=1), accelerator="cpu")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_spread_of_rounding_is_not_calibrated(alloys):
+    """Which would be taken a million times, and look as a standard deviation does."""
+    twins = [model(), model()]
+    with torch.no_grad():
+        twins[1].fc_out.bias += 1e-6
+    with pytest.raises(InputError, match="errors, is rounding"):
+        calibrate(Ensemble(twins), GraphDataModule(alloys, "energy"))
+
+
+def test_a_directory_of_the_other_kind_is_refused_before_anything_is_trained(alloys, tmp_path):
+    data, recipe = GraphDataModule(alloys, "energy", batch_size=32), Recipe(epochs=1)
+    fit(model(), data, tmp_path / "one", recipe, accelerator="cpu")
+    with pytest.raises(InputError, match="new directory"):
+        train_ensemble(lambda _: model(), data, tmp_path / "one", recipe, accelerator="cpu")
+    assert not (tmp_path / "one" / "member_0").exists()
+    save_ensemble(Ensemble([model(), model(1)]), tmp_path / "two" / "model")
+    with pytest.raises(InputError, match="new directory"):
+        fit(model(), data, tmp_path / "two", recipe, accelerator="cpu")
+    assert not (tmp_path / "two" / "run.json").exists()
 
 
 def test_the_calibration_of_dropout_travels_with_the_model(trained, tmp_path):
