@@ -185,8 +185,11 @@ def edge_moments(row_weight: Tensor, graph: Graph, n_features: int) -> tuple[Ten
     return outputs
 
 
-def _layer_arguments(layer: Layer, width: int, n_features: int) -> tuple[list[int], tuple[float, float, bool, bool]]:
-    dtype = layer.weight.dtype
+def _layer_arguments(
+    layer: Layer, width: int, n_features: int, dtype: torch.dtype
+) -> tuple[list[int], tuple[float, float, bool, bool]]:
+    if width % kernel_width(dtype):
+        raise InputError(f"The CPU kernels take multiples of {kernel_width(dtype)} features of a row, not {width}.")
     _check("weight", layer.weight, (2 * width, 2 * width + n_features), dtype)
     for name, x in zip(Layer._fields[1:10], layer[1:10], strict=True):
         if x is not None:
@@ -267,7 +270,7 @@ def conv(
         for x, trains in zip(layer[6:10], (layer.train1,) * 2 + (layer.train2,) * 2, strict=True)
     ]
     layer = layer._replace(mean1=used[0], var1=used[1], mean2=used[2], var2=used[3])
-    addresses, norms = _layer_arguments(layer, width, n_features)
+    addresses, norms = _layer_arguments(layer, width, n_features, h.dtype)
     if into is None:
         into = torch.empty(n_rows, width, dtype=h.dtype), torch.empty(n_rows, width, dtype=h.dtype), None
     out, m, products = into
@@ -306,7 +309,7 @@ def conv_backward(
         _check("products", products, (edges.sizes[0], 4 * width), h.dtype)
     if edge_grad and layer.train1:
         raise InputError("Gradients of the edges exist for fixed statistics only; call model.eval() first.")
-    addresses, norms = _layer_arguments(layer, width, n_features)
+    addresses, norms = _layer_arguments(layer, width, n_features, h.dtype)
     like = graph.distance if graph.features is None else graph.features
     outputs = [torch.empty_like(x) for x in (h, layer.weight, layer.gamma1, layer.gamma1, layer.beta1)]
     outputs += [torch.empty_like(layer.gamma2), torch.empty_like(layer.beta2)]
@@ -400,7 +403,7 @@ class NetworkParameters:
             raise InputError(
                 f"The convolutions take {self.width} features of a row, but the embedding gives another number."
             )
-        arguments = [_layer_arguments(layer, self.width, self.n_features) for layer in layers]
+        arguments = [_layer_arguments(layer, self.width, self.n_features, self.dtype) for layer in layers]
         self.layers, self.norms = [a for a, _ in arguments], [n for _, n in arguments]
         self.last = _dense_arguments("readout", readout_layers, self.width, self.dtype)
         self.shared = all(a[0] == self.layers[0][0] for a in self.layers)
@@ -440,7 +443,7 @@ def stack(h: Tensor, layers: Sequence[Layer], graph: Graph, species: Tensor | No
     n_features = layers[0].weight.shape[1] - 2 * width
     edges = _Edges(graph, n_features, h.dtype)
     features = _features(h, species, edges.sizes[0], h.dtype)
-    arguments = [_layer_arguments(layer, width, n_features) for layer in layers]
+    arguments = [_layer_arguments(layer, width, n_features, h.dtype) for layer in layers]
     shared = all(layer.weight.data_ptr() == layers[0].weight.data_ptr() for layer in layers)
     out = torch.empty(edges.sizes[0], width, dtype=h.dtype)
     _kernel("stack", h.dtype)(

@@ -397,7 +397,7 @@ def _checked(graph: Graph, layers: Sequence[Layer], **rows: Tensor) -> _Edges:
 
 
 def _check_layer(layer: Layer, width: int, n_features: int, device: torch.device) -> None:
-    dtype = layer.weight.dtype
+    dtype = torch.float32
     _check("weight", layer.weight, (2 * width, 2 * width + n_features), dtype, device)
     for name, x in zip(Layer._fields[1:10], layer[1:10], strict=True):
         if x is not None or name != "bias":
