@@ -142,7 +142,8 @@ def recurrent_gated_conv(
 
 def crystal_mean(atom_fea: Tensor, batch: GraphBatch) -> Tensor:
     """(N, F) -> (B, F): the mean over the atoms of each crystal; a row counts as many times as it stands for atoms."""
-    if torch.compiler.is_compiling() or atom_fea.dtype not in (torch.float32, torch.float64):
+    traced = torch.compiler.is_compiling() or registry._is_transformed()
+    if traced or atom_fea.dtype not in (torch.float32, torch.float64):
         weight = batch.weight.to(atom_fea.dtype)[:, None]
         atoms = weight.new_zeros(batch.num_crystals, 1).index_add(0, batch.atom_crystal, weight)
         total = atom_fea.new_zeros(batch.num_crystals, atom_fea.shape[1])
