@@ -271,10 +271,16 @@ class CrystalModel(nn.Module):
         return self.in_units(log_softmax(out, dim=1) if self.classification else out)
 
     def in_units(self, out: Tensor) -> Tensor:
-        """What ``predict`` makes of the network's outputs."""
+        """What ``predict`` makes of the network's outputs.
+
+        Raises:
+            InputError: ``metadata`` has another number of targets.
+        """
         if self.classification:
             return out[:, 1:].exp()
         std, mean = self.metadata.std, self.metadata.mean
+        if len(std) != out.shape[1]:
+            raise InputError(f"The metadata has {len(std)} targets for {out.shape[1]} outputs; give it one for each.")
         if len(std) == 1:  # numbers go along with the kernels, tensors are copied first
             return out * std[0] + mean[0]
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():

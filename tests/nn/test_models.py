@@ -95,6 +95,10 @@ def test_multiple_targets_and_units(make_batch):
     )
     with pytest.raises(sf.InputError, match="one unit, mean and std per target"):
         sf.ModelMetadata(("a", "b"), ("eV",), (0.0, 0.0), (1.0, 1.0))
+    for count in (1, 3):  # which would be stretched over the outputs, or the outputs over them
+        model.metadata = sf.ModelMetadata(*(count * (x,) for x in ("a", "eV", 1.0, 2.0)))
+        with pytest.raises(sf.InputError, match=f"{count} targets for 2 outputs"):
+            model.predict(batch)
 
 
 def test_units_of_several_targets_go_to_a_device_once(make_batch, monkeypatch):
