@@ -162,7 +162,7 @@ class CrystalModel(nn.Module):
     def _atoms(self, batch: GraphBatch) -> tuple[Tensor, Tensor | None]:
         """What is embedded: the rows' own features, or the element table and each row's place in it."""
         if batch.atom_features is not None:
-            return batch.atom_features.to(self.embedding.weight.dtype), None
+            return batch.atom_features.to(next(self.embedding.parameters()).dtype), None
         if self._hyperparameters["orig_atom_fea_len"] != self.element_table.shape[1]:
             raise InputError("The element table's width is not orig_atom_fea_len; set a table that fits.")
         return self.element_table, batch.numbers

@@ -73,9 +73,10 @@ def stand_in_for(module: nn.Module, *kinds: type[nn.Module]) -> None:
         InputError: it has a forward of its own.
     """
     if "forward" in module.__dict__ or all(type(module).forward is not kind.forward for kind in kinds):
+        found = type(module)
         raise InputError(
-            f"A convolution has a {type(module).__name__} where the kernels compute {kinds[0].__name__}; give it "
-            "that, or put a module in place of the whole convolution of a CGCNN."
+            f"A convolution has a {found.__module__}.{found.__qualname__} where the kernels compute torch.nn."
+            f"{kinds[0].__name__}; give it that, or put a module in place of the whole convolution of a CGCNN."
         )
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, BasePruningMethod | WeightNorm | SpectralNorm):
