@@ -98,11 +98,19 @@ def _kernel(name: str, dtype: torch.dtype) -> Any:
 
 
 def _check(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if x.dtype is not dtype or x.shape != shape or not x.is_cpu or not x.is_contiguous():
+    if x.dtype is not dtype or x.shape != shape or not x.is_cpu or not x.is_contiguous() or x.is_neg():
+        view = ", a negated view (call resolve_neg())" if x.is_neg() else ""
         raise InputError(
             f"{name} must be a contiguous {dtype} CPU tensor of shape {shape}, "
-            f"not {x.dtype} {tuple(x.shape)} on {x.device.type}."
+            f"not {x.dtype} {tuple(x.shape)} on {x.device.type}{view}."
         )
+
+
+def counted(name: str, ptr: Tensor) -> int:
+    """What a pointer counts, which has one place more."""
+    if ptr.dim() != 1 or ptr.shape[0] == 0:
+        raise InputError(f"{name} must have one dimension and begin with a 0, not the shape {tuple(ptr.shape)}.")
+    return ptr.shape[0] - 1
 
 
 def _address(x: Tensor | None) -> int:
@@ -113,8 +121,8 @@ class _Edges:
     """Addresses, sizes and Gaussians of a graph, checked."""
 
     def __init__(self, graph: Graph, n_features: int, dtype: torch.dtype, with_shells: bool = True) -> None:
-        n_rows, n_edges = graph.row_ptr.shape[0] - 1, graph.sender.shape[0]
-        n_crystals = graph.crystal_ptr.shape[0] - 1
+        n_rows, n_edges = counted("row_ptr", graph.row_ptr), graph.sender.shape[0]
+        n_crystals = counted("crystal_ptr", graph.crystal_ptr)
         if graph.step <= 0:
             raise InputError(f"The Gaussians' step must be positive, not {graph.step}.")
         _check("sender", graph.sender, (n_edges,), torch.int32)
@@ -339,7 +347,7 @@ def _dense_arguments(name: str, layers: Sequence[Dense], width: int, dtype: torc
 
 
 def _crystals(row_weight: Tensor, crystal_ptr: Tensor, dtype: torch.dtype) -> tuple[int, int, int]:
-    n_rows, n_crystals = row_weight.shape[0], crystal_ptr.shape[0] - 1
+    n_rows, n_crystals = row_weight.shape[0], counted("crystal_ptr", crystal_ptr)
     _check("row_weight", row_weight, (n_rows,), dtype)
     _check("crystal_ptr", crystal_ptr, (n_crystals + 1,), torch.int32)
     fault = core.check_crystals(crystal_ptr.data_ptr(), n_crystals, n_rows)

@@ -350,6 +350,32 @@ def test_bad_indices_are_refused_before_native_code(make_batch, field, value, sa
 
 
 @pytest.mark.skipif("cpu" not in FAST, reason="no CPU kernels")
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("field", ["row_ptr", "crystal_ptr"])
+@pytest.mark.parametrize("shape", [(0,), ()])
+def test_pointers_without_a_place_are_refused(make_batch, field, shape, training):
+    """Kernels read the first place before anything else."""
+    batch = make_batch("plain")
+    setattr(batch, field, torch.zeros(shape, dtype=torch.int32))
+    for model in (sf.CGCNN(1, 16, 16).train(training), sf.SRCGCNN(1, 16, 16, recurrent_layer_norm=True)):
+        with torch.set_grad_enabled(training), pytest.raises(sf.InputError, match=f"{field} must have one dimension"):
+            model(batch)
+
+
+@pytest.mark.skipif("cpu" not in FAST, reason="no CPU kernels")
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("field", ["distance", "weight", "edge_features"])
+def test_negated_views_are_refused(make_batch, field, training):
+    """Whose memory holds the numbers with the other sign."""
+    batch = make_batch("plain")
+    batch.edge_features = torch.rand(batch.num_edges, 41) if field == "edge_features" else None
+    setattr(batch, field, torch._neg_view(-getattr(batch, field)))
+    model = sf.CGCNN(1, 16, 16).train(training)
+    with torch.set_grad_enabled(training), pytest.raises(sf.InputError, match="negated view"):
+        model(batch)
+
+
+@pytest.mark.skipif("cpu" not in FAST, reason="no CPU kernels")
 def test_widths_and_types_are_refused_before_native_code(make_batch):
     """Of a call that does not come through :mod:`srcgcnn_fast.functional`."""
     batch = make_batch("plain")
