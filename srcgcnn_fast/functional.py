@@ -1,7 +1,8 @@
 """The stateless operators: gated graph convolutions over a :class:`~srcgcnn_fast.GraphBatch`.
 
 Shapes: N rows, E edges, F = ``atom_fea_len``, K edge features. Distances are in Å. A backend is chosen per call by
-device and dtype; :func:`srcgcnn_fast.use_backend` forces one. Under autocast the convolutions run in float32.
+device and dtype; :func:`srcgcnn_fast.use_backend` forces one. Under autocast the convolutions run in the type of
+their weights.
 """
 
 from __future__ import annotations
@@ -141,7 +142,8 @@ def recurrent_gated_conv(
 
 def crystal_mean(atom_fea: Tensor, batch: GraphBatch) -> Tensor:
     """(N, F) -> (B, F): the mean over the atoms of each crystal; a row counts as many times as it stands for atoms."""
-    if torch.compiler.is_compiling() or atom_fea.dtype not in (torch.float32, torch.float64):
+    traced = torch.compiler.is_compiling() or registry._is_transformed()
+    if traced or atom_fea.dtype not in (torch.float32, torch.float64):
         weight = batch.weight.to(atom_fea.dtype)[:, None]
         atoms = weight.new_zeros(batch.num_crystals, 1).index_add(0, batch.atom_crystal, weight)
         total = atom_fea.new_zeros(batch.num_crystals, atom_fea.shape[1])
@@ -168,6 +170,7 @@ def readout(atom_fea: Tensor, batch: GraphBatch, layers: Sequence[Dense]) -> Ten
     Raises:
         InputError: shapes do not fit.
     """
+    registry.refuse_tracing()
     if not layers or atom_fea.shape[:-1] != (batch.num_rows,):
         raise InputError(f"readout takes (N, F) with N = {batch.num_rows} rows of the batch, and at least one layer.")
     _check_maps(atom_fea.shape[-1], layers)
@@ -215,6 +218,7 @@ def network(
     Returns:
         (B, O), or (B, F) without ``readout_layers``
     """
+    registry.refuse_tracing()
     device = atom_fea.device.type
     runs_at_once = (
         fused.takes_network(atom_fea, embedding, layers, readout_layers)
@@ -232,15 +236,14 @@ def network(
     width, n_features = embedding.weight.shape[0], None if batch.edge_features is None else batch.edge_features.shape[1]
     _check_features(atom_fea, batch, species)
     for layer in layers:
-        _check_width(width, layer.weight, n_features)
+        _check_weight(atom_fea, width, layer.weight, n_features)
     first: Dense | None = embedding
     if species is None:
         atom_fea, first = torch.nn.functional.linear(atom_fea, *embedding), None
     dtype = atom_fea.dtype
     edges = _edges(batch, dtype, dmin, step)
     tracing = torch.compiler.is_compiling()  # a traced graph must not hold what this batch's cache has
-    none = (None, None, None)
-    of, distance, count = none if tracing else batch.cache.get(("shells", dtype), none)
+    of, distance, count = (None if tracing else batch.kept(("shells", dtype))) or (None, None, None)
     graph = fused.Graph(*edges[:5], of, distance, count, edges.dmin, edges.step)
     return fused.network(atom_fea, species, first, graph, layers, batch.weight.to(dtype), readout_layers)
 
@@ -266,7 +269,7 @@ class FrozenNetwork:
         self._parameters: Any = None
         width = embedding.weight.shape[0]
         for layer in layers:
-            _check_width(width, layer.weight, None)
+            _check_weight(table, width, layer.weight, None)
         if (
             fused.takes_network(table, embedding, layers, readout_layers)
             and not any(layer.bn1.training or layer.bn2.training for layer in layers)
@@ -286,7 +289,7 @@ class FrozenNetwork:
 
     def __call__(self, batch: GraphBatch) -> Tensor:
         """(B, O)"""
-        of, distance, count = batch.cache.get(self._shells, (None, None, None))
+        of, distance, count = batch.kept(self._shells) or (None, None, None)
         graph = fused.Graph(
             batch.distance, None, batch.sender, batch.row_ptr, batch.crystal_ptr, of, distance, count, *self._basis
         )
@@ -295,14 +298,15 @@ class FrozenNetwork:
 
 
 def is_plain(device: torch.device) -> bool:
-    """Is this an ordinary call without gradients: not traced, transformed, captured, under autocast or on a backend by
-    force that is not the device's own?
+    """Is this an ordinary call without gradients: not compiled, traced, transformed, captured, under autocast or on a
+    backend by force that is not the device's own?
     """
     return (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and not registry._is_transformed()
+        and torch._C._get_tracing_state() is None
         and not torch.is_autocast_enabled(device.type)
         and registry.forced_backend() in (None, device.type)
         and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
@@ -347,13 +351,17 @@ def _stack(
     pooled: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
     """``pooled``, of a plain stack: the crystals' means, (B, F), in place of the rows."""
+    registry.refuse_tracing()
+    if not layers:
+        raise InputError("There is no convolution; give at least one.")
     device = h.device.type
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
-            return _stack(h.float(), batch, layers, species, dmin, step, return_steps, after, pooled)
+            h = h.to(layers[0].weight.dtype)
+            return _stack(h, batch, layers, species, dmin, step, return_steps, after, pooled)
     _check_features(h, batch, species)
     for layer in layers:
-        _check(h.shape[1], batch, layer)
+        _check(h, batch, layer)
     plain = after is None and not return_steps
     edges = _edges(batch, h.dtype, dmin, step)
     trains = any(layer.bn1.training for layer in layers)
@@ -480,7 +488,9 @@ def _check_features(h: Tensor, batch: GraphBatch, species: Tensor | None) -> Non
         )
 
 
-def _check_width(width: int, weight: Tensor, n_given: int | None) -> None:
+def _check_weight(h: Tensor, width: int, weight: Tensor, n_given: int | None) -> None:
+    if weight.dtype is not h.dtype:
+        raise InputError(f"weight is {weight.dtype} and atom_fea {h.dtype}; convert one to the other's type.")
     n_features = weight.shape[1] - 2 * width
     if weight.shape[0] != 2 * width or n_features < 1:
         raise InputError(f"weight must be (2F, 2F + K) with F = {width} as in atom_fea, not {tuple(weight.shape)}.")
@@ -488,8 +498,8 @@ def _check_width(width: int, weight: Tensor, n_given: int | None) -> None:
         raise InputError(f"The batch has {n_given} edge features, but the weight expects K = {n_features}.")
 
 
-def _check(width: int, batch: GraphBatch, layer: ConvParameters) -> None:
-    _check_width(width, layer.weight, None if batch.edge_features is None else batch.edge_features.shape[1])
+def _check(h: Tensor, batch: GraphBatch, layer: ConvParameters) -> None:
+    _check_weight(h, h.shape[1], layer.weight, None if batch.edge_features is None else batch.edge_features.shape[1])
     single_edge = (
         layer.bn1.training and layer.bn1.group is None and batch.num_edges <= 1 and _at_most_one(batch, batch.num_edges)
     )

@@ -141,7 +141,7 @@ def run_over(
     own = model.metadata.graph
     parameters = replace(own, isolated=isolated or own.isolated, disorder=disorder or own.disorder)
     is_captured = isinstance(function, CapturedModel)  # which takes batches on the CPU itself
-    device = torch.device("cpu") if is_captured else model.embedding.weight.device
+    device = torch.device("cpu") if is_captured else model.element_table.device
     ids: list[str] = []
     errors: list[str | None] = []
     values: list[np.ndarray] = []
@@ -335,7 +335,8 @@ def _run(call: Predictor, batches: Iterable[GraphBatch]) -> Iterator[np.ndarray]
 
 
 def _distance_dtype(model: Any) -> torch.dtype:
-    return torch.float64 if model.embedding.weight.dtype == torch.float64 else torch.float32
+    dtype = next(model.embedding.parameters()).dtype  # of whatever module stands there
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _mark(values: np.ndarray, places: Any, names: Sequence[str], errors: list[str | None]) -> None:
@@ -363,7 +364,7 @@ def _graphs(
         errors="collect",
         distance_dtype=distance_dtype,
     )
-    is_built_in = np.array_equal(model.element_table.cpu().numpy(), element_features())
+    is_built_in = np.array_equal(model.element_table.cpu().float().numpy(), element_features())
     has_vector = model.element_table.any(dim=1).cpu().numpy()
     graphs = {}
     for i, graph in zip(good, built, strict=True):

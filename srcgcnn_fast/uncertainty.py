@@ -114,13 +114,14 @@ class MonteCarloDropout(Sampler):
         dropout: nn.Dropout = self.model.dropout  # type: ignore[assignment]
         pooled = self.model.features(batch)  # dropout acts on the head alone, so the convolutions run once
         devices = [pooled.device] if pooled.is_cuda else []
+        mode = dropout.training
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(0)
             dropout.train()
             try:
                 return torch.stack([self.model.predict_from(pooled) for _ in range(self.passes)])
             finally:
-                dropout.eval()
+                dropout.train(mode)
 
 
 def save_ensemble(ensemble: Ensemble, directory: str | os.PathLike[str]) -> Path:

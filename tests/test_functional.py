@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -127,6 +129,56 @@ def test_autocast_computes_in_float32(make_batch):
         mixed = model.features(batch)
     assert mixed.dtype == torch.float32
     torch.testing.assert_close(mixed, plain, rtol=2e-2, atol=2e-2)  # the embedding ran in bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_autocast_leaves_models_of_other_types_theirs(make_batch, dtype):
+    torch.manual_seed(0)
+    batch, model = make_batch("plain"), sf.SRCGCNN(atom_fea_len=8, h_fea_len=8).to(dtype).eval()
+    plain = model.features(batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = model.features(batch)
+    assert mixed.dtype == dtype
+    torch.testing.assert_close(mixed, plain, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("h", "weight"), [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_features_and_weights_of_two_types_are_refused(backend, make_batch, h, weight, training):
+    """The kernels took one type from the one and read the other's memory as such."""
+    batch = make_batch("plain")
+    conv = GatedConv(16).to(weight).train(training)
+    with pytest.raises(sf.InputError, match="convert one to the other's type"):
+        conv(torch.rand(batch.num_rows, 16, dtype=h), batch)
+
+
+def test_half_precision_counts_beyond_its_largest_number(make_batch):
+    """A batch of 100 000 edges: sums of float16 end at 65 504."""
+    torch.manual_seed(0)
+    batch, conv = make_batch("large"), GatedConv(8)
+    h = torch.rand(batch.num_rows, 8)
+    half = GatedConv(8).half()
+    half.load_state_dict(conv.state_dict())
+    assert batch.num_edges > 65_504
+    torch.testing.assert_close(half(h.half(), batch).float(), conv(h, batch), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(half.bn1.running_var.float(), conv.bn1.running_var, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_tracing_is_refused(make_batch, training):
+    """A trace would hold what the kernels computed for its example."""
+    batch, model = make_batch("plain"), sf.CGCNN(1, 8, 8).train(training)
+    with torch.no_grad():
+        model(batch)
+        with pytest.raises(sf.InputError, match=r"torch\.export"):
+            torch.jit.trace(lambda distance: model(replace(batch, distance=distance)), batch.distance)
+
+
+def test_a_stack_has_a_layer(make_batch):
+    batch = make_batch("plain")
+    with pytest.raises(sf.InputError, match="at least one"):
+        functional.stacked_gated_conv(torch.rand(batch.num_rows, 8), batch, [])
 
 
 def test_a_forced_backend_never_falls_back(make_batch):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -108,6 +109,27 @@ def test_transforms_go_through_the_reference(make_batch):
         dual = torch.autograd.forward_ad.make_dual(h[0].detach(), h[1])
         found = torch.autograd.forward_ad.unpack_dual(layer(dual).square().sum()).tangent
     torch.testing.assert_close(found, tangent, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
+def test_transforms_of_whole_models(make_batch, model_type):
+    """An ensemble by ``vmap``; forces and their derivatives by ``torch.func`` from distances."""
+    torch.manual_seed(0)
+    models, batch = [model_type(2, 8, 8).double().eval() for _ in range(3)], make_batch("isolated")
+    batch = batch.to(dtype=torch.float64)
+    parameters, buffers = torch.func.stack_module_state(models)
+    with torch.no_grad():
+        found = torch.vmap(lambda *state: torch.func.functional_call(models[0], state, (batch,)))(parameters, buffers)
+        torch.testing.assert_close(found, torch.stack([model(batch) for model in models]), rtol=1e-10, atol=1e-12)
+
+    def energy(distance: torch.Tensor) -> torch.Tensor:
+        return models[0](replace(batch, distance=distance)).sum()
+
+    hessian = torch.autograd.functional.hessian(energy, batch.distance)
+    torch.testing.assert_close(torch.func.hessian(energy)(batch.distance), hessian, rtol=1e-9, atol=1e-12)
+    (slope,) = torch.autograd.grad(energy(x := batch.distance.clone().requires_grad_()), x)
+    along = torch.func.jvp(energy, (batch.distance,), (torch.ones_like(slope),))[1]
+    torch.testing.assert_close(along, slope.sum(), rtol=1e-10, atol=1e-12)
 
 
 @needs_kernels

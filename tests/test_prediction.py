@@ -115,6 +115,20 @@ def test_several_targets_and_float64():
     np.testing.assert_allclose(double[["target_0", "target_1"]], frame[["target_0", "target_1"]], atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_of_half_precision(dtype):
+    plain = sf.predict(make_model(), crystals(3))["target"]
+    np.testing.assert_allclose(sf.predict(make_model().to(dtype), crystals(3))["target"], plain, rtol=3e-2)
+
+
+def test_another_embedding():
+    model, inputs = make_model(), crystals(2)
+    model.embedding = torch.nn.Sequential(torch.nn.Linear(92, 16), torch.nn.ReLU())
+    with torch.no_grad():
+        expected = model.eval().predict(sf.collate(sf.build_graphs(inputs)))[:, 0]
+    np.testing.assert_allclose(sf.predict(model, inputs)["target"], expected.numpy(), atol=2e-5)
+
+
 def test_graphs_are_those_of_the_training(monkeypatch):
     model, inputs = make_model(), crystals(3)
     default = sf.predict(model, inputs)["target"]

@@ -203,7 +203,8 @@ class Windows {
       for (int k = 0; k < kPadded; k += W) {
         const V x = splat(u - T(f + k)) - lane;
         const V power = T(-kLog2e) * x * x;
-        store(static_cast<T*>(values_) + s * kPadded + k, V(power > T(-110) ? M::exp2(power) : V{}));
+        const V far = power < 0 ? V{} : power;  // or a distance that is no number, which shall not pass for a far one
+        store(static_cast<T*>(values_) + s * kPadded + k, V(power > T(-110) ? M::exp2(power) : far));
       }
     }
   }

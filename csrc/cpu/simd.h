@@ -195,7 +195,7 @@ struct MathF64 {
 
   // exp(r ln 2) by Taylor to degree 13 after reduction: below one unit in the last place before rounding.
   static SRCGCNN_INLINE F64 exp2(F64 x) {
-    x = x > -max_exponent ? x : F64{} - max_exponent;
+    x = x < -max_exponent ? F64{} - max_exponent : x;  // what is no number stays so
     const F64 magic = F64{} + 6755399441055744.0;  // 1.5 * 2^52
     const F64 shifted = x + magic;
     const F64 r = (x - (shifted - magic)) * kLn2;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,7 @@ class GraphBatch:
     edge_features: torch.Tensor | None = None
     """(E, K), in place of the Gaussians of ``distance``."""
     cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
-    """What follows from the graph alone, built once."""
+    """What follows from the graph alone, built once for the tensors that are here (:meth:`cached`)."""
 
     @property
     def num_rows(self) -> int:
@@ -104,14 +105,43 @@ class GraphBatch:
         return self.cached("atom_crystal", lambda: _expand(self.crystal_ptr, self.num_rows))
 
     def cached(self, key: Any, build: Callable[[], Any]) -> Any:
-        """What ``build`` makes of this graph alone, made once and kept in ``cache``."""
+        """What ``build`` makes of this graph alone, made once and kept in ``cache``.
+
+        It is made anew after a tensor was exchanged or written to; of tensors from inference mode, which do not count
+        what is written to them, it is made every time. (Writing through NumPy or ``.data`` leaves no trace.)
+        """
         if torch.compiler.is_compiling():  # a traced graph must not fill a cache with its own symbols
             return build()
         if self.sender.is_cuda and torch.cuda.is_current_stream_capturing():
             return build()  # part of the CUDA graph, since a replay may bring other edges
+        found = self.kept(key)
+        if found is None:
+            known = self._tensors(), self._versions()
+            found = build()
+            if known[1] is not None:
+                self.cache[key] = found, *known
+        return found
+
+    def kept(self, key: Any) -> Any:
+        """What :meth:`cached` keeps for ``key``, if it is of the tensors as they are now; else None."""
         if key not in self.cache:
-            self.cache[key] = build()
-        return self.cache[key]
+            return None
+        found, tensors, versions = self.cache[key]
+        same = all(map(is_, tensors, self._tensors())) and versions == self._versions()
+        return found if same else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave out what follows from the graph, ten times its size."""
+        return {**self.__dict__, "cache": {}}
+
+    def _tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return self.weight, self.sender, self.distance, self.row_ptr, self.crystal_ptr, self.edge_features
+
+    def _versions(self) -> list[int] | None:
+        try:
+            return [x._version for x in self._tensors() if x is not None]
+        except RuntimeError:  # tensors of inference mode have none
+            return None
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> GraphBatch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "cache"}

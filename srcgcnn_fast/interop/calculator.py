@@ -59,7 +59,8 @@ class CrystalCalculator(_ase.Calculator):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         model = load_model(model) if isinstance(model, str | os.PathLike) else model
-        self.model = copy.deepcopy(model).double().eval().requires_grad_(False)
+        with torch.inference_mode(False):  # that forces can be asked of it
+            self.model = copy.deepcopy(model).double().eval().requires_grad_(False)
         self.smoothing = smoothing
         metadata = self.model.metadata
         self._energy = _energy_target(metadata.targets, metadata.units, energy, self.model.classification)
@@ -73,6 +74,7 @@ class CrystalCalculator(_ase.Calculator):  # type: ignore[misc]
         derived = [] if self._energy is None else ["energy", "free_energy", "forces", "stress"]
         self.implemented_properties = [*derived, *(name for name in metadata.targets if name not in derived)]
 
+    @torch.inference_mode(False)  # whoever asks for forces
     def calculate(
         self,
         atoms: Any = None,
@@ -84,7 +86,7 @@ class CrystalCalculator(_ase.Calculator):  # type: ignore[misc]
         derivatives = not {"forces", "stress"}.isdisjoint(properties)
         graph = self._graph()
         n = graph.n_atoms
-        distance = torch.from_numpy(graph.distance).to(self.model.embedding.weight.device).requires_grad_(derivatives)
+        distance = torch.from_numpy(graph.distance).to(self.model.element_table.device).requires_grad_(derivatives)
         with torch.set_grad_enabled(derivatives):
             values = self.model.predict(self._batch(graph, distance))[0]
         if not bool(torch.isfinite(values).all()):

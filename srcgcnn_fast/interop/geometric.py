@@ -14,7 +14,7 @@ from ..graph.batch import GraphBatch
 from ..ops import fused, reference, registry
 from ..ops.reference import BatchNorm, Edges
 from .indexed import TensorCache, blocks, edge_batch
-from .swap import Swapped, is_traced, own_formula
+from .swap import Swapped, is_traced, own_formula, unhooked
 
 _AGGREGATIONS = {"add": "add", "sum": "add", "mean": "mean", "max": "max"}
 _cache = TensorCache()
@@ -240,12 +240,19 @@ def _cg_conv(
     device = target.device.type
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
-            real = None if features is None else features.float()
-            h = target.float()
-            return _cg_conv(module, h if source is target else source.float(), h, edges, real, graph)
+            dtype = module.lin_f.weight.dtype
+            real = None if features is None else features.to(dtype)
+            h = target.to(dtype)
+            return _cg_conv(module, h if source is target else source.to(dtype), h, edges, real, graph)
+    aggr = _AGGREGATIONS[module.aggr]
+    if not all(map(_is_plain, (module.lin_f, module.lin_s))):
+        sender, receiver = edges.long()
+        ends = [target.index_select(0, receiver), source.index_select(0, sender)]
+        z = torch.cat(ends if features is None else [*ends, features], dim=1)
+        message = torch.sigmoid(module.lin_f(z)) * softplus(module.lin_s(z))
+        return _finish(module, _aggregate(message, receiver, target, aggr), target, edges, aggr)
     weight = torch.cat([module.lin_f.weight, module.lin_s.weight])
     bias = None if module.lin_f.bias is None else torch.cat([module.lin_f.bias, module.lin_s.bias])
-    aggr = _AGGREGATIONS[module.aggr]
     fast = graph is not None and source is target and aggr != "max" and edges.shape[1] > 0
     if graph is not None and fast and registry.select(target, inference=True) == "cpu":
         total = _summed_messages(target, weight, bias, _batch(edges, graph, features, target.dtype, id(module)))
@@ -253,6 +260,16 @@ def _cg_conv(
         sender, receiver = edges.long()
         message = _messages(source, target, weight, bias, sender, receiver, features)
         total = _aggregate(message, receiver, target, aggr)
+    return _finish(module, total, target, edges, aggr)
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Is it computed by its weight and bias alone, without anybody watching?"""
+    return type(linear).forward is nn.Linear.forward and unhooked(linear)
+
+
+def _finish(module: Any, total: Tensor, target: Tensor, edges: Tensor, aggr: str) -> Tensor:
+    """From sums over the edges to the output."""
     if aggr == "mean":
         degree = total.new_zeros(len(total)).index_add(0, edges[1].long(), total.new_ones(edges.shape[1]))
         total = total / degree.clamp(min=1)[:, None]

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..graph.batch import GraphBatch
-from .norm import batch_norm_states
+from .norm import batch_norm_states, stand_in_for
 
 
 class GatedConv(nn.Module):
@@ -32,6 +32,7 @@ class GatedConv(nn.Module):
 
     def parameters_of_call(self) -> functional.ConvParameters:
         """What :func:`srcgcnn_fast.functional.gated_conv` takes, counting one batch in training mode."""
+        stand_in_for(self.fc_full, nn.Linear)
         return functional.ConvParameters(
             self.fc_full.weight, self.fc_full.bias, *batch_norm_states([self.bn1, self.bn2])
         )

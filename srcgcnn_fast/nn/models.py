@@ -14,7 +14,7 @@ from .. import functional
 from ..errors import InputError
 from ..graph.batch import GraphBatch
 from ..graph.elements import element_features
-from .conv import GatedConv, batch_norm_states
+from .conv import GatedConv, batch_norm_states, stand_in_for
 from .frozen import Frozen
 from .metadata import ModelMetadata
 
@@ -27,9 +27,9 @@ def _positive(**values: int) -> None:
             raise InputError(f"{name} must be at least 1, not {value}.")
 
 
-def _is_plain_linear(module: nn.Module) -> bool:
-    """Is it computed by its weight and bias alone, without anybody watching?"""
-    return type(module) is nn.Linear and not (
+def _is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Is it computed by its parameters alone, without anybody watching?"""
+    return type(module) is kind and not (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
@@ -121,8 +121,12 @@ class CrystalModel(nn.Module):
         raise NotImplementedError
 
     def _is_stack(self) -> bool:
-        """Is there nothing between the convolutions?"""
+        """Are the convolutions ours, and nothing between them?"""
         return True
+
+    def _called(self) -> list[nn.Module]:
+        """The convolutions that are called as modules where :meth:`_is_stack` is not true."""
+        return []
 
     def _convolve(
         self, h: Tensor, species: Tensor | None, batch: GraphBatch, return_steps: bool = False
@@ -158,14 +162,14 @@ class CrystalModel(nn.Module):
     def _atoms(self, batch: GraphBatch) -> tuple[Tensor, Tensor | None]:
         """What is embedded: the rows' own features, or the element table and each row's place in it."""
         if batch.atom_features is not None:
-            return batch.atom_features.to(self.embedding.weight.dtype), None
+            return batch.atom_features.to(next(self.embedding.parameters()).dtype), None
         if self._hyperparameters["orig_atom_fea_len"] != self.element_table.shape[1]:
             raise InputError("The element table's width is not orig_atom_fea_len; set a table that fits.")
         return self.element_table, batch.numbers
 
     def features(self, batch: GraphBatch) -> Tensor:
         """The pooled crystal vector, (B, F): a descriptor of the crystal."""
-        if self._is_stack() and _is_plain_linear(self.embedding):
+        if self._is_stack() and _is_plain(self.embedding):
             return self._network(batch, [])
         return functional.crystal_mean(self._convolve(*self._embed(batch), batch)[0], batch)
 
@@ -180,8 +184,8 @@ class CrystalModel(nn.Module):
         steps: list[Tensor] = []
         hidden = self._hidden()
         drops = self.dropout is not None and self.dropout.training
-        plain = not drops and all(map(_is_plain_linear, hidden))
-        if plain and not return_steps and self._is_stack() and _is_plain_linear(self.embedding):
+        plain = not drops and all(map(_is_plain, hidden))
+        if plain and not return_steps and self._is_stack() and _is_plain(self.embedding):
             out = self._network(batch, hidden)
         else:
             h, steps = self._convolve(*self._embed(batch), batch, return_steps)
@@ -224,15 +228,16 @@ class CrystalModel(nn.Module):
         tensors = [x for module in modules for part in (module._parameters, module._buffers) for x in part.values()]
         if any(x is not None and type(x) not in (Tensor, nn.Parameter) for x in tensors):
             return None
-        own["_frozen"] = Frozen(self, modules, linears, self._freeze(table, modules, linears, tensors))
-        return own["_frozen"].network  # type: ignore[no-any-return]
+        network = self._freeze(table, modules, linears, tensors)
+        own["_frozen"] = Frozen(self, modules, [*linears, *self._called()], network)
+        return network
 
     def _freeze(
         self, table: Tensor, modules: list[nn.Module], linears: list[nn.Linear], tensors: list[Any]
     ) -> functional.FrozenNetwork | None:
         """None where not everything is computed from ``tensors``, the parameters and buffers, alone."""
         trains, is_ours = any(module.training for module in modules), type(self) in (CGCNN, SRCGCNN)
-        if trains or not (is_ours and self._is_stack() and all(map(_is_plain_linear, linears))):
+        if trains or not (is_ours and self._is_stack() and all(map(_is_plain, linears))):
             return None
         dense, layers = [functional.Dense(x.weight, x.bias) for x in linears], self._layers()
         used = [x for layer in layers for x in (*layer[:2], *layer.bn1[:4], *layer.bn2[:4])]
@@ -266,10 +271,16 @@ class CrystalModel(nn.Module):
         return self.in_units(log_softmax(out, dim=1) if self.classification else out)
 
     def in_units(self, out: Tensor) -> Tensor:
-        """What ``predict`` makes of the network's outputs."""
+        """What ``predict`` makes of the network's outputs.
+
+        Raises:
+            InputError: ``metadata`` has another number of targets.
+        """
         if self.classification:
             return out[:, 1:].exp()
         std, mean = self.metadata.std, self.metadata.mean
+        if len(std) != out.shape[1]:
+            raise InputError(f"The metadata has {len(std)} targets for {out.shape[1]} outputs; give it one for each.")
         if len(std) == 1:  # numbers go along with the kernels, tensors are copied first
             return out * std[0] + mean[0]
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
@@ -328,8 +339,27 @@ class CGCNN(CrystalModel):
 
     def _layers(self) -> list[functional.ConvParameters]:
         states = iter(batch_norm_states(norm for conv in self.convs for norm in (conv.bn1, conv.bn2)))  # type: ignore[misc]
-        maps = (conv.fc_full for conv in self.convs)
+        maps = [conv.fc_full for conv in self.convs]
+        for linear in maps:
+            stand_in_for(linear, nn.Linear)  # type: ignore[arg-type]
         return [functional.ConvParameters(x.weight, x.bias, next(states), next(states)) for x in maps]  # type: ignore[union-attr, arg-type]
+
+    def _is_stack(self) -> bool:
+        return all(_is_plain(conv, GatedConv) for conv in self.convs)
+
+    def _called(self) -> list[nn.Module]:
+        return list(self.convs)
+
+    def _convolve(
+        self, h: Tensor, species: Tensor | None, batch: GraphBatch, return_steps: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        if self._is_stack():
+            return super()._convolve(h, species, batch, return_steps)
+        h, steps = h if species is None else h.index_select(0, species), []
+        for conv in self.convs:  # of which one has a hook or another class, and wants to be called
+            h = conv(h, batch)
+            steps.append(h)
+        return h, steps if return_steps else []
 
 
 class SRCGCNN(CrystalModel):
@@ -393,6 +423,8 @@ class SRCGCNN(CrystalModel):
 
     def _layers(self) -> list[functional.ConvParameters]:
         shared = self.shared_conv.fc_full
+        stand_in_for(self.shared_conv, GatedConv)
+        stand_in_for(shared, nn.Linear)
         states = batch_norm_states([*self.recurrent_bn1s, *self.recurrent_bn2s])  # type: ignore[list-item]
         norms = zip(*(_with_first(x) for x in (states[: len(states) // 2], states[len(states) // 2 :])), strict=True)
         return [functional.ConvParameters(shared.weight, shared.bias, *pair) for pair in norms]

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from .. import functional
+from ..errors import InputError
 from ..ops import reference
+
+logger = logging.getLogger(__name__)
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -55,9 +63,44 @@ def process_group(norm: nn.Module) -> Any:
     return group if dist.get_world_size(group) > 1 else None
 
 
+_NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm, SynchronizedBatchNorm1d)
+
+
+def stand_in_for(module: nn.Module, *kinds: type[nn.Module]) -> None:
+    """Before the kernels compute ``module``, one of ``kinds``, without calling it: what its hooks make of its weights.
+
+    Raises:
+        InputError: it has a forward of its own.
+    """
+    if "forward" in module.__dict__ or all(type(module).forward is not kind.forward for kind in kinds):
+        found = type(module)
+        raise InputError(
+            f"A convolution has a {found.__module__}.{found.__qualname__} where the kernels compute torch.nn."
+            f"{kinds[0].__name__}; give it that, or put a module in place of the whole convolution of a CGCNN."
+        )
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod | WeightNorm | SpectralNorm):
+            hook(module, ())
+        else:
+            _say_once(type(module).__name__)
+    if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
+        _say_once(type(module).__name__)
+
+
+@cache
+def _say_once(name: str) -> None:
+    logger.warning(
+        "Hooks on the %s of a convolution are not called: kernels compute it. Those on the model and on the "
+        "convolutions of a CGCNN are.",
+        name,
+    )
+
+
 def batch_norm_states(norms: Iterable[nn.BatchNorm1d | nn.SyncBatchNorm]) -> list[functional.BatchNorm]:
     """Parameters and state of each norm for one call; counts the batch, as their own forward would."""
     norms = list(norms)
+    for norm in norms:
+        stand_in_for(norm, *_NORMS)
     counts = [norm._buffers["num_batches_tracked"] for norm in norms if norm.training]
     if counts := [count for count in counts if count is not None]:
         torch._foreach_add_(counts, 1)

@@ -98,11 +98,19 @@ def _kernel(name: str, dtype: torch.dtype) -> Any:
 
 
 def _check(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if x.dtype is not dtype or x.shape != shape or not x.is_cpu or not x.is_contiguous():
+    if x.dtype is not dtype or x.shape != shape or not x.is_cpu or not x.is_contiguous() or x.is_neg():
+        view = ", a negated view (call resolve_neg())" if x.is_neg() else ""
         raise InputError(
             f"{name} must be a contiguous {dtype} CPU tensor of shape {shape}, "
-            f"not {x.dtype} {tuple(x.shape)} on {x.device.type}."
+            f"not {x.dtype} {tuple(x.shape)} on {x.device.type}{view}."
         )
+
+
+def counted(name: str, ptr: Tensor) -> int:
+    """What a pointer counts, which has one place more."""
+    if ptr.dim() != 1 or ptr.shape[0] == 0:
+        raise InputError(f"{name} must have one dimension and begin with a 0, not the shape {tuple(ptr.shape)}.")
+    return ptr.shape[0] - 1
 
 
 def _address(x: Tensor | None) -> int:
@@ -113,8 +121,8 @@ class _Edges:
     """Addresses, sizes and Gaussians of a graph, checked."""
 
     def __init__(self, graph: Graph, n_features: int, dtype: torch.dtype, with_shells: bool = True) -> None:
-        n_rows, n_edges = graph.row_ptr.shape[0] - 1, graph.sender.shape[0]
-        n_crystals = graph.crystal_ptr.shape[0] - 1
+        n_rows, n_edges = counted("row_ptr", graph.row_ptr), graph.sender.shape[0]
+        n_crystals = counted("crystal_ptr", graph.crystal_ptr)
         if graph.step <= 0:
             raise InputError(f"The Gaussians' step must be positive, not {graph.step}.")
         _check("sender", graph.sender, (n_edges,), torch.int32)
@@ -185,8 +193,11 @@ def edge_moments(row_weight: Tensor, graph: Graph, n_features: int) -> tuple[Ten
     return outputs
 
 
-def _layer_arguments(layer: Layer, width: int, n_features: int) -> tuple[list[int], tuple[float, float, bool, bool]]:
-    dtype = layer.weight.dtype
+def _layer_arguments(
+    layer: Layer, width: int, n_features: int, dtype: torch.dtype
+) -> tuple[list[int], tuple[float, float, bool, bool]]:
+    if width % kernel_width(dtype):
+        raise InputError(f"The CPU kernels take multiples of {kernel_width(dtype)} features of a row, not {width}.")
     _check("weight", layer.weight, (2 * width, 2 * width + n_features), dtype)
     for name, x in zip(Layer._fields[1:10], layer[1:10], strict=True):
         if x is not None:
@@ -267,7 +278,7 @@ def conv(
         for x, trains in zip(layer[6:10], (layer.train1,) * 2 + (layer.train2,) * 2, strict=True)
     ]
     layer = layer._replace(mean1=used[0], var1=used[1], mean2=used[2], var2=used[3])
-    addresses, norms = _layer_arguments(layer, width, n_features)
+    addresses, norms = _layer_arguments(layer, width, n_features, h.dtype)
     if into is None:
         into = torch.empty(n_rows, width, dtype=h.dtype), torch.empty(n_rows, width, dtype=h.dtype), None
     out, m, products = into
@@ -306,7 +317,7 @@ def conv_backward(
         _check("products", products, (edges.sizes[0], 4 * width), h.dtype)
     if edge_grad and layer.train1:
         raise InputError("Gradients of the edges exist for fixed statistics only; call model.eval() first.")
-    addresses, norms = _layer_arguments(layer, width, n_features)
+    addresses, norms = _layer_arguments(layer, width, n_features, h.dtype)
     like = graph.distance if graph.features is None else graph.features
     outputs = [torch.empty_like(x) for x in (h, layer.weight, layer.gamma1, layer.gamma1, layer.beta1)]
     outputs += [torch.empty_like(layer.gamma2), torch.empty_like(layer.beta2)]
@@ -336,7 +347,7 @@ def _dense_arguments(name: str, layers: Sequence[Dense], width: int, dtype: torc
 
 
 def _crystals(row_weight: Tensor, crystal_ptr: Tensor, dtype: torch.dtype) -> tuple[int, int, int]:
-    n_rows, n_crystals = row_weight.shape[0], crystal_ptr.shape[0] - 1
+    n_rows, n_crystals = row_weight.shape[0], counted("crystal_ptr", crystal_ptr)
     _check("row_weight", row_weight, (n_rows,), dtype)
     _check("crystal_ptr", crystal_ptr, (n_crystals + 1,), torch.int32)
     fault = core.check_crystals(crystal_ptr.data_ptr(), n_crystals, n_rows)
@@ -400,7 +411,7 @@ class NetworkParameters:
             raise InputError(
                 f"The convolutions take {self.width} features of a row, but the embedding gives another number."
             )
-        arguments = [_layer_arguments(layer, self.width, self.n_features) for layer in layers]
+        arguments = [_layer_arguments(layer, self.width, self.n_features, self.dtype) for layer in layers]
         self.layers, self.norms = [a for a, _ in arguments], [n for _, n in arguments]
         self.last = _dense_arguments("readout", readout_layers, self.width, self.dtype)
         self.shared = all(a[0] == self.layers[0][0] for a in self.layers)
@@ -440,7 +451,7 @@ def stack(h: Tensor, layers: Sequence[Layer], graph: Graph, species: Tensor | No
     n_features = layers[0].weight.shape[1] - 2 * width
     edges = _Edges(graph, n_features, h.dtype)
     features = _features(h, species, edges.sizes[0], h.dtype)
-    arguments = [_layer_arguments(layer, width, n_features) for layer in layers]
+    arguments = [_layer_arguments(layer, width, n_features, h.dtype) for layer in layers]
     shared = all(layer.weight.data_ptr() == layers[0].weight.data_ptr() for layer in layers)
     out = torch.empty(edges.sizes[0], width, dtype=h.dtype)
     _kernel("stack", h.dtype)(

@@ -557,7 +557,7 @@ def takes_network(
     else:
         can = cpu.core is not None and h.dtype in cpu.DTYPES and 0 < len(readout_layers) <= cpu.MOST_LAYERS
         can = can and embedding.weight.shape[0] % cpu.kernel_width(h.dtype) == 0
-    return can and len(layers) > 0 and _are_plain(h, [embedding, *readout_layers])
+    return can and len(layers) > 0 and h.is_contiguous() and _are_plain(h, [embedding, *readout_layers])
 
 
 def network(

@@ -97,6 +97,9 @@ def batch_norm(x: Tensor, norm: BatchNorm, weight: Tensor) -> Tensor:
         return torch.nn.functional.batch_norm(
             x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
         )
+    dtype = x.dtype
+    if dtype in (torch.float16, torch.bfloat16):  # whose sums over a batch overflow, or stop growing
+        x, weight = x.float(), weight.float()
     count = weight.sum()
     mean = (weight * x).sum(0) / (count if norm.group is None else count.clamp_min(1))
     squares = (weight * (x - mean) ** 2).sum(0)
@@ -106,7 +109,7 @@ def batch_norm(x: Tensor, norm: BatchNorm, weight: Tensor) -> Tensor:
 
         count, mean, var = join_statistics(count, mean, squares, norm.group)
     norm.update(mean, var, count)
-    return norm.normalize(x, mean.to(x.dtype), var.to(x.dtype))
+    return norm.normalize(x, mean.to(x.dtype), var.to(x.dtype)).to(dtype)
 
 
 def gated_conv(

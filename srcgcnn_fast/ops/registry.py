@@ -202,6 +202,19 @@ def select(
     return "reference"
 
 
+def refuse_tracing() -> None:
+    """A trace sees no kernels, and would hold what they computed.
+
+    Raises:
+        InputError: ``torch.jit.trace`` is at work, or the older ONNX exporter, which calls it.
+    """
+    if torch._C._get_tracing_state() is not None:
+        raise InputError(
+            "torch.jit.trace and the older ONNX exporter would keep this batch's numbers as constants; use "
+            "torch.export or torch.compile."
+        )
+
+
 def _is_transformed() -> bool:
     """Is this a call inside vmap, jvp …? The compiled operators would have no tangent there, or run row by row."""
     if torch.compiler.is_compiling():

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from . import precision
-from .cpu import Graph, Layer, Moments
+from .cpu import Graph, Layer, Moments, counted
 from .reference import Dense
 
 OLDEST = (3, 3)
@@ -209,7 +209,8 @@ class _Edges:
             raise InputError(f"The Triton kernels take float32, not {dtype}.")
         if graph.step <= 0:
             raise InputError(f"The Gaussians' step must be positive, not {graph.step}.")
-        self.n_rows, self.n_edges = graph.row_ptr.shape[0] - 1, graph.sender.shape[0]
+        self.n_rows, self.n_edges = counted("row_ptr", graph.row_ptr), graph.sender.shape[0]
+        counted("crystal_ptr", graph.crystal_ptr)
         _check("sender", graph.sender, (self.n_edges,), torch.int32, device)
         _check("row_ptr", graph.row_ptr, (self.n_rows + 1,), torch.int32, device)
         if graph.features is None:
@@ -397,7 +398,7 @@ def _checked(graph: Graph, layers: Sequence[Layer], **rows: Tensor) -> _Edges:
 
 
 def _check_layer(layer: Layer, width: int, n_features: int, device: torch.device) -> None:
-    dtype = layer.weight.dtype
+    dtype = torch.float32
     _check("weight", layer.weight, (2 * width, 2 * width + n_features), dtype, device)
     for name, x in zip(Layer._fields[1:10], layer[1:10], strict=True):
         if x is not None or name != "bias":

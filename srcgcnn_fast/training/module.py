@@ -141,7 +141,7 @@ class TrainingModule(pl.LightningModule):
         self.seed = seed
         self.classification = bool(model.hyperparameters["classification"])
         is_mixed = any(part.dataset.store.is_mixed for part in data.parts.values())
-        if is_mixed and not np.array_equal(model.element_table.cpu().numpy(), element_features()):
+        if is_mixed and not np.array_equal(model.element_table.cpu().float().numpy(), element_features()):
             raise InputError(f"Some crystals are disordered: {MIXES_BUILT_IN}")
         given = data.target_values("train")
         mean, std = self._normaliser(given, data.targets)

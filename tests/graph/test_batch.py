@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -48,3 +50,43 @@ def test_refusals():
         sf.collate([])
     with pytest.raises(sf.InputError, match="1 of 2 graphs carry atom_features"):
         sf.collate([graph(2), replace(graph(2), atom_features=np.ones((2, 5), np.float32))])
+
+
+def exchanged(batch: sf.GraphBatch) -> sf.GraphBatch:
+    batch.distance = batch.distance * 0.5
+    return batch
+
+
+def written_to(batch: sf.GraphBatch) -> sf.GraphBatch:
+    batch.distance.mul_(0.5)
+    return batch
+
+
+@pytest.mark.parametrize("change", [exchanged, written_to, lambda batch: replace(batch, distance=batch.distance * 0.5)])
+@pytest.mark.parametrize("training", [False, True])
+def test_what_follows_from_a_graph_follows_its_changes(change, training):
+    torch.manual_seed(0)
+    model = sf.CGCNN(2, 8, 8).train(training)
+    batch = sf.collate([graph(5, 1), graph(4, 2)])
+    before, receiver = model(batch), batch.receiver
+    assert batch.receiver is receiver
+    changed = change(batch)
+    found, expected = model(changed), model(replace(changed, cache={}))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert not torch.allclose(found, before)
+
+
+def test_tensors_of_inference_mode_count_no_changes():
+    with torch.inference_mode():
+        batch = sf.collate([graph(5, 1)])
+        assert batch.receiver.tolist() == [i // 2 for i in range(10)]
+        batch.row_ptr[1] += 1
+        assert batch.receiver.tolist()[:3] == [0, 0, 0]
+
+
+def test_copies_leave_out_what_follows_from_the_graph():
+    batch = sf.collate([graph(5, 1)])
+    assert len(batch.receiver) and batch.cache
+    for twin in (copy.deepcopy(batch), copy.copy(batch), pickle.loads(pickle.dumps(batch))):
+        assert torch.equal(twin.distance, batch.distance) and not twin.cache
+    assert batch.cache

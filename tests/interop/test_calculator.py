@@ -152,6 +152,14 @@ def test_the_model_is_a_copy_and_the_calculator_too():
         np.testing.assert_array_equal(again.get_forces(atoms), expected)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_forces_in_any_mode(mode):
+    atoms = rattled()
+    expected = CrystalCalculator(model()).get_forces(atoms)
+    with mode():
+        np.testing.assert_array_equal(CrystalCalculator(model()).get_forces(atoms), expected)
+
+
 def test_bad_input():
     two = sf.CGCNN(1, 16, 8, n_targets=2)
     two.metadata = ModelMetadata(("a", "b"), ("eV/atom", "eV/atom"), (0.0, 0.0), (1.0, 1.0))

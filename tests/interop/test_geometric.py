@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import srcgcnn_fast as sf
 from srcgcnn_fast.errors import InputError
@@ -263,6 +264,56 @@ def test_bad_options():
     for options, word in (({"aggr": "mul"}, "aggr"), ({"flow": "both"}, "flow")):
         with pytest.raises(InputError, match=word):
             CGConv(5, **options)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def doubled(layer):
+    layer.lin_s.__class__ = Doubled
+
+
+def doubled_by_a_hook(layer):
+    layer.lin_s.register_forward_hook(lambda module, given, out: 2 * out)
+
+
+@pytest.mark.parametrize("aggr", ["add", "mean", "max"])
+@pytest.mark.parametrize("change", [doubled, doubled_by_a_hook])
+def test_parts_that_are_more_than_their_weights_are_called(change, aggr):
+    torch.manual_seed(0)
+    changed = CGConv(5, 4, aggr=aggr).double()
+    expected = copy.deepcopy(changed)
+    change(changed)
+    with torch.no_grad():
+        expected.lin_s.weight *= 2
+        expected.lin_s.bias *= 2
+        torch.testing.assert_close(changed(*graph()), expected(*graph()), rtol=1e-9, atol=1e-11)
+
+
+def test_pruned_weights_train():
+    torch.manual_seed(0)
+    layer = CGConv(5, 4).double()
+    prune.random_unstructured(layer.lin_f, "weight", amount=0.5)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        layer(*graph()).square().mean().backward()
+        optimizer.step()
+    plain = CGConv(5, 4).double()
+    plain.load_state_dict(layer.state_dict(), strict=False)
+    plain.lin_f.weight.data = layer.lin_f.weight_orig.data * layer.lin_f.weight_mask
+    torch.testing.assert_close(layer(*graph()), plain(*graph()), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_autocast_leaves_layers_of_other_types_theirs(dtype):
+    layer = CGConv(5, 4).to(dtype)
+    x, index, attr = graph()
+    expected = layer(x.to(dtype), index, attr.to(dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(layer(x.to(dtype), index, attr.to(dtype)), expected)
 
 
 def test_autocast():

@@ -224,8 +224,10 @@ def test_weights_that_follow_from_others_are_not_kept(make_batch, model_type, de
     layer = derive(model)
     derived = model(batch)
     assert torch.equal(derived, ordinary(model, batch)) and not torch.allclose(derived, before)
-    if derive is not parametrized_layer:
-        layer.weight = layer.weight * 2  # as a hook of pruning sets it
+    if derive is plain_attribute:
+        layer.weight = layer.weight * 2
+    elif derive is pruned:
+        layer.weight_orig.mul_(2)
     else:
         layer.parametrizations.weight.original.mul_(3)
     assert torch.equal(model(batch), ordinary(model, batch)) and not torch.allclose(model(batch), derived)

@@ -7,9 +7,12 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import prune
 
 import srcgcnn_fast as sf
 from srcgcnn_fast.graph import element_features
+from srcgcnn_fast.nn import norm as norms
 
 
 def test_parameters_are_those_of_the_paper():
@@ -92,6 +95,10 @@ def test_multiple_targets_and_units(make_batch):
     )
     with pytest.raises(sf.InputError, match="one unit, mean and std per target"):
         sf.ModelMetadata(("a", "b"), ("eV",), (0.0, 0.0), (1.0, 1.0))
+    for count in (1, 3):  # which would be stretched over the outputs, or the outputs over them
+        model.metadata = sf.ModelMetadata(*(count * (x,) for x in ("a", "eV", 1.0, 2.0)))
+        with pytest.raises(sf.InputError, match=f"{count} targets for 2 outputs"):
+            model.predict(batch)
 
 
 def test_units_of_several_targets_go_to_a_device_once(make_batch, monkeypatch):
@@ -127,6 +134,107 @@ def test_copies_and_pickles(make_batch):
     batch, model = make_batch("plain"), sf.SRCGCNN(2, atom_fea_len=8).eval()
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(batch), model(batch))
+
+
+def conv_linear(model) -> nn.Linear:
+    return model.shared_conv.fc_full if isinstance(model, sf.SRCGCNN) else model.convs[0].fc_full
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
+@pytest.mark.parametrize(
+    "derive",
+    [
+        lambda layer: prune.random_unstructured(layer, "weight", amount=0.5),
+        torch.nn.utils.weight_norm,
+        torch.nn.utils.spectral_norm,
+        torch.nn.utils.parametrizations.weight_norm,
+    ],
+    ids=["pruned", "weight norm by a hook", "spectral norm by a hook", "parametrized"],
+)
+def test_weights_that_hooks_derive_train(make_batch, model_type, derive):
+    torch.manual_seed(0)
+    batch, model = make_batch("plain"), model_type(2, 8, 8)
+    derive(conv_linear(model))
+    originals = {name: x for name, x in conv_linear(model).named_parameters() if name != "bias"}
+    before = {name: x.detach().clone() for name, x in originals.items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(batch).square().sum().backward()
+        optimizer.step()
+    assert all(not torch.equal(x, before[name]) for name, x in originals.items())
+    found = model.eval()(batch)
+    twin = model_type(2, 8, 8).eval()  # the same network of what they have come to
+    conv_linear(model)(torch.zeros(1, conv_linear(model).in_features))
+    state = {name: x for name, x in model.state_dict().items() if name in twin.state_dict()}
+    twin.load_state_dict(state, strict=False)
+    conv_linear(twin).weight.data.copy_(conv_linear(model).weight)
+    torch.testing.assert_close(found, twin(batch))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_convolutions_that_somebody_watches_are_called(make_batch, training):
+    torch.manual_seed(0)
+    batch, model = make_batch("weighted"), sf.CGCNN(2, 8, 8).train(training)
+    with torch.set_grad_enabled(training):
+        _, plain = model(batch), model(batch)
+        seen = []
+        handle = model.convs[1].register_forward_hook(lambda module, given, out: seen.append(out))
+        torch.testing.assert_close(model(batch), plain)
+        assert [x.shape for x in seen] == [(batch.num_rows, 8)]
+        handle.remove()
+        model.convs[1].register_forward_hook(lambda module, given, out: 2 * out)
+        assert not torch.allclose(model(batch), plain)
+        assert torch.equal(model(batch, return_steps=True)[0], model(batch))
+
+
+def test_another_convolution_in_place_of_ours(make_batch):
+    class Nothing(nn.Module):
+        def forward(self, h, batch):
+            return h
+
+    torch.manual_seed(0)
+    batch, model = make_batch("plain"), sf.CGCNN(2, 8, 8).eval()
+    shorter = sf.CGCNN(1, 8, 8).eval()
+    shorter.load_state_dict(model.state_dict(), strict=False)
+    model.convs[1] = Nothing()
+    torch.testing.assert_close(model(batch), shorter(batch))
+
+
+def test_hooks_within_a_convolution_are_said_not_to_be_called(make_batch, caplog):
+    norms._say_once.cache_clear()
+    model = sf.SRCGCNN(2, 8, 8).eval()
+    model.recurrent_bn1s[0].register_forward_hook(lambda module, given, out: 2 * out)
+    model(make_batch("plain"))
+    assert "Hooks on the BatchNorm1d of a convolution are not called" in caplog.text
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("fc_full", Doubled(57, 16)), ("fc_full", nn.Sequential()), ("bn1", nn.Identity()), ("bn2", nn.LayerNorm(8))],
+)
+def test_parts_of_a_convolution_with_a_forward_of_their_own_are_refused(make_batch, name, part, training):
+    model = sf.CGCNN(2, 8, 8).train(training)
+    setattr(model.convs[0], name, part)
+    with pytest.raises(sf.InputError, match=type(part).__name__):
+        model(make_batch("plain"))
+
+
+@torch.no_grad()
+def test_an_element_table_may_lie_in_any_order(make_batch):
+    """As ``DataFrame.to_numpy`` gives it: column by column."""
+    batch, model = make_batch("plain"), sf.CGCNN(2, 8, 8).eval()
+    expected = model(batch)
+    model.element_table = model.element_table.T.contiguous().T
+    for _ in range(2):
+        torch.testing.assert_close(model(batch), expected)
 
 
 def test_a_seed_gives_the_published_initialisation():

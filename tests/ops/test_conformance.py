@@ -303,6 +303,33 @@ def test_bits_do_not_depend_on_the_number_of_threads(make_batch, dtype, training
         assert all(torch.equal(other[k], v) for k, v in results[0].items())
 
 
+@pytest.mark.skipif("cpu" not in FAST, reason="no CPU kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("place", ["distance", "atom_features", "filter", "core", "running_var"])
+def test_what_is_no_number_makes_none(make_batch, place, training, dtype):
+    """NaN reaches just what it reaches in the reference, in one operator and in several."""
+    torch.manual_seed(0)
+    batch = make_batch("plain").to(dtype=dtype)
+    batch.atom_features = torch.rand(batch.num_rows, 92)
+    for grad in (False, True):
+        model = sf.CGCNN(2, 16, 16).to(dtype).train(training)
+        weight = model.convs[0].fc_full.weight.data
+        targets = {
+            "distance": batch.distance[3:4],
+            "atom_features": batch.atom_features[3, :1],
+            "filter": weight[0, :1],
+            "core": weight[16, :1],
+            "running_var": model.convs[0].bn1.running_var[:1],
+        }
+        targets[place].fill_(math.nan)
+        found = []
+        for backend in ("cpu", "reference"):
+            with sf.use_backend(backend), torch.set_grad_enabled(grad):
+                found.append(model(batch).isnan())
+        assert torch.equal(*found) and (found[0].any() or (training and place == "running_var"))
+
+
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [
@@ -320,6 +347,53 @@ def test_bad_indices_are_refused_before_native_code(make_batch, field, value, sa
     batch, leaves, buffers, upstream = problem(batch, 8, 41, torch.float32)
     with pytest.raises(sf.InputError, match=says):
         run("cpu", batch, leaves, buffers, upstream, (False, False))
+
+
+@pytest.mark.skipif("cpu" not in FAST, reason="no CPU kernels")
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("field", ["row_ptr", "crystal_ptr"])
+@pytest.mark.parametrize("shape", [(0,), ()])
+def test_pointers_without_a_place_are_refused(make_batch, field, shape, training):
+    """Kernels read the first place before anything else."""
+    batch = make_batch("plain")
+    setattr(batch, field, torch.zeros(shape, dtype=torch.int32))
+    for model in (sf.CGCNN(1, 16, 16).train(training), sf.SRCGCNN(1, 16, 16, recurrent_layer_norm=True)):
+        with torch.set_grad_enabled(training), pytest.raises(sf.InputError, match=f"{field} must have one dimension"):
+            model(batch)
+
+
+@pytest.mark.skipif("cpu" not in FAST, reason="no CPU kernels")
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("field", ["distance", "weight", "edge_features"])
+def test_negated_views_are_refused(make_batch, field, training):
+    """Whose memory holds the numbers with the other sign."""
+    batch = make_batch("plain")
+    batch.edge_features = torch.rand(batch.num_edges, 41) if field == "edge_features" else None
+    setattr(batch, field, torch._neg_view(-getattr(batch, field)))
+    model = sf.CGCNN(1, 16, 16).train(training)
+    with torch.set_grad_enabled(training), pytest.raises(sf.InputError, match="negated view"):
+        model(batch)
+
+
+@pytest.mark.skipif("cpu" not in FAST, reason="no CPU kernels")
+def test_widths_and_types_are_refused_before_native_code(make_batch):
+    """Of a call that does not come through :mod:`srcgcnn_fast.functional`."""
+    batch = make_batch("plain")
+    edges = Edges(batch.distance, None, batch.sender, batch.row_ptr, batch.crystal_ptr)
+    graph = fused.with_shells(edges)
+    moments = cpu.Moments(batch.weight, *[None] * 5)
+
+    def call(width: int, dtype: torch.dtype) -> None:
+        c = 2 * width
+        vectors = [torch.ones(k, dtype=dtype) for k in (c, c, width, width, c, c, width, width)]
+        layer = cpu.Layer(torch.ones(c, c + 41, dtype=dtype), None, *vectors, 1e-5, 1e-5, False, False)
+        torch.ops.srcgcnn_fast.gated_conv(torch.ones(batch.num_rows, width), *layer, *graph, *moments)
+
+    call(16, torch.float32)
+    with pytest.raises(sf.InputError, match="multiples of"):
+        call(5, torch.float32)
+    with pytest.raises(sf.InputError, match=r"weight must be a contiguous torch\.float32"):
+        call(16, torch.float64)
 
 
 def test_an_edge_between_crystals_is_refused(make_batch):

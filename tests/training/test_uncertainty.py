@@ -75,6 +75,12 @@ def test_dropout_left_on_repeats_and_touches_nothing_else(alloys):
     assert np.abs(tables[0]["energy"] - plain["energy"]).max() < 0.3 * spread.max()
 
 
+def test_dropout_left_on_is_left_as_it_was(make_batch):
+    one = model(dropout=0.2).train()
+    MonteCarloDropout(one, 2).samples(make_batch("plain"))
+    assert one.dropout.training
+
+
 def test_what_cannot_spread_is_a_sentence(tmp_path):
     with pytest.raises(InputError, match="no dropout to leave on"):
         predict(model(), CRYSTALS, dropout_passes=10)
