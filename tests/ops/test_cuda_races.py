@@ -91,18 +91,20 @@ def test_what_is_no_race(name, races_of):
     assert not races_of(FINE[name])
 
 
-def without_races(*tests: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+def without_races(place: Path, *options: str, files: str) -> None:
+    """Not from the root, whose sources would be imported in the place of what is installed."""
+    paths = [str(HERE / f"test_cuda{name}.py") for name in files.split(" ")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths, *options]
     environment = os.environ | {"SRCGCNN_RACES": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[1])
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=place)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-5000:]
 
 
-def test_the_kernels_have_none(built):
+def test_the_kernels_have_none(built, tmp_path):
     names = "pad or many or popular-train or twelve-eval or (whole_networks and SRCGCNN-table)"
-    without_races(*(f"tests/ops/test_cuda{name}.py" for name in ("", "_conv", "_pad")), "-k", names)
+    without_races(tmp_path, "-k", names, files=" _conv _pad")
 
 
 @pytest.mark.slow
-def test_none_of_the_kernels_has_any(built):
-    without_races(*(f"tests/ops/test_cuda{name}.py" for name in ("", "_network", "_conv", "_pad")))
+def test_none_of_the_kernels_has_any(built, tmp_path):
+    without_races(tmp_path, files=" _network _conv _pad")
