@@ -144,10 +144,23 @@ def _settled(records: Iterator[Record], disorder: str) -> Iterator[Record]:
                     record.crystal = settled(record.crystal, disorder)
                 except InputError as error:
                     record.crystal, record.error = None, str(error)
+            if not record.id.isascii():
+                record.id = _writable(record.id)
+            if record.error is not None and not record.error.isascii():
+                record.error = _writable(record.error)
             yield record
     finally:
         if hasattr(records, "close"):
             records.close()
+
+
+def _writable(text: str) -> str:
+    """Text that UTF-8 holds, as tables and stores do: the name of a file may be any bytes."""
+    try:
+        data = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half a character, which JSON may spell out
+        data = text.encode("utf-8", "backslashreplace")
+    return data.decode("utf-8", "backslashreplace")
 
 
 def _records(source: Any, targets: Sequence[str] | None, timeout: float, skip: int) -> Iterator[Record]:
@@ -376,7 +389,8 @@ def _finish(item: _Item) -> Iterator[Record]:
 def _entry_record(id: str, entry: Any, name: str) -> Record:
     """A structure object or dictionary, or a dictionary of a ``structure``, perhaps its id, and its targets."""
     if isinstance(entry, Mapping) and "structure" in entry:
-        id = name = str(entry.get("id", entry.get("material_id", id)))
+        given = [entry[key] for key in ("id", "material_id") if entry.get(key) is not None]
+        id = name = str(given[0]) if given else id
         targets, entry = _numbers_of(entry), entry["structure"]
         if isinstance(entry, str) and entry.lstrip().startswith("{"):  # some exports keep a structure as JSON text
             entry = _json_or_none(entry)
@@ -397,7 +411,8 @@ def _file_records(item: _Item) -> Iterator[Record]:
     path = Path(item.value)
     try:
         if not path.is_file():
-            raise InputError(f"{path} does not exist; give the path of a structure file.")
+            state = "is no file" if path.exists() else "does not exist"
+            raise InputError(f"{path} {state}; give the path of a structure file.")
         records = list(_read_file(path, None))
     except InputError as error:
         yield Record(item.id, None, item.targets, str(error))
@@ -460,9 +475,20 @@ def _id_prop_items(table: Path, wanted: list[str] | None) -> tuple[list[str], li
     else:
         extra = max(len(row) for _, row in rows) - 1
         names = ["target"] + [f"target_{i}" for i in range(2, extra + 1)] if extra else []
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise InputError(f"{table} has {names.count(twice[0])} columns {twice[0]!r}; give each target its own name.")
     keep = _chosen(names, wanted, str(table))
     present = _file_names(table.parent)
     return keep, [_id_prop_item(table, number, row, names, keep, present) for number, row in rows]
+
+
+def files_elsewhere(folder: Path) -> list[Path]:
+    """The structure files that ``id_prop.csv`` names outside of the folder itself, as ``part/crystal``."""
+    table = folder / "id_prop.csv"
+    if not table.is_file() or os.sep not in read_text(table):
+        return []
+    return [item.value for item in _id_prop_items(table, [])[1] if item.value and item.value.parent != folder]
 
 
 def _file_names(folder: Path) -> set[str]:
@@ -477,6 +503,13 @@ def _id_prop_item(
     item = _Item(id, _structure_file(table.parent, id, present), is_named=True)
     if item.value is None:
         item.error = f"{id} (row {number} of {table.name}) has no structure file; add {id}.cif to {table.parent}."
+        if len(row) == 1 and (";" in id or "\t" in id):
+            item.error = f"{id} (row {number} of {table.name}) has no comma; separate id and target by one."
+    if any(row[1 + len(names) :]):
+        item.error = (
+            f"{id} (row {number} of {table.name}) has {len(row)} cells where there are {1 + len(names)} columns; "
+            "write numbers with a point, and a name over each column."
+        )
     for name in keep:
         text = values.get(name, "")
         try:
@@ -488,7 +521,7 @@ def _id_prop_item(
 
 def _target(text: str) -> float:
     value = float(text) if text else math.nan
-    if math.isinf(value):
+    if math.isinf(value) or "_" in text:  # a digit separator to Python alone
         raise ValueError
     return value
 

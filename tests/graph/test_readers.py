@@ -324,6 +324,50 @@ def test_folder_with_named_targets(tmp_path: Path) -> None:
     assert [r.error for r in read_inputs(tmp_path, targets=())] == [None, None]
 
 
+def test_any_file_name_is_an_id(tmp_path: Path) -> None:
+    try:
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.cif")).write_text(cif())
+    except OSError:
+        pytest.skip("names of files are UTF-8 here")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe8.cif")).write_text("")
+    (tmp_path / "ü.cif").write_text(cif())
+    (tmp_path / "half.json").write_text(json.dumps({"\ud800": structure().as_dict(), "b": structure().as_dict()}))
+    records = list(read_inputs(tmp_path))
+    assert [r.id for r in records] == [r"caf\xe9", r"\ud800", "b", "ü", r"\xe8"]
+    assert [r.error for r in records] == [None] * 4 + [
+        r"\xe8.cif is empty; give a CIF file with a cell and atom sites."
+    ]
+    store = prepare(tmp_path, tmp_path / "store")
+    assert list(store.ids) == [r"caf\xe9", r"\ud800", "b", "ü"]
+
+
+@pytest.mark.parametrize(
+    ("text", "errors"),
+    [
+        ("a;1\nb;2\n", ["(row 1 of id_prop.csv) has no comma", "b;2 (row 2 of id_prop.csv) has no comma"]),
+        ("a\t1\nb,2\n", ["has no comma; separate id and target by one", None]),
+        ("id,gap\na,1,5\nb,2,\n", ["a (row 2 of id_prop.csv) has 3 cells where there are 2 columns", None]),
+        ("a,1_000\nb,1e3\n", ["a (row 1 of id_prop.csv) has the target '1_000'", None]),
+    ],
+)
+def test_a_table_that_means_something_else(tmp_path: Path, text: str, errors: list[str | None]) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.cif").write_text(cif())
+    (tmp_path / "id_prop.csv").write_text(text)
+    for record, said in zip(read_inputs(tmp_path), errors, strict=True):
+        assert (record.error is None) if said is None else (said in record.error)
+    (tmp_path / "id_prop.csv").write_text("id,gap,gap\na,1,2\n")
+    with pytest.raises(InputError, match=r"has 2 columns 'gap'; give each target its own name"):
+        read_inputs(tmp_path)
+
+
+def test_windows_writes_utf_16(tmp_path: Path) -> None:
+    (tmp_path / "a.cif").write_text(cif(), encoding="utf-16")
+    (tmp_path / "id_prop.csv").write_text("a,1.5\n", encoding="utf-16")
+    (record,) = read_inputs(tmp_path)
+    assert (record.id, record.targets, len(record.crystal.numbers)) == ("a", {"target": 1.5}, 2)
+
+
 def test_folder_without_table(tmp_path: Path) -> None:
     (tmp_path / "b.cif").write_text(cif())
     (tmp_path / "a.vasp").write_text(structure().to(fmt="poscar"))
