@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -30,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     has_file = words[:1] == ["train"] and any(word.split("=")[0] == "--config" for word in words)
     arguments = argparse.Namespace(debug="--debug" in words, command=train)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal without Å is no reason to stop
+            stream.reconfigure(errors="backslashreplace")
     if not has_file:
         arguments = _parser().parse_args(words)
         arguments.argv = words
@@ -49,6 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if _rank() == 0:
             print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if arguments.debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: {os.strerror(error.errno)}; make room, and give the command again.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         hints = {train: "; --resume continues after the last whole epoch"}
@@ -399,7 +408,7 @@ def predict(arguments: argparse.Namespace) -> int:
     from contextlib import nullcontext
 
     from . import use_backend, use_precision
-    from .prediction import predict, write_table
+    from .prediction import check_table, predict, write_table
     from .uncertainty import Sampler, load_predictor
 
     if arguments.ray is not None:
@@ -409,6 +418,7 @@ def predict(arguments: argparse.Namespace) -> int:
         rows = predict_shards(arguments.model, arguments.input, arguments.out, workers=arguments.ray, **policies)
         print(f"{rows:,} rows; written to {arguments.out}, a directory of Parquet files")
         return 0
+    check_table(arguments.out)
     _check_writable(Path(arguments.out))
     predictor = load_predictor(arguments.model)
     for model in predictor.models if isinstance(predictor, Sampler) else [predictor]:
@@ -654,6 +664,8 @@ def _add_graph_options(parser: argparse.ArgumentParser) -> None:
 
 def _check_writable(path: Path) -> None:
     """Say before the work, not after it, that its result has no place."""
+    if path.is_dir():
+        raise InputError(f"{path} is a directory; give the name of a file in it.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):

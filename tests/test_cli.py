@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -406,6 +407,37 @@ def test_an_unwritable_place_is_one_sentence(trained, source, tmp_path, capsys):
         ("demo", "--crystals", 30, "--out", below),
     ):
         assert str(below) in refused(capsys, *argv)
+
+
+def test_a_table_that_cannot_be_written_is_named_before_the_work(trained, source, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("srcgcnn_fast.prediction.predict", None)  # nobody may get there
+    (tmp_path / "d.csv").mkdir()
+    assert "is a directory" in refused(capsys, "predict", trained / "model", source, "--out", tmp_path / "d.csv")
+    assert "give .csv" in refused(capsys, "predict", trained / "model", source, "--out", tmp_path / "p.txt")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of file sizes")
+def test_a_full_disk_is_one_sentence(trained, source, tmp_path):
+    code = (
+        "import sys, resource, srcgcnn_fast.cli as cli\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))\n"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    for argv in (
+        ["predict", trained / "model", source, "--out", tmp_path / "p.csv"],
+        ["prepare", source, tmp_path / "s"],
+    ):
+        result = subprocess.run([sys.executable, "-c", code, *map(str, argv)], capture_output=True, text=True)
+        assert result.returncode == 2
+        assert result.stderr.splitlines()[-1] == "error: File too large; make room, and give the command again."
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_on_a_terminal_of_ascii():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    argv = [sys.executable, "-m", "srcgcnn_fast.cli", "prepare", "--help"]
+    result = subprocess.run(argv, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0 and r"\xc5" in result.stdout
 
 
 def test_debug_shows_the_traceback(tmp_path):
