@@ -414,6 +414,11 @@ def predict(arguments: argparse.Namespace) -> int:
     if arguments.ray is not None:
         from .shards import predict_shards
 
+        names = ("dropout_passes", "batch_atoms", "device", "captured", "precision", "backend")
+        given = [name for name in names if getattr(arguments, name) != arguments.defaults[name]]
+        if given:
+            options = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise InputError(f"The workers of --ray predict on CPUs, by one model, with no {options}; leave it out.")
         policies = {"isolated": arguments.isolated, "disorder": arguments.disorder}
         rows = predict_shards(arguments.model, arguments.input, arguments.out, workers=arguments.ray, **policies)
         print(f"{rows:,} rows; written to {arguments.out}, a directory of Parquet files")
@@ -576,6 +581,7 @@ def _parser() -> argparse.ArgumentParser:
         "--captured", action="store_true", help="on a GPU: one CUDA graph for each size of batch, for small batches"
     )
     _add_precision(sub)
+    sub.set_defaults(defaults={action.dest: action.default for action in sub._actions})
 
     sub = command(convert, "Convert a published .pth.tar to a model directory, or a model directory to a .pth.tar.")
     sub.add_argument("model", metavar="MODEL", help="a model directory, or a published .pth.tar")

@@ -414,22 +414,35 @@ def test_a_table_that_cannot_be_written_is_named_before_the_work(trained, source
     (tmp_path / "d.csv").mkdir()
     assert "is a directory" in refused(capsys, "predict", trained / "model", source, "--out", tmp_path / "d.csv")
     assert "give .csv" in refused(capsys, "predict", trained / "model", source, "--out", tmp_path / "p.txt")
+    (tmp_path / "m.pth.tar").mkdir()
+    assert "choose another name" in refused(capsys, "convert", trained / "model", tmp_path / "m.pth.tar")
+
+
+def test_options_that_shards_do_not_know_are_refused(trained, source, tmp_path, capsys):
+    said = refused(
+        capsys, "predict", trained / "model", source, "--out", tmp_path / "p", "--ray", 2, "--dropout-passes", 5
+    )
+    assert "--dropout-passes" in said and "--batch-atoms" not in said
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of file sizes")
 def test_a_full_disk_is_one_sentence(trained, source, tmp_path):
     code = (
-        "import sys, resource, srcgcnn_fast.cli as cli\n"
+        "import json, sys, resource, srcgcnn_fast.cli as cli\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))\n"
-        "sys.exit(cli.main(sys.argv[1:]))"
+        "print([cli.main(argv) for argv in json.loads(sys.argv[1])])"
     )
-    for argv in (
-        ["predict", trained / "model", source, "--out", tmp_path / "p.csv"],
+    model = trained / "model"
+    calls = [
+        ["predict", model, source, "--out", tmp_path / "p.csv"],
         ["prepare", source, tmp_path / "s"],
-    ):
-        result = subprocess.run([sys.executable, "-c", code, *map(str, argv)], capture_output=True, text=True)
-        assert result.returncode == 2
-        assert result.stderr.splitlines()[-1] == "error: File too large; make room, and give the command again."
+        ["convert", model, tmp_path / "model.pth.tar"],
+    ]
+    words = json.dumps([[str(word) for word in call] for call in calls])
+    result = subprocess.run([sys.executable, "-c", code, words], capture_output=True, text=True)
+    assert result.stdout.strip() == "[2, 2, 2]", result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    assert errors == ["error: File too large; make room, and give the command again."] * 3
     assert list(tmp_path.iterdir()) == []
 
 
