@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns 0, 1 if all inputs failed (bench: numbers were wrong), 2 for bad input, 130 for Ctrl-C.
+    """Run one command; returns 0, 1 if all inputs failed (bench: numbers were wrong), 2 for bad input, 130 for Ctrl-C,
+    141 if nobody reads what it prints any more.
 
     Errors are one sentence on stderr.
     """
@@ -47,13 +48,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments = _with_file(words[1:])
         if arguments.command is not train and _is_shared():
             raise InputError(f"{arguments.command.__name__} runs in one process; start it without torchrun.")
-        return arguments.command(arguments) or 0
+        status = arguments.command(arguments) or 0
+        sys.stdout.flush()
+        return status
     except InputError as error:
         if arguments.debug:
             raise
         if _rank() == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         if arguments.debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

@@ -446,6 +446,15 @@ def test_a_full_disk_is_one_sentence(trained, source, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs pipes that break")
+def test_nobody_reads_on():
+    argv = [sys.executable, "-m", "srcgcnn_fast.cli", "doctor"]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 141
+
+
 def test_help_on_a_terminal_of_ascii():
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     argv = [sys.executable, "-m", "srcgcnn_fast.cli", "prepare", "--help"]
