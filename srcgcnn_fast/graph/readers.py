@@ -589,16 +589,21 @@ def _read_file(path: Path, wanted: list[str] | None) -> Iterator[Record]:
 
 
 def _select(records: Iterator[Record], wanted: list[str] | None) -> Iterator[Record]:
-    """Keep the wanted targets; a record that has some of them gets NaN for the others, one with none an error."""
+    """Keep the wanted targets; a record that has some of them gets NaN for the others, one with none an error.
+
+    What is true or false is a target, 1 or 0, where it is wanted by name.
+    """
     for record in records:
         if wanted:
             has = record.targets
-            record.targets = {name: has.get(name, math.nan) for name in wanted}
+            record.targets = {name: float(has.get(name, math.nan)) for name in wanted}
             if record.error is None and not any(name in has for name in wanted):
                 record.crystal = None
                 record.error = f"{record.id} has no target {', '.join(wanted)}; it has {', '.join(has) or 'none'}."
         elif wanted is not None:
             record.targets = {}
+        else:
+            record.targets = {name: x for name, x in record.targets.items() if not isinstance(x, bool)}
         yield record
 
 
@@ -716,12 +721,14 @@ def _matbench_entries(content: Mapping[str, Any], stem: str) -> Iterator[tuple[s
 
 
 def _numbers_of(values: Mapping[str, Any]) -> dict[str, float]:
-    """The entries that are one finite number or NaN."""
-    found = {}
+    """The entries that are one finite number or NaN, or true or false."""
+    found: dict[str, float] = {}
     for key, value in values.items():
-        if key in _NOT_TARGETS or isinstance(value, bool | np.bool_):
+        if key in _NOT_TARGETS:
             continue
-        if isinstance(value, int | float | np.integer | np.floating) and not math.isinf(value):
+        if isinstance(value, bool | np.bool_):
+            found[str(key)] = bool(value)
+        elif isinstance(value, int | float | np.integer | np.floating) and not math.isinf(value):
             found[str(key)] = float(value)
     return found
 
@@ -738,6 +745,7 @@ def _read_parquet(path: Path, wanted: list[str] | None, skip: int = 0) -> Iterat
         raise InputError(f"{path.name} lacks the column {', '.join(missing)}; it has {', '.join(schema.names)}.")
     types = require("pyarrow", "Reading Parquet files", extra="io").types
     numeric = [f.name for f in schema if types.is_integer(f.type) or types.is_floating(f.type)]
+    numeric += [f.name for f in schema if types.is_boolean(f.type) and f.name in (wanted or ())]
     text = [name for name in wanted or () if name in schema.names and name not in numeric]
     if text:
         kind = schema.field(text[0]).type
@@ -777,8 +785,9 @@ def _parquet_record(id: str, name: str, arrays: list[Any], targets: dict[str, fl
 
 
 def _rows(column: Any) -> list[Any]:
-    """One NumPy view a row of a list column, None where the row or an entry of it is missing."""
-    if not hasattr(column, "offsets") or column.values.null_count:
+    """One NumPy view a row of a plain list column, else a list; None where the row or an entry of it is missing."""
+    is_list = len(getattr(column, "offsets", ())) == len(column) + 1
+    if not is_list or column.values.null_count or column.values.type.num_fields:
         return column.to_pylist()
     flat = column.values.to_numpy(zero_copy_only=False)
     ends = column.offsets.to_numpy().tolist()

@@ -268,6 +268,35 @@ def test_a_column_of_text_is_no_target(tmp_path: Path) -> None:
     assert record.targets == {} and record.error is None
 
 
+def test_true_and_false_are_a_target_by_name(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    row = {"lattice": [CELL.ravel()], "frac_coords": [COORDS.ravel()], "atomic_numbers": [NUMBERS]}
+    row = {name: value * 2 for name, value in row.items()} | {"is_metal": [True, False]}
+    pandas.DataFrame(row).to_parquet(tmp_path / "t.parquet")
+    table = {"columns": ["structure", "is_metal"], "data": [[structure().as_dict(), x] for x in (True, False)]}
+    (tmp_path / "m.json").write_text(json.dumps(table))
+    for name in ("t.parquet", "m.json"):
+        found = [record.targets for record in read_inputs(tmp_path / name, targets=["is_metal"])]
+        assert found == [{"is_metal": 1.0}, {"is_metal": 0.0}]
+        assert all(isinstance(x, float) for targets in found for x in targets.values())
+        assert [record.targets for record in read_inputs(tmp_path / name)] == [{}, {}]
+
+
+def test_nested_lists_in_parquet(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    row = {"lattice": [CELL.tolist()], "frac_coords": [COORDS.tolist()], "atomic_numbers": [NUMBERS.tolist()]}
+    parquet.write_table(pa.table(row), tmp_path / "t.parquet")
+    assert_same(*crystals(tmp_path / "t.parquet"))
+
+
+def test_a_folder_among_paths_and_an_empty_id(tmp_path: Path) -> None:
+    (first,) = read_inputs([tmp_path])
+    assert first.error == f"{tmp_path} is no file; give the path of a structure file."
+    (tmp_path / "a.json").write_text(json.dumps([{"structure": structure().as_dict(), "id": None}] * 2))
+    assert [record.id for record in read_inputs(tmp_path / "a.json")] == ["a-0", "a-1"]
+
+
 def test_folder_as_upstream_writes_it(tmp_path: Path) -> None:
     (tmp_path / "a.cif").write_text(cif())
     (tmp_path / "c.cif").write_text(cif())
