@@ -61,9 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        if arguments.debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        number = error.errno or 0
+        is_full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if arguments.debug or not (is_full or number in (errno.EACCES, errno.EPERM, errno.EROFS)):
             raise
-        print(f"error: {os.strerror(error.errno)}; make room, and give the command again.", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        mend = "make room, and give the command again" if is_full else "check its permissions"
+        print(f"error: {where}{os.strerror(number)}; {mend}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         hints = {train: "; --resume continues after the last whole epoch"}

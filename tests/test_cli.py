@@ -462,6 +462,21 @@ def test_help_on_a_terminal_of_ascii():
     assert result.returncode == 0 and r"\xc5" in result.stdout
 
 
+def test_a_folder_that_may_not_be_read_is_one_sentence(trained, tmp_path, capsys, monkeypatch):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "a.cif").write_text(cif())
+
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("srcgcnn_fast.graph.readers.os.scandir", forbidden)  # chmod does not stop root
+    for argv in (
+        ("predict", trained / "model", tmp_path / "theirs", "--out", tmp_path / "p.csv"),
+        ("prepare", tmp_path / "theirs", tmp_path / "s"),
+    ):
+        assert refused(capsys, *argv).endswith("theirs: Permission denied; check its permissions.")
+
+
 def test_debug_shows_the_traceback(tmp_path):
     from srcgcnn_fast import InputError
 
