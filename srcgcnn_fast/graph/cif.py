@@ -7,6 +7,7 @@ import gzip
 import logging
 import re
 import warnings
+import zlib
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
@@ -42,7 +43,10 @@ def read_text(path: Path) -> str:
     with open(path, "rb", buffering=0) as file:
         data = file.read()
     if path.suffix.lower() == ".gz":
-        data = gzip.decompress(data)
+        try:
+            data = gzip.decompress(data)
+        except zlib.error as error:
+            raise gzip.BadGzipFile(str(error)) from error
     is_wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return data.decode("utf-16" if is_wide else "utf-8-sig", errors="replace")
 

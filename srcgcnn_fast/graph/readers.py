@@ -759,7 +759,16 @@ def _parquet_records(table: Any, where: str, keep: list[str], has_id: bool, skip
     stem, row, group = _stem(Path(where)), 0, 0
     while group < table.num_row_groups and row + table.metadata.row_group(group).num_rows <= skip:
         row, group = row + table.metadata.row_group(group).num_rows, group + 1  # not read
-    for batch in table.iter_batches(1024, row_groups=range(group, table.num_row_groups), columns=columns):
+    batches = table.iter_batches(1024, row_groups=range(group, table.num_row_groups), columns=columns)
+    while True:
+        try:
+            batch = next(batches, None)
+        except Exception as error:  # pyarrow's, which has many kinds
+            message = f"{where} cannot be read from row {row + 1} on ({_one_line(error)}); export it again."
+            yield Record(f"{stem}-{row}", None, {}, message)
+            return
+        if batch is None:
+            return
         left_out = min(skip - row, len(batch)) if row < skip else 0
         row, batch = row + left_out, batch.slice(left_out)
         held = {name: _rows(batch.column(name)) for name in STRUCTURE_COLUMNS[1:]}

@@ -282,6 +282,30 @@ def test_true_and_false_are_a_target_by_name(tmp_path: Path) -> None:
         assert [record.targets for record in read_inputs(tmp_path / name)] == [{}, {}]
 
 
+def test_damaged_files_are_rows(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "a.cif").write_text(cif())
+    zipped = bytearray(gzip.compress(cif().encode()))
+    zipped[30] ^= 0xFF
+    for name in ("b.cif.gz", "c.json.gz", "POSCAR.gz"):
+        (tmp_path / name).write_bytes(zipped)
+    row = {"lattice": [CELL.ravel()], "frac_coords": [COORDS.ravel()], "atomic_numbers": [NUMBERS]}
+    table = pa.table({name: value * 2000 for name, value in row.items()})
+    parquet.write_table(table, tmp_path / "d.parquet", row_group_size=1024, compression="gzip", use_dictionary=False)
+    data = bytearray((tmp_path / "d.parquet").read_bytes())
+    column = parquet.read_metadata(tmp_path / "d.parquet").row_group(1).column(0)
+    middle = column.data_page_offset + column.total_compressed_size // 2
+    data[middle : middle + 16] = bytes(16)
+    (tmp_path / "d.parquet").write_bytes(data)
+    records = list(read_inputs(tmp_path))
+    assert {r.id for r in records if r.error is None and r.id[:2] != "d-"} == {"a"}
+    assert [r.id for r in records if r.error] == ["POSCAR", "b", "c", "d-1024"]
+    assert "d.parquet cannot be read from row 1025 on" in records[-1].error
+    assert all("-3 while decompressing" in r.error for r in records[:-1] if r.error)
+    assert sum(r.crystal is not None for r in records) == 1 + 1024
+
+
 def test_nested_lists_in_parquet(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
