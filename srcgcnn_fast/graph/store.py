@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 _CHUNK_ATOMS = 100_000
 _CHUNK_CRYSTALS = 8192
+_TRIES = 10
+"""To open a store that others replace."""
 _COUNTS = ("row_count", "edge_count", "atom_count", "mixed_count", "id_size")
 _OPTIONAL = ("atom_features", "edge_features")  # in memory only
 _NOTHING = np.zeros(0, np.float32)
@@ -334,6 +336,28 @@ def open_store(path: str | os.PathLike[str]) -> GraphStore:
         InputError: there is no store, it was written in another format version, or a file is missing or cut short.
     """
     folder = Path(path)
+    for _ in range(_TRIES):
+        before, problem = _identity(folder), None
+        try:
+            store = _opened(folder)
+        except InputError as error:
+            problem = error
+        if _identity(folder) == before:  # else another process has replaced it meanwhile, and this is half of each
+            break
+    if problem is not None:
+        raise problem
+    return store
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        about = os.stat(folder)
+    except OSError:
+        return None
+    return about.st_dev, about.st_ino
+
+
+def _opened(folder: Path) -> GraphStore:
     metadata = _read_metadata(folder)
     if metadata["version"] != VERSION:
         raise InputError(

@@ -477,6 +477,24 @@ def test_a_link_to_a_store_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(open_store(".")) == 3 and listing(tmp_path) == ["large", "link"]
 
 
+def test_a_store_that_is_replaced_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "store"
+    prepare([Record(f"c{i}", crystal(0)) for i in range(3)], path)
+    read, done = store_module._read_metadata, []
+
+    def replaced(folder: Path) -> dict:
+        metadata = read(folder)
+        if not done:
+            done.append(folder)
+            prepare([Record(f"d{i}", crystal(0)) for i in range(3)], path)  # of the same sizes
+        return metadata
+
+    monkeypatch.setattr(store_module, "_read_metadata", replaced)
+    store = open_store(path)
+    store.verify()
+    assert list(store.ids) == ["d0", "d1", "d2"]
+
+
 def test_checksums_and_names(tmp_path: Path) -> None:
     names = ["a", "", "Brückmann", "超", "a"]
     store = prepare([Record(name, crystal(i)) for i, name in enumerate(names)], tmp_path / "store")
