@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -23,13 +24,17 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns 0, 1 if all inputs failed (bench: numbers were wrong), 2 for bad input, 130 for Ctrl-C.
+    """Run one command; returns 0, 1 if all inputs failed (bench: numbers were wrong), 2 for bad input, 130 for Ctrl-C,
+    141 if nobody reads what it prints any more.
 
     Errors are one sentence on stderr.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     has_file = words[:1] == ["train"] and any(word.split("=")[0] == "--config" for word in words)
     arguments = argparse.Namespace(debug="--debug" in words, command=train)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal without Å is no reason to stop
+            stream.reconfigure(errors="backslashreplace")
     if not has_file:
         arguments = _parser().parse_args(words)
         arguments.argv = words
@@ -43,12 +48,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments = _with_file(words[1:])
         if arguments.command is not train and _is_shared():
             raise InputError(f"{arguments.command.__name__} runs in one process; start it without torchrun.")
-        return arguments.command(arguments) or 0
+        status = arguments.command(arguments) or 0
+        sys.stdout.flush()
+        return status
     except InputError as error:
         if arguments.debug:
             raise
         if _rank() == 0:
             print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever reads the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        number = error.errno or 0
+        is_full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if arguments.debug or not (is_full or number in (errno.EACCES, errno.EPERM, errno.EROFS)):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        mend = "make room, and give the command again" if is_full else "check its permissions"
+        print(f"error: {where}{os.strerror(number)}; {mend}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         hints = {train: "; --resume continues after the last whole epoch"}
@@ -408,16 +427,22 @@ def predict(arguments: argparse.Namespace) -> int:
     from contextlib import nullcontext
 
     from . import use_backend, use_precision
-    from .prediction import predict, write_table
+    from .prediction import check_table, predict, write_table
     from .uncertainty import Sampler, load_predictor
 
     if arguments.ray is not None:
         from .shards import predict_shards
 
+        names = ("dropout_passes", "batch_atoms", "device", "captured", "precision", "backend")
+        given = [name for name in names if getattr(arguments, name) != arguments.defaults[name]]
+        if given:
+            options = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise InputError(f"The workers of --ray predict on CPUs, by one model, with no {options}; leave it out.")
         policies = {"isolated": arguments.isolated, "disorder": arguments.disorder}
         rows = predict_shards(arguments.model, arguments.input, arguments.out, workers=arguments.ray, **policies)
         print(f"{rows:,} rows; written to {arguments.out}, a directory of Parquet files")
         return 0
+    check_table(arguments.out)
     _check_writable(Path(arguments.out))
     predictor = load_predictor(arguments.model)
     for model in predictor.models if isinstance(predictor, Sampler) else [predictor]:
@@ -575,6 +600,7 @@ def _parser() -> argparse.ArgumentParser:
         "--captured", action="store_true", help="on a GPU: one CUDA graph for each size of batch, for small batches"
     )
     _add_precision(sub)
+    sub.set_defaults(defaults={action.dest: action.default for action in sub._actions})
 
     sub = command(convert, "Convert a published .pth.tar to a model directory, or a model directory to a .pth.tar.")
     sub.add_argument("model", metavar="MODEL", help="a model directory, or a published .pth.tar")
@@ -663,6 +689,8 @@ def _add_graph_options(parser: argparse.ArgumentParser) -> None:
 
 def _check_writable(path: Path) -> None:
     """Say before the work, not after it, that its result has no place."""
+    if path.is_dir():
+        raise InputError(f"{path} is a directory; give the name of a file in it.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):

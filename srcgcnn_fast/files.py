@@ -19,7 +19,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     On an exception the temporary file (or directory) is removed and ``path`` stays as it was.
 
     Raises:
-        InputError: the directory of ``path`` cannot be created or written.
+        InputError: the directory of ``path`` cannot be created or written, or ``path`` cannot be replaced.
     """
     target = Path(path)
     try:
@@ -32,7 +32,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         temporary = scratch / target.name
         yield temporary
-        os.replace(temporary, target)
+        try:
+            os.replace(temporary, target)
+        except OSError as error:
+            raise InputError(f"Cannot write {target}: {error.strerror or error}; choose another name.") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

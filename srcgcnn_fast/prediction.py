@@ -166,22 +166,32 @@ def run_over(
     return ids, np.concatenate(values) if values else np.empty((0, width)), errors
 
 
+def check_table(path: str | os.PathLike[str]) -> Path:
+    """The path of a table that :func:`write_table` can write.
+
+    Raises:
+        InputError: another suffix than ``.csv``, ``.parquet`` or ``.json``, or pyarrow is missing for Parquet.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".csv", ".parquet", ".json"):
+        raise InputError(f"{path} has the suffix {path.suffix!r}; give .csv, .parquet or .json.")
+    if path.suffix.lower() == ".parquet":
+        require("pyarrow", "Writing Parquet", extra="io")
+    return path
+
+
 def write_table(frame: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
     """Write a table as ``.csv``, ``.parquet`` or ``.json`` (a list of rows), whole or not at all.
 
     Raises:
         InputError: another suffix, or ``path`` cannot be written.
     """
-    path = Path(path)
+    path = check_table(path)
     writers: dict[str, Callable[[Path], Any]] = {
         ".csv": lambda file: frame.to_csv(file, index=False),
         ".parquet": lambda file: frame.to_parquet(file, index=False),
         ".json": lambda file: frame.to_json(file, orient="records", indent=1, double_precision=15),
     }
-    if path.suffix.lower() not in writers:
-        raise InputError(f"{path} has the suffix {path.suffix!r}; give .csv, .parquet or .json.")
-    if path.suffix.lower() == ".parquet":
-        require("pyarrow", "Writing Parquet", extra="io")
     with atomic_path(path) as temporary:
         writers[path.suffix.lower()](temporary)
     return path

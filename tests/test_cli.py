@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -439,6 +440,74 @@ def test_an_unwritable_place_is_one_sentence(trained, source, tmp_path, capsys):
         ("demo", "--crystals", 30, "--out", below),
     ):
         assert str(below) in refused(capsys, *argv)
+
+
+def test_a_table_that_cannot_be_written_is_named_before_the_work(trained, source, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("srcgcnn_fast.prediction.predict", None)  # nobody may get there
+    (tmp_path / "d.csv").mkdir()
+    assert "is a directory" in refused(capsys, "predict", trained / "model", source, "--out", tmp_path / "d.csv")
+    assert "give .csv" in refused(capsys, "predict", trained / "model", source, "--out", tmp_path / "p.txt")
+    (tmp_path / "m.pth.tar").mkdir()
+    assert "choose another name" in refused(capsys, "convert", trained / "model", tmp_path / "m.pth.tar")
+
+
+def test_options_that_shards_do_not_know_are_refused(trained, source, tmp_path, capsys):
+    said = refused(
+        capsys, "predict", trained / "model", source, "--out", tmp_path / "p", "--ray", 2, "--dropout-passes", 5
+    )
+    assert "--dropout-passes" in said and "--batch-atoms" not in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of file sizes")
+def test_a_full_disk_is_one_sentence(trained, source, tmp_path):
+    code = (
+        "import json, sys, resource, srcgcnn_fast.cli as cli\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))\n"
+        "print([cli.main(argv) for argv in json.loads(sys.argv[1])])"
+    )
+    model = trained / "model"
+    calls = [
+        ["predict", model, source, "--out", tmp_path / "p.csv"],
+        ["prepare", source, tmp_path / "s"],
+        ["convert", model, tmp_path / "model.pth.tar"],
+    ]
+    words = json.dumps([[str(word) for word in call] for call in calls])
+    result = subprocess.run([sys.executable, "-c", code, words], capture_output=True, text=True)
+    assert result.stdout.strip() == "[2, 2, 2]", result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    assert errors == ["error: File too large; make room, and give the command again."] * 3
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs pipes that break")
+def test_nobody_reads_on():
+    argv = [sys.executable, "-m", "srcgcnn_fast.cli", "doctor"]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 141
+
+
+def test_help_on_a_terminal_of_ascii():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    argv = [sys.executable, "-m", "srcgcnn_fast.cli", "prepare", "--help"]
+    result = subprocess.run(argv, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0 and r"\xc5" in result.stdout
+
+
+def test_a_folder_that_may_not_be_read_is_one_sentence(trained, tmp_path, capsys, monkeypatch):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "a.cif").write_text(cif())
+
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("srcgcnn_fast.graph.readers.os.scandir", forbidden)  # chmod does not stop root
+    for argv in (
+        ("predict", trained / "model", tmp_path / "theirs", "--out", tmp_path / "p.csv"),
+        ("prepare", tmp_path / "theirs", tmp_path / "s"),
+    ):
+        assert refused(capsys, *argv).endswith("theirs: Permission denied; check its permissions.")
 
 
 def test_debug_shows_the_traceback(tmp_path):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import logging
 import re
 import warnings
+import zlib
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
@@ -37,12 +39,16 @@ _FORMULA_TOLERANCE = 0.01
 
 
 def read_text(path: Path) -> str:
-    """The text of a (gzipped) file; bytes that are not UTF-8 are replaced."""
+    """The text of a (gzipped) file in UTF-8, or in marked UTF-16 as Windows writes; other bytes are replaced."""
     with open(path, "rb", buffering=0) as file:
         data = file.read()
     if path.suffix.lower() == ".gz":
-        data = gzip.decompress(data)
-    return data.decode("utf-8-sig", errors="replace")
+        try:
+            data = gzip.decompress(data)
+        except zlib.error as error:
+            raise gzip.BadGzipFile(str(error)) from error
+    is_wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if is_wide else "utf-8-sig", errors="replace")
 
 
 def read_cif(path: Path) -> AnyCrystal:

@@ -144,10 +144,23 @@ def _settled(records: Iterator[Record], disorder: str) -> Iterator[Record]:
                     record.crystal = settled(record.crystal, disorder)
                 except InputError as error:
                     record.crystal, record.error = None, str(error)
+            if not record.id.isascii():
+                record.id = _writable(record.id)
+            if record.error is not None and not record.error.isascii():
+                record.error = _writable(record.error)
             yield record
     finally:
         if hasattr(records, "close"):
             records.close()
+
+
+def _writable(text: str) -> str:
+    """Text that UTF-8 holds, as tables and stores do: the name of a file may be any bytes."""
+    try:
+        data = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half a character, which JSON may spell out
+        data = text.encode("utf-8", "backslashreplace")
+    return data.decode("utf-8", "backslashreplace")
 
 
 def _records(source: Any, targets: Sequence[str] | None, timeout: float, skip: int) -> Iterator[Record]:
@@ -376,7 +389,8 @@ def _finish(item: _Item) -> Iterator[Record]:
 def _entry_record(id: str, entry: Any, name: str) -> Record:
     """A structure object or dictionary, or a dictionary of a ``structure``, perhaps its id, and its targets."""
     if isinstance(entry, Mapping) and "structure" in entry:
-        id = name = str(entry.get("id", entry.get("material_id", id)))
+        given = [entry[key] for key in ("id", "material_id") if entry.get(key) is not None]
+        id = name = str(given[0]) if given else id
         targets, entry = _numbers_of(entry), entry["structure"]
         if isinstance(entry, str) and entry.lstrip().startswith("{"):  # some exports keep a structure as JSON text
             entry = _json_or_none(entry)
@@ -397,7 +411,8 @@ def _file_records(item: _Item) -> Iterator[Record]:
     path = Path(item.value)
     try:
         if not path.is_file():
-            raise InputError(f"{path} does not exist; give the path of a structure file.")
+            state = "is no file" if path.exists() else "does not exist"
+            raise InputError(f"{path} {state}; give the path of a structure file.")
         records = list(_read_file(path, None))
     except InputError as error:
         yield Record(item.id, None, item.targets, str(error))
@@ -460,9 +475,20 @@ def _id_prop_items(table: Path, wanted: list[str] | None) -> tuple[list[str], li
     else:
         extra = max(len(row) for _, row in rows) - 1
         names = ["target"] + [f"target_{i}" for i in range(2, extra + 1)] if extra else []
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise InputError(f"{table} has {names.count(twice[0])} columns {twice[0]!r}; give each target its own name.")
     keep = _chosen(names, wanted, str(table))
     present = _file_names(table.parent)
     return keep, [_id_prop_item(table, number, row, names, keep, present) for number, row in rows]
+
+
+def files_elsewhere(folder: Path) -> list[Path]:
+    """The structure files that ``id_prop.csv`` names outside of the folder itself, as ``part/crystal``."""
+    table = folder / "id_prop.csv"
+    if not table.is_file() or os.sep not in read_text(table):
+        return []
+    return [item.value for item in _id_prop_items(table, [])[1] if item.value and item.value.parent != folder]
 
 
 def _file_names(folder: Path) -> set[str]:
@@ -477,6 +503,13 @@ def _id_prop_item(
     item = _Item(id, _structure_file(table.parent, id, present), is_named=True)
     if item.value is None:
         item.error = f"{id} (row {number} of {table.name}) has no structure file; add {id}.cif to {table.parent}."
+        if len(row) == 1 and (";" in id or "\t" in id):
+            item.error = f"{id} (row {number} of {table.name}) has no comma; separate id and target by one."
+    if any(row[1 + len(names) :]):
+        item.error = (
+            f"{id} (row {number} of {table.name}) has {len(row)} cells where there are {1 + len(names)} columns; "
+            "write numbers with a point, and a name over each column."
+        )
     for name in keep:
         text = values.get(name, "")
         try:
@@ -488,7 +521,7 @@ def _id_prop_item(
 
 def _target(text: str) -> float:
     value = float(text) if text else math.nan
-    if math.isinf(value):
+    if math.isinf(value) or "_" in text:  # a digit separator to Python alone
         raise ValueError
     return value
 
@@ -556,16 +589,21 @@ def _read_file(path: Path, wanted: list[str] | None) -> Iterator[Record]:
 
 
 def _select(records: Iterator[Record], wanted: list[str] | None) -> Iterator[Record]:
-    """Keep the wanted targets; a record that has some of them gets NaN for the others, one with none an error."""
+    """Keep the wanted targets; a record that has some of them gets NaN for the others, one with none an error.
+
+    What is true or false is a target, 1 or 0, where it is wanted by name.
+    """
     for record in records:
         if wanted:
             has = record.targets
-            record.targets = {name: has.get(name, math.nan) for name in wanted}
+            record.targets = {name: float(has.get(name, math.nan)) for name in wanted}
             if record.error is None and not any(name in has for name in wanted):
                 record.crystal = None
                 record.error = f"{record.id} has no target {', '.join(wanted)}; it has {', '.join(has) or 'none'}."
         elif wanted is not None:
             record.targets = {}
+        else:
+            record.targets = {name: x for name, x in record.targets.items() if not isinstance(x, bool)}
         yield record
 
 
@@ -683,12 +721,14 @@ def _matbench_entries(content: Mapping[str, Any], stem: str) -> Iterator[tuple[s
 
 
 def _numbers_of(values: Mapping[str, Any]) -> dict[str, float]:
-    """The entries that are one finite number or NaN."""
-    found = {}
+    """The entries that are one finite number or NaN, or true or false."""
+    found: dict[str, float] = {}
     for key, value in values.items():
-        if key in _NOT_TARGETS or isinstance(value, bool | np.bool_):
+        if key in _NOT_TARGETS:
             continue
-        if isinstance(value, int | float | np.integer | np.floating) and not math.isinf(value):
+        if isinstance(value, bool | np.bool_):
+            found[str(key)] = bool(value)
+        elif isinstance(value, int | float | np.integer | np.floating) and not math.isinf(value):
             found[str(key)] = float(value)
     return found
 
@@ -705,6 +745,7 @@ def _read_parquet(path: Path, wanted: list[str] | None, skip: int = 0) -> Iterat
         raise InputError(f"{path.name} lacks the column {', '.join(missing)}; it has {', '.join(schema.names)}.")
     types = require("pyarrow", "Reading Parquet files", extra="io").types
     numeric = [f.name for f in schema if types.is_integer(f.type) or types.is_floating(f.type)]
+    numeric += [f.name for f in schema if types.is_boolean(f.type) and f.name in (wanted or ())]
     text = [name for name in wanted or () if name in schema.names and name not in numeric]
     if text:
         kind = schema.field(text[0]).type
@@ -718,7 +759,16 @@ def _parquet_records(table: Any, where: str, keep: list[str], has_id: bool, skip
     stem, row, group = _stem(Path(where)), 0, 0
     while group < table.num_row_groups and row + table.metadata.row_group(group).num_rows <= skip:
         row, group = row + table.metadata.row_group(group).num_rows, group + 1  # not read
-    for batch in table.iter_batches(1024, row_groups=range(group, table.num_row_groups), columns=columns):
+    batches = table.iter_batches(1024, row_groups=range(group, table.num_row_groups), columns=columns)
+    while True:
+        try:
+            batch = next(batches, None)
+        except Exception as error:  # pyarrow's, which has many kinds
+            message = f"{where} cannot be read from row {row + 1} on ({_one_line(error)}); export it again."
+            yield Record(f"{stem}-{row}", None, {}, message)
+            return
+        if batch is None:
+            return
         left_out = min(skip - row, len(batch)) if row < skip else 0
         row, batch = row + left_out, batch.slice(left_out)
         held = {name: _rows(batch.column(name)) for name in STRUCTURE_COLUMNS[1:]}
@@ -744,8 +794,9 @@ def _parquet_record(id: str, name: str, arrays: list[Any], targets: dict[str, fl
 
 
 def _rows(column: Any) -> list[Any]:
-    """One NumPy view a row of a list column, None where the row or an entry of it is missing."""
-    if not hasattr(column, "offsets") or column.values.null_count:
+    """One NumPy view a row of a plain list column, else a list; None where the row or an entry of it is missing."""
+    is_list = len(getattr(column, "offsets", ())) == len(column) + 1
+    if not is_list or column.values.null_count or column.values.type.num_fields:
         return column.to_pylist()
     flat = column.values.to_numpy(zero_copy_only=False)
     ends = column.offsets.to_numpy().tolist()

@@ -21,7 +21,7 @@ from .batch import CrystalGraph, GraphBatch, with_element_vectors
 from .elements import element_features
 from .packing import Packer, Packing, check_sizes
 from .parameters import GraphParameters
-from .readers import Record, read_inputs
+from .readers import Record, files_elsewhere, read_inputs
 from .store_writer import (
     DTYPES,
     FORMAT,
@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 _CHUNK_ATOMS = 100_000
 _CHUNK_CRYSTALS = 8192
+_TRIES = 10
+"""To open a store that others replace."""
 _COUNTS = ("row_count", "edge_count", "atom_count", "mixed_count", "id_size")
 _OPTIONAL = ("atom_features", "edge_features")  # in memory only
 _NOTHING = np.zeros(0, np.float32)
@@ -334,6 +336,28 @@ def open_store(path: str | os.PathLike[str]) -> GraphStore:
         InputError: there is no store, it was written in another format version, or a file is missing or cut short.
     """
     folder = Path(path)
+    for _ in range(_TRIES):
+        before, problem = _identity(folder), None
+        try:
+            store = _opened(folder)
+        except InputError as error:
+            problem = error
+        if _identity(folder) == before:  # else another process has replaced it meanwhile, and this is half of each
+            break
+    if problem is not None:
+        raise problem
+    return store
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        about = os.stat(folder)
+    except OSError:
+        return None
+    return about.st_dev, about.st_ino
+
+
+def _opened(folder: Path) -> GraphStore:
     metadata = _read_metadata(folder)
     if metadata["version"] != VERSION:
         raise InputError(
@@ -419,25 +443,28 @@ def prepare(
         InputError: the source cannot be read, no input became a graph, a target has no value at all, ``path``
             holds something else than a store, or another process prepares the same one.
     """
-    folder = Path(path)
+    folder = Path(path).resolve()  # where a link leads to, which stays
     existing = _existing(folder)
+    before = (0, 0)  # graphs and rejected inputs of the store that is appended to
     if append:
         if existing is None:
             raise InputError(f"{folder} does not exist, so nothing can be appended; prepare it first.")
         held = open_store(folder)
         if parameters not in (None, held.parameters):
             raise InputError(f"{folder} was prepared with {held.parameters}; append with the same, or leave them out.")
-        parameters = held.parameters
+        parameters, before = held.parameters, (len(held), len(held.rejected))
     parameters = parameters or GraphParameters()
     part, key = _source_key(source), None
     if part is not None:
         key = _key(parameters, targets, [part])
     if append and existing is not None:
-        before = existing["key"]
-        if before is not None and part in before["parts"]:
+        earlier = existing["key"]
+        if earlier is not None and part in earlier["parts"]:
+            held.target_array(targets or ())  # which it must have
             logger.info("%s is in %s already.", source, folder)
             return held
-        key = _key(parameters, targets, [*before["parts"], part]) if before is not None and part is not None else None
+        is_known = earlier is not None and part is not None
+        key = _key(parameters, targets, [*earlier["parts"], part]) if is_known else None
     elif existing is not None and key is not None and existing.get("key") == key:
         try:
             store = open_store(folder)
@@ -457,7 +484,7 @@ def prepare(
                 writer.add(chunk, parameters)
         finally:
             writer.close()
-        _check_result(writer, source, targets)
+        _check_result(writer, source, targets, *before)
         writer.finish(parameters, targets)
     store = open_store(folder)
     _log_summary(store)
@@ -470,7 +497,7 @@ def join_stores(parts: Sequence[str | os.PathLike[str]], path: str | os.PathLike
     Raises:
         InputError: there are no parts, or they were prepared differently; or as :func:`prepare`.
     """
-    folder = Path(path)
+    folder = Path(path).resolve()
     stores = [open_store(part) for part in parts]
     if not stores:
         raise InputError("There are no stores to join; give at least one.")
@@ -511,7 +538,10 @@ def _source_key(source: Any) -> dict[str, Any] | None:
         return None
     root = Path(source).resolve()
     with os.scandir(root if root.is_dir() else root.parent) as entries:
-        found = sorted((e.name, e) for e in entries if e.is_file() and (root.is_dir() or e.name == root.name))
+        held = [e for e in entries if e.is_file() and (root.is_dir() or e.name == root.name)]
+    found: list[tuple[str, Any]] = sorted((e.name, e) for e in held)
+    if root.is_dir():
+        found += [(str(path), path) for path in files_elsewhere(root)]
     stamps = [(name, entry.stat().st_size, entry.stat().st_mtime_ns) for name, entry in found]
     return {"source": str(root), "files": len(stamps), "stamps": sha256(repr(stamps).encode()).hexdigest()}
 
@@ -547,13 +577,16 @@ def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield chunk
 
 
-def _check_result(writer: StoreWriter, source: Any, targets: Sequence[str] | None) -> None:
+def _check_result(
+    writer: StoreWriter, source: Any, targets: Sequence[str] | None, crystals: int, rejected: int
+) -> None:
+    """Has the source given graphs and targets, beside the ``crystals`` and ``rejected`` that there were before?"""
     where = str(source) if isinstance(source, str | os.PathLike) else "the input"
-    if not writer.crystals:
+    if writer.crystals == crystals:
         if writer.first_rejected is None:
             raise InputError(f"There are no structures in {where}; give at least one.")
         reason = name_it(*writer.first_rejected)
-        raise InputError(f"None of the {writer.rejected} inputs of {where} became a graph; {reason}")
+        raise InputError(f"None of the {writer.rejected - rejected} inputs of {where} became a graph; {reason}")
     for name in targets or ():
         if not writer.has_values(name):
             mend = name_it(*writer.first_rejected) if writer.first_rejected else "fill it in, or choose another."

@@ -91,6 +91,8 @@ def workplace(folder: Path, key: dict[str, Any] | None) -> Iterator[Path]:
     Raises:
         InputError: the directory cannot be written, or another process works in it.
     """
+    if folder == Path.cwd() or folder in Path.cwd().parents:
+        raise InputError(f"{folder} is where this command runs, and would be replaced; run it from another directory.")
     with ExitStack() as stack:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -133,13 +135,13 @@ def _lock(scratch: Path, folder: Path, stack: ExitStack) -> None:
 
 
 def _replace(folder: Path, scratch: Path) -> None:
-    for name in (PROGRESS, _LOCK):
-        (scratch / name).unlink(missing_ok=True)
+    (scratch / PROGRESS).unlink(missing_ok=True)
     old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         if folder.exists():
             folder.rename(old / "replaced")  # a directory cannot replace one that has files
         scratch.rename(folder)
+        (folder / _LOCK).unlink(missing_ok=True)  # while it is there, no other process begins here
     finally:
         shutil.rmtree(old, ignore_errors=True)
 

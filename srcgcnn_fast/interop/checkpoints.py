@@ -132,7 +132,9 @@ def save_upstream_checkpoint(model: CGCNN | SRCGCNN, path: str | os.PathLike[str
         "args": args,
     }
     with atomic_path(path) as temporary:
-        torch.save(checkpoint, temporary)
+        content = io.BytesIO()
+        torch.save(checkpoint, content)  # into a file it has an error of its own where the disk is full
+        temporary.write_bytes(content.getbuffer())
     return path
 
 

@@ -268,6 +268,59 @@ def test_a_column_of_text_is_no_target(tmp_path: Path) -> None:
     assert record.targets == {} and record.error is None
 
 
+def test_true_and_false_are_a_target_by_name(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    row = {"lattice": [CELL.ravel()], "frac_coords": [COORDS.ravel()], "atomic_numbers": [NUMBERS]}
+    row = {name: value * 2 for name, value in row.items()} | {"is_metal": [True, False]}
+    pandas.DataFrame(row).to_parquet(tmp_path / "t.parquet")
+    table = {"columns": ["structure", "is_metal"], "data": [[structure().as_dict(), x] for x in (True, False)]}
+    (tmp_path / "m.json").write_text(json.dumps(table))
+    for name in ("t.parquet", "m.json"):
+        found = [record.targets for record in read_inputs(tmp_path / name, targets=["is_metal"])]
+        assert found == [{"is_metal": 1.0}, {"is_metal": 0.0}]
+        assert all(isinstance(x, float) for targets in found for x in targets.values())
+        assert [record.targets for record in read_inputs(tmp_path / name)] == [{}, {}]
+
+
+def test_damaged_files_are_rows(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "a.cif").write_text(cif())
+    zipped = bytearray(gzip.compress(cif().encode()))
+    zipped[30] ^= 0xFF
+    for name in ("b.cif.gz", "c.json.gz", "POSCAR.gz"):
+        (tmp_path / name).write_bytes(zipped)
+    row = {"lattice": [CELL.ravel()], "frac_coords": [COORDS.ravel()], "atomic_numbers": [NUMBERS]}
+    table = pa.table({name: value * 2000 for name, value in row.items()})
+    parquet.write_table(table, tmp_path / "d.parquet", row_group_size=1024, compression="gzip", use_dictionary=False)
+    data = bytearray((tmp_path / "d.parquet").read_bytes())
+    column = parquet.read_metadata(tmp_path / "d.parquet").row_group(1).column(0)
+    middle = column.data_page_offset + column.total_compressed_size // 2
+    data[middle : middle + 16] = bytes(16)
+    (tmp_path / "d.parquet").write_bytes(data)
+    records = list(read_inputs(tmp_path))
+    assert {r.id for r in records if r.error is None and r.id[:2] != "d-"} == {"a"}
+    assert [r.id for r in records if r.error] == ["POSCAR", "b", "c", "d-1024"]
+    assert "d.parquet cannot be read from row 1025 on" in records[-1].error
+    assert all("-3 while decompressing" in r.error for r in records[:-1] if r.error)
+    assert sum(r.crystal is not None for r in records) == 1 + 1024
+
+
+def test_nested_lists_in_parquet(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    row = {"lattice": [CELL.tolist()], "frac_coords": [COORDS.tolist()], "atomic_numbers": [NUMBERS.tolist()]}
+    parquet.write_table(pa.table(row), tmp_path / "t.parquet")
+    assert_same(*crystals(tmp_path / "t.parquet"))
+
+
+def test_a_folder_among_paths_and_an_empty_id(tmp_path: Path) -> None:
+    (first,) = read_inputs([tmp_path])
+    assert first.error == f"{tmp_path} is no file; give the path of a structure file."
+    (tmp_path / "a.json").write_text(json.dumps([{"structure": structure().as_dict(), "id": None}] * 2))
+    assert [record.id for record in read_inputs(tmp_path / "a.json")] == ["a-0", "a-1"]
+
+
 def test_folder_as_upstream_writes_it(tmp_path: Path) -> None:
     (tmp_path / "a.cif").write_text(cif())
     (tmp_path / "c.cif").write_text(cif())
@@ -322,6 +375,50 @@ def test_folder_with_named_targets(tmp_path: Path) -> None:
     assert "b (row 3 of id_prop.csv) has the gap 'much'" in b.error
     assert [r.error for r in read_inputs(tmp_path, targets=["energy"])] == [None, None]
     assert [r.error for r in read_inputs(tmp_path, targets=())] == [None, None]
+
+
+def test_any_file_name_is_an_id(tmp_path: Path) -> None:
+    try:
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.cif")).write_text(cif())
+    except OSError:
+        pytest.skip("names of files are UTF-8 here")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe8.cif")).write_text("")
+    (tmp_path / "ü.cif").write_text(cif())
+    (tmp_path / "half.json").write_text(json.dumps({"\ud800": structure().as_dict(), "b": structure().as_dict()}))
+    records = list(read_inputs(tmp_path))
+    assert [r.id for r in records] == [r"caf\xe9", r"\ud800", "b", "ü", r"\xe8"]
+    assert [r.error for r in records] == [None] * 4 + [
+        r"\xe8.cif is empty; give a CIF file with a cell and atom sites."
+    ]
+    store = prepare(tmp_path, tmp_path / "store")
+    assert list(store.ids) == [r"caf\xe9", r"\ud800", "b", "ü"]
+
+
+@pytest.mark.parametrize(
+    ("text", "errors"),
+    [
+        ("a;1\nb;2\n", ["(row 1 of id_prop.csv) has no comma", "b;2 (row 2 of id_prop.csv) has no comma"]),
+        ("a\t1\nb,2\n", ["has no comma; separate id and target by one", None]),
+        ("id,gap\na,1,5\nb,2,\n", ["a (row 2 of id_prop.csv) has 3 cells where there are 2 columns", None]),
+        ("a,1_000\nb,1e3\n", ["a (row 1 of id_prop.csv) has the target '1_000'", None]),
+    ],
+)
+def test_a_table_that_means_something_else(tmp_path: Path, text: str, errors: list[str | None]) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.cif").write_text(cif())
+    (tmp_path / "id_prop.csv").write_text(text)
+    for record, said in zip(read_inputs(tmp_path), errors, strict=True):
+        assert (record.error is None) if said is None else (said in record.error)
+    (tmp_path / "id_prop.csv").write_text("id,gap,gap\na,1,2\n")
+    with pytest.raises(InputError, match=r"has 2 columns 'gap'; give each target its own name"):
+        read_inputs(tmp_path)
+
+
+def test_windows_writes_utf_16(tmp_path: Path) -> None:
+    (tmp_path / "a.cif").write_text(cif(), encoding="utf-16")
+    (tmp_path / "id_prop.csv").write_text("a,1.5\n", encoding="utf-16")
+    (record,) = read_inputs(tmp_path)
+    assert (record.id, record.targets, len(record.crystal.numbers)) == ("a", {"target": 1.5}, 2)
 
 
 def test_folder_without_table(tmp_path: Path) -> None:

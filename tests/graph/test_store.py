@@ -439,6 +439,62 @@ def test_appending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert_same_graph(store[i], build_graph(crystal(seed)))
 
 
+def test_appending_nothing_is_an_error(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    first, path = table(tmp_path / "a.parquet", 3), tmp_path / "store"
+    prepare(first, path)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "a.cif").write_text("")
+    for _ in range(2):  # and is not taken for done
+        with pytest.raises(InputError, match=r"None of the 1 inputs of .*more became a graph; a\.cif is empty"):
+            prepare(tmp_path / "more", path, append=True)
+        assert len(open_store(path)) == 3 and not open_store(path).rejected
+    with pytest.raises(InputError, match="has no target mass; it has gap"):
+        prepare(first, path, append=True, targets=["mass"])
+
+
+def test_a_file_below_the_folder_has_changed(tmp_path: Path) -> None:
+    write = pytest.importorskip("ase.io").write
+    from ase.build import bulk
+
+    (tmp_path / "data" / "part").mkdir(parents=True)
+    (tmp_path / "data" / "id_prop.csv").write_text("part/a,1\n")
+    for element, number in (("Cu", 29), ("Al", 13)):
+        write(tmp_path / "data" / "part" / "a.cif", bulk(element))
+        store = prepare(tmp_path / "data", tmp_path / "store")
+        assert store[0].numbers.tolist() == [number]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs links")
+def test_a_link_to_a_store_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "large").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "large")
+    assert len(prepare(records(3), tmp_path / "link")) == 3
+    assert (tmp_path / "link").is_symlink() and len(open_store(tmp_path / "large")) == 3
+    monkeypatch.chdir(tmp_path / "large")
+    with pytest.raises(InputError, match="run it from another directory"):
+        prepare(records(2), ".")
+    assert len(open_store(".")) == 3 and listing(tmp_path) == ["large", "link"]
+
+
+def test_a_store_that_is_replaced_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "store"
+    prepare([Record(f"c{i}", crystal(0)) for i in range(3)], path)
+    read, done = store_module._read_metadata, []
+
+    def replaced(folder: Path) -> dict:
+        metadata = read(folder)
+        if not done:
+            done.append(folder)
+            prepare([Record(f"d{i}", crystal(0)) for i in range(3)], path)  # of the same sizes
+        return metadata
+
+    monkeypatch.setattr(store_module, "_read_metadata", replaced)
+    store = open_store(path)
+    store.verify()
+    assert list(store.ids) == ["d0", "d1", "d2"]
+
+
 def test_checksums_and_names(tmp_path: Path) -> None:
     names = ["a", "", "Brückmann", "超", "a"]
     store = prepare([Record(name, crystal(i)) for i, name in enumerate(names)], tmp_path / "store")
