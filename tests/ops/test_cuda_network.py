@@ -349,7 +349,11 @@ def test_bad_input_is_refused(make_batch):
 
 def test_the_choice_for_a_network(make_batch, monkeypatch):
     """All at once where the kernels take it, part by part where not; on a machine that need not have a GPU."""
-    like = lambda width: types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape=(5, width))  # noqa: E731
+
+    def like(width):
+        device, contiguous = torch.device("cuda"), lambda: True
+        return types.SimpleNamespace(device=device, dtype=torch.float32, shape=(5, width), is_contiguous=contiguous)
+
     monkeypatch.setattr(registry, "triton_problem", lambda: None)
     monkeypatch.setattr(registry, "cuda_problem", lambda: None)
     assert registry.select(like(200), inference=True, width=64) == "cuda"
