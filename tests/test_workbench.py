@@ -13,22 +13,22 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 
 
-def run(place: Path, *command: str | Path, **environment: str) -> str:
-    """Not from the root, whose sources would be imported in the place of what is installed."""
-    given = [sys.executable, *map(str, command)]
-    done = subprocess.run(given, cwd=place, env={**os.environ, **environment}, capture_output=True, text=True)
+def run(*command: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
 
-def test_the_tests_for_a_gpu(tmp_path):
-    tests = ("pytest", "-q", "-p", "no:cacheprovider", ROOT / "tests" / "gpu")
-    found = run(tmp_path, "-m", *tests, SRCGCNN_GPU_DRY_RUN="1")
+def test_the_tests_for_a_gpu():
+    """From the root, which processes that tests start need; without an editable install it is the sources that run."""
+    found = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu", SRCGCNN_GPU_DRY_RUN="1")
     assert " passed" in found
 
 
 def test_everything_that_the_workbench_measures():
-    found = run(ROOT, "benchmarks/gpu/run.py", "--dry-run", "--skip-checks", "--minutes", "10")
+    found = run("benchmarks/gpu/run.py", "--dry-run", "--skip-checks", "--minutes", "10")
     assert "Precision" in found
     wrong = [line for line in found.splitlines() if "failed" in line or "left out" in line or "differ by" in line]
     assert not wrong
@@ -37,5 +37,5 @@ def test_everything_that_the_workbench_measures():
 def test_what_precision_does_to_published_checkpoints():
     if "SRCGCNN_TEST_DATA" not in os.environ:
         pytest.skip("the checkpoints are in the test data: set SRCGCNN_TEST_DATA")
-    found = run(ROOT, "benchmarks/gpu/precision.py", "--crystals", "4")
+    found = run("benchmarks/gpu/precision.py", "--crystals", "4")
     assert found.count("| bfloat16 |") == 2 and "Emulated on the CPU" in found
