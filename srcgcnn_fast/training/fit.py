@@ -132,9 +132,8 @@ def fit(
             )
             with _ctrl_c():
                 trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-        distributed.on_rank_zero(
-            files.write
-        )  # a process killed between the last checkpoint and this table left an old one
+        # A process that was killed between the last checkpoint and this table left an old one.
+        distributed.on_rank_zero(files.write)
         best = distributed.on_rank_zero(torch.load, directory / "best.ckpt", map_location="cpu", weights_only=True)
         module.load_state_dict(best["state_dict"])
         model.cpu().eval()
