@@ -91,7 +91,7 @@ def test_what_is_no_race(name, races_of):
     assert not races_of(FINE[name])
 
 
-def without_races(place: Path, *options: str, files: str) -> None:
+def look_for_races(place: Path, *options: str, files: str) -> None:
     """Not from the root, whose sources would be imported in the place of what is installed."""
     paths = [str(HERE / f"test_cuda{name}.py") for name in files.split(" ")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths, *options]
@@ -103,9 +103,9 @@ def without_races(place: Path, *options: str, files: str) -> None:
 def test_the_kernels_have_none(built, tmp_path):
     """Some; the slow test takes all."""
     names = "test_stack and many or test_convolution and popular-train or test_whole_networks and SRCGCNN-table"
-    without_races(tmp_path, "-k", names, files=" _conv")
+    look_for_races(tmp_path, "-k", names, files=" _conv")
 
 
 @pytest.mark.slow
 def test_none_of_the_kernels_has_any(built, tmp_path):
-    without_races(tmp_path, files=" _network _conv _pad")
+    look_for_races(tmp_path, files=" _network _conv _pad")
