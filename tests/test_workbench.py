@@ -39,3 +39,29 @@ def test_what_precision_does_to_published_checkpoints():
         pytest.skip("the checkpoints are in the test data: set SRCGCNN_TEST_DATA")
     found = run("benchmarks/gpu/precision.py", "--crystals", "4")
     assert found.count("| bfloat16 |") == 2 and "Emulated on the CPU" in found
+
+
+def test_kernels_of_two_builds():
+    found = run(
+        "benchmarks/gpu/kernels.py", "--dry-run", "--beside", str(ROOT), "--work", "SR-CGCNN training step, native",
+        SRCGCNN_CUDA="OFF",
+    )  # fmt: skip
+    assert "differ by 0e+00" in found and "| µs before | µs now |" in found and "_Convolutions" in found
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("void srcgcnn::whole_crystals<64, 8, false>(srcgcnn::Stack<64, false>)", "whole_crystals<64, 8, false>"),
+        ("srcgcnn::edge_gram(srcgcnn::DeviceConv)", "edge_gram"),
+        ("void at::native::reduce_kernel<128, 4, at::native::ReduceOp<float> >(at::Op)", "at::native::reduce_kernel"),
+        ("Memset (Device)", "Memset"),
+    ],
+)
+def test_names_of_kernels(name, short):
+    assert (
+        run(
+            "-c", f"import sys; sys.path[:0] = ['benchmarks/gpu']; import kernels; print(kernels.short({name!r}))"
+        ).strip()
+        == short
+    )

@@ -159,6 +159,8 @@ def full(result: dict[str, Any]) -> str:
         text.append("| " + " | ".join(cells + [_cell(line, name) for name in names]) + " |")
     text += ["", "## Targets", "", "```text", short(result).strip(), "```", "", "## Precision", ""]
     text.append(found["precision"] if isinstance(found["precision"], str) else precision.table(found["precision"]))
+    kernels = found["kernels"]
+    text += ["", "## Kernels", "", kernels if isinstance(kernels, str) else kernels["table"].strip()]
     text += ["", "## Tiles", ""]
     if isinstance(found["tiles"], str):
         return "\n".join([*text, found["tiles"]]) + "\n"

@@ -104,6 +104,7 @@ def steps(bench: Any, programs: set[str]) -> dict[str, tuple[float, Callable[[],
     """Name -> seconds that it needs at least, and what is measured; the targets first. ``programs``: no others."""
     import candidates
     import crystals
+    import kernels
     import measured
     import precision
 
@@ -131,6 +132,10 @@ def steps(bench: Any, programs: set[str]) -> dict[str, tuple[float, Callable[[],
     for kind in candidates.MODELS if crystals.real() is not None else ():
         for work in measured.SIZES:
             found[f"{kind} {work}, made up"] = 6, line(kind, work, "native", made_up=True)
+    found["kernels"] = (
+        30,
+        lambda: {"table": kernels.table([], [kernels.times(kernels.batches(bench.dry_run), bench.device)])},
+    )
     found["ceilings"] = 5, lambda: measured.ceilings(bench)
     found["training"] = 20, lambda: measured.training(bench)
     found["SR-CGCNN inference, as shipped"] = (
