@@ -5,14 +5,24 @@ PyPI has NVRTC of CUDA 12.4 to 12.9, which is their compiler for device code. Un
     python -m pip download --no-deps nvidia-cuda-nvrtc-cu12==12.4.127 && unzip -d nvrtc nvidia_cuda_nvrtc_cu12-*.whl
     python tests/ops/cuda/other_toolkits.py nvrtc/nvidia/cuda_nvrtc/lib/libnvrtc.so.12
 
-Prints a line for each group of kernels and architecture. Launchers are not compiled: NVRTC knows no host code.
+Prints a line for each group of kernels and architecture. NVRTC knows no host code; for the launchers,
+clang (16 is tried) reads the headers of that toolkit, which PyPI has, too:
+
+    python -m pip download --no-deps -d wheels nvidia-cuda-nvcc-cu12==12.4.* nvidia-cuda-runtime-cu12==12.4.* \\
+        nvidia-cuda-cccl-cu12==12.4.* nvidia-curand-cu12==10.3.5.*
+    for wheel in wheels/*.whl; do unzip -qo $wheel -d toolkit; done
+    CLANG=clang++-16 python tests/ops/cuda/other_toolkits.py toolkit/nvidia
 """
 
 from __future__ import annotations
 
 import ctypes as c
+import os
 import re
+import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 CSRC = Path(__file__).parents[3] / "csrc"
@@ -114,7 +124,54 @@ class Compiler:
         return log.value.decode()
 
 
+LATER_THAN_CLANG = """
+__device__ unsigned __reduce_max_sync(unsigned, unsigned); __device__ int __reduce_max_sync(unsigned, int);
+__device__ unsigned __reduce_min_sync(unsigned, unsigned); __device__ int __reduce_min_sync(unsigned, int);
+__device__ unsigned __reduce_or_sync(unsigned, unsigned);
+"""
+
+
+def launchers(packages: Path) -> None:
+    """Compile the host side of every source against the headers in PACKAGE/include, for each width.
+
+    Raises:
+        CalledProcessError: one does not compile, or is warned of.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        toolkit, declared = Path(folder, "toolkit"), Path(folder, "later.h")
+        declared.write_text(LATER_THAN_CLANG)
+        for package in packages.iterdir():
+            for part in ("include", "nvvm", "bin"):
+                if (package / part).is_dir():
+                    shutil.copytree(package / part, toolkit / part, dirs_exist_ok=True)
+        version = re.search(r"CUDART_VERSION +(\d+)", (toolkit / "include/cuda_runtime_api.h").read_text())
+        assert version is not None
+        flags = [
+            "-x",
+            "cuda",
+            f"--cuda-path={toolkit}",
+            "--cuda-host-only",
+            "-std=c++17",
+            f"-I{CSRC}",
+            "-Wall",
+            "-Werror",
+        ]
+        flags += ["-Wno-unknown-cuda-version", "-Wno-unknown-attributes", "-include", str(declared)]
+        sources = sorted((CSRC / "cuda").glob("*.cu"))
+        for source in sources:
+            for width in (32, 64, 128):
+                command = [os.environ.get("CLANG", "clang++"), *flags, f"-DSRCGCNN_WIDTH={width}", "-c", str(source)]
+                subprocess.run([*command, "-o", os.devnull], check=True)
+    number = int(version.group(1))
+    print(
+        f"CUDA {number // 1000}.{number % 1000 // 10}: launchers of {len(sources)} sources compile, by their host side"
+    )
+
+
 if __name__ == "__main__":
+    if Path(sys.argv[1]).is_dir():
+        launchers(Path(sys.argv[1]))
+        sys.exit()
     compiler = Compiler(sys.argv[1])
     for name, source in PROGRAMS.items():
         for architecture in ("sm_80", "sm_90", "compute_90"):
