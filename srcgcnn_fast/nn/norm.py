@@ -54,7 +54,7 @@ def synchronize_batch_norm(model: _Model) -> _Model:
 
 def process_group(norm: nn.Module) -> Any:
     """The processes that share the batch statistics of ``norm`` now; None if this one is alone."""
-    if not isinstance(norm, SynchronizedBatchNorm1d | nn.SyncBatchNorm):
+    if not isinstance(norm, (SynchronizedBatchNorm1d, nn.SyncBatchNorm)):  # torch 2.6 traces no union
         return None
     uses_batch = norm.training or norm.running_mean is None
     if not (uses_batch and dist.is_available() and dist.is_initialized()):
@@ -79,7 +79,7 @@ def stand_in_for(module: nn.Module, *kinds: type[nn.Module]) -> None:
             f"{kinds[0].__name__}; give it that, or put a module in place of the whole convolution of a CGCNN."
         )
     for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, BasePruningMethod | WeightNorm | SpectralNorm):
+        if isinstance(hook, (BasePruningMethod, WeightNorm, SpectralNorm)):
             hook(module, ())
         else:
             _say_once(type(module).__name__)

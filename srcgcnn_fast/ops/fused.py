@@ -284,7 +284,7 @@ def lookup(table: Tensor, species: Tensor) -> Tensor:
     if _eager(table, "cuda") and not registry._is_transformed():
         found: Tensor = _Lookup.apply(table, species)
         return found
-    return table.index_select(0, species)
+    return table.index_select(0, species.long())  # vmap of torch 2.6 takes no other indices
 
 
 def runs_compiled(h: Tensor) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+from srcgcnn_fast.ops.triton import problem
+
+PROBLEM = problem()
+pytestmark = pytest.mark.skipif(PROBLEM is not None, reason=str(PROBLEM))
 # Most registers that let the stated number of warps of a kernel stay on a multiprocessor of 65 536.
 MOST_REGISTERS = {"gate_sum": 80, "backward_senders": 128, "backward_rows": 255, "edge_gram": 255}
 GATHERS = {"gate_sum", "backward_rows", "backward_senders", "neighbor_sum", "finish", "backward_finish", "correct_rows"}
