@@ -244,7 +244,10 @@ def network(
     edges = _edges(batch, dtype, dmin, step)
     tracing = torch.compiler.is_compiling()  # a traced graph must not hold what this batch's cache has
     of, distance, count = (None if tracing else batch.kept(("shells", dtype))) or (None, None, None)
-    graph = fused.Graph(*edges[:5], of, distance, count, edges.dmin, edges.step)
+    graph = fused.Graph(  # field by field, since torch 2.6 traces no slice of a named tuple
+        edges.distance, edges.features, edges.sender, edges.row_ptr, edges.crystal_ptr, of, distance, count, edges.dmin,
+        edges.step,
+    )  # fmt: skip
     return fused.network(atom_fea, species, first, graph, layers, batch.weight.to(dtype), readout_layers)
 
 
@@ -365,7 +368,8 @@ def _stack(
     plain = after is None and not return_steps
     edges = _edges(batch, h.dtype, dmin, step)
     trains = any(layer.bn1.training for layer in layers)
-    is_synchronized = any(norm.training and norm.group is not None for layer in layers for norm in layer[2:])
+    norms = [norm for layer in layers for norm in (layer.bn1, layer.bn2)]
+    is_synchronized = any(norm.training and norm.group is not None for norm in norms)
     infers = plain and not _needs_autograd(h, batch, layers)
     through_statistics = trains and _requires_grad(batch)
     is_reference = registry.select(h, through_statistics, infers) == "reference"
