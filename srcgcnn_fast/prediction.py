@@ -18,7 +18,7 @@ from .capture import CapturedModel
 from .errors import InputError, require
 from .files import atomic_path
 from .graph import GraphBatch, GraphStore, Record, build_graphs, collate, open_store, read_inputs
-from .graph.elements import ELEMENT_SYMBOLS, MIXES_BUILT_IN, element_features
+from .graph.elements import MIXES_BUILT_IN, element_features, without_vector
 from .graph.store import METADATA as STORE_METADATA
 from .uncertainty import Ensemble, MonteCarloDropout, Sampler, load_predictor
 
@@ -256,7 +256,6 @@ def _of_store(
             f"The store was prepared with {store.parameters}, and the model wants {parameters}; prepare it alike, or "
             "predict from the structures."
         )
-    lacks_vector = ~model.element_table.any(dim=1).cpu().numpy()
     many = _PREPARED * _CHUNK
     chunks = [(first, min(first + many, len(store))) for first in range(0, len(store), many)]
     cuts = [list(_cuts(store.row_counts[first:stop], batch_atoms)) for first, stop in chunks]
@@ -264,16 +263,15 @@ def _of_store(
     batches = _store_batches(store, every, device, _distance_dtype(model), _AHEAD if device.type == "cuda" else 0)
     begun: _Begun | None = None
     for (first, stop), some in zip(chunks, cuts, strict=True):
-        outputs = []
+        lacking, outputs = store.lacking(model.element_table, first, stop), []
+        for crystal, number in lacking.items():
+            if not 0 <= number < len(model.element_table):
+                raise InputError(without_vector(store.ids[crystal], number))
         for batch in islice(batches, len(some)):
             with torch.inference_mode():  # on a GPU it is on its way while the next batch is put together
                 outputs.append(function(batch))
-        numbers, begins = store.elements(first, stop)
-        rows = np.flatnonzero(lacks_vector[numbers])
-        crystals = np.searchsorted(begins, rows, side="right") - 1
         if begun is not None:  # which the GPU has done by now
             yield _finished(store, begun, progress)
-        lacking = dict(zip(crystals.tolist(), numbers[rows].tolist(), strict=True))
         begun = _Begun(first, stop, outputs, lacking)
     if begun is not None:
         yield _finished(store, begun, progress)
@@ -307,7 +305,7 @@ class _Begun(NamedTuple):
     stop: int
     outputs: list[torch.Tensor]
     lacking: dict[int, int]
-    """Crystals of the chunk with an element that the model does not know."""
+    """Crystals with an element that the model does not know."""
 
 
 def _finished(store: GraphStore, begun: _Begun, progress: Callable[[int], None] | None) -> Chunk:
@@ -317,7 +315,8 @@ def _finished(store: GraphStore, begun: _Begun, progress: Callable[[int], None] 
         values = torch.cat(begun.outputs).double().cpu().numpy()
     is_good = np.ones(count, dtype=bool)
     for crystal, number in begun.lacking.items():
-        errors[crystal] = _without_vector(names[crystal], number)
+        crystal -= begun.first
+        errors[crystal] = without_vector(names[crystal], number)
         values[crystal], is_good[crystal] = np.nan, False
     _mark(values, np.flatnonzero(is_good), names, errors)
     if progress is not None:
@@ -383,14 +382,10 @@ def _graphs(
         elif graph.atom_features is not None and not is_built_in:
             errors[i] = f"{records[i].id}: {MIXES_BUILT_IN}"
         elif not has_vector[graph.numbers].all():
-            errors[i] = _without_vector(records[i].id, graph.numbers[~has_vector[graph.numbers]][0])
+            errors[i] = without_vector(records[i].id, graph.numbers[~has_vector[graph.numbers]][0])
         else:
             graphs[i] = graph
     return graphs, errors
-
-
-def _without_vector(name: str, number: int) -> str:
-    return f"{name} has {ELEMENT_SYMBOLS[number]}, which the model's element table lacks; leave it out."
 
 
 def _cuts(row_counts: np.ndarray, batch_atoms: int) -> Iterator[tuple[int, int]]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 import srcgcnn_fast as sf
 from srcgcnn_fast import prediction
+from srcgcnn_fast.graph import GraphStore
 from srcgcnn_fast.nn import CGCNN, ModelMetadata
 from srcgcnn_fast.prediction import write_table
 
@@ -298,6 +300,10 @@ def test_a_store_is_predicted_as_its_structures(tmp_path, monkeypatch):
         assert list(found["id"]) == list(expected["id"]) and list(found["error"]) == list(expected["error"])
         np.testing.assert_allclose(found["target"], expected["target"], atol=2e-5)
     assert expected["error"].notna().sum() >= 1 and "element table lacks" in found["error"][4]
+    graph = sf.build_graph(inputs[0])
+    bad = replace(graph, numbers=graph.numbers + 300)
+    with pytest.raises(sf.InputError, match=f"^b has an atom of atomic number {bad.numbers[0]}, which .* leave it out"):
+        sf.predict(model, GraphStore.from_graphs([graph, bad], ids=["a", "b"], parameters=store.parameters))
 
 
 def test_a_batch_of_a_store_is_on_its_way_before_the_next_is_put_together(tmp_path, monkeypatch):

@@ -151,3 +151,10 @@ def is_built_in_table(path: Path) -> bool:
         return all(np.array_equal(vector, built_in[n]) for n, vector in given.items() if 1 <= n <= MAX_ATOMIC_NUMBER)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return False
+
+
+def without_vector(name: str, number: int) -> str:
+    """The sentence for a crystal with an element that a model's table of vectors lacks."""
+    known = 1 <= number < len(ELEMENT_SYMBOLS)
+    element = ELEMENT_SYMBOLS[number] if known else f"an atom of atomic number {number}"
+    return f"{name} has {element}, which the model's element table lacks; leave it out."

@@ -224,10 +224,20 @@ class GraphStore:
                 taken[name] = gather(name, kind)
         return taken
 
-    def elements(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Atomic numbers of the rows of crystals ``first`` to ``stop`` - 1, and where those of each begin."""
-        begins = self._first["row"][first : stop + 1]
-        return self._arrays["numbers"][begins[0] : begins[-1]], begins[:-1] - begins[0]
+    def lacking(self, table: torch.Tensor, first: int = 0, stop: int | None = None) -> dict[int, int]:
+        """Crystals from ``first`` to ``stop`` - 1 with an element that ``table`` (U, A) has no vector for, and which.
+
+        A vector of zeros is none. Nothing is looked up for crystals with their own atom features.
+        """
+        if "atom_features" in self._arrays:
+            return {}
+        begins = self._first["row"][first : len(self) + 1 if stop is None else stop + 1]
+        numbers = self._arrays["numbers"][begins[0] : begins[-1]]
+        has_vector = np.zeros(len(table) + 2, bool)  # with numbers below and above the table
+        has_vector[1:-1] = table.any(dim=1).cpu().numpy()
+        rows = np.flatnonzero(~has_vector.take(numbers.astype(np.int32) + 1, mode="clip"))
+        crystals = first + np.searchsorted(begins[1:] - begins[0], rows, side="right")
+        return dict(zip(crystals[::-1].tolist(), numbers[rows[::-1]].tolist(), strict=True))
 
     @property
     def is_mixed(self) -> bool:

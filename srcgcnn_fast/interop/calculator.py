@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import InputError, require
 from ..graph import CrystalGraph, GraphBatch, build_graph, collate
 from ..graph.crystal import from_ase
-from ..graph.elements import ELEMENT_SYMBOLS
+from ..graph.elements import without_vector
 from ..nn import CGCNN, SRCGCNN
 from ..serialization import load_model
 from .smoothing import is_no_stack, soft_choice, weighted_convolve
@@ -111,8 +111,7 @@ class CrystalCalculator(_ase.Calculator):  # type: ignore[misc]
         )  # fmt: skip
         unknown = ~self.model.element_table.any(dim=1).cpu().numpy()[graph.numbers]
         if unknown.any():
-            symbol = ELEMENT_SYMBOLS[graph.numbers[unknown][0]]
-            raise InputError(f"The crystal has {symbol}, which the model's element table lacks; leave it out.")
+            raise InputError(without_vector("The crystal", graph.numbers[unknown][0]))
         return graph
 
     def _batch(self, graph: CrystalGraph, distance: Tensor) -> GraphBatch:

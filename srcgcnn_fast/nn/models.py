@@ -14,6 +14,7 @@ from .. import functional
 from ..errors import InputError
 from ..graph.batch import GraphBatch
 from ..graph.elements import element_features
+from ..ops.fused import lookup
 from .conv import GatedConv, batch_norm_states, stand_in_for
 from .frozen import Frozen
 from .metadata import ModelMetadata
@@ -152,7 +153,7 @@ class CrystalModel(nn.Module):
     def embed(self, batch: GraphBatch) -> Tensor:
         """(N, F): the embedded element vector, or atom features, of every row."""
         h, species = self._embed(batch)
-        return h if species is None else h.index_select(0, species)
+        return h if species is None else lookup(h, species)
 
     def _embed(self, batch: GraphBatch) -> tuple[Tensor, Tensor | None]:
         """The features of the rows, or a table (U, F) and each row's place in it."""
@@ -355,7 +356,7 @@ class CGCNN(CrystalModel):
     ) -> tuple[Tensor, list[Tensor]]:
         if self._is_stack():
             return super()._convolve(h, species, batch, return_steps)
-        h, steps = h if species is None else h.index_select(0, species), []
+        h, steps = h if species is None else lookup(h, species), []
         for conv in self.convs:  # of which one has a hook or another class, and wants to be called
             h = conv(h, batch)
             steps.append(h)

@@ -248,8 +248,17 @@ def _features(h: Tensor, species: Tensor | None, n_rows: int, dtype: torch.dtype
     _check("species", species, (n_rows,), torch.int32)
     fault = core.check_species(species.data_ptr(), n_rows, h.shape[0])
     if fault >= 0:
-        raise InputError(f"species[{fault}] is {int(species[fault])}, but the table has {h.shape[0]} rows.")
+        raise bad_species(species, h.shape[0])
     return h.data_ptr(), species.data_ptr(), h.shape[0]
+
+
+def bad_species(species: Tensor, n_table: int) -> InputError:
+    """The sentence for ``species`` (N,) of which some leave a table of so many rows."""
+    row = int(((species < 0) | (species >= n_table)).nonzero()[0])
+    return InputError(
+        f"Row {row} of the batch has the atomic number {int(species[row])}, but the element table holds 0 to "
+        f"{n_table - 1}; correct it, or leave its crystal out."
+    )
 
 
 def conv(

@@ -280,11 +280,21 @@ class _Lookup(torch.autograd.Function):
 
 
 def lookup(table: Tensor, species: Tensor) -> Tensor:
-    """(N, F): of a table (U, F) the row that ``species`` (N,) names."""
+    """(N, F): of a table (U, F) the row that ``species`` (N,) names.
+
+    Raises:
+        InputError: on the CPU, ``species`` leave the table; on a GPU to look would mean to wait.
+    """
     if _eager(table, "cuda") and not registry._is_transformed():
         found: Tensor = _Lookup.apply(table, species)
         return found
-    return table.index_select(0, species.long())  # vmap of torch 2.6 takes no other indices
+    indices = species.long()  # vmap of torch 2.6 takes no others
+    if torch.compiler.is_compiling():
+        return table.index_select(0, indices)
+    try:
+        return table.index_select(0, indices)
+    except IndexError as error:
+        raise cpu.bad_species(species, table.shape[0]) from error
 
 
 def runs_compiled(h: Tensor) -> bool:

@@ -93,8 +93,6 @@ def fit(
     """
     if not 0 <= seed < 2**32:
         raise InputError(f"The seed {seed} is not a number from 0 to 2³² - 1.")
-    if not 0 <= seed < 2**32:
-        raise InputError(f"The seed {seed} is not a number from 0 to 2³² - 1.")
     if accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         raise InputError("PyTorch finds no GPU here; train with accelerator 'cpu' or 'auto' (srcgcnn-fast doctor).")
     if captured and (accelerator == "cpu" or not torch.cuda.is_available()):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..capture import CapturedTraining
 from ..errors import InputError
-from ..graph.elements import MIXES_BUILT_IN, element_features
+from ..graph.elements import MIXES_BUILT_IN, element_features, without_vector
 from ..nn import CGCNN, SRCGCNN, ModelMetadata
 from .data import GraphDataModule, Item
 from .distributed import of_all, place, total
@@ -122,8 +122,8 @@ class TrainingModule(pl.LightningModule):
 
     Raises:
         InputError: the number of targets is not the model's, a classifier's target is not 0 or 1, no training
-            crystal has one of the targets, class weights are given to a regressor, or crystals are averaged with other
-            element vectors than the model's.
+            crystal has one of the targets, class weights are given to a regressor, crystals are averaged with other
+            element vectors than the model's, or the model has no vector for an element.
     """
 
     target_mean: Tensor
@@ -143,6 +143,7 @@ class TrainingModule(pl.LightningModule):
         is_mixed = any(part.dataset.store.is_mixed for part in data.parts.values())
         if is_mixed and not np.array_equal(model.element_table.cpu().float().numpy(), element_features()):
             raise InputError(f"Some crystals are disordered: {MIXES_BUILT_IN}")
+        _check_elements(model.element_table, data)
         given = data.target_values("train")
         mean, std = self._normaliser(given, data.targets)
         self.incomplete = bool(np.isnan(given).any())
@@ -414,6 +415,14 @@ def peak_memory(device: torch.device) -> float:
         return math.nan
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def _check_elements(table: Tensor, data: GraphDataModule) -> None:
+    stores = {id(part.dataset): part.dataset.store.lacking(table) for part in data.parts.values()}
+    for dataset, indices in data.parts.values():
+        lacking = stores[id(dataset)]
+        if bad := lacking.keys() & (indices.tolist() if lacking else ()):
+            raise InputError(without_vector(dataset.store.ids[min(bad)], lacking[min(bad)]))
 
 
 def _check_class_weights(weights: Any) -> None:

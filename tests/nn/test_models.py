@@ -237,6 +237,23 @@ def test_an_element_table_may_lie_in_any_order(make_batch):
         torch.testing.assert_close(model(batch), expected)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True)
+@pytest.mark.parametrize("number", [-1, 101, 300])
+def test_a_number_that_is_no_element_is_one_sentence(backend, make_batch, number):
+    """In training, in inference, layer by layer, and whether rows or the elements of the table are fewer."""
+    says = f"Row 3 of the batch has the atomic number {number}, but the element table holds 0 to 100; correct it"
+    for kind in ("one crystal", "large"):
+        batch = make_batch(kind)
+        batch.numbers[3] = number
+        watched = sf.CGCNN(n_conv=2)
+        watched.convs[1].register_forward_hook(lambda *_: None)
+        for model in (sf.CGCNN(n_conv=2), sf.SRCGCNN(n_recurrent_steps=2), watched):
+            for call in (model, model.eval(), model.predict, model.embed, model.features):
+                for grad in (True, False):
+                    with torch.set_grad_enabled(grad), pytest.raises(sf.InputError, match=says):
+                        call(batch)
+
+
 def test_a_seed_gives_the_published_initialisation():
     """Construction draws random numbers in the published programs' order."""
     torch.manual_seed(7)

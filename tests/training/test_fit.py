@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from srcgcnn_fast import CGCNN, SRCGCNN, InputError, load_model
+from srcgcnn_fast.graph import GraphStore
 from srcgcnn_fast.training import GraphDataModule, Recipe, Split, TrainingModule, evaluate, fit
 from srcgcnn_fast.training.callbacks import write_table
 from srcgcnn_fast.training.module import _Losses, normalizer
@@ -410,6 +411,14 @@ def test_bad_requests_are_sentences(alloys, tmp_path):
         Recipe(class_weights=(1.0, -1.0))
     with pytest.raises(InputError, match="for a classifier"):
         TrainingModule(SRCGCNN(), GraphDataModule(alloys, "energy"), Recipe(class_weights="balanced"))
+    made = [alloys[i] for i in range(4)]
+    for number in (-1, 0, 101):
+        bad = [*made[:2], dataclasses.replace(made[2], numbers=made[2].numbers * 0 + number), made[3]]
+        store = GraphStore.from_graphs(bad, ids=["a", "b", "c", "d"], targets={"energy": [1, 2, 3, 4]})
+        for split in (([0, 1], [2], []), ([2, 1], [3], [])):
+            with pytest.raises(InputError, match=f"^c has an atom of atomic number {number}, .* leave it out"):
+                data = GraphDataModule(store, "energy", split=Split(*map(np.array, split)))
+                TrainingModule(SRCGCNN(), data, Recipe())
     with pytest.raises(InputError, match="needs a CUDA GPU; leave captured out"):
         fit(SRCGCNN(), GraphDataModule(alloys, "energy"), tmp_path / "run", accelerator="cpu", captured=True)
 
