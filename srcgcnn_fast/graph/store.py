@@ -62,10 +62,10 @@ class StoreInfo:
 
 
 class _Ids(Sequence[str]):
-    """n names out of one array of text; equal to a list of the same."""
+    """n names out of one array of text, of the store at ``where``; equal to a list of the same."""
 
-    def __init__(self, size: np.ndarray, text: np.ndarray) -> None:
-        self._end, self._text = np.cumsum(size, dtype=np.int64), text
+    def __init__(self, size: np.ndarray, text: np.ndarray, where: Path | None) -> None:
+        self._end, self._text, self._where = np.cumsum(size, dtype=np.int64), text, where
 
     def __len__(self) -> int:
         return len(self._end)
@@ -81,9 +81,15 @@ class _Ids(Sequence[str]):
             if text.isascii():  # as nearly always: letters are where their bytes are
                 letters = text.decode()
                 return [letters[a:b] for a, b in zip([0, *ends], ends, strict=False)]
-            return [text[a:b].decode() for a, b in zip([0, *ends], ends, strict=False)]
+            return [self._decoded(text[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
         i = range(len(self))[index]
-        return self._text[self._end[i - 1] if i else 0 : self._end[i]].tobytes().decode()
+        return self._decoded(self._text[self._end[i - 1] if i else 0 : self._end[i]].tobytes())
+
+    def _decoded(self, text: bytes) -> str:
+        try:
+            return text.decode()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{self._where} is damaged (an id is no text in UTF-8); prepare it again.") from error
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -103,7 +109,7 @@ class GraphStore:
         self.path = path
         """The directory, or None for a store in memory."""
         self.parameters = info.parameters
-        self.ids: Sequence[str] = _Ids(arrays["id_size"], arrays["id_text"])
+        self.ids: Sequence[str] = _Ids(arrays["id_size"], arrays["id_text"], path)
         """One for each graph; not necessarily unique."""
         self.targets = {name: np.array(arrays["targets"][:, k]) for k, name in enumerate(info.targets)}
         """name -> (n,) float64, NaN where missing."""
@@ -165,11 +171,21 @@ class GraphStore:
 
     @property
     def rejected(self) -> list[tuple[str, str]]:
-        """(id, reason) of each input that has no graph; on disk one JSON list a line, ``rejected.jsonl``."""
+        """(id, reason) of each input that has no graph; on disk one JSON list a line, ``rejected.jsonl``.
+
+        Raises:
+            InputError: that file is not what was written.
+        """
         if self.path is None or not self._info.rejected:
             return []
-        with (self.path / REJECTED).open(encoding="utf-8") as lines:
-            return [(id, reason) for id, reason in map(json.loads, lines)]
+        try:
+            with (self.path / REJECTED).open(encoding="utf-8") as lines:
+                found = [(id, reason) for id, reason in map(json.loads, lines)]
+            if len(found) != self._info.rejected:
+                raise ValueError
+            return found
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{self.path} is damaged ({REJECTED} is not as written); prepare it again.") from error
 
     def verify(self) -> None:
         """Read everything and compare it with the checksums taken when it was written.
@@ -247,11 +263,14 @@ class GraphStore:
     def _mixed(self, numbers: np.ndarray, chosen: Any, offset: Any) -> np.ndarray:
         """Element vectors of rows, those of averaged sites mixed; ``offset`` leads to the first row of each crystal."""
         table = element_features()
-        features = table[numbers]
         rows = self._arrays["mixed_row"][chosen] + offset
-        features[rows] = 0
         shares = self._arrays["mixed_share"][chosen][:, None]
-        np.add.at(features, rows, shares * table[self._arrays["mixed_number"][chosen]])
+        try:
+            features = table[numbers]
+            features[rows] = 0
+            np.add.at(features, rows, shares * table[self._arrays["mixed_number"][chosen]])
+        except IndexError as error:
+            raise InputError(f"{self.path} is damaged (averaged sites have no such atom); prepare it again.") from error
         return features
 
     def batch(self, indices: Any) -> GraphBatch:

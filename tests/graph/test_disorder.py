@@ -132,6 +132,14 @@ def test_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(more) == 5
     np.testing.assert_allclose(more[1].atom_features, expected[1].atom_features, rtol=0, atol=1e-7)
     assert more[4].numbers[more[4].atom_class[0]] == BA
+    for name in ("mixed_number", "mixed_row", "numbers"):
+        before = np.load(tmp_path / "s" / f"{name}.npy")
+        np.save(tmp_path / "s" / f"{name}.npy", before + before.dtype.type(100))
+        damaged = open_store(tmp_path / "s")
+        for read in (lambda: damaged[1], lambda: damaged.batch([1, 0])):  # noqa: B023
+            with pytest.raises(InputError, match=r"s is damaged .averaged sites have no such atom.; prepare it again"):
+                read()
+        np.save(tmp_path / "s" / f"{name}.npy", before)
     refused = prepare(structures, tmp_path / "t")
     assert len(refused) == 1 and [name for name, _ in refused.rejected] == ["b", "c", "d"]
 

@@ -4,8 +4,10 @@ import json
 import logging
 import pickle
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -563,6 +565,31 @@ def test_damaged_stores(tmp_path: Path, spoil: object, said: str) -> None:
     with pytest.raises(InputError, match=said) as caught:
         open_store(tmp_path / "store")
     assert str(tmp_path / "store") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("id_text.npy", lambda x: x | 0x80, "an id is no text in UTF-8"),
+        ("id_size.npy", lambda x: x[::-1].copy(), "an id is no text in UTF-8"),
+        ("rejected.jsonl", lambda x: x[:-3], "rejected.jsonl is not as written"),
+        ("rejected.jsonl", lambda _: "", "rejected.jsonl is not as written"),
+    ],
+)
+def test_damaged_names_are_one_sentence_where_they_are_read(
+    tmp_path: Path, name: str, damage: Callable[[Any], Any], said: str
+) -> None:
+    folder = tmp_path / "store"
+    prepare([Record("a", crystal(0)), Record("é", crystal(1)), Record("bad", None, {}, "no.")], folder)
+    if name.endswith(".npy"):
+        set_bytes(folder, name, damage(np.load(folder / name)))
+    else:
+        (folder / name).write_text(damage((folder / name).read_text()))
+    store = open_store(folder)
+    of_names = [lambda: store.ids[0], lambda: store.ids[:], lambda: list(store.ids)]
+    for read in of_names if name.endswith(".npy") else [lambda: store.rejected]:
+        with pytest.raises(InputError, match=f"store is damaged .{said}.; prepare it again"):
+            read()
 
 
 def test_unwritable_parent(tmp_path: Path) -> None:
