@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 from .errors import InputError
@@ -43,5 +44,5 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 def sweep(path: str | os.PathLike[str]) -> None:
     """Remove what processes killed inside :func:`atomic_path` left beside ``path``; nobody else may write it now."""
     target = Path(path)
-    for scratch in target.parent.glob(f".{target.name}.????????"):
+    for scratch in target.parent.glob(f".{escape(target.name)}." + 8 * "[a-z0-9_]"):  # as tempfile names them
         shutil.rmtree(scratch, ignore_errors=True)

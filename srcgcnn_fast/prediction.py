@@ -19,7 +19,7 @@ from .errors import InputError, require
 from .files import atomic_path
 from .graph import GraphBatch, GraphStore, Record, build_graphs, collate, open_store, read_inputs
 from .graph.elements import MIXES_BUILT_IN, element_features, without_vector
-from .graph.store import METADATA as STORE_METADATA
+from .graph.store import is_store
 from .uncertainty import Ensemble, MonteCarloDropout, Sampler, load_predictor
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ def _run_over_chunk(
 
 
 def _as_store(inputs: Any) -> GraphStore | None:
-    if isinstance(inputs, str | os.PathLike) and (Path(inputs) / STORE_METADATA).is_file():
+    if isinstance(inputs, str | os.PathLike) and is_store(inputs):
         return open_store(inputs)
     return inputs if isinstance(inputs, GraphStore) else None
 

@@ -18,7 +18,7 @@ from ..errors import InputError, require
 from ..files import atomic_path
 from ..graph import GraphBatch, build_graphs, collate
 from ..graph.readers import read_inputs
-from ..graph.store import open_store
+from ..graph.store import is_store, open_store
 from ..interop.upstream import expand_quotient
 from ..nn import CGCNN, SRCGCNN
 from ..ops import registry
@@ -118,7 +118,7 @@ def _threads(count: int) -> Iterator[None]:
 
 def _graphs(source: str | os.PathLike[str] | None, crystals: int) -> tuple[dict[str, GraphBatch], str]:
     """The same crystals as symmetry quotients (native) and with one row per atom (same graph), and what they are."""
-    if source is not None and (Path(source) / "row_count.npy").is_file():
+    if source is not None and is_store(source):
         store = open_store(source)
         native = store.batch(_sample(len(store), crystals))
     else:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -30,14 +30,18 @@ from .store_writer import (
     REJECTED,
     VERSION,
     StoreWriter,
+    alone,
     checksum,
     copy_store,
     id_arrays,
     mixture_arrays,
+    restore,
     workplace,
 )
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 _CHUNK_ATOMS = 100_000
 _CHUNK_CRYSTALS = 8192
@@ -185,7 +189,9 @@ class GraphStore:
                 raise ValueError
             return found
         except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{self.path} is damaged ({REJECTED} is not as written); prepare it again.") from error
+            raise InputError(
+                f"{self.path} is damaged or was replaced ({REJECTED} is not as it was); open or prepare it again."
+            ) from error
 
     def verify(self) -> None:
         """Read everything and compare it with the checksums taken when it was written.
@@ -364,18 +370,34 @@ def open_store(path: str | os.PathLike[str]) -> GraphStore:
     Raises:
         InputError: there is no store, it was written in another format version, or a file is missing or cut short.
     """
+    return _read(Path(path), _opened)
+
+
+def is_store(path: str | os.PathLike[str]) -> bool:
+    """Is there a store that :func:`open_store` opens, or says what is wrong with it?"""
     folder = Path(path)
-    for _ in range(_TRIES):
+    restore(folder)
+    try:
+        return bool(_read_metadata(folder))
+    except InputError:
+        return (folder / "row_count.npy").is_file()
+
+
+def _read(folder: Path, read: Callable[[Path], _T]) -> _T:
+    """What ``read`` makes of a directory that others may replace meanwhile."""
+    for tries in range(_TRIES):
+        restore(folder)
         before, problem = _identity(folder), None
         try:
-            store = _opened(folder)
+            found = read(folder)
         except InputError as error:
             problem = error
-        if _identity(folder) == before:  # else another process has replaced it meanwhile, and this is half of each
+        same = _identity(folder) == before  # else another process has replaced it meanwhile, and this is half of each
+        if same and (problem is None or tries > 1):  # it may have been aside for a moment
             break
     if problem is not None:
         raise problem
-    return store
+    return found
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
@@ -473,34 +495,74 @@ def prepare(
             holds something else than a store, or another process prepares the same one.
     """
     folder = Path(path).resolve()  # where a link leads to, which stays
-    existing = _existing(folder)
-    before = (0, 0)  # graphs and rejected inputs of the store that is appended to
+    part = _source_key(source)
+    plan = _plan(folder, source, part, parameters, targets, append)
+    if plan.done is not None:
+        return plan.done
+    with alone(folder):
+        plan = _plan(folder, source, part, parameters, targets, append)  # what the writer before may have changed
+        return _prepare(folder, source, plan, targets, append, progress) if plan.done is None else plan.done
+
+
+class _Plan(NamedTuple):
+    """What there is to do for a store."""
+
+    parameters: GraphParameters
+    key: dict[str, Any] | None
+    before: tuple[int, int] = (0, 0)
+    """Graphs and rejected inputs of the store that is appended to."""
+    done: GraphStore | None = None
+    """Nothing: the store that is there."""
+    damage: InputError | None = None
+    """Why not the store that is there."""
+
+
+def _plan(
+    folder: Path,
+    source: Any,
+    part: dict[str, Any] | None,
+    parameters: GraphParameters | None,
+    targets: Sequence[str] | None,
+    append: bool,
+) -> _Plan:
+    existing = _read(folder, _existing)
     if append:
         if existing is None:
             raise InputError(f"{folder} does not exist, so nothing can be appended; prepare it first.")
         held = open_store(folder)
         if parameters not in (None, held.parameters):
             raise InputError(f"{folder} was prepared with {held.parameters}; append with the same, or leave them out.")
-        parameters, before = held.parameters, (len(held), len(held.rejected))
-    parameters = parameters or GraphParameters()
-    part, key = _source_key(source), None
-    if part is not None:
-        key = _key(parameters, targets, [part])
-    if append and existing is not None:
-        earlier = existing["key"]
+        earlier, key = held._info.key, None
         if earlier is not None and part in earlier["parts"]:
             held.target_array(targets or ())  # which it must have
             logger.info("%s is in %s already.", source, folder)
-            return held
-        is_known = earlier is not None and part is not None
-        key = _key(parameters, targets, [*earlier["parts"], part]) if is_known else None
-    elif existing is not None and key is not None and existing.get("key") == key:
+            return _Plan(held.parameters, earlier, done=held)
+        if earlier is not None and part is not None:
+            key = _key(held.parameters, targets, [*earlier["parts"], part])
+        return _Plan(held.parameters, key, (len(held), held._info.rejected))
+    parameters = parameters or GraphParameters()
+    key = None if part is None else _key(parameters, targets, [part])
+    if existing is not None and key is not None and existing.get("key") == key:
         try:
             store = open_store(folder)
             logger.info("%s is prepared already: %d crystals.", folder, len(store))
-            return store
+            return _Plan(parameters, key, done=store)
         except InputError as error:
-            logger.warning("Preparing again: %s", error)
+            return _Plan(parameters, key, damage=error)
+    return _Plan(parameters, key)
+
+
+def _prepare(
+    folder: Path,
+    source: Any,
+    plan: _Plan,
+    targets: Sequence[str] | None,
+    append: bool,
+    progress: bool | Callable[[int], None] | None,
+) -> GraphStore:
+    parameters, key, before = plan[:3]
+    if plan.damage is not None:
+        logger.warning("Preparing again: %s", plan.damage)
     with workplace(folder, key) as scratch:
         if append and not (scratch / PROGRESS).exists():
             copy_store(folder, scratch, key)
@@ -533,8 +595,8 @@ def join_stores(parts: Sequence[str | os.PathLike[str]], path: str | os.PathLike
     for store in stores:
         if store.parameters != stores[0].parameters:
             raise InputError(f"{store.path} and {stores[0].path} hold different graphs; prepare them alike.")
-    _existing(folder)
-    with workplace(folder, None) as scratch:
+    with alone(folder), workplace(folder, None) as scratch:
+        _read(folder, _existing)
         writer = StoreWriter(scratch, None)
         try:
             for store in stores:

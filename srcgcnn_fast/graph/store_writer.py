@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 
 from .. import __version__
 from ..errors import InputError
+from ..files import sweep
 from .crystal import MixedCrystal
 from .parameters import GraphParameters
 from .readers import Record
@@ -29,7 +30,9 @@ VERSION = 3
 METADATA = "metadata.json"
 REJECTED = "rejected.jsonl"
 PROGRESS = "progress.json"
-_LOCK = "lock"
+_COLUMN = "target-"
+"""Beginning of the names of files that hold a target each until all are known."""
+_TRIES = 100
 _PIECE = 1 << 20
 
 DTYPES: dict[str, Any] = {
@@ -82,68 +85,118 @@ def checksum(array: np.ndarray, before: int = 0) -> int:
 
 
 @contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One writer of ``folder`` at a time; ends with the process, however that ends.
+
+    Raises:
+        InputError: somebody writes there now, or nobody may.
+    """
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system
+        yield
+        return
+    path = folder.parent / f".{folder.name}.lock"
+    with ExitStack() as stack:
+        for _ in range(_TRIES):
+            try:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(path.open("w"))
+            except OSError as error:
+                raise _refusal(folder, error) from error
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"{folder} is being prepared by another process; wait for it, or choose another path."
+                ) from None
+            except OSError as error:  # file systems without locks
+                logger.debug("%s cannot be locked: %s", path, error)
+            else:
+                sweep(folder)
+            with suppress(OSError):  # its owner may have removed it since it was opened
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    break
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _refusal(folder: Path, error: OSError) -> InputError:
+    return InputError(f"Cannot write {folder}: {error.strerror or error}; choose a directory that you may write to.")
+
+
+@contextmanager
 def workplace(folder: Path, key: dict[str, Any] | None) -> Iterator[Path]:
-    """A directory beside ``folder`` that replaces it on success.
+    """A directory beside ``folder`` that replaces it on success; for a writer :func:`alone`.
 
     With a ``key`` (what is being prepared) it stays after an interruption, and an equal key finds it again; without
     one, and after an InputError, it is removed.
 
     Raises:
-        InputError: the directory cannot be written, or another process works in it.
+        InputError: the directory cannot be written.
     """
     if folder == Path.cwd() or folder in Path.cwd().parents:
         raise InputError(f"{folder} is where this command runs, and would be replaced; run it from another directory.")
-    with ExitStack() as stack:
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            if key is None:
-                scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-            else:
-                scratch = folder.parent / f".{folder.name}.partial"
-                scratch.mkdir(exist_ok=True)
-                _lock(scratch, folder, stack)
-        except OSError as error:
-            raise InputError(
-                f"Cannot write {folder}: {error.strerror or error}; choose a directory that you may write to."
-            ) from error
-        if key is not None and _read_progress(scratch).get("key") != key:
-            for file in scratch.iterdir():
-                if file.name != _LOCK:
-                    file.unlink()
-        try:
-            yield scratch
-        except BaseException as error:
-            if key is None or isinstance(error, InputError) or not (scratch / PROGRESS).is_file():
-                shutil.rmtree(scratch, ignore_errors=True)
-            raise
-        _replace(folder, scratch)
-
-
-def _lock(scratch: Path, folder: Path, stack: ExitStack) -> None:
-    """One process at a time; the lock ends with the process, however it ends."""
     try:
-        import fcntl
-    except ImportError:  # no such locks on this system
-        return
-    file = stack.enter_context((scratch / _LOCK).open("w"))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if key is None:
+            scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        else:
+            scratch = folder.parent / f".{folder.name}.partial"
+            scratch.mkdir(exist_ok=True)
+    except OSError as error:
+        raise _refusal(folder, error) from error
+    if key is not None and _read_progress(scratch).get("key") != key:
+        for file in scratch.iterdir():
+            file.unlink()
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(
-            f"{folder} is being prepared by another process; wait for it, or choose another path."
-        ) from None
+        yield scratch
+    except BaseException as error:
+        if key is None or isinstance(error, InputError) or not (scratch / PROGRESS).is_file():
+            shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    _replace(folder, scratch)
 
 
 def _replace(folder: Path, scratch: Path) -> None:
-    (scratch / PROGRESS).unlink(missing_ok=True)
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    """A directory cannot replace one that has files: the old one goes aside, where :func:`restore` finds it."""
+    aside = _aside(folder)
+    _remove(aside)
+    for _ in range(_TRIES):
         if folder.exists():
-            folder.rename(old / "replaced")  # a directory cannot replace one that has files
-        scratch.rename(folder)
-        (folder / _LOCK).unlink(missing_ok=True)  # while it is there, no other process begins here
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+            folder.rename(aside)
+        try:
+            scratch.rename(folder)
+            break
+        except OSError:
+            if not folder.exists():
+                raise
+    with suppress(OSError):  # the store is there
+        for file in (folder / PROGRESS, *folder.glob(f"{_COLUMN}*.npy")):
+            file.unlink(missing_ok=True)
+        _remove(aside)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.old"
+
+
+def restore(folder: Path) -> None:
+    """Put back the store that a process killed within :func:`_replace` left aside."""
+    folder = folder.resolve()
+    if not folder.exists():
+        with suppress(OSError):  # it was not aside, or another process has put one there
+            _aside(folder).rename(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Under another name, so that nobody takes what is left for a store if this is interrupted."""
+    if folder.exists():
+        gone = Path(tempfile.mkdtemp(prefix=f"{folder.name.removesuffix('.old')}.", dir=folder.parent))
+        folder.rename(gone / "old")
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _read_progress(scratch: Path) -> dict[str, Any]:
@@ -162,10 +215,10 @@ def copy_store(folder: Path, scratch: Path, key: dict[str, Any] | None) -> None:
         files[name] = [len(np.load(folder / f"{name}.npy", mmap_mode="r")), sums[name]]
     table = np.load(folder / "targets.npy")
     for k in range(table.shape[1]):
-        column = _NpyFile(scratch / f"target-{k}.npy", np.float64)
+        column = _NpyFile(scratch / f"{_COLUMN}{k}.npy", np.float64)
         column.append(table[:, k])
         column.close()
-        files[f"target-{k}"] = [column.length, column.checksum]
+        files[f"{_COLUMN}{k}"] = [column.length, column.checksum]
     shutil.copy(folder / REJECTED, scratch)
     files[REJECTED] = [metadata["rejected"], (folder / REJECTED).stat().st_size]
     _write_progress(scratch, key, 0, files, metadata["targets"], None)
@@ -201,7 +254,7 @@ class StoreWriter:
             name: _NpyFile(folder / f"{name}.npy", dtype, *files.get(name, ())) for name, dtype in DTYPES.items()
         }
         self._columns = {
-            name: _NpyFile(folder / f"target-{k}.npy", np.float64, *files[f"target-{k}"])
+            name: _NpyFile(folder / f"{_COLUMN}{k}.npy", np.float64, *files[f"{_COLUMN}{k}"])
             for k, name in enumerate(progress.get("targets", ()))
         }
         self.rejected, size = files.get(REJECTED, (0, 0))
@@ -265,7 +318,7 @@ class StoreWriter:
         """A column for each of these targets; the crystals before have no value of a new one."""
         for name in targets:
             if name not in self._columns:
-                path = self.folder / f"target-{len(self._columns)}.npy"
+                path = self.folder / f"{_COLUMN}{len(self._columns)}.npy"
                 self._columns[name] = _NpyFile(path, np.float64)
                 self._columns[name].append(np.full(before, np.nan))
 
@@ -294,7 +347,7 @@ class StoreWriter:
         if self.key is None:
             return
         files: dict[str, list[int]] = {}
-        columns = {f"target-{k}": column for k, column in enumerate(self._columns.values())}
+        columns = {f"{_COLUMN}{k}": column for k, column in enumerate(self._columns.values())}
         for name, file in {**self._files, **columns}.items():
             file.flush()
             files[name] = [file.length, file.checksum]
@@ -314,8 +367,6 @@ class StoreWriter:
         for k, name in enumerate(names):
             if name in self._columns:
                 table[:, k] = np.load(self._columns[name].path)
-        for column in self._columns.values():
-            column.path.unlink()
         np.save(self.folder / "targets.npy", table)
         sums = {name: file.checksum for name, file in self._files.items()} | {"targets": checksum(table)}
         metadata = {
@@ -326,7 +377,7 @@ class StoreWriter:
             "rejected": self.rejected,
             "targets": names,
             "parameters": asdict(parameters),
-            "sizes": {file.name: file.stat().st_size for file in sorted(self.folder.glob("*.npy"))},
+            "sizes": {f"{name}.npy": (self.folder / f"{name}.npy").stat().st_size for name in sums},
             "checksums": sums,
             "key": self.key,
         }

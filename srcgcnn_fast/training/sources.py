@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
 from ..graph.parameters import GraphParameters
-from ..graph.store import GraphStore, name_it, open_store, prepare
+from ..graph.store import GraphStore, is_store, name_it, open_store, prepare
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ def prepared(
     """
     if isinstance(source, GraphStore):
         store = source
-    elif isinstance(source, str | os.PathLike) and (Path(source) / "row_count.npy").is_file():
+    elif isinstance(source, str | os.PathLike) and is_store(source):
         store = open_store(source)
     else:
         store = prepare(source, path, parameters or default, targets=targets, progress=progress)

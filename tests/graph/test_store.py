@@ -408,13 +408,74 @@ def test_another_preparation_does_not_go_on_from_it(tmp_path: Path, monkeypatch:
 @pytest.mark.skipif(sys.platform == "win32", reason="needs file locks")
 def test_one_process_prepares_a_store(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
-    source = table(tmp_path / "source.parquet", 5)
+    source, path = table(tmp_path / "source.parquet", 5), tmp_path / "store"
+    calls: list[dict[str, Any]] = [{"source": source}, {"source": records(2)}, {"source": records(2), "append": True}]
 
     def again(done: int) -> None:
-        with pytest.raises(InputError, match="is being prepared by another process"):
-            prepare(source, tmp_path / "store")
+        for call in calls[: 3 if path.exists() else 2]:
+            with pytest.raises(InputError, match="is being prepared by another process; wait for it"):
+                prepare(path=path, **{"parameters": GraphParameters(max_neighbors=7)} | call | changed)
 
-    assert len(prepare(source, tmp_path / "store", progress=again)) == 5
+    changed: dict[str, Any] = {}
+    (tmp_path / ".store.lock").touch()  # of a process that was killed
+    assert len(prepare(source, path, progress=again)) == 5
+    changed["parameters"] = None
+    calls[0]["targets"] = ["gap"]
+    assert len(prepare(records(3), path, progress=again, append=True)) == 8
+    assert listing(tmp_path) == ["source.parquet", "store"]
+
+
+def test_an_append_takes_what_another_has_appended_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pyarrow")
+    first, second, third = (table(tmp_path / f"{name}.parquet", n) for name, n in (("a", 2), ("b", 3), ("c", 4)))
+    path, alone = tmp_path / "store", store_module.alone
+    prepare(first, path)
+
+    def late(folder: Path) -> Any:
+        monkeypatch.setattr(store_module, "alone", alone)
+        prepare(second, path, append=True)
+        return alone(folder)
+
+    for source, size in ((third, 9), (second, 9), (third, 9)):  # those that are there are not added again
+        monkeypatch.setattr(store_module, "alone", late)
+        assert len(prepare(source, path, append=True)) == size
+    store = prepare(records(1)[:1], path, append=True)
+    assert store.ids == ["c0", "c1", "c0", "c1", "c2", "c0", "c1", "c2", "c3", "c0"]
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("renamed", [0, 1, 2])
+def test_a_kill_while_a_store_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renamed: int, in_memory: bool
+) -> None:
+    """Before, between and after the renames: the old store is there, or the new one; no file is read again."""
+    pytest.importorskip("pyarrow")
+    path, source = tmp_path / "store", table(tmp_path / "t.parquet", 4)
+    prepare(records(2), path)
+    rename, done = Path.rename, []
+
+    def killed(self: Path, target: Path) -> Path:
+        if len(done) == renamed:
+            raise KeyboardInterrupt
+        done.append(target)
+        return rename(self, target)
+
+    given = records(4)[:4] if in_memory else source
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", killed)
+        prepare(given, path)
+    assert path.exists() == (renamed != 1)
+    store = open_store(path)
+    store.verify()
+    assert store.ids == ["c0", "c1", "c2", "c3"][: 4 if renamed == 2 else 2]
+    assert path.exists()
+    seen: list[int] = []
+    again = prepare(given, path, progress=seen.append)
+    again.verify()
+    assert again.ids == ["c0", "c1", "c2", "c3"] and again.targets["gap"].tolist() == [0, 1, 2, 3]
+    assert seen == ([1, 2, 3, 4] if in_memory else [])
+    if renamed < 2 or in_memory:  # else nobody has written there again
+        assert listing(tmp_path) == ["store", "t.parquet"]
 
 
 def test_appending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -572,8 +633,8 @@ def test_damaged_stores(tmp_path: Path, spoil: object, said: str) -> None:
     [
         ("id_text.npy", lambda x: x | 0x80, "an id is no text in UTF-8"),
         ("id_size.npy", lambda x: x[::-1].copy(), "an id is no text in UTF-8"),
-        ("rejected.jsonl", lambda x: x[:-3], "rejected.jsonl is not as written"),
-        ("rejected.jsonl", lambda _: "", "rejected.jsonl is not as written"),
+        ("rejected.jsonl", lambda x: x[:-3], "rejected.jsonl is not as it was"),
+        ("rejected.jsonl", lambda _: "", "rejected.jsonl is not as it was"),
     ],
 )
 def test_damaged_names_are_one_sentence_where_they_are_read(
@@ -588,7 +649,7 @@ def test_damaged_names_are_one_sentence_where_they_are_read(
     store = open_store(folder)
     of_names = [lambda: store.ids[0], lambda: store.ids[:], lambda: list(store.ids)]
     for read in of_names if name.endswith(".npy") else [lambda: store.rejected]:
-        with pytest.raises(InputError, match=f"store is damaged .{said}.; prepare it again"):
+        with pytest.raises(InputError, match=f"store is damaged.* .{said}.; .*prepare it again"):
             read()
 
 
