@@ -21,13 +21,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from . import __version__
 from .errors import InputError, require
 from .files import atomic_path
-from .graph import GraphParameters, read_inputs
-from .graph.store import GraphStore, join_stores, prepare
+from .graph import GraphParameters, Record, read_inputs
+from .graph.store import GraphStore, is_store, join_stores, prepare_part
 from .prediction import predict, write_table
 from .serialization import load_model, save_model
 
 if TYPE_CHECKING:
-    from .graph import Record
     from .nn import CGCNN, SRCGCNN
 
 logger = logging.getLogger(__name__)
@@ -37,7 +36,7 @@ SHARD_ROWS = 50_000
 
 
 class Shard(NamedTuple):
-    """Rows ``first`` to ``first + rows`` of a Parquet file."""
+    """Rows ``first`` to ``first + rows`` of a Parquet file; of one that cannot be read, one row that says so."""
 
     number: int
     source: str
@@ -49,7 +48,10 @@ class Shard(NamedTuple):
         return f"part-{self.number:06d}"
 
     def records(self, targets: Sequence[str] | None) -> Iterator[Record]:
-        read = read_inputs(self.source, targets=targets, skip=self.first, disorder="average")
+        try:
+            read = read_inputs(self.source, targets=targets, skip=self.first, disorder="average")
+        except InputError as error:
+            read = iter([Record(Path(self.source).stem, None, {}, str(error))])
         return islice(read, self.rows)
 
 
@@ -83,10 +85,11 @@ def predict_shards(
     Raises:
         InputError: Ray is not installed, source or model cannot be read, or ``out`` holds the result of another call.
     """
+    shards = _shards(source, rows, ())
     loaded = load_model(model) if isinstance(model, str | os.PathLike) else model
     graph = loaded.metadata.graph
     graph = replace(graph, isolated=isolated or graph.isolated, disorder=disorder or graph.disorder)
-    folder, shards = Path(out).absolute(), _shards(source, rows)
+    folder = Path(out).absolute()
     weights = sha256()
     for name, value in loaded.state_dict().items():
         weights.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
@@ -132,17 +135,12 @@ def prepare_shards(
             something else.
     """
     parameters = parameters or GraphParameters()
-    target, shards = Path(path).absolute(), _shards(source, rows)
-    folder = target.parent / f"{target.name}.parts"
-    names = list(targets) if targets is not None else None
+    target, names = Path(path).absolute(), list(targets) if targets is not None else None
+    folder, shards = target.parent / f"{target.name}.parts", _shards(source, rows, names)
     _claim(folder, shards, {"parameters": asdict(parameters), "targets": names})
-    missing = [shard for shard in shards if not (folder / f"{shard.name}.json").exists()]
+    missing = [shard for shard in shards if not is_store(folder / shard.name)]
     _run(_Prepare, (str(folder), parameters, names), missing, workers)
-    empty = {shard: json.loads((folder / f"{shard.name}.json").read_text()) for shard in shards}
-    parts = [folder / shard.name for shard in shards if empty[shard] is None]
-    if not parts:
-        raise InputError(f"{source}: {empty[shards[0]]}")
-    store = join_stores(parts, target)
+    store = join_stores([folder / shard.name for shard in shards], target, source, names)
     shutil.rmtree(folder)
     return store
 
@@ -163,20 +161,15 @@ class _Predict:
 
 
 class _Prepare:
-    """A worker that prepares shards; beside each store (or in place of one, with the reason) a mark that it is done."""
+    """A worker that prepares shards."""
 
     def __init__(self, out: str, parameters: GraphParameters, targets: Sequence[str] | None) -> None:
         _one_thread()
         self.out, self.parameters, self.targets = Path(out), parameters, targets
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        shard, reason = Shard(**row), None
-        try:
-            prepare(shard.records(self.targets), self.out / shard.name, self.parameters, targets=self.targets)
-        except InputError as error:
-            reason = str(error)
-        with atomic_path(self.out / f"{shard.name}.json") as temporary:
-            temporary.write_text(json.dumps(reason))
+        shard = Shard(**row)
+        prepare_part(shard.records(self.targets), self.out / shard.name, self.parameters, self.targets)
         return {"number": shard.number}
 
 
@@ -186,7 +179,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _shards(source: str | os.PathLike[str], rows: int) -> list[Shard]:
+def _shards(source: str | os.PathLike[str], rows: int, targets: Sequence[str] | None = None) -> list[Shard]:
     if rows < 1:
         raise InputError(f"A shard of {rows} rows holds nothing; ask for at least 1.")
     parquet = require("pyarrow.parquet", "Reading Parquet files", extra="io")
@@ -197,9 +190,12 @@ def _shards(source: str | os.PathLike[str], rows: int) -> list[Shard]:
         if not file.is_file():
             raise InputError(f"{source} does not exist; give a Parquet file or a folder of them.")
         try:
+            read_inputs(file, targets=targets)  # which says what is wrong with it
             total = parquet.read_metadata(file).num_rows
-        except Exception as error:
-            raise InputError(f"{file.name} is not a Parquet file ({type(error).__name__}); export it again.") from error
+        except InputError:
+            if not root.is_dir():
+                raise
+            total = 1
         for first in range(0, total, rows):
             made.append(Shard(len(made), str(file), first, min(rows, total - first)))
     if not made:

@@ -139,6 +139,58 @@ def test_a_store_of_shards_is_that_of_the_whole(folder: Path, tmp_path: Path, mo
     assert not (tmp_path / "s.parts").exists()
 
 
+def spoilt(folder: Path, kind: str) -> None:
+    """A file of the folder, as an interrupted copy, a bad disk or another program leave it."""
+    file = folder / "a.parquet"
+    if kind == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif kind == "lattice":
+        pandas.read_parquet(file).drop(columns="lattice").to_parquet(file)
+    else:
+        column = pytest.importorskip("pyarrow.parquet").read_metadata(file).row_group(2).column(2)
+        data, first = bytearray(file.read_bytes()), column.dictionary_page_offset or column.data_page_offset
+        data[first : first + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+        file.write_bytes(data)
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("cut", 32), ("lattice", 32), ("page", 71)])
+def test_a_damaged_file_costs_what_it_costs_without_shards(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, rows: int
+) -> None:
+    """The row group that cannot be read, or one row where the file cannot; the rest goes on."""
+    spoilt(folder, kind)
+    in_this_process(monkeypatch)
+    assert sf.predict_shards(model(), folder, tmp_path / "out", rows=9) == rows
+    found, expected = result(tmp_path / "out"), sf.predict(model(), folder)
+    assert list(found["id"]) == list(expected["id"])
+    assert found["error"].fillna("").tolist() == expected["error"].fillna("").tolist()
+    assert found["gap"].notna().sum() == {"page": 55}.get(kind, 27)
+    store, whole = sf.prepare_shards(folder, tmp_path / "s", rows=9), sf.prepare(folder, tmp_path / "t")
+    assert list(store.ids) == list(whole.ids) == list(found["id"][found["error"].isna()])
+    assert store.rejected == whole.rejected and len(store.rejected) == found["error"].notna().sum()
+    if kind != "page":
+        with pytest.raises(InputError, match=r"a\.parquet"):
+            sf.predict_shards(model(), folder / "a.parquet", tmp_path / "o")
+
+
+def test_shards_without_a_target_or_a_crystal_are_kept(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_this_process(monkeypatch)
+    for name in "abc":
+        read = pandas.read_parquet(folder / f"{name}.parquet")
+        read["e"] = 1.0 if name == "c" else np.nan
+        if name == "b":
+            read["atomic_numbers"] = [[0, 0]]
+        read.to_parquet(folder / f"{name}.parquet")
+    store = sf.prepare_shards(folder, tmp_path / "s", targets=["e", "gap"], rows=9)
+    whole = sf.prepare(folder, tmp_path / "t", targets=["e", "gap"])
+    assert list(store.ids) == list(whole.ids) and store.rejected == whole.rejected and len(store) == 60
+    assert list(store.targets) == ["e", "gap"] and int(np.isfinite(store.targets["e"]).sum()) == 26
+    with pytest.raises(InputError, match=r"None of the 3 inputs .* became a graph; a.*no target mass; it has gap, e"):
+        sf.prepare_shards(folder, tmp_path / "u", targets=["mass"], rows=9)
+
+
 def test_joined_stores_keep_targets_apart(tmp_path: Path) -> None:
     first = sf.prepare([(np.eye(3) * 4, [[0, 0, 0]], [11])], tmp_path / "a")
     table(2).rename(columns={"gap": "energy"}).to_parquet(tmp_path / "x.parquet")

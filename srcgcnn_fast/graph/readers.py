@@ -756,30 +756,37 @@ def _read_parquet(path: Path, wanted: list[str] | None, skip: int = 0) -> Iterat
 
 def _parquet_records(table: Any, where: str, keep: list[str], has_id: bool, skip: int) -> Iterator[Record]:
     columns = [*STRUCTURE_COLUMNS[0 if has_id else 1 :], *keep]
-    stem, row, group = _stem(Path(where)), 0, 0
-    while group < table.num_row_groups and row + table.metadata.row_group(group).num_rows <= skip:
-        row, group = row + table.metadata.row_group(group).num_rows, group + 1  # not read
-    batches = table.iter_batches(1024, row_groups=range(group, table.num_row_groups), columns=columns)
-    while True:
-        try:
-            batch = next(batches, None)
-        except Exception as error:  # pyarrow's, which has many kinds
-            message = f"{where} cannot be read from row {row + 1} on ({_one_line(error)}); export it again."
-            yield Record(f"{stem}-{row}", None, {}, message)
-            return
-        if batch is None:
-            return
-        left_out = min(skip - row, len(batch)) if row < skip else 0
-        row, batch = row + left_out, batch.slice(left_out)
+    stem = _stem(Path(where))
+    for row, end, batch in _parquet_batches(table, columns, skip):
+        if isinstance(batch, Exception):
+            reason = f"cannot be read ({_one_line(batch)}); export it again."
+            yield from (Record(f"{stem}-{k}", None, {}, f"Row {k + 1} of {where} {reason}") for k in range(row, end))
+            continue
         held = {name: _rows(batch.column(name)) for name in STRUCTURE_COLUMNS[1:]}
         targets = np.array([_floats(batch.column(name)) for name in keep]).reshape(len(keep), len(batch)).T
         ids = batch.column("material_id").to_pylist() if has_id else [None] * len(batch)
         for i, given in enumerate(ids):
-            id = str(given) if given is not None else f"{stem}-{row}"
-            row += 1
+            id = str(given) if given is not None else f"{stem}-{row + i}"
             arrays = [held[name][i] for name in STRUCTURE_COLUMNS[1:]]
             values = dict(zip(keep, targets[i].tolist(), strict=True))
-            yield _parquet_record(id, f"{id} (row {row} of {where})", arrays, values)
+            yield _parquet_record(id, f"{id} (row {row + i + 1} of {where})", arrays, values)
+
+
+def _parquet_batches(table: Any, columns: list[str], skip: int) -> Iterator[tuple[int, int, Any]]:
+    """Begin and end of runs of rows from ``skip`` on, and each as a batch, or why the rest of its group has none."""
+    end = 0
+    for group in range(table.num_row_groups):
+        row, end = end, end + table.metadata.row_group(group).num_rows
+        batches = table.iter_batches(1024, row_groups=[group], columns=columns) if end > skip else iter(())
+        while max(row, skip) < end:
+            try:
+                batch = next(batches)
+            except Exception as error:  # pyarrow's, which has many kinds
+                yield max(row, skip), end, error
+                break
+            first = row + min(max(skip - row, 0), len(batch))
+            yield first, row + len(batch), batch.slice(first - row)
+            row += len(batch)
 
 
 def _parquet_record(id: str, name: str, arrays: list[Any], targets: dict[str, float]) -> Record:

@@ -557,9 +557,11 @@ def _prepare(
     source: Any,
     plan: _Plan,
     targets: Sequence[str] | None,
-    append: bool,
-    progress: bool | Callable[[int], None] | None,
+    append: bool = False,
+    progress: bool | Callable[[int], None] | None = None,
+    may_lack: bool = False,
 ) -> GraphStore:
+    """``may_lack``: graphs, and values of targets."""
     parameters, key, before = plan[:3]
     if plan.damage is not None:
         logger.warning("Preparing again: %s", plan.damage)
@@ -575,15 +577,35 @@ def _prepare(
                 writer.add(chunk, parameters)
         finally:
             writer.close()
-        _check_result(writer, source, targets, *before)
+        if not may_lack:
+            _check_result(writer, source, targets, *before)
         writer.finish(parameters, targets)
     store = open_store(folder)
     _log_summary(store)
     return store
 
 
-def join_stores(parts: Sequence[str | os.PathLike[str]], path: str | os.PathLike[str]) -> GraphStore:
+def prepare_part(
+    source: Any, path: str | os.PathLike[str], parameters: GraphParameters, targets: Sequence[str] | None
+) -> GraphStore:
+    """:func:`prepare` of some of the inputs of :func:`join_stores`, which may be those without graph or target.
+
+    Several processes may make the same part; it is there whole.
+    """
+    return _prepare(Path(path).resolve(), source, _Plan(parameters, None), targets, may_lack=True)
+
+
+def join_stores(
+    parts: Sequence[str | os.PathLike[str]],
+    path: str | os.PathLike[str],
+    source: Any = None,
+    targets: Sequence[str] | None = None,
+) -> GraphStore:
     """One store of the crystals of several, in their order, written whole or not at all; the parts stay.
+
+    Args:
+        source: what they were prepared from, for errors to name.
+        targets: that must have a value somewhere.
 
     Raises:
         InputError: there are no parts, or they were prepared differently; or as :func:`prepare`.
@@ -603,7 +625,8 @@ def join_stores(parts: Sequence[str | os.PathLike[str]], path: str | os.PathLike
                 writer.add_store(store)
         finally:
             writer.close()
-        writer.finish(stores[0].parameters, None)
+        _check_result(writer, source, targets, 0, 0)
+        writer.finish(stores[0].parameters, targets)
     return open_store(folder)
 
 

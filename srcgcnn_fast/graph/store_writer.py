@@ -163,15 +163,15 @@ def workplace(folder: Path, key: dict[str, Any] | None) -> Iterator[Path]:
 def _replace(folder: Path, scratch: Path) -> None:
     """A directory cannot replace one that has files: the old one goes aside, where :func:`restore` finds it."""
     aside = _aside(folder)
-    _remove(aside)
-    for _ in range(_TRIES):
-        if folder.exists():
-            folder.rename(aside)
+    for tries in range(_TRIES):
         try:
+            if folder.exists():
+                _remove(aside)
+                folder.rename(aside)
             scratch.rename(folder)
             break
-        except OSError:
-            if not folder.exists():
+        except OSError:  # else another process has put one there, or back
+            if tries == _TRIES - 1 or not scratch.exists():
                 raise
     with suppress(OSError):  # the store is there
         for file in (folder / PROGRESS, *folder.glob(f"{_COLUMN}*.npy")):

@@ -291,7 +291,7 @@ def test_damaged_files_are_rows(tmp_path: Path) -> None:
     for name in ("b.cif.gz", "c.json.gz", "POSCAR.gz"):
         (tmp_path / name).write_bytes(zipped)
     row = {"lattice": [CELL.ravel()], "frac_coords": [COORDS.ravel()], "atomic_numbers": [NUMBERS]}
-    table = pa.table({name: value * 2000 for name, value in row.items()})
+    table = pa.table({name: value * 2500 for name, value in row.items()})
     parquet.write_table(table, tmp_path / "d.parquet", row_group_size=1024, compression="gzip", use_dictionary=False)
     data = bytearray((tmp_path / "d.parquet").read_bytes())
     column = parquet.read_metadata(tmp_path / "d.parquet").row_group(1).column(0)
@@ -300,10 +300,14 @@ def test_damaged_files_are_rows(tmp_path: Path) -> None:
     (tmp_path / "d.parquet").write_bytes(data)
     records = list(read_inputs(tmp_path))
     assert {r.id for r in records if r.error is None and r.id[:2] != "d-"} == {"a"}
-    assert [r.id for r in records if r.error] == ["POSCAR", "b", "c", "d-1024"]
-    assert "d.parquet cannot be read from row 1025 on" in records[-1].error
-    assert all("-3 while decompressing" in r.error for r in records[:-1] if r.error)
-    assert sum(r.crystal is not None for r in records) == 1 + 1024
+    lost = range(1024, 2048)
+    assert [r.id for r in records if r.error] == ["POSCAR", "b", "c", *(f"d-{k}" for k in lost)]
+    assert all(f"Row {k + 1} of d.parquet cannot be read (" in records[k - 2500].error for k in lost)
+    assert all("-3 while decompressing" in r.error for r in records if r.error and r.id[:2] != "d-")
+    assert [r.id for r in records if r.crystal is not None] == ["a", *(f"d-{k}" for k in range(2500) if k not in lost)]
+    for skip in (0, 500, 1024, 1500, 2048, 2100, 2500):
+        rest = list(read_inputs(tmp_path / "d.parquet", skip=skip))
+        assert [(r.id, r.error is None) for r in rest] == [(f"d-{k}", k not in lost) for k in range(skip, 2500)]
 
 
 def test_nested_lists_in_parquet(tmp_path: Path) -> None:
