@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Callable
+from datetime import timedelta
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
@@ -39,17 +41,24 @@ def is_shared() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+@lru_cache(1)
+def _patient(world: Any) -> Any:
+    """All processes of ``world``, to wait for one of them as long as it lives; PyTorch's own timeout is 30 minutes."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=30))
+
+
 def on_rank_zero(function: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
-    """What ``function`` returns, which rank 0 alone runs; its exception is every rank's."""
+    """What ``function`` returns, which rank 0 alone runs, however long; its exception is every rank's."""
     if not is_shared():
         return function(*arguments, **options)
+    group = _patient(dist.group.WORLD)  # made by all, before the others wait
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             outcome[0] = function(*arguments, **options)
         except Exception as error:
             outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
         raise outcome[1]
     result: _T = outcome[0]

@@ -44,7 +44,7 @@ def place(tmp_path_factory, alloys):
     """The directory in which two processes have trained."""
     place = tmp_path_factory.mktemp("distributed")
     (place / "store.pickle").write_bytes(pickle.dumps(alloys))
-    done = torchrun(SCRIPT, place, "models", "run")
+    done = torchrun(SCRIPT, place, "models", "run", "wait")
     assert done.returncode == 0, done.stderr
     return place
 
@@ -93,6 +93,11 @@ def test_a_run_of_two_is_the_run_of_one(place, alloys, tmp_path):
             torch.testing.assert_close(weights[name], x, rtol=1e-3, atol=1e-4)
     saved = sf.load_model(place / "run" / "model").state_dict()
     assert all(torch.equal(saved[name], x) for name, x in weights.items())
+
+
+def test_the_others_wait_for_rank_zero_beyond_the_timeout(place):
+    """As for a data set whose preparation takes longer than PyTorch's half hour."""
+    assert [(place / f"waited{rank}").read_text() for rank in (0, 1)] == ["prepared", "prepared"]
 
 
 def test_losses_with_missing_labels_are_those_of_one(place, alloys, tmp_path):

@@ -12,8 +12,10 @@ import os
 import pickle
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -261,6 +264,11 @@ if __name__ == "__main__":
         result = run(place / "run", store)
         more = missing_labels(place / "missing", store), own_trainer(store)
         torch.save((result.history, result.model.state_dict(), *more), place / f"result{os.environ['RANK']}.pt")
+    if "wait" in what:
+        distributed.join()
+        _set_pg_timeout(timedelta(seconds=0.3), dist.group.WORLD)
+        prepared = distributed.on_rank_zero(lambda: time.sleep(0.6) or "prepared")
+        (place / f"waited{os.environ['RANK']}").write_text(prepared)
     if "killed" in what:
         run(place / "cut", store, [KillIn(1)])
     if "resumed" in what:
