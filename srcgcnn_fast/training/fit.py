@@ -43,7 +43,8 @@ class FitResult:
     history: list[dict[str, float]]
     """One row an epoch: epoch, train_loss, lr, seconds, crystals_per_second, …, val_…; also ``metrics.csv``."""
     best: dict[str, float]
-    """The row of the best epoch: lowest ``val_mae`` (several targets: ``val_mae_scaled``), or highest ``val_auc``."""
+    """The row of the best epoch: lowest ``val_mae`` (several targets: ``val_mae_scaled``), or highest ``val_auc`` (of
+    several such the highest ``val_accuracy``)."""
     seconds: float
     """Wall time of this call, s; training alone is the sum of the history's ``seconds``."""
     run_dir: Path

@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import json
 import logging
+import math
 import sys
 
 import lightning.pytorch as pl
@@ -17,7 +18,7 @@ import torch
 from srcgcnn_fast import CGCNN, SRCGCNN, InputError, load_model
 from srcgcnn_fast.graph import GraphStore
 from srcgcnn_fast.training import GraphDataModule, Recipe, Split, TrainingModule, evaluate, fit
-from srcgcnn_fast.training.callbacks import write_table
+from srcgcnn_fast.training.callbacks import RunFiles, write_table
 from srcgcnn_fast.training.module import _Losses, normalizer
 from srcgcnn_fast.training.optimizers import make_optimizer
 
@@ -306,6 +307,17 @@ def test_a_constant_target_is_divided_by_one(number):
     constant = np.full(127, number)
     mean, std = normalizer(np.stack([constant, constant + np.arange(127)], axis=1), ("constant", "other"))
     assert std == [1.0, pytest.approx(np.arange(127).std())] and mean[0] == pytest.approx(number, rel=1e-12)
+
+
+def test_of_equal_areas_the_most_accurate_epoch_is_kept(tmp_path):
+    scores = [(0.9, 0.95), (1.0, 0.5), (math.nan, 1.0), (1.0, 0.75), (1.0, 0.75), (1.0, 0.7), (0.99, 1.0)]
+    files = RunFiles(tmp_path, "val_auc", larger_is_better=True, patience=4)
+    for epoch, (area, accuracy) in enumerate(scores, start=1):
+        files.history.append({"epoch": epoch, "val_auc": area, "val_accuracy": accuracy})
+    assert files.best["epoch"] == 4 and not files.out_of_patience()
+    files = RunFiles(tmp_path, "val_mae", larger_is_better=False)
+    files.history = [{"epoch": k, "val_mae": x} for k, x in enumerate((math.nan, 2.0, 1.0, 1.0))]
+    assert files.best["epoch"] == 2
 
 
 def test_classifier(alloys, tmp_path):
