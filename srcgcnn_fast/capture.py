@@ -207,10 +207,10 @@ class CapturedTraining:
 
     The outputs, (B, n_targets) or a classifier's (B, 2), have a gradient as those of ``model(batch)``: in a training
     loop it takes the model's place. A batch is padded with rows of weight 0, which change nothing but the order of some
-    sums, to the next size of eight for each power of two; graphs of the last eight sizes are kept, of small batches 32,
-    with the memory of a step each. Batches may lie on the CPU. Weights may change in place, by an optimiser; moving the
-    model or replacing a buffer needs a new ``CapturedTraining``. Precision and autocast are those in force at the
-    capture. The compiled kernels alone do so.
+    sums, and what a dropout draws, to the next size of eight for each power of two; graphs of the last eight sizes are
+    kept, of small batches 32, with the memory of a step each. Batches may lie on the CPU. Weights may change in place,
+    by an optimiser; moving the model or replacing a buffer needs a new ``CapturedTraining``. Precision and autocast are
+    those in force at the capture. The compiled kernels alone do so.
 
     Args:
         model: on a CUDA device, in training mode whenever it is called; its batch norms have a momentum, and are not
@@ -284,6 +284,7 @@ class CapturedTraining:
             static.fill(batch)
             moving = [(x, x.clone()) for x in self.model.buffers()]
             recorded = _recorded_training(run, *self._streams.apart)
+            triton.forget(static.batch.sender)  # that of the warm-up: a replay makes its own
             with torch.no_grad():
                 for x, before in moving:
                     x.copy_(before)

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -44,7 +45,14 @@ class Sampler:
     def predict(self, batch: GraphBatch) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, (B, T) each, in the targets' units."""
         samples = self.samples(batch)
-        return samples.mean(dim=0), samples.std(dim=0) * samples.new_tensor(self.scale)
+        return samples.mean(dim=0), samples.std(dim=0) * _factors(tuple(self.scale), samples.dtype, samples.device)
+
+
+@lru_cache(64)
+def _factors(scale: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(T,), which to copy anew would let every batch wait for the GPU."""
+    with torch.inference_mode(False):
+        return torch.tensor(scale, dtype=dtype, device=device)
 
 
 @dataclass

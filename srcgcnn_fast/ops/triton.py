@@ -192,6 +192,11 @@ def transposed(graph: Graph, build: Callable[[Tensor, Tensor], Transposed] | Non
     return found[2]
 
 
+def forget(sender: Tensor) -> None:
+    """Nobody will ask for the transposed index of these edges again, though they live on."""
+    _transposed.pop(id(sender), None)
+
+
 def _transpose(sender: Tensor, row_ptr: Tensor) -> Transposed:
     n_rows = row_ptr.shape[0] - 1
     by_sender, edge = torch.sort(sender, stable=True)

@@ -83,7 +83,8 @@ def fit(
         accelerator: "cpu", "gpu", or "auto" for what Lightning finds.
         precision: of a GPU's arithmetic, as :func:`srcgcnn_fast.use_precision` names it.
         captured: on a GPU, replay CUDA graphs of a step (:class:`srcgcnn_fast.CapturedTraining`), which pays where
-            batches are small; sums have another order. One process, the compiled kernels.
+            batches are small; sums have another order, and a dropout draws other numbers. One process, the compiled
+            kernels.
         logger: a Lightning logger, "tensorboard" for event files in ``run_dir``, or "wandb" for Weights & Biases;
             ``metrics.csv`` comes anyway.
         progress: show a bar.

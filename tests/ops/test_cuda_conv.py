@@ -511,6 +511,22 @@ def test_a_capture_reaches_for_no_node_of_an_earlier_step(pretend_gpu, replayed,
     assert all(isinstance(x, torch.nn.Parameter) for x in model.parameters())
 
 
+def test_the_index_of_a_warm_up_is_not_kept(pretend_gpu, replayed, monkeypatch, make_batch):
+    """It has two numbers an edge, and every replay makes its own."""
+    monkeypatch.setattr(registry, "select", lambda *_a, **_k: "cuda")
+    model, recorded = small_model(torch.float32, sf.CGCNN, 20), capture._recorded_training
+    before = len(triton._transposed)
+
+    def watched(run):
+        found = recorded(run)
+        assert len(triton._transposed) == before + 1
+        return found
+
+    monkeypatch.setattr(capture, "_recorded_training", watched)
+    step = capture.CapturedTraining(model)._capture(make_batch("isolated"), list(model.parameters()))
+    assert len(triton._transposed) == before and step.static.batch.num_edges
+
+
 def test_captured_training_follows_what_is_frozen_or_replaced(pretend_gpu, replayed, monkeypatch, make_batch):
     """Norms that stop, weights that stop, a parameter at another address: each has a graph of its own."""
     monkeypatch.setattr(registry, "select", lambda *_a, **_k: "cuda")

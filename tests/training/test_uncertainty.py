@@ -81,6 +81,19 @@ def test_dropout_left_on_is_left_as_it_was(make_batch):
     assert one.dropout.training
 
 
+def test_factors_of_a_spread_go_to_a_device_once(make_batch, monkeypatch):
+    """A GPU is waited for when they do; made in inference mode, they serve gradients all the same."""
+    batch, pair, made = make_batch("plain"), Ensemble([model(0), model(1)], (0.625,)), []
+    for where, name in ((torch, "tensor"), (torch.Tensor, "new_tensor")):
+        make = getattr(where, name)
+        monkeypatch.setattr(where, name, lambda *a, make=make, **k: made.append(1) or make(*a, **k))
+    with torch.inference_mode():
+        found = [pair.predict(batch)[1] for _ in range(3)]
+        torch.testing.assert_close(found[2], 0.625 * pair.samples(batch).std(dim=0))
+    assert len(made) == 1 and torch.equal(found[0], found[2])
+    pair.predict(batch)[1].sum().backward()
+
+
 def test_what_cannot_spread_is_a_sentence(tmp_path):
     with pytest.raises(InputError, match="no dropout to leave on"):
         predict(model(), CRYSTALS, dropout_passes=10)
