@@ -61,7 +61,7 @@ class CapturedModel:
         model: on a CUDA device, in eval mode.
 
     Raises:
-        InputError: the model is elsewhere, has moved since, or trains.
+        InputError: the model is elsewhere, of float64, has moved since, or trains.
     """
 
     def __init__(self, model: CGCNN | SRCGCNN) -> None:
@@ -69,6 +69,8 @@ class CapturedModel:
         self.device = model.fc_out.weight.device
         if self.device.type != _DEVICE:
             raise InputError(f"A CUDA graph needs a model on a CUDA device, not on {self.device}; call model.predict.")
+        if model.fc_out.weight.dtype == torch.float64:
+            raise InputError("CUDA graphs take distances in float32, and the model is float64; call model.predict.")
         self._streams, self._turn = _Streams(self.device), Lock()
         weakref.finalize(self, self._streams.wait).atexit = False
         self._graphs: OrderedDict[tuple[int, ...], _Captured] = OrderedDict()

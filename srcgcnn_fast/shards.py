@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -184,7 +185,9 @@ def _shards(source: str | os.PathLike[str], rows: int, targets: Sequence[str] | 
         raise InputError(f"A shard of {rows} rows holds nothing; ask for at least 1.")
     parquet = require("pyarrow.parquet", "Reading Parquet files", extra="io")
     root = Path(source).absolute()
-    files = sorted(x for x in root.iterdir() if x.suffix == ".parquet") if root.is_dir() else [root]
+    files = [root]
+    if root.is_dir():  # as read_inputs takes them
+        files = sorted(x for x in root.iterdir() if re.fullmatch(r"[^.].*\.parquet", x.name, re.I) and x.is_file())
     made: list[Shard] = []
     for file in files:
         if not file.is_file():
@@ -192,7 +195,10 @@ def _shards(source: str | os.PathLike[str], rows: int, targets: Sequence[str] | 
         try:
             read_inputs(file, targets=targets)  # which says what is wrong with it
             total = parquet.read_metadata(file).num_rows
-        except InputError:
+        except Exception as error:
+            if not isinstance(error, InputError):
+                kind = type(error).__name__
+                raise InputError(f"{file.name} is not a Parquet file ({kind}); export it again.") from error
             if not root.is_dir():
                 raise
             total = 1

@@ -89,6 +89,11 @@ def test_a_model_on_the_cpu_is_refused():
         CapturedModel(sf.SRCGCNN())
 
 
+def test_a_model_of_float64_is_refused(replayed):
+    with pytest.raises(sf.InputError, match=r"the model is float64; call model\.predict"):
+        CapturedModel(sf.SRCGCNN().double())
+
+
 @pytest.fixture
 def replayed(monkeypatch) -> list[int]:
     """Graphs on the CPU: a replay computes anew into the same memory. Holds how many were captured."""

@@ -211,6 +211,12 @@ def test_bad_calls(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         sf.predict_shards(model(), tmp_path, tmp_path / "o")
     with pytest.raises(InputError, match="at least 1"):
         sf.predict_shards(model(), folder, tmp_path / "o", rows=0)
+    (tmp_path / "a.xyz").write_text("0\n\n")
+    with pytest.raises(InputError, match=r"a\.xyz is not a Parquet file"):
+        sf.predict_shards(model(), tmp_path / "a.xyz", tmp_path / "o")
+    (folder / "of.parquet").mkdir()  # as other programs leave them; read_inputs takes no such files either
+    (folder / "._a.parquet").write_bytes(b"")
+    assert {Path(shard.source).name for shard in shards._shards(folder, 9)} == {"a.parquet", "b.parquet", "c.parquet"}
     bad = table(7)
     bad["atomic_numbers"] = [[0] * len(x) for x in bad["atomic_numbers"]]
     bad.to_parquet(tmp_path / "bad.parquet")

@@ -105,7 +105,8 @@ class _Ids(Sequence[str]):
 class GraphStore:
     """n prepared graphs. ``store[i]`` is one, ``store.batch(indices)`` joins many without a loop over crystals.
 
-    A store on disk is memory-mapped: its pages are shared by all processes, and a pickled store is its path.
+    A store on disk is memory-mapped: its pages are shared by all processes, and a pickled store is its path, which must
+    hold the same store still when it is unpickled.
     Images of neighbours are not kept.
     """
 
@@ -202,6 +203,9 @@ class GraphStore:
         for name, expected in self._info.checksums.items():
             if checksum(self._arrays[name]) != expected:
                 raise InputError(f"{self.path} is damaged ({name}.npy has another checksum); prepare it again.")
+
+    def _fingerprint(self) -> str:
+        return sha256(repr(sorted(self._info.checksums.items())).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.row_counts)
@@ -348,7 +352,7 @@ class GraphStore:
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.path is not None:
-            return open_store, (self.path,)
+            return _reopened, (self.path, self._fingerprint())
         return GraphStore, (self._arrays, self._info)
 
 
@@ -371,6 +375,14 @@ def open_store(path: str | os.PathLike[str]) -> GraphStore:
         InputError: there is no store, it was written in another format version, or a file is missing or cut short.
     """
     return _read(Path(path), _opened)
+
+
+def _reopened(path: Path, fingerprint: str) -> GraphStore:
+    """A store that was pickled; indices that go with it mean no other's crystals."""
+    store = open_store(path)
+    if store._fingerprint() != fingerprint:
+        raise InputError(f"{path} was replaced since it was opened; open it again.")
+    return store
 
 
 def is_store(path: str | os.PathLike[str]) -> bool:
@@ -429,11 +441,11 @@ def _opened(folder: Path) -> GraphStore:
             metadata["checksums"],
         )
         _check_counts(arrays, metadata["crystals"], len(info.targets))
+        return GraphStore(arrays, info, folder.resolve())
     except InputError:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{folder} is damaged ({type(error).__name__}: {error}); prepare it again.") from error
-    return GraphStore(arrays, info, folder.resolve())
 
 
 def _read_metadata(folder: Path) -> dict[str, Any]:

@@ -558,6 +558,15 @@ def test_a_store_that_is_replaced_while_it_is_opened(tmp_path: Path, monkeypatch
     assert list(store.ids) == ["d0", "d1", "d2"]
 
 
+def test_a_pickled_store_is_no_other(tmp_path: Path) -> None:
+    """As a worker process opens it, with the indices of the old one."""
+    data = pickle.dumps(prepare(records(3), tmp_path / "store"))
+    assert pickle.loads(data).ids == ["c0", "c1", "c2"]
+    prepare(records(8)[6:], tmp_path / "store")
+    with pytest.raises(InputError, match="store was replaced since it was opened; open it again"):
+        pickle.loads(data)
+
+
 def test_checksums_and_names(tmp_path: Path) -> None:
     names = ["a", "", "Brückmann", "超", "a"]
     store = prepare([Record(name, crystal(i)) for i, name in enumerate(names)], tmp_path / "store")
@@ -612,6 +621,7 @@ def set_bytes(folder: Path, name: str, value: np.ndarray) -> None:
         (lambda f: damage_metadata(f, crystals=1), "is damaged"),
         (lambda f: damage_metadata(f, sizes=None), "is damaged"),
         (lambda f: damage_metadata(f, parameters={"colour": 3}), "is damaged"),
+        (lambda f: damage_metadata(f, targets=[["gap"], ["e"]]), "is damaged"),
         (lambda f: set_bytes(f, "row_count.npy", np.zeros(12, np.int64)), "is damaged"),
         (lambda f: set_bytes(f, "degree.npy", 0 * np.load(f / "degree.npy")), "is damaged"),
         (
