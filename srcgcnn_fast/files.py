@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
 from .errors import InputError
+
+_TRIES = 100
+"""To rename a directory that other processes rename, too."""
 
 
 @contextmanager
@@ -22,7 +25,20 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         InputError: the directory of ``path`` cannot be created or written, or ``path`` cannot be replaced.
     """
-    target = Path(path)
+    with _written(Path(path), os.replace) as temporary:
+        yield temporary
+
+
+@contextmanager
+def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """As :func:`atomic_path`, a new directory, which replaces one at ``path`` with all that is there."""
+    with _written(Path(path), replace_directory) as temporary:
+        temporary.mkdir()
+        yield temporary
+
+
+@contextmanager
+def _written(target: Path, replace: Callable[[Path, Path], None]) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -34,11 +50,57 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary = scratch / target.name
         yield temporary
         try:
-            os.replace(temporary, target)
+            replace(temporary, target)
         except OSError as error:
             raise InputError(f"Cannot write {target}: {error.strerror or error}; choose another name.") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def replace_directory(new: Path, target: Path) -> None:
+    """Rename ``new`` to ``target``, be there a directory or none.
+
+    The system does not replace a directory that has files, so the old one goes aside first; where a process is killed
+    in between, :func:`restore` finds it.
+
+    Raises:
+        OSError: that is not possible; ``target`` is as it was.
+    """
+    aside = _aside(target)
+    for tries in range(_TRIES):
+        try:
+            if target.exists():
+                _remove(aside)
+                target.rename(aside)
+            new.rename(target)
+            break
+        except OSError:  # another process may have put one there, or back
+            if tries == _TRIES - 1 or not new.exists():
+                restore(target)
+                raise
+    with suppress(OSError):  # the new one is there
+        _remove(aside)
+
+
+def restore(path: str | os.PathLike[str]) -> None:
+    """Put back the directory that a process killed within :func:`replace_directory` left aside, if one did."""
+    if Path(path).exists():
+        return
+    with suppress(OSError, ValueError, RuntimeError):  # none was aside, another process has put one there, or no path
+        target = Path(path).resolve()
+        _aside(target).rename(target)
+
+
+def _aside(target: Path) -> Path:
+    return target.parent / f".{target.name}.set-aside"
+
+
+def _remove(aside: Path) -> None:
+    """Under another name, so that nobody takes what is left for a whole one if this is interrupted."""
+    if aside.exists():
+        gone = Path(tempfile.mkdtemp(prefix=f"{aside.stem}.", dir=aside.parent))
+        aside.rename(gone / aside.name)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def sweep(path: str | os.PathLike[str]) -> None:

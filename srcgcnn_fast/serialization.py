@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from safetensors.torch import load, save
 
 from . import __version__
 from .errors import InputError
+from .files import atomic_directory, restore
 from .graph.build import GraphParameters
 from .graph.elements import element_features
 from .nn import CGCNN, SRCGCNN, ModelMetadata
@@ -78,6 +77,7 @@ def load_model(path: str | os.PathLike[str]) -> CGCNN | SRCGCNN:
         InputError: there is none, or it is damaged, foreign, or of a later version.
     """
     path = Path(path)
+    restore(path)
     if path.is_dir():
         return _load_directory(path)
     if path.name in (_CONFIG, _WEIGHTS) and path.exists():
@@ -174,30 +174,14 @@ def check_replaceable(target: Path) -> None:
 
 def _write_directory(target: Path, files: dict[str, bytes]) -> None:
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        with atomic_directory(target) as new:
+            for name, data in files.items():
+                with open(new / name, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
     except OSError as error:
         raise InputError(f"Cannot write {target}: {error.strerror or error}; choose another directory.") from error
-    new, old = scratch / "new", scratch / "old"
-    try:
-        new.mkdir()
-        for name, data in files.items():
-            with open(new / name, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        if target.exists():
-            os.rename(target, old)
-        try:
-            os.rename(new, target)
-        except OSError:
-            if old.exists():
-                os.rename(old, target)
-            raise
-    except OSError as error:
-        raise InputError(f"Cannot write {target}: {error.strerror or error}; choose another directory.") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _is_built_in(table: torch.Tensor) -> bool:

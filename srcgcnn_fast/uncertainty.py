@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError
-from .files import atomic_path
+from .files import atomic_directory, restore
 from .graph.batch import GraphBatch
 from .nn import CGCNN, SRCGCNN, ModelMetadata
 from .serialization import load_model, save_model
@@ -138,16 +137,14 @@ def save_ensemble(ensemble: Ensemble, directory: str | os.PathLike[str]) -> Path
     Raises:
         InputError: ``directory`` holds something else than an ensemble, or cannot be written.
     """
-    target = Path(directory)
+    target = Path(directory).resolve()
     check_replaceable(target)
-    with atomic_path(target) as temporary:
-        temporary.mkdir()
+    with atomic_directory(target) as temporary:
         names = [f"member_{number}" for number in range(len(ensemble.members))]
         for name, member in zip(names, ensemble.members, strict=True):
             save_model(member, temporary / name)
         record = {"format": _FORMAT, "format_version": 1, "members": names, "scale": list(ensemble.scale)}
         (temporary / ENSEMBLE).write_text(json.dumps(record, indent=2) + "\n")
-        shutil.rmtree(target, ignore_errors=True)  # os.replace does not replace a directory that holds files
     return target
 
 
@@ -163,6 +160,7 @@ def load_ensemble(directory: str | os.PathLike[str]) -> Ensemble:
     Raises:
         InputError: there is none, or it is damaged.
     """
+    restore(directory)
     file = Path(directory) / ENSEMBLE
     try:
         record = json.loads(file.read_text())
@@ -178,4 +176,5 @@ def load_ensemble(directory: str | os.PathLike[str]) -> Ensemble:
 
 def load_predictor(path: str | os.PathLike[str]) -> CGCNN | SRCGCNN | Ensemble:
     """The ensemble or the model of ``path``."""
+    restore(path)
     return load_ensemble(path) if (Path(path) / ENSEMBLE).is_file() else load_model(path)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,18 +95,24 @@ def test_a_model_is_replaced_whole(tmp_path, monkeypatch):
     assert type(sf.load_model(tmp_path / "m")) is SRCGCNN
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
-    rename, calls = os.rename, []
+    rename = os.rename
 
-    def fail_at_the_second(source, target):
-        calls.append(source)
-        if len(calls) == 2:
-            raise OSError(28, "No space left on device")
-        rename(source, target)
+    def failing(error):
+        def fail(source, target):
+            if Path(target).name == Path(source).name == "m":
+                raise error
+            rename(source, target)
 
-    monkeypatch.setattr(os, "rename", fail_at_the_second)
-    with pytest.raises(sf.InputError, match="No space left"):
+        return fail
+
+    with monkeypatch.context() as patch, pytest.raises(sf.InputError, match="No space left"):
+        patch.setattr(os, "rename", failing(OSError(28, "No space left on device")))
         sf.save_model(first, tmp_path / "m")
-    assert type(sf.load_model(tmp_path / "m")) is SRCGCNN
+    assert [p.name for p in tmp_path.iterdir()] == ["m"] and type(sf.load_model(tmp_path / "m")) is SRCGCNN
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # or a kill
+        patch.setattr(os, "rename", failing(KeyboardInterrupt()))
+        sf.save_model(first, tmp_path / "m")
+    assert not (tmp_path / "m").exists() and type(sf.load_model(tmp_path / "m")) is SRCGCNN
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 

@@ -17,6 +17,7 @@ import torch
 
 from .. import __version__
 from ..errors import InputError
+from ..files import restore
 from .batch import CrystalGraph, GraphBatch, with_element_vectors
 from .elements import element_features
 from .packing import Packer, Packing, check_sizes
@@ -35,7 +36,6 @@ from .store_writer import (
     copy_store,
     id_arrays,
     mixture_arrays,
-    restore,
     workplace,
 )
 
@@ -402,7 +402,7 @@ def _read(folder: Path, read: Callable[[Path], _T]) -> _T:
         before, problem = _identity(folder), None
         try:
             found = read(folder)
-        except InputError as error:
+        except (InputError, OSError) as error:
             problem = error
         same = _identity(folder) == before  # else another process has replaced it meanwhile, and this is half of each
         if same and (problem is None or tries > 1):  # it may have been aside for a moment

@@ -18,7 +18,7 @@ import numpy as np
 
 from .. import __version__
 from ..errors import InputError
-from ..files import sweep
+from ..files import replace_directory, sweep
 from .crystal import MixedCrystal
 from .parameters import GraphParameters
 from .readers import Record
@@ -112,10 +112,10 @@ def alone(folder: Path) -> Iterator[None]:
                 ) from None
             except OSError as error:  # file systems without locks
                 logger.debug("%s cannot be locked: %s", path, error)
-            else:
-                sweep(folder)
+                break
             with suppress(OSError):  # its owner may have removed it since it was opened
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    sweep(folder)
                     break
         try:
             yield
@@ -157,46 +157,10 @@ def workplace(folder: Path, key: dict[str, Any] | None) -> Iterator[Path]:
         if key is None or isinstance(error, InputError) or not (scratch / PROGRESS).is_file():
             shutil.rmtree(scratch, ignore_errors=True)
         raise
-    _replace(folder, scratch)
-
-
-def _replace(folder: Path, scratch: Path) -> None:
-    """A directory cannot replace one that has files: the old one goes aside, where :func:`restore` finds it."""
-    aside = _aside(folder)
-    for tries in range(_TRIES):
-        try:
-            if folder.exists():
-                _remove(aside)
-                folder.rename(aside)
-            scratch.rename(folder)
-            break
-        except OSError:  # else another process has put one there, or back
-            if tries == _TRIES - 1 or not scratch.exists():
-                raise
+    replace_directory(scratch, folder)
     with suppress(OSError):  # the store is there
         for file in (folder / PROGRESS, *folder.glob(f"{_COLUMN}*.npy")):
             file.unlink(missing_ok=True)
-        _remove(aside)
-
-
-def _aside(folder: Path) -> Path:
-    return folder.parent / f".{folder.name}.old"
-
-
-def restore(folder: Path) -> None:
-    """Put back the store that a process killed within :func:`_replace` left aside."""
-    folder = folder.resolve()
-    if not folder.exists():
-        with suppress(OSError):  # it was not aside, or another process has put one there
-            _aside(folder).rename(folder)
-
-
-def _remove(folder: Path) -> None:
-    """Under another name, so that nobody takes what is left for a store if this is interrupted."""
-    if folder.exists():
-        gone = Path(tempfile.mkdtemp(prefix=f"{folder.name.removesuffix('.old')}.", dir=folder.parent))
-        folder.rename(gone / "old")
-        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _read_progress(scratch: Path) -> dict[str, Any]:

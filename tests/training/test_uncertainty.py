@@ -31,6 +31,7 @@ from srcgcnn_fast.uncertainty import (
     Ensemble,
     MonteCarloDropout,
     load_ensemble,
+    load_predictor,
     save_ensemble,
 )
 
@@ -55,6 +56,8 @@ def test_an_ensemble_gives_mean_and_standard_deviation_of_its_members(tmp_path):
         assert table["energy_std"].to_numpy() == pytest.approx(3 * each.std(axis=0, ddof=1), abs=1e-5)
     save_ensemble(Ensemble(members[:2]), tmp_path / "e")
     assert len(load_ensemble(tmp_path / "e").members) == 2
+    (tmp_path / "e").rename(tmp_path / ".e.set-aside")  # as a kill while it is replaced leaves it
+    assert len(load_predictor(tmp_path / "e").members) == 2 and [x.name for x in tmp_path.iterdir()] == ["e"]
 
 
 def test_dropout_left_on_repeats_and_touches_nothing_else(alloys):
