@@ -23,7 +23,7 @@ from . import __version__
 from .errors import InputError, require
 from .files import atomic_path
 from .graph import GraphParameters, Record, read_inputs
-from .graph.store import GraphStore, is_store, join_stores, prepare_part
+from .graph.store import GraphStore, existing, is_store, join_stores, prepare_part
 from .prediction import predict, write_table
 from .serialization import load_model, save_model
 
@@ -138,6 +138,7 @@ def prepare_shards(
     parameters = parameters or GraphParameters()
     target, names = Path(path).absolute(), list(targets) if targets is not None else None
     folder, shards = target.parent / f"{target.name}.parts", _shards(source, rows, names)
+    existing(target)  # rather than after all the work
     _claim(folder, shards, {"parameters": asdict(parameters), "targets": names})
     missing = [shard for shard in shards if not is_store(folder / shard.name)]
     _run(_Prepare, (str(folder), parameters, names), missing, workers)

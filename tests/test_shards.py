@@ -217,6 +217,11 @@ def test_bad_calls(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (folder / "of.parquet").mkdir()  # as other programs leave them; read_inputs takes no such files either
     (folder / "._a.parquet").write_bytes(b"")
     assert {Path(shard.source).name for shard in shards._shards(folder, 9)} == {"a.parquet", "b.parquet", "c.parquet"}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="mine exists and is not a store"):
+        sf.prepare_shards(folder, tmp_path / "mine")
+    assert not (tmp_path / "mine.parts").exists()
     bad = table(7)
     bad["atomic_numbers"] = [[0] * len(x) for x in bad["atomic_numbers"]]
     bad.to_parquet(tmp_path / "bad.parquet")

@@ -35,6 +35,7 @@ from .store_writer import (
     checksum,
     copy_store,
     id_arrays,
+    is_lock,
     mixture_arrays,
     workplace,
 )
@@ -537,9 +538,9 @@ def _plan(
     targets: Sequence[str] | None,
     append: bool,
 ) -> _Plan:
-    existing = _read(folder, _existing)
+    there = existing(folder)
     if append:
-        if existing is None:
+        if there is None:
             raise InputError(f"{folder} does not exist, so nothing can be appended; prepare it first.")
         held = open_store(folder)
         if parameters not in (None, held.parameters):
@@ -554,7 +555,7 @@ def _plan(
         return _Plan(held.parameters, key, (len(held), held._info.rejected))
     parameters = parameters or GraphParameters()
     key = None if part is None else _key(parameters, targets, [part])
-    if existing is not None and key is not None and existing.get("key") == key:
+    if there is not None and key is not None and there.get("key") == key:
         try:
             store = open_store(folder)
             logger.info("%s is prepared already: %d crystals.", folder, len(store))
@@ -630,7 +631,7 @@ def join_stores(
         if store.parameters != stores[0].parameters:
             raise InputError(f"{store.path} and {stores[0].path} hold different graphs; prepare them alike.")
     with alone(folder), workplace(folder, None) as scratch:
-        _read(folder, _existing)
+        existing(folder)
         writer = StoreWriter(scratch, None)
         try:
             for store in stores:
@@ -642,8 +643,16 @@ def join_stores(
     return open_store(folder)
 
 
+def existing(folder: Path) -> dict[str, Any] | None:
+    """The metadata of a store that may be replaced; None where nothing is there.
+
+    Raises:
+        InputError: something else is there.
+    """
+    return _read(folder, _existing)
+
+
 def _existing(folder: Path) -> dict[str, Any] | None:
-    """The metadata of a store that may be replaced; None where nothing is there."""
     if not folder.exists():
         return None
     if folder.is_dir() and not any(folder.iterdir()):
@@ -664,7 +673,7 @@ def _source_key(source: Any) -> dict[str, Any] | None:
         return None
     root = Path(source).resolve()
     with os.scandir(root if root.is_dir() else root.parent) as entries:
-        held = [e for e in entries if e.is_file() and (root.is_dir() or e.name == root.name)]
+        held = [e for e in entries if e.is_file() and (root.is_dir() or e.name == root.name) and not is_lock(e.name)]
     found: list[tuple[str, Any]] = sorted((e.name, e) for e in held)
     if root.is_dir():
         found += [(str(path), path) for path in files_elsewhere(root)]

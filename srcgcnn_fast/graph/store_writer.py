@@ -30,6 +30,7 @@ VERSION = 3
 METADATA = "metadata.json"
 REJECTED = "rejected.jsonl"
 PROGRESS = "progress.json"
+_LOCK = ".lock"
 _COLUMN = "target-"
 """Beginning of the names of files that hold a target each until all are known."""
 _TRIES = 100
@@ -96,7 +97,7 @@ def alone(folder: Path) -> Iterator[None]:
     except ImportError:  # no such locks on this system
         yield
         return
-    path = folder.parent / f".{folder.name}.lock"
+    path = folder.parent / f".{folder.name}{_LOCK}"
     with ExitStack() as stack:
         for _ in range(_TRIES):
             try:
@@ -125,6 +126,11 @@ def alone(folder: Path) -> Iterator[None]:
 
 def _refusal(folder: Path, error: OSError) -> InputError:
     return InputError(f"Cannot write {folder}: {error.strerror or error}; choose a directory that you may write to.")
+
+
+def is_lock(name: str) -> bool:
+    """Is this a file that :func:`alone` makes, or has left where a process was killed?"""
+    return name.startswith(".") and name.endswith(_LOCK)
 
 
 @contextmanager

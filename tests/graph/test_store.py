@@ -524,8 +524,12 @@ def test_a_file_below_the_folder_has_changed(tmp_path: Path) -> None:
     (tmp_path / "data" / "id_prop.csv").write_text("part/a,1\n")
     for element, number in (("Cu", 29), ("Al", 13)):
         write(tmp_path / "data" / "part" / "a.cif", bulk(element))
-        store = prepare(tmp_path / "data", tmp_path / "store")
+        store = prepare(tmp_path / "data", tmp_path / "data" / "store")
         assert store[0].numbers.tolist() == [number]
+    (tmp_path / "data" / ".store.lock").touch()  # of a process that was killed: no change of the source
+    seen: list[int] = []
+    prepare(tmp_path / "data", tmp_path / "data" / "store", progress=seen.append)
+    assert not seen
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs links")
