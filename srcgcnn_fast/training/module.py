@@ -422,7 +422,8 @@ def _check_elements(table: Tensor, data: GraphDataModule) -> None:
     for dataset, indices in data.parts.values():
         lacking = stores[id(dataset)]
         if bad := lacking.keys() & (indices.tolist() if lacking else ()):
-            raise InputError(without_vector(dataset.store.ids[min(bad)], lacking[min(bad)]))
+            name = dataset.store.ids[min(bad)] + (f", one of {len(bad)} such crystals," if len(bad) > 1 else "")
+            raise InputError(without_vector(name, lacking[min(bad)]))
 
 
 def _check_class_weights(weights: Any) -> None:

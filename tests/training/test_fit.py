@@ -431,6 +431,10 @@ def test_bad_requests_are_sentences(alloys, tmp_path):
             with pytest.raises(InputError, match=f"^c has an atom of atomic number {number}, .* leave it out"):
                 data = GraphDataModule(store, "energy", split=Split(*map(np.array, split)))
                 TrainingModule(SRCGCNN(), data, Recipe())
+    poor = SRCGCNN()
+    poor.element_table[:60] = 0
+    with pytest.raises(InputError, match=r"^\d+, one of \d+ such crystals, has \w+, which .* lacks; leave it out"):
+        TrainingModule(poor, GraphDataModule(alloys, "energy"), Recipe())
     with pytest.raises(InputError, match="needs a CUDA GPU; leave captured out"):
         fit(SRCGCNN(), GraphDataModule(alloys, "energy"), tmp_path / "run", accelerator="cpu", captured=True)
 
