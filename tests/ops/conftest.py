@@ -1,9 +1,16 @@
-"""The kernels of csrc/cuda on tensors of the CPU; with SRCGCNN_RACES in the environment they look for races, too."""
+"""The kernels of csrc/cuda on tensors of the CPU.
+
+With SRCGCNN_RACES in the environment they look for races, too; its numbers are widths of those for inference, all if it
+is empty.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,16 +25,34 @@ emulated = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(emulated)
 
 
+RACES = os.environ.get("SRCGCNN_RACES")
+PLACE, POOL = tempfile.TemporaryDirectory(prefix="emulated", ignore_cleanup_errors=True), ThreadPoolExecutor()
+KERNELS = {"on_the_emulation": "stack", "training_on_the_emulation": "conv", "padding_library": "pad"}
+
+
+@functools.cache
+def compiled(stem: str) -> Future[Path]:
+    """The library of one file of kernels, which compilers work on from now on."""
+    folder = Path(PLACE.name) / stem
+    folder.mkdir()
+    widths = map(int, RACES.split()) if RACES else emulated.WIDTHS
+    return POOL.submit(emulated.build, folder, emulated.KERNELS / f"{stem}.cu", RACES is not None, widths)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What tests will need is compiled while others run."""
+    wanted = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    if emulated.compiler() is not None and not session.config.option.collectonly:
+        for name in KERNELS.keys() & wanted:
+            compiled(KERNELS[name])
+
+
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory):
-    """built(source): its kernels, compiled for the CPU (cuda/emulation.h)."""
+def emulation():
+    """cuda/emulated.py."""
     if emulated.compiler() is None:
         pytest.skip("the emulation needs g++")
-
-    def build(source: Path, races: bool = "SRCGCNN_RACES" in os.environ):
-        return emulated.Emulated(emulated.build(tmp_path_factory.mktemp("emulated"), source, races))
-
-    return build
+    return emulated
 
 
 @pytest.fixture(autouse=True)
@@ -38,21 +63,21 @@ def without_races():
 
 
 @pytest.fixture(scope="session")
-def library(built):
+def library(emulation):
     """The kernels for inference."""
-    return built(emulated.KERNELS / "stack.cu")
+    return emulation.Emulated(compiled("stack").result())
 
 
 @pytest.fixture(scope="session")
-def training_library(built):
+def training_library(emulation):
     """Those for training."""
-    return built(emulated.KERNELS / "conv.cu")
+    return emulation.Emulated(compiled("conv").result())
 
 
 @pytest.fixture(scope="session")
-def padding_library(built):
+def padding_library(emulation):
     """Those that fill the batches of captured graphs."""
-    return built(emulated.KERNELS / "pad.cu")
+    return emulation.Emulated(compiled("pad").result())
 
 
 @pytest.fixture

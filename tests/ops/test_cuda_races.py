@@ -62,14 +62,14 @@ FINE = {
 
 
 @pytest.fixture(scope="module")
-def races_of(built, tmp_path_factory):
+def races_of(emulation, tmp_path_factory):
     """races_of(text): those of a kernel, one of the texts above."""
     texts = [before + cure + " " + after for before, cure, after in RACES.values()]
     texts += [before + after for before, _, after in RACES.values()] + [*FINE.values()]
     source = tmp_path_factory.mktemp("races") / "kernels.cu"
     kernels = [KERNEL.format(number=number, text=text) for number, text in enumerate(texts)]
     source.write_text('#include "device.cuh"\n' + "".join(kernels))
-    library = built(source, races=True)
+    library = emulation.Emulated(emulation.build(source.parent, source, races=True))
 
     def races(text: str) -> list[str]:
         library.run(f"run_{texts.index(text)}", (ctypes.c_float * 1024)())
@@ -91,21 +91,21 @@ def test_what_is_no_race(name, races_of):
     assert not races_of(FINE[name])
 
 
-def look_for_races(place: Path, *options: str, files: str) -> None:
+def look_for_races(place: Path, *options: str, files: str, widths: str = "") -> None:
     """Not from the root, whose sources would be imported in the place of what is installed."""
     paths = [str(HERE / f"test_cuda{name}.py") for name in files.split(" ")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths, *options]
-    environment = os.environ | {"SRCGCNN_RACES": "1"}
+    environment = os.environ | {"SRCGCNN_RACES": widths}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=place)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-5000:]
 
 
-def test_the_kernels_have_none(built, tmp_path):
+def test_the_kernels_have_none(emulation, tmp_path):
     """Some; the slow test takes all."""
     names = "test_stack and many or test_convolution and popular-train or test_whole_networks and SRCGCNN-table"
-    look_for_races(tmp_path, "-k", names, files=" _conv")
+    look_for_races(tmp_path, "-k", names, files=" _conv", widths="32")
 
 
 @pytest.mark.slow
-def test_none_of_the_kernels_has_any(built, tmp_path):
+def test_none_of_the_kernels_has_any(emulation, tmp_path):
     look_for_races(tmp_path, files=" _network _conv _pad")

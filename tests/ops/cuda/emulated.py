@@ -6,6 +6,7 @@ import ctypes as c
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -73,16 +74,21 @@ def compiler() -> str | None:
     return shutil.which("g++")
 
 
-def build(folder: Path, source: Path, races: bool = False) -> Path:
-    """A library with the kernels of one file, those of stack.cu for all widths; looking for `races` (races.h)."""
+WIDTHS = (32, 64, 128)  # of the kernels of stack.cu, each compiled by itself
+
+
+def build(folder: Path, source: Path, races: bool = False, widths: Iterable[int] = WIDTHS) -> Path:
+    """A library with the kernels of one file, those of stack.cu for some widths; looking for `races` (races.h)."""
     library, objects, running = folder / "emulated.so", [], []
-    usual = [compiler(), "-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
-    options = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]  # a GPU refuses them too
+    usual = [compiler(), "-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
+    # -O2 compiles twice as long, more than its code would save; fmaf is an instruction, but nothing else becomes one.
+    options = ["-O1", "-march=native", "-ffp-contract=off"]
+    options += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]  # a GPU refuses them too
     if races:
         options += ["-DSRCGCNN_RACES", "-fsanitize=thread", "-fno-gnu-unique", "-g1"]
         objects.append(folder / "races.o")
-        running.append([*usual, "-c", HERE / "races.cpp", "-o", objects[-1]])
-    for width in (32, 64, 128) if source.stem == "stack" else (0,):
+        running.append([*usual, "-O2", "-c", HERE / "races.cpp", "-o", objects[-1]])
+    for width in widths if source.stem == "stack" else (0,):
         objects.append(folder / f"{source.stem}{width}.o")
         kernels = ["-I", KERNELS, "-x", "c++", "-c", source, "-o", objects[-1]]
         running.append([*usual, *options, f"-DSRCGCNN_WIDTH={width}", "-include", HERE / "emulation.h", *kernels])

@@ -8,7 +8,6 @@
 // approximate exponentials.
 #pragma once
 #include <math.h>
-#include <setjmp.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -54,9 +53,9 @@ struct alignas(16) int4 {
 };
 inline Index threadIdx, blockIdx, blockDim, gridDim;
 
-namespace emulation {
+namespace emulation __attribute__((visibility("hidden"))) {
 
-constexpr int kMostThreads = 1024, kMostCopies = 256, kStack = 256 << 10;
+constexpr int kMostThreads = 1024, kMostCopies = 256, kStack = 260 << 10;  // 256 would put all stacks into the same sets of a cache
 inline int processors = 4, shared_per_processor = 228 << 10;
 inline int places = 25, parts = 1;  // of the tensor cores' sums: Hopper's
 inline bool descending = false;
@@ -68,12 +67,8 @@ inline float* shared_memory;
 inline std::vector<std::function<void()>> sent;  // copies from the host that nobody has waited for
 inline std::map<void*, size_t> recorded;         // how many of them an event stands for
 
-enum State { kReady, kAtWarp, kAtBlock, kDone };
-struct Warp {
-  float a[2][32][4], b[2][32][2];
-  uint32_t half_a[2][32][4], half_b[2][32][2];
-  uint32_t words[2][32];
-};
+enum State : uint8_t { kReady, kAtWarp, kAtBlock, kDone };
+enum Meeting { kSyncWarp, kShuffle, kBallot, kReduction, kProduct, kProductOfBfloat16, kProductOfHalf };
 struct Copy {  // to shared memory: it comes when the thread waits for its group, no sooner
   void* to;
   const void* from;
@@ -81,100 +76,120 @@ struct Copy {  // to shared memory: it comes when the thread waits for its group
   int group;
 };
 struct Thread {
-  State state = kDone;
-  int group = 0;
-  Copy copies[kMostCopies];
-  int n_copies = 0;
-  int meeting = 0, turn = 0;  // what it waits for; which half of the warp's mailboxes is next
+  void* at[5];  // where it goes on
   bool begun = false;
-  jmp_buf at;
-  ucontext_t context;
+  int group = 0, n_copies = 0;
+  Copy copies[kMostCopies];
+};
+struct Warp {
+  State state[32];
+  int waiting = 0;  // lanes that are at `meeting`
+  Meeting meeting;
+  int turn = 0;  // which half of `words` is next
+  uint32_t words[2][32];
+  float sum[32][4];  // what each lane holds of the factors and the sum of a product
+  uint32_t a[32][4], b[32][2];
 };
 inline Thread threads[kMostThreads];
 inline Warp warps[kMostThreads / 32];
-inline jmp_buf scheduler;
-inline ucontext_t scheduler_context;
+inline void* scheduler[5];
 inline int current;
 inline std::function<void()> body;
 inline const bool told = (races_not_of_kernels(threads, sizeof threads), races_not_of_kernels(warps, sizeof warps), true);
+
+inline Warp& my_warp() { return warps[current / 32]; }
+inline int lane() { return current % 32; }
+inline State& state_of(int thread) { return warps[thread / 32].state[thread % 32]; }
+inline char* const stacks = static_cast<char*>(
+    mmap(nullptr, size_t(kMostThreads) * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+inline char* stack_of(int thread) { return stacks + size_t(thread) * kStack; }
 
 [[noreturn]] inline void fail(const char* what) {
   fprintf(stderr, "emulation of CUDA: %s (block %u, thread %d)\n", what, blockIdx.x, current);
   abort();
 }
 
-inline void leave(State state) {
+// To where __builtin_setjmp was, which is cheaper than setjmp. Were it seen not to return, the compiler would drop what comes then.
+[[gnu::noipa]] inline void go_on(void** at) { __builtin_longjmp(at, 1); }
+
+// To the warp's next lane if it can go on, which is cheaper than by way of the scheduler.
+[[gnu::noinline]] inline void leave(State state) {
   races_thread(-1, nullptr, 0);
-  threads[current].state = state;
-  if (!_setjmp(threads[current].at)) _longjmp(scheduler, 1);
-  races_thread(current, threads[current].context.uc_stack.ss_sp, kStack);
+  state_of(current) = state;
+  if (!__builtin_setjmp(threads[current].at)) {
+    const int next = current + (descending ? -1 : 1);
+    if (next < 0 || next / 32 != current / 32 || state_of(next) != kReady || !threads[next].begun) go_on(scheduler);
+    threadIdx.x = unsigned(current = next);
+    go_on(threads[next].at);
+  }
+  races_thread(current, stack_of(current), kStack);
 }
 inline void run_for_ever() {
   for (;;) {
-    races_thread(current, threads[current].context.uc_stack.ss_sp, kStack);
+    races_thread(current, stack_of(current), kStack);
     body();
     leave(kDone);
   }
 }
-inline void resume(int thread) {
-  current = thread;
-  threadIdx.x = unsigned(thread);
-  if (_setjmp(scheduler)) return;
-  Thread& t = threads[thread];
-  if (t.begun) _longjmp(t.at, 1);
-  t.begun = true;
-  getcontext(&t.context);
-  t.context.uc_stack.ss_sp = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  t.context.uc_stack.ss_size = kStack;
-  makecontext(&t.context, run_for_ever, 0);
-  setcontext(&t.context);
+// Comes back when a lane waits and the next one cannot go on; that lane is `current` then.
+[[gnu::noinline]] inline void resume(int thread) {
+  static ucontext_t context;
+  threadIdx.x = unsigned(current = thread);
+  if (__builtin_setjmp(scheduler)) return;
+  if (threads[thread].begun) go_on(threads[thread].at);
+  threads[thread].begun = true;
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack_of(thread);
+  context.uc_stack.ss_size = kStack - thread % 32 * 128;  // not all in the same lines of the cache
+  makecontext(&context, run_for_ever, 0);
+  setcontext(&context);
 }
-
-constexpr int kSyncWarp = 4;
 
 // All lanes of the warp meet; they must do so for the same operation.
-inline void meet(int operation) {
-  threads[current].meeting = operation;
+inline void meet(Meeting operation) {
+  Warp& warp = my_warp();
+  if (warp.waiting++ && warp.meeting != operation) fail("the lanes of a warp meet for different operations");
+  warp.meeting = operation;
   leave(kAtWarp);
 }
-inline bool open_warp(int warp) {
-  Thread* t = threads + 32 * warp;
-  for (int lane = 0; lane < 32; ++lane)
-    if (t[lane].state != kAtWarp) return false;
-  for (int lane = 0; lane < 32; ++lane) {
-    if (t[lane].meeting != t[0].meeting) fail("the lanes of a warp meet for different operations");
-    t[lane].state = kReady;
-  }
-  if (t[0].meeting == kSyncWarp) races_at_warp(warp);
+inline void multiply(Warp& warp);
+inline bool open_warp(int number) {
+  Warp& warp = warps[number];
+  if (warp.waiting != 32) return false;
+  warp.waiting = 0;
+  warp.turn ^= 1;
+  memset(warp.state, kReady, sizeof warp.state);
+  if (warp.meeting >= kProduct) multiply(warp);
+  if (warp.meeting == kSyncWarp) races_at_warp(number);
   return true;
 }
 
 inline void run_block(int n_threads) {
-  const int n_warps = n_threads / 32;
-  for (int t = 0; t < n_threads; ++t) threads[t].state = kReady;
+  const int n_warps = n_threads / 32, step = descending ? -1 : 1;
+  for (int w = 0; w < n_warps; ++w) memset(warps[w].state, kReady, sizeof warps[w].state);
   for (;;) {
     bool moved = false;
     for (int w = 0; w < n_warps; ++w) {
       const int warp = descending ? n_warps - 1 - w : w;
       do {  // as far as it can: the greatest distance between warps
-        for (int l = 0; l < 32; ++l) {
-          const int thread = 32 * warp + (descending ? 31 - l : l);
-          if (threads[thread].state != kReady) continue;
-          resume(thread);
+        for (int lane = descending ? 31 : 0; lane >= 0 && lane < 32; lane += step) {
+          if (warps[warp].state[lane] != kReady) continue;
+          resume(32 * warp + lane);
+          lane = current % 32;
           moved = true;
         }
       } while (open_warp(warp));
     }
     int at_block = 0, done = 0;
     for (int t = 0; t < n_threads; ++t) {
-      at_block += threads[t].state == kAtBlock;
-      done += threads[t].state == kDone;
+      at_block += state_of(t) == kAtBlock;
+      done += state_of(t) == kDone;
     }
     for (int t = 0; t < n_threads && done == n_threads; ++t)
       if (threads[t].n_copies) fail("a thread ends before its copies have come");
     if (done == n_threads) return;
     if (at_block == n_threads) {
-      for (int t = 0; t < n_threads; ++t) threads[t].state = kReady;
+      for (int w = 0; w < n_warps; ++w) memset(warps[w].state, kReady, sizeof warps[w].state);
       races_at_block();
     } else if (!moved)
       fail("threads wait for others that do not come");
@@ -202,10 +217,6 @@ inline void launch(unsigned grid, int n_threads, int shared, void* stream, std::
   munmap(memory, size + page);
 }
 
-inline Warp& my_warp() { return warps[current / 32]; }
-inline int next_turn() { return threads[current].turn ^= 1; }
-inline int lane() { return current % 32; }
-
 }  // namespace emulation
 
 inline void __syncthreads() { emulation::leave(emulation::kAtBlock); }
@@ -220,13 +231,18 @@ inline float __uint_as_float(unsigned x) {
   memcpy(&y, &x, 4);
   return y;
 }
+// What a lane says, and what all of its warp said when they have met.
+template <class T>
+SRCGCNN_UNSEEN const uint32_t (&words_of_all(emulation::Meeting operation, const T& x))[32] {
+  static_assert(sizeof(T) == 4, "words alone");
+  emulation::Warp& warp = emulation::my_warp();
+  memcpy(&warp.words[warp.turn][emulation::lane()], &x, 4);
+  emulation::meet(operation);
+  return warp.words[warp.turn ^ 1];
+}
 template <class T>
 T __shfl_sync(unsigned, T x, int from) {
-  static_assert(sizeof(T) == 4, "words alone");
-  const int turn = emulation::next_turn();
-  memcpy(&emulation::my_warp().words[turn][emulation::lane()], &x, 4);
-  emulation::meet(1);
-  memcpy(&x, &emulation::my_warp().words[turn][from & 31], 4);
+  memcpy(&x, &words_of_all(emulation::kShuffle, x)[from & 31], 4);
   return x;
 }
 template <class T>
@@ -234,19 +250,14 @@ T __shfl_xor_sync(unsigned all, T x, int mask) {
   return __shfl_sync(all, x, emulation::lane() ^ mask);
 }
 inline unsigned __ballot_sync(unsigned, bool x) {
-  const int turn = emulation::next_turn();
-  emulation::my_warp().words[turn][emulation::lane()] = x;
-  emulation::meet(2);
+  const auto& words = words_of_all(emulation::kBallot, uint32_t(x));
   unsigned found = 0;
-  for (int lane = 0; lane < 32; ++lane) found |= emulation::my_warp().words[turn][lane] << lane;
+  for (int lane = 0; lane < 32; ++lane) found |= words[lane] << lane;
   return found;
 }
 template <class T, class Combine>
 T reduced(T x, Combine combine) {
-  const int turn = emulation::next_turn();
-  const auto& words = emulation::my_warp().words[turn];
-  memcpy(&emulation::my_warp().words[turn][emulation::lane()], &x, 4);
-  emulation::meet(6);
+  const auto& words = words_of_all(emulation::kReduction, x);
   T found = T(words[0]);
   for (int lane = 1; lane < 32; ++lane) found = combine(found, T(words[lane]));
   return found;
@@ -310,61 +321,23 @@ SRCGCNN_UNSEEN void wait_for_copies() {
   }
   thread.n_copies = later;
 }
-// The tensor core does not look at the last 13 bits of its operands.
-inline float seen(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000); }
-// Nor does it round a sum to the nearest number: products and what they are added to are cut off below so many binary places
-// of the largest of them, all at once (Hopper) or in halves (Ampere), and so is the sum, below those of a float. Bit by bit what
-// Xie et al. found GPUs to do, arXiv 2511.10909.
-inline int exponent_of(float x, int least) {
-  const int exponent = int(__float_as_uint(x) >> 23 & 255) - 127;
-  return x == 0 ? -126 : exponent < least ? least : exponent;
+// d += a b: what this lane holds of the three.
+template <class Word>
+SRCGCNN_UNSEEN void multiply(emulation::Meeting product, float (&d)[4], const Word (&a)[4], const Word (&b)[2]) {
+  emulation::Warp& warp = emulation::my_warp();
+  const int lane = emulation::lane();
+  memcpy(warp.sum[lane], d, sizeof d);
+  memcpy(warp.a[lane], a, sizeof a);
+  memcpy(warp.b[lane], b, sizeof b);
+  emulation::meet(product);
+  memcpy(d, warp.sum[lane], sizeof d);
 }
-inline double two_to(int exponent) {
-  const uint64_t bits = uint64_t(exponent + 1023) << 52;
-  double y;
-  memcpy(&y, &bits, 8);
-  return y;
+inline void mma(float (&d)[4], const float (&a)[4], const float (&b)[2]) { multiply(emulation::kProduct, d, a, b); }
+inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  multiply(emulation::kProductOfBfloat16, d, a, b);
 }
-// of: d += a[k] b[k], whose exponents are not below `least`.
-template <int K>
-float dot(float d, const float (&a)[K], const float (&b)[K], int least) {
-  const int places = emulation::places, at_once = K / emulation::parts;
-  for (int first = 0; first < K; first += at_once) {
-    double exact = d, sum = 0;
-    int most = exponent_of(d, -126);
-    for (int k = first; k < first + at_once; ++k) {
-      const int exponent = exponent_of(a[k], least) + exponent_of(b[k], least);
-      most = exponent > most ? exponent : most;
-      exact += double(a[k]) * b[k];
-    }
-    if (!(fabs(exact) < INFINITY)) {
-      d = float(exact);
-      continue;
-    }
-    const double unit = two_to(places - most);
-    sum = trunc(d * unit);
-    for (int k = first; k < first + at_once; ++k) sum += trunc(double(a[k]) * b[k] * unit);
-    sum *= two_to(most - places);
-    d = float(sum);
-    if (fabs(double(d)) > fabs(sum)) d = nextafterf(d, 0.0f);
-  }
-  return d;
-}
-inline void mma(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
-  const int turn = emulation::next_turn(), lane = emulation::lane();
-  auto& warp = emulation::my_warp();
-  for (int k = 0; k < 4; ++k) warp.a[turn][lane][k] = seen(a[k]);
-  for (int k = 0; k < 2; ++k) warp.b[turn][lane][k] = seen(b[k]);
-  emulation::meet(3);
-  for (int x = 0; x < 4; ++x) {
-    const int row = lane / 4 + x / 2 * 8, column = lane % 4 * 2 + x % 2;
-    float left[8], right[8];
-    for (int k = 0; k < 8; ++k) {
-      left[k] = warp.a[turn][row % 8 * 4 + k % 4][row / 8 + k / 4 * 2];
-      right[k] = warp.b[turn][column * 4 + k % 4][k / 4];
-    }
-    d[x] = dot(d[x], left, right, -126);
-  }
+inline void mma_half(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  multiply(emulation::kProductOfHalf, d, a, b);
 }
 inline uint32_t to_bfloat16(float x) {
   const uint32_t bits = __float_as_uint(x);
@@ -393,30 +366,81 @@ inline void of_half(uint32_t both, float& low, float& high) {
   low = of_half(both & 0xffff);
   high = of_half(both >> 16);
 }
-template <class Number>
-void mma_of_words(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int least, const Number& number) {
-  const int turn = emulation::next_turn(), lane = emulation::lane();
-  auto& warp = emulation::my_warp();
-  memcpy(warp.half_a[turn][lane], a, sizeof a);
-  memcpy(warp.half_b[turn][lane], b, sizeof b);
-  emulation::meet(5);
-  for (int x = 0; x < 4; ++x) {
-    const int row = lane / 4 + x / 2 * 8, column = lane % 4 * 2 + x % 2;
-    float left[16], right[16];
-    for (int k = 0; k < 16; ++k) {
-      left[k] = number(warp.half_a[turn][row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2);
-      right[k] = number(warp.half_b[turn][column * 4 + k % 8 / 2][k / 8], k % 2);
+}  // namespace srcgcnn::device
+
+namespace emulation {
+// Vectors of the compiler's, which are never arguments, so that it need not know those of the processor.
+typedef double Doubles __attribute__((vector_size(64)));
+typedef int64_t Longs __attribute__((vector_size(64)));
+typedef float Floats __attribute__((vector_size(32)));
+typedef int32_t Ints __attribute__((vector_size(32)));
+// A tensor core does not round a sum to the nearest number: products and what they are added to are cut off below so many binary
+// places of the largest of them, all at once (Hopper) or in halves (Ampere), and so is the sum, below those of a float. Bit by
+// bit what Xie et al. found GPUs to do, arXiv 2511.10909. One (16, K) tile times one (K, 8) tile; `number` reads the k-th of a
+// word's numbers, whose exponents are not below `least`.
+template <int K, class Number>
+SRCGCNN_UNSEEN void multiply(Warp& warp, int least, const Number& number) {
+  constexpr int kEach = K / 8, kWords = 4 * kEach;  // numbers of a word, and of all first words of four lanes
+  const int at_once = K / parts;
+  const auto read = [&](const Floats& given, Doubles& numbers, Longs& exponents) {
+    Ints found = ((Ints(given) >> 23) & 255) - 127;
+    found = given == 0 ? Ints{} - 126 : found < least ? Ints{} + least : found;
+    numbers = __builtin_convertvector(given, Doubles);
+    exponents = __builtin_convertvector(found, Longs);
+  };
+  Doubles right[K], left[kEach];
+  Longs of_right[K], of_left[kEach];
+  for (int k = 0; k < K; ++k) {
+    Floats given;
+    for (int column = 0; column < 8; ++column)
+      given[column] = number(warp.b[column * 4 + k % kWords / kEach][k / kWords], k % kEach);
+    read(given, right[k], of_right[k]);
+  }
+  for (int row = 0; row < 16; ++row) {
+    for (int k = 0; k < K; k += 8) {
+      Floats given;
+      for (int j = 0; j < 8; ++j)
+        given[j] = number(warp.a[row % 8 * 4 + (k + j) % kWords / kEach][row / 8 + (k + j) / kWords * 2], j % kEach);
+      read(given, left[k / 8], of_left[k / 8]);
     }
-    d[x] = dot(d[x], left, right, least);
+    Floats d;
+    for (int column = 0; column < 8; ++column) d[column] = warp.sum[row % 8 * 4 + column / 2][row / 8 * 2 + column % 2];
+    for (int first = 0; first < K; first += at_once) {
+      Ints of_d = ((Ints(d) >> 23) & 255) - 127;
+      of_d = of_d < -126 ? Ints{} - 126 : of_d;
+      Longs most = __builtin_convertvector(of_d, Longs);
+      const Doubles wide = __builtin_convertvector(d, Doubles);
+      Doubles exact = wide;
+      for (int k = first; k < first + at_once; ++k) {
+        const Longs both = of_right[k] + of_left[k / 8][k % 8];
+        most = both > most ? both : most;
+        exact += right[k] * left[k / 8][k % 8];
+      }
+      const Doubles unit = Doubles((places - most + 1023) << 52), back = Doubles((most - places + 1023) << 52);
+      Longs units = __builtin_convertvector(wide * unit, Longs);
+      for (int k = first; k < first + at_once; ++k)
+        units += __builtin_convertvector(right[k] * left[k / 8][k % 8] * unit, Longs);
+      const Doubles sum = __builtin_convertvector(units, Doubles) * back;
+      const Floats nearest = __builtin_convertvector(sum, Floats);
+      const Doubles too_much = __builtin_convertvector(nearest, Doubles) - sum;
+      const Longs beyond = (sum > 0 && too_much > 0) || (sum < 0 && too_much < 0);
+      const Floats toward_zero = Floats(Ints(nearest) + __builtin_convertvector(beyond, Ints));
+      const Longs finite = exact - exact == 0;
+      d = __builtin_convertvector(finite, Ints) ? toward_zero : __builtin_convertvector(exact, Floats);
+    }
+    for (int column = 0; column < 8; ++column) warp.sum[row % 8 * 4 + column / 2][row / 8 * 2 + column % 2] = d[column];
   }
 }
-inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  mma_of_words(d, a, b, -126, [](uint32_t both, int k) { return __uint_as_float(k ? both & 0xffff0000 : both << 16); });
+inline void multiply(Warp& warp) {
+  using srcgcnn::device::of_half;
+  if (warp.meeting == kProduct)  // of TF32, which is floats without their last 13 bits
+    multiply<8>(warp, -126, [](uint32_t word, int) { return __uint_as_float(word & 0xffffe000); });
+  else if (warp.meeting == kProductOfBfloat16)
+    multiply<16>(warp, -126, [](uint32_t word, int k) { return __uint_as_float(k ? word & 0xffff0000 : word << 16); });
+  else
+    multiply<16>(warp, -14, [](uint32_t word, int k) { return of_half(k ? word >> 16 : word & 0xffff); });
 }
-inline void mma_half(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  mma_of_words(d, a, b, -14, [](uint32_t both, int k) { return of_half(k ? both >> 16 : both & 0xffff); });
-}
-}  // namespace srcgcnn::device
+}  // namespace emulation
 
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;

@@ -29,7 +29,12 @@ struct Byte {
   const void *write_from, *read_from;
 };
 
-std::unordered_map<uintptr_t, std::unique_ptr<Byte[]>> pages;
+struct Word {  // four bytes, which have the same accesses until one touches some of them alone
+  Byte all;
+  std::unique_ptr<Byte[]> each;
+};
+
+std::unordered_map<uintptr_t, std::unique_ptr<Word[]>> pages;
 std::set<std::tuple<const char*, const void*, const void*>> found;
 std::string report;
 uint64_t scopes = 0, launch = 0, block_scope = 0;
@@ -46,22 +51,23 @@ struct Twice {  // a race, unless the second write brings what is there
 int n_others = 0, thread = -1;
 unsigned block, block_time, warp_time[32];
 
-Byte& byte_at(uintptr_t at) {
+Word& word_at(uintptr_t at) {
   static uintptr_t last_page = ~uintptr_t(0);
-  static Byte* last = nullptr;
+  static Word* last = nullptr;
   if (at / kPage != last_page) {
     auto& page = pages[at / kPage];
-    if (!page) page.reset(new Byte[kPage]);
+    if (!page) page.reset(new Word[kPage / 4]);
     last = page.get();
     last_page = at / kPage;
   }
-  Byte& byte = last[at % kPage];
+  Word& word = last[at % kPage / 4];
   const uint64_t scope = at - shared_at < shared_size ? block_scope : launch;
-  if (byte.scope != scope) {
-    byte = Byte();
-    byte.scope = scope;
+  if (word.all.scope != scope) {
+    word.all = Byte();
+    word.all.scope = scope;
+    word.each.reset();
   }
-  return byte;
+  return word;
 }
 
 std::string place(const void* code) {
@@ -89,60 +95,71 @@ void settle() {
 
 enum Kind { kRead, kWrite, kAtomic, kIssue, kArrive };
 
+// An access to the bytes from `first` on, as one of them, or the word that is at `at`, sees it.
+void touch(Byte& b, uintptr_t at, uintptr_t first, size_t size, Kind kind, const void* from) {
+  const int warp = thread / 32, lane = thread % 32;
+  const unsigned warp_now = warp_time[warp];
+  const bool writes = kind != kRead;
+  if (b.written) {
+    const bool unordered = b.writer_block != block ||
+                           (b.written_at_block == block_time && b.writer != thread &&
+                            (b.writer / 32 != warp || b.written_at_warp == warp_now));
+    if (b.pending && !(kind == kArrive && b.writer == thread && b.writer_block == block))
+      race("touched while a copy is on its way:", at, b.write_from, from);
+    else if (unordered && !writes)
+      race("written, read:", at, b.write_from, from);
+    else if (unordered && kind == kWrite && size <= sizeof twice.before) {
+      twice = {first, size, {}, b.write_from, from};
+      memcpy(twice.before, reinterpret_cast<const void*>(first), size);
+    } else if (unordered && !(b.atomic && kind == kAtomic))
+      race("written, written:", at, b.write_from, from);
+  }
+  if (writes && b.read) {
+    const bool in_block = b.read_at_block == block_time &&
+                          ((b.warps & ~(1u << warp)) ||
+                           (b.reader_warp == warp && b.read_at_warp == warp_now && (b.lanes & ~(1u << lane))));
+    if (b.read_by_blocks || b.reader_block != block || in_block) race("read, written:", at, b.read_from, from);
+  }
+  if (writes) {
+    b.written = true;
+    b.atomic = kind == kAtomic;
+    b.pending = kind == kIssue;
+    b.writer = thread;
+    b.writer_block = block;
+    b.written_at_block = block_time;
+    b.written_at_warp = warp_now;
+    b.write_from = from;
+    return;
+  }
+  const bool same_block = b.read && b.reader_block == block, same_time = same_block && b.read_at_block == block_time;
+  if (b.read && !same_block) b.read_by_blocks = true;
+  if (!same_time) b.warps = 0;
+  if (!same_time || b.reader_warp != warp || b.read_at_warp != warp_now) b.lanes = 0;
+  b.read = true;
+  b.reader_block = block;
+  b.read_at_block = block_time;
+  b.reader_warp = warp;
+  b.read_at_warp = warp_now;
+  b.warps |= 1u << warp;
+  b.lanes |= 1u << lane;
+  b.read_from = from;
+}
+
 void touch(uintptr_t at, size_t size, Kind kind, const void* from) {
   if (thread < 0 || at - stack_at < stack_size) return;
   for (int k = 0; k < n_others; ++k)
     if (at - others[k].at < others[k].size) return;
   settle();
-  const int warp = thread / 32, lane = thread % 32;
-  const unsigned warp_now = warp_time[warp];
   const uintptr_t first = at, end = at + size;
-  for (; at < end; ++at) {
-    Byte& b = byte_at(at);
-    const bool writes = kind != kRead;
-    if (b.written) {
-      const bool unordered = b.writer_block != block ||
-                             (b.written_at_block == block_time && b.writer != thread &&
-                              (b.writer / 32 != warp || b.written_at_warp == warp_now));
-      if (b.pending && !(kind == kArrive && b.writer == thread && b.writer_block == block))
-        race("touched while a copy is on its way:", at, b.write_from, from);
-      else if (unordered && !writes)
-        race("written, read:", at, b.write_from, from);
-      else if (unordered && kind == kWrite && size <= sizeof twice.before) {
-        twice = {first, size, {}, b.write_from, from};
-        memcpy(twice.before, reinterpret_cast<const void*>(first), size);
-      } else if (unordered && !(b.atomic && kind == kAtomic))
-        race("written, written:", at, b.write_from, from);
+  while (at < end) {
+    Word& word = word_at(at);
+    const bool whole = at % 4 == 0 && end - at >= 4;
+    if (!whole && !word.each) {
+      word.each.reset(new Byte[4]);
+      for (int k = 0; k < 4; ++k) word.each[k] = word.all;
     }
-    if (writes && b.read) {
-      const bool in_block = b.read_at_block == block_time &&
-                            ((b.warps & ~(1u << warp)) ||
-                             (b.reader_warp == warp && b.read_at_warp == warp_now && (b.lanes & ~(1u << lane))));
-      if (b.read_by_blocks || b.reader_block != block || in_block) race("read, written:", at, b.read_from, from);
-    }
-    if (writes) {
-      b.written = true;
-      b.atomic = kind == kAtomic;
-      b.pending = kind == kIssue;
-      b.writer = thread;
-      b.writer_block = block;
-      b.written_at_block = block_time;
-      b.written_at_warp = warp_now;
-      b.write_from = from;
-      continue;
-    }
-    const bool same_block = b.read && b.reader_block == block, same_time = same_block && b.read_at_block == block_time;
-    if (b.read && !same_block) b.read_by_blocks = true;
-    if (!same_time) b.warps = 0;
-    if (!same_time || b.reader_warp != warp || b.read_at_warp != warp_now) b.lanes = 0;
-    b.read = true;
-    b.reader_block = block;
-    b.read_at_block = block_time;
-    b.reader_warp = warp;
-    b.read_at_warp = warp_now;
-    b.warps |= 1u << warp;
-    b.lanes |= 1u << lane;
-    b.read_from = from;
+    touch(word.each ? word.each[at % 4] : word.all, at, first, size, kind, from);
+    at += word.each ? 1 : 4;
   }
 }
 
