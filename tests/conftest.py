@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,6 +20,16 @@ from srcgcnn_fast.graph import CrystalGraph, GraphBatch, collate
 # Read once, when something imports Triton (lightning does): without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_finish() -> None:
+    """No search for garbage looks at modules and tests again, of which there are a million objects."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # what is left at the end is taken for leaked
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -134,9 +136,19 @@ def test_the_reference_is_differentiable_twice(backend, make_batch):
     assert torch.autograd.gradgradcheck(layer, leaves, eps=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True)
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
+def compiled_by_default(model_type, training: bool, backend: str) -> bool:
+    """Of the eight, four with every pair of a model, a mode and a backend."""
+    return (model_type is sf.CGCNN) ^ training ^ (backend == "cpu")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "training", "backend"),
+    [
+        pytest.param(*case, marks=() if compiled_by_default(*case) else pytest.mark.slow)
+        for case in itertools.product((sf.CGCNN, sf.SRCGCNN), (False, True), ("reference", "cpu"))
+    ],
+    indirect=["backend"],
+)
 def test_compile_full_graph(backend, make_batch, training, model_type):
     torch._dynamo.reset()
     torch.manual_seed(0)
