@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from .cif import COORDINATES, NUMBER, SPACE_GROUPS, check_formula, parse_formula, read_text
+from .cif import COORDINATES, NUMBER, check_formula, parse_formula, read_text
+from .cif_symmetry import fits, is_group, stated_symmetry
 from .crystal import Crystal, checked_crystal
 from .elements import ELEMENT_SYMBOLS
 
@@ -34,8 +35,7 @@ _IDENTITY = ("x,y,z", "+x,+y,+z")
 _TYPE = re.compile(r"([A-Z][a-z]?)(\d*[+-]|[+-]\d+)?")
 _LABEL = re.compile(r"([A-Z][a-z]?)\d*")
 _OPERATION = re.compile(r"[-+*\dxyz./]+,[-+*\dxyz./]+,[-+*\dxyz./]+")
-_UNUSUAL = re.compile(r"_magn|_moment|_xyz_\s")
-_PLAIN_GROUPS = ("", "P1", "1")
+_UNUSUAL = re.compile(r"[._]magn|_moment|_modulation_|_xyz_\s|\sdum\s", re.IGNORECASE)
 
 # Elements in the order of pymatgen's electronegativities, so that sites come in the order of its own reader (padding
 # of short rows points to the first one). The noble gases without one have no place.
@@ -102,12 +102,14 @@ def _crystal(cif: Any, text: str, name: str) -> Crystal:
     if not labels or coords.shape != (len(labels), 3) or not np.isfinite(coords).all():
         raise _Doubt
     lattice = _lattice(*_floats([block.find_value(tag) or "?" for tag in _CELL]))
-    operations = _operations(cif, block)
+    operations = _operations(cif, block, text)
     formula = cif.as_string(block.find_value("_chemical_formula_sum") or "")
     if operations is None:
         coords = coords - np.floor(coords)
         _check_apart(coords)
     else:
+        if not fits(operations[0], lattice):
+            raise _Doubt
         coords, numbers = _expanded(coords, numbers, operations)
         if not parse_formula(formula):
             raise _Doubt
@@ -174,14 +176,12 @@ def _lattice(a: float, b: float, c: float, *angles: float) -> np.ndarray:
     )
 
 
-def _operations(cif: Any, block: Any) -> tuple[np.ndarray, np.ndarray] | None:
+def _operations(cif: Any, block: Any, text: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Rotations (g, 3, 3) and translations (g, 3); None where x, y, z is the only operation."""
     columns = [column for tag in _OPERATIONS if len(column := block.find_values(tag))]
     if not columns:
-        for tag in SPACE_GROUPS:
-            group = cif.as_string(block.find_value(tag) or "")
-            if "".join(group.split()).upper() not in _PLAIN_GROUPS:
-                raise _Doubt
+        if stated_symmetry(text):
+            raise _Doubt
         return None
     if len(columns) > 1:
         raise _Doubt
@@ -201,9 +201,10 @@ def _matrices(texts: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
     if len({operation.triplet() for operation in operations}) != len(operations):
         raise _Doubt
     rotations = np.array([operation.rot for operation in operations]) / Op.DEN
-    if not (np.abs(np.abs(np.linalg.det(rotations)) - 1) < 1e-9).all():
+    translations = np.array([operation.tran for operation in operations])
+    if not (np.abs(np.abs(np.linalg.det(rotations)) - 1) < 1e-9).all() or not is_group(rotations, translations, Op.DEN):
         raise _Doubt
-    return rotations, np.array([operation.tran for operation in operations]) / Op.DEN
+    return rotations, translations / Op.DEN
 
 
 def _check_apart(coords: np.ndarray) -> None:

@@ -52,9 +52,14 @@ def cif(sites: str = CSCL, items: str = "", operations: str = "'x, y, z'") -> st
     return CIF.format(sites=sites, items=items and items + "\n", operations=operations)
 
 
+GENERAL = "Cs1 Cs .1 .2 .3 1"
+THREEFOLD = "x,y,z\n-y,x-y,z\n-x+y,-x,z"
+LABELS = cif("{} 0 0 0 1\nCl1 .5 .5 .5 1").replace("_atom_site_type_symbol\n", "")
+UNLOOPED = "".join(f"{tag}\n" for tag in ("_atom_site_label K", *(f"_atom_site_fract_{x} 0.5" for x in "xyz")))
 WITHOUT_OPERATIONS = cif().replace("loop_\n_symmetry_equiv_pos_as_xyz\n'x, y, z'\n", "")
 
 
+BY_NAME = WITHOUT_OPERATIONS.replace(CSCL, GENERAL)
 IN_DOUBT = cif(operations="'x, y, z'\n'-x, -y, -z'")
 """Symmetry without a formula to compare with: gemmi leaves it to pymatgen."""
 
@@ -538,6 +543,38 @@ def test_bad_objects() -> None:
         (cif(operations="?"), "has the symmetry operation '?'"),
         (WITHOUT_OPERATIONS.replace("'P 1'", "'P b c n w'"), "gives the space group P b c n w but no symmetry"),
         ("\x00\xff" * 100, "no atom sites"),
+        (cif("Cs1 Cs 0 0 \x960.1 1"), "coordinate '~0.1'"),
+        (cif(GENERAL, operations="x,y,z\n\x96x,\x96y,\x96z"), "symmetry operation '~x,~y,~z'"),
+        (cif(GENERAL, operations="x,y,z\n-1*x,y,z"), "symmetry operation '-1*x,y,z'"),
+        (cif(GENERAL, operations="x,y,z\nx+1/4+1/4,y,z"), "symmetry operation 'x+1/4+1/4,y,z'"),
+        (cif(GENERAL, operations="x,y,z\n-x,-y,z\n-x,-y,-z"), "no whole group"),
+        (cif(GENERAL, operations="-x,-y,-z"), "no whole group"),
+        (cif(GENERAL, "loop_ _space_group_symop_operation_xyz x,y,z -x,-y,-z"), "two lists of symmetry operations"),
+        (cif(GENERAL, operations=THREEFOLD), "do not fit its cell"),
+        (cif("Cs1 Cs .333 .667 .3 1", operations=THREEFOLD).replace("gamma 90", "gamma 120"), "0.0042 Å apart"),
+        (cif("Cs1 Cs 0 0 0 1\nCl1 Cl .5 .5 .5 -1"), "occupancy -1 below 0"),
+        (cif(CSCL.replace("Cs1 Cs", "O1 H2O")), "type symbol 'H2O'"),
+        (cif(CSCL.replace("Cs1 Cs", "O1 PO4")), "type symbol 'PO4'"),
+        (cif(CSCL.replace("Cs1 Cs", "M1 Vac")), "type symbol 'Vac'"),
+        (cif(CSCL.replace("Cs1 Cs", "Cs1 ?")), "type symbol '?'"),
+        (LABELS.format("OH1"), "label 'OH1'"),
+        (LABELS.format("CO1"), "label 'CO1'"),
+        (LABELS.format("Va1"), "label 'Va1'"),
+        (cif(items="_cell_modulation_dimension 1"), "modulated"),
+        (
+            cif(CSCL.replace("0 1", "0 1 d") + " dum").replace("occupancy", "occupancy _atom_site_calc_flag"),
+            "dummy sites",
+        ),
+        (cif() + cif()[cif().index("loop_\n_atom_site") :].replace("Cs", "Rb"), "_atom_site_label more than once"),
+        (cif(GENERAL, items="_atom_site_moment_label Cs1", operations="x,y,z\n-x,-y,-z"), "no magnetic symmetry"),
+        (WITHOUT_OPERATIONS[: WITHOUT_OPERATIONS.index("loop_")] + UNLOOPED, "outside of a loop"),
+        (BY_NAME.replace("'P 1'", "'F d -3 m'"), "leaves its setting"),
+        (BY_NAME.replace("'P 1'", "'R -3 m'"), "leaves its setting"),
+        (BY_NAME.replace("'P 1'", "?\n_symmetry_Int_Tables_number 62"), "leaves its setting"),
+        (BY_NAME.replace("'P 1'", "'B m a b'\n_symmetry_Int_Tables_number 64"), "leaves its setting"),
+        (WITHOUT_OPERATIONS.replace("H-M 'P 1'", "H-M_ref 'F m -3 m'"), "gives the space group F m -3 m but"),
+        ("data_a _space_group_name_Hall '-P 1'\n" + WITHOUT_OPERATIONS, "gives the space group -P 1 but"),
+        (f"data_a loop_ _space_group_symop_operation_xyz x,y,z -x,-y,-z\n{WITHOUT_OPERATIONS}", "_operation_xyz but"),
     ],
 )
 def test_bad_cif(tmp_path: Path, text: str, said: str) -> None:
@@ -563,6 +600,8 @@ def test_bad_cif(tmp_path: Path, text: str, said: str) -> None:
         cif(items="_author 'Br\xfcck'"),
         cif("Cs1 Cs+ 0 0 0 1.0(2)\nCl1 Cl- 0.5(1) .5 5e-1 ?"),
         cif(sites="Cs1 Cs 0 0 0 1\nCl1 Cl 0.5 0.5 0.5 1", operations="'x, y, z'\n'-x, -y, -z'"),
+        WITHOUT_OPERATIONS.replace("'P 1'", "'P m -3 m'"),
+        WITHOUT_OPERATIONS.replace("'P 1'", "?\n_symmetry_Int_Tables_number 221"),
     ],
 )
 def test_good_cif(tmp_path: Path, text: str) -> None:
@@ -572,6 +611,17 @@ def test_good_cif(tmp_path: Path, text: str) -> None:
     assert record.error is None
     assert sorted(record.crystal.numbers.tolist()) == [17, 55]
     np.testing.assert_allclose(record.crystal.lattice, 4.2 * np.eye(3), atol=1e-9)
+
+
+@pytest.mark.parametrize("formula", ["", "_chemical_formula_sum Cs2"])
+def test_tags_in_any_spelling(tmp_path: Path, formula: str) -> None:
+    path = tmp_path / "x.cif"
+    text = cif(GENERAL, formula, "x,y,z\n-x,-y,-z")
+    for tag in ("_Symmetry_Equiv_Pos_As_XYZ", "_symmetry_equiv.pos_as_xyz", "_space_group_symop.operation_xyz"):
+        path.write_text(text.replace("_symmetry_equiv_pos_as_xyz", tag))
+        np.testing.assert_allclose(np.sort(as_crystal(path).frac_coords[:, 0]), [0.1, 0.9])
+    path.write_text(cif("Cs1 Cs 0 0 0 0.5").replace("site_occupancy", "site_Occupancy"))
+    assert "is disordered" in only_error(path)
 
 
 def test_cif_writer_counts_the_whole_cell(tmp_path: Path) -> None:
