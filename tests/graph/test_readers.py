@@ -183,6 +183,15 @@ def test_extended_xyz(tmp_path: Path) -> None:
     assert "two-0 has no target energy; it has gap" in next(read_inputs(tmp_path / "two.xyz", targets=["energy"])).error
 
 
+def test_extended_xyz_of_frames_that_ase_would_leave_out(tmp_path: Path) -> None:
+    frame = '1\nLattice="4 0 0 0 4 0 0 0 4" Properties=species:S:1:pos:R:3\nNa 0 0 0\n'
+    (tmp_path / "x@1.extxyz").write_text(frame * 3 + "\n")
+    assert [record.error for record in read_inputs(tmp_path / "x@1.extxyz")] == [None] * 3
+    (tmp_path / "y.extxyz").write_text(frame + "\n" + frame)
+    first, second = read_inputs(tmp_path / "y.extxyz")
+    assert first.error is None and "y.extxyz has a blank line after frame 1" in second.error
+
+
 def test_extended_xyz_with_a_broken_frame(tmp_path: Path) -> None:
     from ase.io import write
 
@@ -509,6 +518,9 @@ def test_bad_objects() -> None:
     assert "set atoms.pbc = True" in only_error(Atoms("H2O", positions=np.eye(3), cell=CELL, pbc=[1, 1, 0]))
     assert "singular lattice" in only_error(Atoms("H2O", positions=np.eye(3), cell=[4, 4, 0], pbc=True))
     assert "has no atoms" in only_error(Atoms(cell=CELL, pbc=True))
+    mixed = Atoms("NaCl", cell=CELL, pbc=True, info={"occupancy": {"0": {"Na": 1.0}, "1": {"Cl": 0.7, "Br": 0.3}}})
+    assert "has Cl:0.7, Br:0.3" in only_error(mixed)
+    assert "shape (3, 2)" in only_error((CELL, COORDS[:2].T, NUMBERS[:2]))
     with pytest.raises(InputError, match="The list object is not a crystal"):
         as_crystal([])
 
@@ -667,6 +679,21 @@ def test_other_bad_files(tmp_path: Path) -> None:
         assert said in only_error(tmp_path / name), name
 
 
+def test_poscar_of_a_volume_and_with_wrong_counts(tmp_path: Path) -> None:
+    lines = structure().to(fmt="poscar").splitlines()
+    lines[1] = f"{-8 * structure().volume}"
+    (tmp_path / "direct.vasp").write_text("\n".join(lines))
+    lines[7:] = ["Cartesian", *(" ".join(map(str, site.coords)) for site in structure())]
+    (tmp_path / "cartesian.vasp").write_text("\n".join(lines))
+    for name in ("direct.vasp", "cartesian.vasp"):
+        found = as_crystal(tmp_path / name)
+        np.testing.assert_allclose(found.lattice, 2 * CELL, atol=1e-5)
+        np.testing.assert_allclose(found.frac_coords, COORDS, atol=1e-5)
+    lines[5] += " Xe"
+    (tmp_path / "counts.vasp").write_text("\n".join(lines))
+    assert "has 4 elements and 3 numbers of atoms" in only_error(tmp_path / "counts.vasp")
+
+
 def test_poscar_without_element_names(tmp_path: Path) -> None:
     lines = structure().to(fmt="poscar").splitlines()
     lines[0] = "made"
@@ -717,10 +744,10 @@ def test_a_reader_that_dies_is_an_error_of_its_file(tmp_path: Path, monkeypatch:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory limits of a process are Linux's")
 def test_a_file_beyond_the_memory_limit_is_an_error_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half a site, which pymatgen reads, and that needs more than 48 MiB; a file that gemmi reads does not."""
+    """Half a site, which pymatgen reads, and that needs more than 60 MiB; a file that gemmi reads does not."""
     for name, occupancy in (("a", "1"), ("b", "0.5"), ("c", "1")):
         (tmp_path / f"{name}.cif").write_text(cif(f"Cs1 Cs 0 0 0 {occupancy}"))
-    monkeypatch.setattr(pool_module, "MEMORY_LIMIT", 48 * 2**20)
+    monkeypatch.setattr(pool_module, "MEMORY_LIMIT", 60 * 2**20)
     first, second, third = read_inputs(tmp_path, disorder="average")
     assert first.error is None and third.error is None
     assert second.crystal is None and second.error is not None
