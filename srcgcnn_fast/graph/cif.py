@@ -42,6 +42,7 @@ _TAGS = {
 }
 """Tags as pymatgen and the checks here know them; in a file, capitals count for nothing, and points are underscores."""
 _TAG = re.compile(r"(?<!\S)_\S+")
+_LOOP = re.compile(r"(?<!\S)loop_(?!\S)", re.IGNORECASE)
 _FOREIGN = re.compile(r"[^\x00-\x7f]")  # pymatgen drops such characters, and a minus sign may be among them
 _LETTERS = re.compile(r"[A-Za-z]*")
 _FORMULA_TOLERANCE = 0.01
@@ -161,6 +162,7 @@ def _structure_block(text: str, name: str) -> str:
             if in_text_field:
                 line = f".{line.lstrip()}"  # pymatgen would begin a block inside of a text
             else:
+                line = f"data_{line.lstrip()[5:]}"
                 blocks.append([])
         blocks[-1].append(line)
     held = [block for block in blocks if any(_is_tag(line, COORDINATES[0]) for line in block)]
@@ -192,7 +194,7 @@ def _with_known_tags(lines: list[str], name: str) -> list[str]:
         if line.startswith(";"):
             in_text_field = not in_text_field
         is_data = not in_text_field and "_" in line and not line.lstrip().startswith("#")
-        kept.append(_TAG.sub(known, line) if is_data else line)
+        kept.append(_LOOP.sub("loop_", _TAG.sub(known, line)) if is_data else line)
     twice = [tag for tag in (*_CELL, *_OPERATIONS, *_SITE) if seen[tag] > 1]
     if twice:
         raise InputError(f"{name} has {twice[0]} more than once in a data block; keep one.")

@@ -632,6 +632,8 @@ def test_tags_in_any_spelling(tmp_path: Path, formula: str) -> None:
     for tag in ("_Symmetry_Equiv_Pos_As_XYZ", "_symmetry_equiv.pos_as_xyz", "_space_group_symop.operation_xyz"):
         path.write_text(text.replace("_symmetry_equiv_pos_as_xyz", tag))
         np.testing.assert_allclose(np.sort(as_crystal(path).frac_coords[:, 0]), [0.1, 0.9])
+    path.write_text(text.replace("loop_", "LOOP_", 1).replace("data_", "DATA_"))
+    np.testing.assert_allclose(np.sort(as_crystal(path).frac_coords[:, 0]), [0.1, 0.9])
     path.write_text(cif("Cs1 Cs 0 0 0 0.5").replace("site_occupancy", "site_Occupancy"))
     assert "is disordered" in only_error(path)
 
