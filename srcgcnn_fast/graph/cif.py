@@ -35,6 +35,7 @@ _TAGS = {
         *(*_CELL, *_HERMANN_MAUGUIN, *_INT_NUMBERS, *_OPERATIONS, *_SITE),
         *("_space_group_name_Hall", "_symmetry_space_group_name_Hall"),
         *("_atom_site_occupancy", "_atom_site_attached_hydrogens", "_atom_site_calc_flag"),
+        "_atom_site_disorder_group",
         *("_chemical_formula_sum", "_cell_formula_units_Z", "_cell_modulation_dimension"),
         *("_space_group_symop_magn_operation.xyz", "_space_group_symop_magn_centering.xyz"),
         *("_space_group_magn.name_BNS", "_space_group_magn.number_BNS"),
@@ -105,6 +106,9 @@ def _parse(text: str, name: str) -> AnyCrystal:
         parser = CifParser.from_str(block, frac_tolerance=snap, check_cif=False)
         items: dict[str, Any] = next(iter(parser.as_dict().values()), {})
         _check_items(items, name)
+        # pymatgen drops rows of other loops, too, where it takes such a symbol apart
+        if any("Pauling" in warning for warning in parser.warnings):  # type: ignore[attr-defined]
+            raise InputError(f"{name} mixes elements in a type symbol ('0.8Nb + 0.2Zr'); write a row for each of them.")
         structure = parser.parse_structures(primitive=False, on_error="raise")[0]
     operations, is_magnetic = parser.symmetry_operations, parser.feature_flags["magcif"]  # type: ignore[attr-defined]
     reasons = [_one_line(w.message) for w in caught]
@@ -253,19 +257,24 @@ def _check_items(items: dict[str, Any], name: str) -> None:
         for label, value in zip(labels, values, strict=True):
             if not NUMBER.fullmatch(value):
                 raise InputError(f"{name} has the coordinate {value!r} ({tag}) at site {label}; give a finite number.")
-    for label, value in zip(labels, _column(items, "_atom_site_occupancy"), strict=False):
+    occupancies = _column(items, "_atom_site_occupancy")
+    for label, value in zip(labels, occupancies, strict=False):
         if value != "?" and not NUMBER.fullmatch(value):
             raise InputError(f"{name} has the occupancy {value!r} at site {label}; give 1 for a full site.")
         if value != "?" and float(value.split("(")[0]) > 1 + 1e-6:
             raise InputError(f"{name} has the occupancy {value} above 1 at site {label}; correct it.")
         if value.startswith("-"):
             raise InputError(f"{name} has the occupancy {value} below 0 at site {label}; correct it.")
-    _check_symbols(columns, items, name)
+    is_confirmed = bool(parse_formula(str(items.get("_chemical_formula_sum", "?"))))
+    _check_symbols(columns, is_confirmed, name)
     for value in [x for tag in _OPERATIONS for x in _column(items, tag)]:
         if not is_operation(value):
             raise InputError(f"{name} has the symmetry operation {value!r}; write it like 'x, y+1/2, -z'.")
     if str(items.get("_cell_modulation_dimension", "0")) not in ("0", "?", "."):
         raise InputError(f"{name} is a modulated structure; give an ordinary one that approximates it.")
+    groups = sorted({*_column(items, "_atom_site_disorder_group")} - {"0", "?", "."})
+    if len(groups) > 1 and not is_confirmed and all(float(x.split("(")[0]) == 1 for x in occupancies if x != "?"):
+        raise InputError(f"{name} has sites that exclude each other (disorder groups {', '.join(groups)}); choose one.")
     if "dum" in _column(items, "_atom_site_calc_flag"):
         raise InputError(f"{name} has dummy sites (_atom_site_calc_flag is dum); remove them.")
     if any(NUMBER.fullmatch(x) and float(x) for x in _column(items, "_atom_site_attached_hydrogens")):
@@ -281,10 +290,9 @@ def _no_hydrogen(name: str, reason: str) -> InputError:
     return InputError(f"{name} lacks positions of hydrogen atoms ({reason}); add the missing hydrogen atoms.")
 
 
-def _check_symbols(columns: dict[str, list[str]], items: dict[str, Any], name: str) -> None:
+def _check_symbols(columns: dict[str, list[str]], is_confirmed: bool, name: str) -> None:
     """Elements, as pymatgen guesses them; where no formula contradicts a wrong guess, none is left to it."""
     types, labels = columns["_atom_site_type_symbol"], columns["_atom_site_label"]
-    is_confirmed = bool(parse_formula(str(items.get("_chemical_formula_sum", "?"))))
     known = {*ELEMENT_SYMBOLS[1:], "D", "T"}
     for symbol in dict.fromkeys(types or labels):
         letters = _LETTERS.match(symbol)[0]  # type: ignore[index]

@@ -96,6 +96,8 @@ def _crystal(cif: Any, text: str, name: str) -> Crystal:
     _check_occupancy(columns.get("_atom_site_occupancy"))
     if not {"0", "?", "."}.issuperset(columns.get("_atom_site_attached_hydrogens", ())):
         raise _Doubt
+    if len({*columns.get("_atom_site_disorder_group", ())} - {"0", "?", "."}) > 1:
+        raise _Doubt
     labels = columns.get("_atom_site_label", [])
     numbers = _numbers(columns.get("_atom_site_type_symbol"), labels)
     coords = np.array([_floats(columns.get(tag, [])) for tag in COORDINATES]).T

@@ -577,6 +577,11 @@ def test_bad_objects() -> None:
             cif(CSCL.replace("0 1", "0 1 d") + " dum").replace("occupancy", "occupancy _atom_site_calc_flag"),
             "dummy sites",
         ),
+        (
+            cif(CSCL.replace("0 1", "0 1 1") + " 2").replace("occupancy", "occupancy _atom_site_disorder_group"),
+            "groups 1, 2",
+        ),
+        (cif("Nb,Zr '0.8Nb + 0.2Zr' 0 0 0 1", operations="x,y,z\n-x,-y,-z"), "mixes elements"),
         (cif() + cif()[cif().index("loop_\n_atom_site") :].replace("Cs", "Rb"), "_atom_site_label more than once"),
         (cif(GENERAL, items="_atom_site_moment_label Cs1", operations="x,y,z\n-x,-y,-z"), "no magnetic symmetry"),
         (WITHOUT_OPERATIONS[: WITHOUT_OPERATIONS.index("loop_")] + UNLOOPED, "outside of a loop"),
