@@ -99,7 +99,11 @@ def read_carefully(path: Path) -> AnyCrystal:
 def _parse(text: str, name: str) -> AnyCrystal:
     from pymatgen.io.cif import CifParser
 
-    block = _structure_block(text, name)
+    block, stated = _structure_block(text, name), stated_symmetry(text)
+    if stated is None and not any(tag in block for tag in _OPERATIONS):
+        block += (
+            "loop_\n_symmetry_equiv_pos_as_xyz\n'x, y, z'\n"  # which pymatgen makes three projections of, until 2024
+        )
     snap = 0.0 if _only_identity(block) else 1e-4  # pymatgen's snapping to thirds serves symmetry alone
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -116,7 +120,12 @@ def _parse(text: str, name: str) -> AnyCrystal:
         logger.debug("%s: %s", name, reason)
     listed = {len(_column(items, tag)) for tag in _OPERATIONS if tag in items}
     if not listed:
-        _check_unlisted(operations, structure.lattice.matrix, items, text, name, is_magnetic)
+        if any("Defaulting to P1" in reason or "No magnetic symmetry" in reason for reason in reasons):
+            raise InputError(
+                f"{name} gives {stated} but no symmetry operations that can be read; add _symmetry_equiv_pos_as_xyz."
+            )
+        if not is_magnetic:
+            check_setting(operations, *_space_group(items), structure.lattice.matrix, name)
     elif is_magnetic and len(operations) == 1 < max(listed):
         raise InputError(f"{name} has magnetic moments but no magnetic symmetry operations; remove the moments.")
     elif len(listed) > 1:
@@ -314,20 +323,10 @@ def _check_symbols(columns: dict[str, list[str]], is_confirmed: bool, name: str)
             )
 
 
-def _check_unlisted(
-    operations: list[Any], lattice: np.ndarray, items: dict[str, Any], text: str, name: str, is_magnetic: bool
-) -> None:
-    """What pymatgen made of the symmetry of a file that lists no operations must be the only thing that it can mean."""
-    stated = stated_symmetry(text)
-    if stated and len(operations) == 1:
-        raise InputError(
-            f"{name} gives {stated} but no symmetry operations that can be read; add _symmetry_equiv_pos_as_xyz."
-        )
-    if stated and not is_magnetic:
-        said = [str(items.get(tag, "?")) for tag in (*_HERMANN_MAUGUIN, *_INT_NUMBERS)]
-        names = [x for x in said[:2] if x not in ("?", ".", "")]
-        number = next((x for x in said[2:] if x.isdigit()), "")
-        check_setting(operations, names, number, lattice, name)
+def _space_group(items: dict[str, Any]) -> tuple[list[str], str]:
+    """Its Hermann-Mauguin symbols, and its number or ""."""
+    names, numbers = ([str(items.get(tag, "?")) for tag in tags] for tags in (_HERMANN_MAUGUIN, _INT_NUMBERS))
+    return [x for x in names if x not in ("?", ".", "")], next((x for x in numbers if x.isdigit()), "")
 
 
 def _content(crystal: AnyCrystal) -> Counter[int]:

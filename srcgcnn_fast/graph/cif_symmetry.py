@@ -13,7 +13,7 @@ from .crystal import AnyCrystal, MixedCrystal
 
 _TERM = re.compile(r"[-+]?([xyz]|\d+/\d+|\d+\.?\d*|\.\d+)")
 _STATEMENT = re.compile(
-    r"(?<!\S)(_(?:symmetry[._](?:equiv|space|int)|space_group)\S*)\s+('[^'\n]*'|\"[^\"\n]*\"|\S+)", re.IGNORECASE
+    r"(?<!\S)(_(?:symmetry[._](?:equiv|space|int)|space_group)\S*)(?=\s+('[^'\n]*'|\"[^\"\n]*\"|\S+))", re.IGNORECASE
 )
 _COMMENT = re.compile(r"(?<!\S)#.*")
 _NONE = ("", "?", ".", "P1", "1", "TRICLINIC")

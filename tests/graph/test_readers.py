@@ -59,6 +59,7 @@ UNLOOPED = "".join(f"{tag}\n" for tag in ("_atom_site_label K", *(f"_atom_site_f
 WITHOUT_OPERATIONS = cif().replace("loop_\n_symmetry_equiv_pos_as_xyz\n'x, y, z'\n", "")
 
 
+UNNAMED = WITHOUT_OPERATIONS.replace("'P 1'", "?")
 BY_NAME = WITHOUT_OPERATIONS.replace(CSCL, GENERAL)
 IN_DOUBT = cif(operations="'x, y, z'\n'-x, -y, -z'")
 """Symmetry without a formula to compare with: gemmi leaves it to pymatgen."""
@@ -590,8 +591,8 @@ def test_bad_objects() -> None:
         (BY_NAME.replace("'P 1'", "?\n_symmetry_Int_Tables_number 62"), "leaves its setting"),
         (BY_NAME.replace("'P 1'", "'B m a b'\n_symmetry_Int_Tables_number 64"), "leaves its setting"),
         (WITHOUT_OPERATIONS.replace("H-M 'P 1'", "H-M_ref 'F m -3 m'"), "gives the space group F m -3 m but"),
-        ("data_a _space_group_name_Hall '-P 1'\n" + WITHOUT_OPERATIONS, "gives the space group -P 1 but"),
-        (f"data_a loop_ _space_group_symop_operation_xyz x,y,z -x,-y,-z\n{WITHOUT_OPERATIONS}", "_operation_xyz but"),
+        ("data_a _space_group_name_Hall '-P 1'\n" + UNNAMED, "gives the space group -P 1 but"),
+        (f"data_a loop_ _space_group_symop_operation_xyz x,y,z -x,-y,-z\n{UNNAMED}", "_operation_xyz but"),
     ],
 )
 def test_bad_cif(tmp_path: Path, text: str, said: str) -> None:
@@ -607,6 +608,7 @@ def test_bad_cif(tmp_path: Path, text: str, said: str) -> None:
     [
         cif(),
         WITHOUT_OPERATIONS,
+        UNNAMED,
         cif().replace("data_made", "data_global\n_journal_year 1999\ndata_made"),
         cif() + "loop_\n_geom_bond_distance\n_geom_bond_atom_site_label_1\n",
         cif() + "loop_\n_geom_bond_distance\n\n# end\nloop_\n_other\n1\n2\n",
@@ -636,6 +638,11 @@ def test_tags_in_any_spelling(tmp_path: Path, formula: str) -> None:
     text = cif(GENERAL, formula, "x,y,z\n-x,-y,-z")
     for tag in ("_Symmetry_Equiv_Pos_As_XYZ", "_symmetry_equiv.pos_as_xyz", "_space_group_symop.operation_xyz"):
         path.write_text(text.replace("_symmetry_equiv_pos_as_xyz", tag))
+        np.testing.assert_allclose(np.sort(as_crystal(path).frac_coords[:, 0]), [0.1, 0.9])
+    numbered = text.replace("x,y,z\n", "1 x,y,z\n").replace("-x,-y,-z", "2 -x,-y,-z")
+    for tag in ("_symmetry_equiv_pos_as_xyz", "_symmetry_equiv.pos_as_xyz"):
+        tags = f"_symmetry_equiv_pos_site_id {tag}"
+        path.write_text(numbered.replace("_symmetry_equiv_pos_as_xyz", tags).replace("'P 1'", "?"))
         np.testing.assert_allclose(np.sort(as_crystal(path).frac_coords[:, 0]), [0.1, 0.9])
     path.write_text(text.replace("loop_", "LOOP_", 1).replace("data_", "DATA_"))
     np.testing.assert_allclose(np.sort(as_crystal(path).frac_coords[:, 0]), [0.1, 0.9])
