@@ -25,14 +25,14 @@ logger = logging.getLogger(__name__)
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?(\(\d*\))?")
 _CELL = [f"_cell_length_{x}" for x in "abc"] + [f"_cell_angle_{x}" for x in ("alpha", "beta", "gamma")]
 COORDINATES = [f"_atom_site_fract_{x}" for x in "xyz"]
-_HERMANN_MAUGUIN = ("_symmetry_space_group_name_H-M", "_space_group_name_H-M_alt")
-_INT_NUMBERS = ("_symmetry_Int_Tables_number", "_space_group_IT_number")
+HERMANN_MAUGUIN = ("_symmetry_space_group_name_H-M", "_space_group_name_H-M_alt")
+INT_NUMBERS = ("_symmetry_Int_Tables_number", "_space_group_IT_number")
 _OPERATIONS = ("_symmetry_equiv_pos_as_xyz", "_space_group_symop_operation_xyz")
 _SITE = ("_atom_site_label", "_atom_site_type_symbol", *COORDINATES)
 _TAGS = {
     re.sub(r"[.-]", "_", tag.lower()): tag
     for tag in (
-        *(*_CELL, *_HERMANN_MAUGUIN, *_INT_NUMBERS, *_OPERATIONS, *_SITE),
+        *(*_CELL, *HERMANN_MAUGUIN, *INT_NUMBERS, *_OPERATIONS, *_SITE),
         *("_space_group_name_Hall", "_symmetry_space_group_name_Hall"),
         *("_atom_site_occupancy", "_atom_site_attached_hydrogens", "_atom_site_calc_flag"),
         "_atom_site_disorder_group",
@@ -130,6 +130,13 @@ def _parse(text: str, name: str) -> AnyCrystal:
         raise InputError(f"{name} has magnetic moments but no magnetic symmetry operations; remove the moments.")
     elif len(listed) > 1:
         raise InputError(f"{name} has two lists of symmetry operations that differ; keep one.")
+    elif len(operations) == 1 and not _is_counted(items):
+        names, number = _space_group(items)
+        if {"".join(x.split()) for x in names} - {"P1"} or number not in ("", "1"):
+            raise InputError(
+                f"{name} lists x, y, z alone for the space group {', '.join([*names, number]).strip(', ')}; list all "
+                "operations, or call it P 1."
+            )
     if any(structure.site_properties.get("implicit_hydrogens", ())):
         raise _no_hydrogen(name, "some sites stand for water or hydroxyl")
     crystal = from_pymatgen(structure, name)
@@ -325,8 +332,14 @@ def _check_symbols(columns: dict[str, list[str]], is_confirmed: bool, name: str)
 
 def _space_group(items: dict[str, Any]) -> tuple[list[str], str]:
     """Its Hermann-Mauguin symbols, and its number or ""."""
-    names, numbers = ([str(items.get(tag, "?")) for tag in tags] for tags in (_HERMANN_MAUGUIN, _INT_NUMBERS))
+    names, numbers = ([str(items.get(tag, "?")) for tag in tags] for tags in (HERMANN_MAUGUIN, INT_NUMBERS))
     return [x for x in names if x not in ("?", ".", "")], next((x for x in numbers if x.isdigit()), "")
+
+
+def _is_counted(items: dict[str, Any]) -> bool:
+    """Does the file say how many atoms its cell holds?"""
+    units = str(items.get("_cell_formula_units_Z", "?"))
+    return bool(NUMBER.fullmatch(units) and parse_formula(str(items.get("_chemical_formula_sum", "?"))))
 
 
 def _content(crystal: AnyCrystal) -> Counter[int]:

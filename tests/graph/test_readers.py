@@ -586,6 +586,8 @@ def test_bad_objects() -> None:
         (cif() + cif()[cif().index("loop_\n_atom_site") :].replace("Cs", "Rb"), "_atom_site_label more than once"),
         (cif(GENERAL, items="_atom_site_moment_label Cs1", operations="x,y,z\n-x,-y,-z"), "no magnetic symmetry"),
         (WITHOUT_OPERATIONS[: WITHOUT_OPERATIONS.index("loop_")] + UNLOOPED, "outside of a loop"),
+        (cif(items="_symmetry_Int_Tables_number 221"), "lists x, y, z alone for the space group P 1, 221"),
+        (cif(items="_chemical_formula_sum CsCl").replace("'P 1'", "'F m -3 m'"), "alone for the space group F m -3 m;"),
         (BY_NAME.replace("'P 1'", "'F d -3 m'"), "leaves its setting"),
         (BY_NAME.replace("'P 1'", "'R -3 m'"), "leaves its setting"),
         (BY_NAME.replace("'P 1'", "?\n_symmetry_Int_Tables_number 62"), "leaves its setting"),
@@ -620,6 +622,7 @@ def test_bad_cif(tmp_path: Path, text: str, said: str) -> None:
         cif("Cs1 Cs+ 0 0 0 1.0(2)\nCl1 Cl- 0.5(1) .5 5e-1 ?"),
         cif(sites="Cs1 Cs 0 0 0 1\nCl1 Cl 0.5 0.5 0.5 1", operations="'x, y, z'\n'-x, -y, -z'"),
         WITHOUT_OPERATIONS.replace("'P 1'", "'P m -3 m'"),
+        cif(items="_chemical_formula_sum 'Cs Cl'\n_cell_formula_units_Z 1").replace("'P 1'", "'P m -3 m'"),
         WITHOUT_OPERATIONS.replace("'P 1'", "?\n_symmetry_Int_Tables_number 221"),
     ],
 )
