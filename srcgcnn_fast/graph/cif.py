@@ -16,24 +16,36 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, require
+from .cif_symmetry import check_operations, check_setting, is_operation, stated_symmetry
 from .crystal import AnyCrystal, Crystal, _one_line, from_pymatgen
 from .elements import ELEMENT_SYMBOLS
 
 logger = logging.getLogger(__name__)
 
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?(\(\d*\))?")
-_OPERATION = re.compile(r"[-+*\dxyz./]+,[-+*\dxyz./]+,[-+*\dxyz./]+")
 _CELL = [f"_cell_length_{x}" for x in "abc"] + [f"_cell_angle_{x}" for x in ("alpha", "beta", "gamma")]
 COORDINATES = [f"_atom_site_fract_{x}" for x in "xyz"]
-SPACE_GROUPS = (
-    "_symmetry_space_group_name_H-M",
-    "_space_group_name_H-M_alt",
-    "_space_group_name_Hall",
-    "_symmetry_space_group_name_Hall",
-    "_symmetry_Int_Tables_number",
-    "_space_group_IT_number",
-)
+HERMANN_MAUGUIN = ("_symmetry_space_group_name_H-M", "_space_group_name_H-M_alt")
+INT_NUMBERS = ("_symmetry_Int_Tables_number", "_space_group_IT_number")
 _OPERATIONS = ("_symmetry_equiv_pos_as_xyz", "_space_group_symop_operation_xyz")
+_SITE = ("_atom_site_label", "_atom_site_type_symbol", *COORDINATES)
+_TAGS = {
+    re.sub(r"[.-]", "_", tag.lower()): tag
+    for tag in (
+        *(*_CELL, *HERMANN_MAUGUIN, *INT_NUMBERS, *_OPERATIONS, *_SITE),
+        *("_space_group_name_Hall", "_symmetry_space_group_name_Hall"),
+        *("_atom_site_occupancy", "_atom_site_attached_hydrogens", "_atom_site_calc_flag"),
+        "_atom_site_disorder_group",
+        *("_chemical_formula_sum", "_cell_formula_units_Z", "_cell_modulation_dimension"),
+        *("_space_group_symop_magn_operation.xyz", "_space_group_symop_magn_centering.xyz"),
+        *("_space_group_magn.name_BNS", "_space_group_magn.number_BNS"),
+    )
+}
+"""Tags as pymatgen and the checks here know them; in a file, capitals count for nothing, and points are underscores."""
+_TAG = re.compile(r"(?<!\S)_\S+")
+_LOOP = re.compile(r"(?<!\S)loop_(?!\S)", re.IGNORECASE)
+_FOREIGN = re.compile(r"[^\x00-\x7f]")  # pymatgen drops such characters, and a minus sign may be among them
+_LETTERS = re.compile(r"[A-Za-z]*")
 _FORMULA_TOLERANCE = 0.01
 """Relative; published formulas round."""
 
@@ -87,19 +99,44 @@ def read_carefully(path: Path) -> AnyCrystal:
 def _parse(text: str, name: str) -> AnyCrystal:
     from pymatgen.io.cif import CifParser
 
-    block = _structure_block(text, name)
+    block, stated = _structure_block(text, name), stated_symmetry(text)
+    if stated is None and not any(tag in block for tag in _OPERATIONS):
+        block += (
+            "loop_\n_symmetry_equiv_pos_as_xyz\n'x, y, z'\n"  # which pymatgen makes three projections of, until 2024
+        )
     snap = 0.0 if _only_identity(block) else 1e-4  # pymatgen's snapping to thirds serves symmetry alone
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         parser = CifParser.from_str(block, frac_tolerance=snap, check_cif=False)
         items: dict[str, Any] = next(iter(parser.as_dict().values()), {})
         _check_items(items, name)
+        # pymatgen drops rows of other loops, too, where it takes such a symbol apart
+        if any("Pauling" in warning for warning in parser.warnings):  # type: ignore[attr-defined]
+            raise InputError(f"{name} mixes elements in a type symbol ('0.8Nb + 0.2Zr'); write a row for each of them.")
         structure = parser.parse_structures(primitive=False, on_error="raise")[0]
+    operations, is_magnetic = parser.symmetry_operations, parser.feature_flags["magcif"]  # type: ignore[attr-defined]
     reasons = [_one_line(w.message) for w in caught]
     for reason in reasons:
         logger.debug("%s: %s", name, reason)
-    if any("Defaulting to P1" in reason for reason in reasons):
-        _check_really_p1(items, name)
+    listed = {len(_column(items, tag)) for tag in _OPERATIONS if tag in items}
+    if not listed:
+        if any("Defaulting to P1" in reason or "No magnetic symmetry" in reason for reason in reasons):
+            raise InputError(
+                f"{name} gives {stated} but no symmetry operations that can be read; add _symmetry_equiv_pos_as_xyz."
+            )
+        if not is_magnetic:
+            check_setting(operations, *_space_group(items), structure.lattice.matrix, name)
+    elif is_magnetic and len(operations) == 1 < max(listed):
+        raise InputError(f"{name} has magnetic moments but no magnetic symmetry operations; remove the moments.")
+    elif len(listed) > 1:
+        raise InputError(f"{name} has two lists of symmetry operations that differ; keep one.")
+    elif len(operations) == 1 and not _is_counted(items):
+        names, number = _space_group(items)
+        if {"".join(x.split()) for x in names} - {"P1"} or number not in ("", "1"):
+            raise InputError(
+                f"{name} lists x, y, z alone for the space group {', '.join([*names, number]).strip(', ')}; list all "
+                "operations, or call it P 1."
+            )
     if any(structure.site_properties.get("implicit_hydrogens", ())):
         raise _no_hydrogen(name, "some sites stand for water or hydroxyl")
     crystal = from_pymatgen(structure, name)
@@ -109,7 +146,8 @@ def _parse(text: str, name: str) -> AnyCrystal:
         merged = _merged_further(block, items, name) if snap else None
         if merged is None:
             raise
-        return merged
+        crystal = merged
+    check_operations(operations, crystal, name)
     return crystal
 
 
@@ -137,13 +175,14 @@ def _structure_block(text: str, name: str) -> str:
         raise InputError(f"{name} is empty; give a CIF file with a cell and atom sites.")
     blocks: list[list[str]] = [[]]
     in_text_field = False
-    for line in text.splitlines():
+    for line in _FOREIGN.sub("~", text).splitlines():
         if line.startswith(";"):
             in_text_field = not in_text_field
         elif line.lstrip().lower().startswith("data_"):
             if in_text_field:
                 line = f".{line.lstrip()}"  # pymatgen would begin a block inside of a text
             else:
+                line = f"data_{line.lstrip()[5:]}"
                 blocks.append([])
         blocks[-1].append(line)
     held = [block for block in blocks if any(_is_tag(line, COORDINATES[0]) for line in block)]
@@ -152,7 +191,7 @@ def _structure_block(text: str, name: str) -> str:
     if len(held) > 1:
         titles = ", ".join(block[0].split()[0][5:] or "unnamed" for block in held)
         raise InputError(f"{name} has {len(held)} structures ({titles}); split it into one file for each data block.")
-    kept = _without_empty_loops(held[0])
+    kept = _with_known_tags(_without_empty_loops(held[0]), name)
     if not any(_is_tag(line, COORDINATES[0]) for line in kept):
         raise InputError(f"{name} has no atoms (its atom-site loop has no rows); give at least one site.")
     return "\n".join(kept) + "\n"
@@ -160,6 +199,26 @@ def _structure_block(text: str, name: str) -> str:
 
 def _is_tag(line: str, tag: str) -> bool:
     return tag in line.lower().split()
+
+
+def _with_known_tags(lines: list[str], name: str) -> list[str]:
+    seen: Counter[str] = Counter()
+
+    def known(match: re.Match[str]) -> str:
+        tag = _TAGS.get(re.sub(r"[.-]", "_", match[0].lower()).rstrip("_"), match[0])
+        seen[tag] += 1
+        return tag
+
+    kept, in_text_field = [], False
+    for line in lines:
+        if line.startswith(";"):
+            in_text_field = not in_text_field
+        is_data = not in_text_field and "_" in line and not line.lstrip().startswith("#")
+        kept.append(_LOOP.sub("loop_", _TAG.sub(known, line)) if is_data else line)
+    twice = [tag for tag in (*_CELL, *_OPERATIONS, *_SITE) if seen[tag] > 1]
+    if twice:
+        raise InputError(f"{name} has {twice[0]} more than once in a data block; keep one.")
+    return kept
 
 
 def _without_empty_loops(lines: list[str]) -> list[str]:
@@ -190,7 +249,7 @@ def _only_identity(block: str) -> bool:
     operations = set()
     for line in block.splitlines():
         text = re.sub(r"^\d+\s+(?=['\"]?[-+\dxyz])", "", line.strip().lower()).strip("'\"").replace(" ", "")
-        if _OPERATION.fullmatch(text) and any(x in text for x in "xyz"):
+        if is_operation(text) and any(x in text for x in "xyz"):
             operations.add(text)
     return bool(operations) and operations <= {"x,y,z", "+x,+y,+z"}
 
@@ -203,6 +262,8 @@ def _check_items(items: dict[str, Any], name: str) -> None:
     labels = columns["_atom_site_label"]
     if not labels:
         raise InputError(f"{name} has atom sites without _atom_site_label; add a label to every site.")
+    if isinstance(items["_atom_site_label"], str):
+        raise InputError(f"{name} has an atom site outside of a loop; write loop_ before its items.")
     for tag in COORDINATES:
         values = _column(items, tag)
         if len(values) != len(labels):
@@ -212,18 +273,26 @@ def _check_items(items: dict[str, Any], name: str) -> None:
         for label, value in zip(labels, values, strict=True):
             if not NUMBER.fullmatch(value):
                 raise InputError(f"{name} has the coordinate {value!r} ({tag}) at site {label}; give a finite number.")
-    for label, value in zip(labels, _column(items, "_atom_site_occupancy"), strict=False):
+    occupancies = _column(items, "_atom_site_occupancy")
+    for label, value in zip(labels, occupancies, strict=False):
         if value != "?" and not NUMBER.fullmatch(value):
             raise InputError(f"{name} has the occupancy {value!r} at site {label}; give 1 for a full site.")
         if value != "?" and float(value.split("(")[0]) > 1 + 1e-6:
             raise InputError(f"{name} has the occupancy {value} above 1 at site {label}; correct it.")
-    for symbol in columns["_atom_site_type_symbol"]:
-        letters = re.match(r"[A-Za-z]*", symbol)[0]  # type: ignore[index]
-        if len(letters) in (1, 2) and letters.title() not in {*ELEMENT_SYMBOLS, "D", "T", "Ow", "Hw"}:
-            raise InputError(f"{name} has the unknown element {symbol}; only H to Fm are known.")
+        if value.startswith("-"):
+            raise InputError(f"{name} has the occupancy {value} below 0 at site {label}; correct it.")
+    is_confirmed = bool(parse_formula(str(items.get("_chemical_formula_sum", "?"))))
+    _check_symbols(columns, is_confirmed, name)
     for value in [x for tag in _OPERATIONS for x in _column(items, tag)]:
-        if not _OPERATION.fullmatch("".join(value.lower().split())):  # pymatgen makes an operation of anything
+        if not is_operation(value):
             raise InputError(f"{name} has the symmetry operation {value!r}; write it like 'x, y+1/2, -z'.")
+    if str(items.get("_cell_modulation_dimension", "0")) not in ("0", "?", "."):
+        raise InputError(f"{name} is a modulated structure; give an ordinary one that approximates it.")
+    groups = sorted({*_column(items, "_atom_site_disorder_group")} - {"0", "?", "."})
+    if len(groups) > 1 and not is_confirmed and all(float(x.split("(")[0]) == 1 for x in occupancies if x != "?"):
+        raise InputError(f"{name} has sites that exclude each other (disorder groups {', '.join(groups)}); choose one.")
+    if "dum" in _column(items, "_atom_site_calc_flag"):
+        raise InputError(f"{name} has dummy sites (_atom_site_calc_flag is dum); remove them.")
     if any(NUMBER.fullmatch(x) and float(x) for x in _column(items, "_atom_site_attached_hydrogens")):
         raise _no_hydrogen(name, "_atom_site_attached_hydrogens counts some")
 
@@ -237,14 +306,40 @@ def _no_hydrogen(name: str, reason: str) -> InputError:
     return InputError(f"{name} lacks positions of hydrogen atoms ({reason}); add the missing hydrogen atoms.")
 
 
-def _check_really_p1(items: dict[str, Any], name: str) -> None:
-    for tag in SPACE_GROUPS:
-        group = "".join(str(items.get(tag, "?")).split())
-        if group.upper() not in ("?", ".", "", "P1", "1"):
+def _check_symbols(columns: dict[str, list[str]], is_confirmed: bool, name: str) -> None:
+    """Elements, as pymatgen guesses them; where no formula contradicts a wrong guess, none is left to it."""
+    types, labels = columns["_atom_site_type_symbol"], columns["_atom_site_label"]
+    known = {*ELEMENT_SYMBOLS[1:], "D", "T"}
+    for symbol in dict.fromkeys(types or labels):
+        letters = _LETTERS.match(symbol)[0]  # type: ignore[index]
+        element, rest = letters.title(), symbol[len(letters) :]
+        if types and len(letters) in (1, 2) and element not in {*known, "Ow", "Hw"}:
+            raise InputError(f"{name} has the unknown element {symbol}; only H to Fm are known.")
+        if is_confirmed or element in ("Ow", "Hw", "Wat", "Cval", "Siva"):
+            continue
+        is_pair = letters.isupper() and len(letters) == 2 and letters[0] in known  # CO: cobalt, or carbon and oxygen
+        if types:
+            is_clear = element in known and not re.search("[A-Za-z]", rest) and not (is_pair and rest.isdigit())
+        else:
+            is_clear = element in known and element != "T" and not is_pair and not re.search("[/,+]", rest)
+        if not is_clear:
+            kind = "type symbol" if types else "label"
             raise InputError(
-                f"{name} gives the space group {items[tag]} but no symmetry operations that can be read; "
-                "add _symmetry_equiv_pos_as_xyz."
+                f"{name} has the {kind} {symbol!r} and no formula, so that its element is in doubt; write the elements "
+                "into _atom_site_type_symbol, or add _chemical_formula_sum."
             )
+
+
+def _space_group(items: dict[str, Any]) -> tuple[list[str], str]:
+    """Its Hermann-Mauguin symbols, and its number or ""."""
+    names, numbers = ([str(items.get(tag, "?")) for tag in tags] for tags in (HERMANN_MAUGUIN, INT_NUMBERS))
+    return [x for x in names if x not in ("?", ".", "")], next((x for x in numbers if x.isdigit()), "")
+
+
+def _is_counted(items: dict[str, Any]) -> bool:
+    """Does the file say how many atoms its cell holds?"""
+    units = str(items.get("_cell_formula_units_Z", "?"))
+    return bool(NUMBER.fullmatch(units) and parse_formula(str(items.get("_chemical_formula_sum", "?"))))
 
 
 def _content(crystal: AnyCrystal) -> Counter[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -114,7 +114,7 @@ def checked_crystal(lattice: Any, frac_coords: Any, numbers: Any, name: str = "T
         ) from error
     if species.size == 0:
         raise InputError(f"{name} has no atoms; give at least one site.")
-    if species.ndim != 1 or coords.size != 3 * len(species) or coords.ndim > 2:
+    if species.ndim != 1 or coords.shape not in ((len(species), 3), (3 * len(species),)):
         raise InputError(
             f"{name} has frac_coords of shape {coords.shape} for atomic numbers of shape {species.shape}; "
             "give (n, 3) and (n,)."
@@ -212,6 +212,14 @@ def from_ase(atoms: Any, name: str = "The Atoms object") -> Crystal:
         )
     if len(atoms):
         _check_lattice(cell, name)
+    occupancy = atoms.info.get("occupancy")  # ASE keeps the most abundant species of a site in a file as its atom
+    for held in occupancy.values() if isinstance(occupancy, Mapping) else ():
+        if isinstance(held, Mapping) and [x for x in held.values() if not abs(x - 1) <= OCCUPANCY_TOLERANCE]:
+            mixture = ", ".join(f"{symbol}:{share:g}" for symbol, share in held.items())
+            raise InputError(
+                f"{name} is disordered (atoms.info['occupancy'] has {mixture}); give the file that ASE read, or delete "
+                "that entry if its atoms are meant as they are."
+            )
     coords = np.linalg.solve(cell.T, atoms.positions.T).T if len(atoms) else np.zeros((0, 3))
     return checked_crystal(cell, coords, atoms.numbers, name)
 

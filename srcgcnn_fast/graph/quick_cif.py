@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from .cif import COORDINATES, NUMBER, SPACE_GROUPS, check_formula, parse_formula, read_text
+from .cif import COORDINATES, HERMANN_MAUGUIN, INT_NUMBERS, NUMBER, check_formula, parse_formula, read_text
+from .cif_symmetry import fits, is_group, stated_symmetry
 from .crystal import Crystal, checked_crystal
 from .elements import ELEMENT_SYMBOLS
 
@@ -30,12 +31,12 @@ _DIRECTION = np.array([1.0, 0.7548776662, 0.5698402910])
 _SNAP = 1e-4  # pymatgen's: coordinates this near to a third are meant so, where there is symmetry
 _CELL = (*(f"_cell_length_{x}" for x in "abc"), *(f"_cell_angle_{x}" for x in ("alpha", "beta", "gamma")))
 _OPERATIONS = ("_symmetry_equiv_pos_as_xyz", "_space_group_symop_operation_xyz")
+_NO_MORE = {"P1", "1", "?", ".", ""}
 _IDENTITY = ("x,y,z", "+x,+y,+z")
 _TYPE = re.compile(r"([A-Z][a-z]?)(\d*[+-]|[+-]\d+)?")
 _LABEL = re.compile(r"([A-Z][a-z]?)\d*")
 _OPERATION = re.compile(r"[-+*\dxyz./]+,[-+*\dxyz./]+,[-+*\dxyz./]+")
-_UNUSUAL = re.compile(r"_magn|_moment|_xyz_\s")
-_PLAIN_GROUPS = ("", "P1", "1")
+_UNUSUAL = ("_magn", ".magn", "_moment", "_modulation_", "_xyz_")
 
 # Elements in the order of pymatgen's electronegativities, so that sites come in the order of its own reader (padding
 # of short rows points to the first one). The noble gases without one have no place.
@@ -78,7 +79,8 @@ def read_quickly(path: Path) -> Crystal | None:
         if about.st_size > _MAX_BYTES or not S_ISREG(about.st_mode):
             return None
         text = read_text(path)
-        if _UNUSUAL.search(text):
+        small = text.lower()
+        if any(part in small for part in _UNUSUAL):
             return None
         return _crystal(cif, text, path.name)
     except (_Doubt, InputError, OSError, ValueError, RuntimeError, IndexError, EOFError):
@@ -96,18 +98,23 @@ def _crystal(cif: Any, text: str, name: str) -> Crystal:
     _check_occupancy(columns.get("_atom_site_occupancy"))
     if not {"0", "?", "."}.issuperset(columns.get("_atom_site_attached_hydrogens", ())):
         raise _Doubt
+    groups = {*columns.get("_atom_site_disorder_group", ())} - {"0", "?", "."}
+    if len(groups) > 1 or "dum" in columns.get("_atom_site_calc_flag", ()):
+        raise _Doubt
     labels = columns.get("_atom_site_label", [])
     numbers = _numbers(columns.get("_atom_site_type_symbol"), labels)
     coords = np.array([_floats(columns.get(tag, [])) for tag in COORDINATES]).T
     if not labels or coords.shape != (len(labels), 3) or not np.isfinite(coords).all():
         raise _Doubt
     lattice = _lattice(*_floats([block.find_value(tag) or "?" for tag in _CELL]))
-    operations = _operations(cif, block)
+    operations = _operations(cif, block, text)
     formula = cif.as_string(block.find_value("_chemical_formula_sum") or "")
     if operations is None:
         coords = coords - np.floor(coords)
         _check_apart(coords)
     else:
+        if not fits(operations[0], lattice):
+            raise _Doubt
         coords, numbers = _expanded(coords, numbers, operations)
         if not parse_formula(formula):
             raise _Doubt
@@ -174,19 +181,20 @@ def _lattice(a: float, b: float, c: float, *angles: float) -> np.ndarray:
     )
 
 
-def _operations(cif: Any, block: Any) -> tuple[np.ndarray, np.ndarray] | None:
+def _operations(cif: Any, block: Any, text: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Rotations (g, 3, 3) and translations (g, 3); None where x, y, z is the only operation."""
     columns = [column for tag in _OPERATIONS if len(column := block.find_values(tag))]
     if not columns:
-        for tag in SPACE_GROUPS:
-            group = cif.as_string(block.find_value(tag) or "")
-            if "".join(group.split()).upper() not in _PLAIN_GROUPS:
-                raise _Doubt
+        if stated_symmetry(text):
+            raise _Doubt
         return None
     if len(columns) > 1:
         raise _Doubt
     texts = ["".join(cif.as_string(value).lower().split()) for value in columns[0]]
     if all(text in _IDENTITY for text in texts):
+        named = [cif.as_string(block.find_value(tag) or "?") for tag in (*HERMANN_MAUGUIN, *INT_NUMBERS)]
+        if not _NO_MORE.issuperset(["".join(text.split()) for text in named]):
+            raise _Doubt
         return None
     if not all(_OPERATION.fullmatch(text) for text in texts):
         raise _Doubt
@@ -201,9 +209,10 @@ def _matrices(texts: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
     if len({operation.triplet() for operation in operations}) != len(operations):
         raise _Doubt
     rotations = np.array([operation.rot for operation in operations]) / Op.DEN
-    if not (np.abs(np.abs(np.linalg.det(rotations)) - 1) < 1e-9).all():
+    translations = np.array([operation.tran for operation in operations])
+    if not (np.abs(np.abs(np.linalg.det(rotations)) - 1) < 1e-9).all() or not is_group(rotations, translations, Op.DEN):
         raise _Doubt
-    return rotations, np.array([operation.tran for operation in operations]) / Op.DEN
+    return rotations, translations / Op.DEN
 
 
 def _check_apart(coords: np.ndarray) -> None:

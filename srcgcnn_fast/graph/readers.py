@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 import sqlite3
 import warnings
 from collections import deque
@@ -615,7 +616,7 @@ def _read_poscar(path: Path) -> AnyCrystal:
             raise InputError(f"{path.name} is empty; give a POSCAR file.")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            structure = poscar.from_str(text).structure
+            structure = poscar.from_str(_with_positive_scale(text, path.name)).structure
     except InputError:
         raise
     except Exception as error:
@@ -630,10 +631,32 @@ def _read_poscar(path: Path) -> AnyCrystal:
     return from_pymatgen(structure, path.name)
 
 
+def _with_positive_scale(text: str, name: str) -> str:
+    """The text of a POSCAR file; pymatgen multiplies Cartesian coordinates by a scale that stands for a volume."""
+    lines = text.splitlines()
+    elements, counts = re.split("[#!]", lines[5])[0].split(), lines[6].split()
+    if counts[0].isdigit() and len(elements) != len(counts):
+        raise InputError(
+            f"{name} has {len(elements)} elements and {len(counts)} numbers of atoms; correct either line."
+        )
+    scale = float(lines[1])
+    if scale < 0:
+        volume = abs(np.linalg.det([[float(x) for x in line.split()[:3]] for line in lines[2:5]]))
+        lines[1] = repr((-scale / float(volume)) ** (1 / 3))
+    return "\n".join(lines) + "\n"
+
+
 def _read_extxyz(path: Path) -> Iterator[Record]:
-    iread = require("ase.io", "Reading extended XYZ files", extra="io").iread
     stem = _stem(path)
-    frames = iread(str(path), index=":", format="extxyz")
+    try:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:  # ASE would take what follows an @ for frames
+            yield from _extxyz_frames(file, path, stem)
+    except OSError as error:
+        yield Record(stem, None, {}, f"{path.name} cannot be read ({_one_line(error)}); check the file.")
+
+
+def _extxyz_frames(file: Any, path: Path, stem: str) -> Iterator[Record]:
+    frames = require("ase.io", "Reading extended XYZ files", extra="io").iread(file, index=":", format="extxyz")
     index, previous = 0, None
     while True:
         try:
@@ -650,7 +673,10 @@ def _read_extxyz(path: Path) -> Iterator[Record]:
         if atoms is None:
             break
         index, previous = index + 1, atoms
-    if index == 0:
+    if file.read().strip():
+        message = f"{path.name} has a blank line after frame {index}, where ASE stops; remove it."
+        yield Record(f"{stem}-{index}", None, {}, message)
+    elif index == 0:
         yield Record(stem, None, {}, f"{path.name} has no frames; give a file in extended XYZ format.")
 
 

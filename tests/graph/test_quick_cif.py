@@ -97,6 +97,24 @@ def test_structures_without_a_formula_or_with_a_twin_are_left_to_pymatgen(tmp_pa
         assert read_quickly(write(tmp_path / "x.cif", changed)) is None
 
 
+def test_doubtful_symmetry_is_left_to_pymatgen(tmp_path: Path) -> None:
+    text = ROCK_SALT.format(sites="Na1 Na 0.1 0.2 0.3 1\nCl1 Cl 0.6 0.7 0.8 1").replace("units_Z 4", "units_Z ?")
+    assert assert_same(write(tmp_path / "x.cif", text))
+    tag, p1 = "_symmetry_equiv_pos_as_xyz", text[: text.index("loop_")] + text[text.index("loop_\n_atom") :]
+    assert assert_same(write(tmp_path / "x.cif", p1.replace("'F made'", "'P 1'")))
+    for changed in (
+        text.replace(tag, "_symmetry_equiv.pos_as_xyz").replace("'F made'", "?"),
+        text.replace(tag, "_space_group_symop.magn_operation_xyz").replace("'F made'", "?"),
+        text.replace("_b 5.64", "_b 5.94").replace("-x,-y,-z\n", "y,-x,z\n"),  # does not fit the cell
+        text.replace("-x,-y,-z\n", ""),  # no group, and nothing that contradicts the content
+        p1.replace("name_H-M", "name_H-M_ref"),
+        "data_global\n_space_group_IT_number 225\n" + p1.replace("'F made'", "?"),
+        p1.replace("'F made'", "?\n_cell_modulation_dimension 1"),
+        p1.replace("'F made'", "?").replace("_occupancy", "_calc_flag").replace("1\n", "dum\n"),
+    ):
+        assert changed not in (text, p1) and read_quickly(write(tmp_path / "x.cif", changed)) is None
+
+
 def test_hard_cases(data_dir: Path) -> None:
     large = "large_cell__MIL-101-primitive.cif"  # pymatgen takes a minute
     accepted = [assert_same(path) for path in sorted((data_dir / "hard_cases").glob("*.cif")) if path.name != large]

@@ -52,9 +52,15 @@ def cif(sites: str = CSCL, items: str = "", operations: str = "'x, y, z'") -> st
     return CIF.format(sites=sites, items=items and items + "\n", operations=operations)
 
 
+GENERAL = "Cs1 Cs .1 .2 .3 1"
+THREEFOLD = "x,y,z\n-y,x-y,z\n-x+y,-x,z"
+LABELS = cif("{} 0 0 0 1\nCl1 .5 .5 .5 1").replace("_atom_site_type_symbol\n", "")
+UNLOOPED = "".join(f"{tag}\n" for tag in ("_atom_site_label K", *(f"_atom_site_fract_{x} 0.5" for x in "xyz")))
 WITHOUT_OPERATIONS = cif().replace("loop_\n_symmetry_equiv_pos_as_xyz\n'x, y, z'\n", "")
 
 
+UNNAMED = WITHOUT_OPERATIONS.replace("'P 1'", "?")
+BY_NAME = WITHOUT_OPERATIONS.replace(CSCL, GENERAL)
 IN_DOUBT = cif(operations="'x, y, z'\n'-x, -y, -z'")
 """Symmetry without a formula to compare with: gemmi leaves it to pymatgen."""
 
@@ -176,6 +182,15 @@ def test_extended_xyz(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"two\.xyz holds 2 structures"):
         as_crystal(tmp_path / "two.xyz")
     assert "two-0 has no target energy; it has gap" in next(read_inputs(tmp_path / "two.xyz", targets=["energy"])).error
+
+
+def test_extended_xyz_of_frames_that_ase_would_leave_out(tmp_path: Path) -> None:
+    frame = '1\nLattice="4 0 0 0 4 0 0 0 4" Properties=species:S:1:pos:R:3\nNa 0 0 0\n'
+    (tmp_path / "x@1.extxyz").write_text(frame * 3 + "\n")
+    assert [record.error for record in read_inputs(tmp_path / "x@1.extxyz")] == [None] * 3
+    (tmp_path / "y.extxyz").write_text(frame + "\n" + frame)
+    first, second = read_inputs(tmp_path / "y.extxyz")
+    assert first.error is None and "y.extxyz has a blank line after frame 1" in second.error
 
 
 def test_extended_xyz_with_a_broken_frame(tmp_path: Path) -> None:
@@ -508,6 +523,9 @@ def test_bad_objects() -> None:
     assert "set atoms.pbc = True" in only_error(Atoms("H2O", positions=np.eye(3), cell=CELL, pbc=[1, 1, 0]))
     assert "singular lattice" in only_error(Atoms("H2O", positions=np.eye(3), cell=[4, 4, 0], pbc=True))
     assert "has no atoms" in only_error(Atoms(cell=CELL, pbc=True))
+    mixed = Atoms("NaCl", cell=CELL, pbc=True, info={"occupancy": {"0": {"Na": 1.0}, "1": {"Cl": 0.7, "Br": 0.3}}})
+    assert "has Cl:0.7, Br:0.3" in only_error(mixed)
+    assert "shape (3, 2)" in only_error((CELL, COORDS[:2].T, NUMBERS[:2]))
     with pytest.raises(InputError, match="The list object is not a crystal"):
         as_crystal([])
 
@@ -542,6 +560,45 @@ def test_bad_objects() -> None:
         (cif(operations="?"), "has the symmetry operation '?'"),
         (WITHOUT_OPERATIONS.replace("'P 1'", "'P b c n w'"), "gives the space group P b c n w but no symmetry"),
         ("\x00\xff" * 100, "no atom sites"),
+        (cif("Cs1 Cs 0 0 \x960.1 1"), "coordinate '~0.1'"),
+        (cif(GENERAL, operations="x,y,z\n\x96x,\x96y,\x96z"), "symmetry operation '~x,~y,~z'"),
+        (cif(GENERAL, operations="x,y,z\n-1*x,y,z"), "symmetry operation '-1*x,y,z'"),
+        (cif(GENERAL, operations="x,y,z\nx+1/4+1/4,y,z"), "symmetry operation 'x+1/4+1/4,y,z'"),
+        (cif(GENERAL, operations="x,y,z\n-x,-y,z\n-x,-y,-z"), "no whole group"),
+        (cif(GENERAL, operations="-x,-y,-z"), "no whole group"),
+        (cif(GENERAL, "loop_ _space_group_symop_operation_xyz x,y,z -x,-y,-z"), "two lists of symmetry operations"),
+        (cif(GENERAL, operations=THREEFOLD), "do not fit its cell"),
+        (cif("Cs1 Cs .333 .667 .3 1", operations=THREEFOLD).replace("gamma 90", "gamma 120"), "0.0042 Å apart"),
+        (cif("Cs1 Cs 0 0 0 1\nCl1 Cl .5 .5 .5 -1"), "occupancy -1 below 0"),
+        (cif(CSCL.replace("Cs1 Cs", "O1 H2O")), "type symbol 'H2O'"),
+        (cif(CSCL.replace("Cs1 Cs", "O1 PO4")), "type symbol 'PO4'"),
+        (cif(CSCL.replace("Cs1 Cs", "M1 Vac")), "type symbol 'Vac'"),
+        (cif(CSCL.replace("Cs1 Cs", "Cs1 ?")), "type symbol '?'"),
+        (LABELS.format("OH1"), "label 'OH1'"),
+        (LABELS.format("CO1"), "label 'CO1'"),
+        (LABELS.format("Va1"), "label 'Va1'"),
+        (cif(items="_cell_modulation_dimension 1"), "modulated"),
+        (
+            cif(CSCL.replace("0 1", "0 1 d") + " dum").replace("occupancy", "occupancy _atom_site_calc_flag"),
+            "dummy sites",
+        ),
+        (
+            cif(CSCL.replace("0 1", "0 1 1") + " 2").replace("occupancy", "occupancy _atom_site_disorder_group"),
+            "groups 1, 2",
+        ),
+        (cif("Nb,Zr '0.8Nb + 0.2Zr' 0 0 0 1", operations="x,y,z\n-x,-y,-z"), "mixes elements"),
+        (cif() + cif()[cif().index("loop_\n_atom_site") :].replace("Cs", "Rb"), "_atom_site_label more than once"),
+        (cif(GENERAL, items="_atom_site_moment_label Cs1", operations="x,y,z\n-x,-y,-z"), "no magnetic symmetry"),
+        (WITHOUT_OPERATIONS[: WITHOUT_OPERATIONS.index("loop_")] + UNLOOPED, "outside of a loop"),
+        (cif(items="_symmetry_Int_Tables_number 221"), "lists x, y, z alone for the space group P 1, 221"),
+        (cif(items="_chemical_formula_sum CsCl").replace("'P 1'", "'F m -3 m'"), "alone for the space group F m -3 m;"),
+        (BY_NAME.replace("'P 1'", "'F d -3 m'"), "leaves its setting"),
+        (BY_NAME.replace("'P 1'", "'R -3 m'"), "leaves its setting"),
+        (BY_NAME.replace("'P 1'", "?\n_symmetry_Int_Tables_number 62"), "leaves its setting"),
+        (BY_NAME.replace("'P 1'", "'B m a b'\n_symmetry_Int_Tables_number 64"), "leaves its setting"),
+        (WITHOUT_OPERATIONS.replace("H-M 'P 1'", "H-M_ref 'F m -3 m'"), "gives the space group F m -3 m but"),
+        ("data_a _space_group_name_Hall '-P 1'\n" + UNNAMED, "gives the space group -P 1 but"),
+        (f"data_a loop_ _space_group_symop_operation_xyz x,y,z -x,-y,-z\n{UNNAMED}", "_operation_xyz but"),
     ],
 )
 def test_bad_cif(tmp_path: Path, text: str, said: str) -> None:
@@ -557,6 +614,7 @@ def test_bad_cif(tmp_path: Path, text: str, said: str) -> None:
     [
         cif(),
         WITHOUT_OPERATIONS,
+        UNNAMED,
         cif().replace("data_made", "data_global\n_journal_year 1999\ndata_made"),
         cif() + "loop_\n_geom_bond_distance\n_geom_bond_atom_site_label_1\n",
         cif() + "loop_\n_geom_bond_distance\n\n# end\nloop_\n_other\n1\n2\n",
@@ -567,6 +625,9 @@ def test_bad_cif(tmp_path: Path, text: str, said: str) -> None:
         cif(items="_author 'Br\xfcck'"),
         cif("Cs1 Cs+ 0 0 0 1.0(2)\nCl1 Cl- 0.5(1) .5 5e-1 ?"),
         cif(sites="Cs1 Cs 0 0 0 1\nCl1 Cl 0.5 0.5 0.5 1", operations="'x, y, z'\n'-x, -y, -z'"),
+        WITHOUT_OPERATIONS.replace("'P 1'", "'P m -3 m'"),
+        cif(items="_chemical_formula_sum 'Cs Cl'\n_cell_formula_units_Z 1").replace("'P 1'", "'P m -3 m'"),
+        WITHOUT_OPERATIONS.replace("'P 1'", "?\n_symmetry_Int_Tables_number 221"),
     ],
 )
 def test_good_cif(tmp_path: Path, text: str) -> None:
@@ -574,8 +635,28 @@ def test_good_cif(tmp_path: Path, text: str) -> None:
     path.write_text(text, encoding="latin-1")
     (record,) = read_inputs(path)
     assert record.error is None
-    assert sorted(record.crystal.numbers.tolist()) == [17, 55]
+    order = np.argsort(-record.crystal.numbers)
+    assert record.crystal.numbers[order].tolist() == [55, 17]
+    np.testing.assert_allclose(record.crystal.frac_coords[order], [[0, 0, 0], [0.5, 0.5, 0.5]], atol=1e-9)
     np.testing.assert_allclose(record.crystal.lattice, 4.2 * np.eye(3), atol=1e-9)
+
+
+@pytest.mark.parametrize("formula", ["", "_chemical_formula_sum Cs2"])
+def test_tags_in_any_spelling(tmp_path: Path, formula: str) -> None:
+    path = tmp_path / "x.cif"
+    text = cif(GENERAL, formula, "x,y,z\n-x,-y,-z")
+    for tag in ("_Symmetry_Equiv_Pos_As_XYZ", "_symmetry_equiv.pos_as_xyz", "_space_group_symop.operation_xyz"):
+        path.write_text(text.replace("_symmetry_equiv_pos_as_xyz", tag))
+        np.testing.assert_allclose(np.sort(as_crystal(path).frac_coords[:, 0]), [0.1, 0.9])
+    numbered = text.replace("x,y,z\n", "1 x,y,z\n").replace("-x,-y,-z", "2 -x,-y,-z")
+    for tag in ("_symmetry_equiv_pos_as_xyz", "_symmetry_equiv.pos_as_xyz"):
+        tags = f"_symmetry_equiv_pos_site_id {tag}"
+        path.write_text(numbered.replace("_symmetry_equiv_pos_as_xyz", tags).replace("'P 1'", "?"))
+        np.testing.assert_allclose(np.sort(as_crystal(path).frac_coords[:, 0]), [0.1, 0.9])
+    path.write_text(text.replace("loop_", "LOOP_", 1).replace("data_", "DATA_"))
+    np.testing.assert_allclose(np.sort(as_crystal(path).frac_coords[:, 0]), [0.1, 0.9])
+    path.write_text(cif("Cs1 Cs 0 0 0 0.5").replace("site_occupancy", "site_Occupancy"))
+    assert "is disordered" in only_error(path)
 
 
 def test_cif_writer_counts_the_whole_cell(tmp_path: Path) -> None:
@@ -619,6 +700,21 @@ def test_other_bad_files(tmp_path: Path) -> None:
     for name, (text, said) in bad.items():
         (tmp_path / name).write_text(text)
         assert said in only_error(tmp_path / name), name
+
+
+def test_poscar_of_a_volume_and_with_wrong_counts(tmp_path: Path) -> None:
+    lines = structure().to(fmt="poscar").splitlines()
+    lines[1] = f"{-8 * structure().volume}"
+    (tmp_path / "direct.vasp").write_text("\n".join(lines))
+    lines[7:] = ["Cartesian", *(" ".join(map(str, site.coords)) for site in structure())]
+    (tmp_path / "cartesian.vasp").write_text("\n".join(lines))
+    for name in ("direct.vasp", "cartesian.vasp"):
+        found = as_crystal(tmp_path / name)
+        np.testing.assert_allclose(found.lattice, 2 * CELL, atol=1e-5)
+        np.testing.assert_allclose(found.frac_coords, COORDS, atol=1e-5)
+    lines[5] += " Xe"
+    (tmp_path / "counts.vasp").write_text("\n".join(lines))
+    assert "has 4 elements and 3 numbers of atoms" in only_error(tmp_path / "counts.vasp")
 
 
 def test_poscar_without_element_names(tmp_path: Path) -> None:
@@ -671,10 +767,10 @@ def test_a_reader_that_dies_is_an_error_of_its_file(tmp_path: Path, monkeypatch:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory limits of a process are Linux's")
 def test_a_file_beyond_the_memory_limit_is_an_error_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half a site, which pymatgen reads, and that needs more than 48 MiB; a file that gemmi reads does not."""
+    """Half a site, which pymatgen reads, and that needs more than 60 MiB; a file that gemmi reads does not."""
     for name, occupancy in (("a", "1"), ("b", "0.5"), ("c", "1")):
         (tmp_path / f"{name}.cif").write_text(cif(f"Cs1 Cs 0 0 0 {occupancy}"))
-    monkeypatch.setattr(pool_module, "MEMORY_LIMIT", 48 * 2**20)
+    monkeypatch.setattr(pool_module, "MEMORY_LIMIT", 60 * 2**20)
     first, second, third = read_inputs(tmp_path, disorder="average")
     assert first.error is None and third.error is None
     assert second.crystal is None and second.error is not None
