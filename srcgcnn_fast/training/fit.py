@@ -93,8 +93,6 @@ def fit(
     """
     if not 0 <= seed < 2**32:
         raise InputError(f"The seed {seed} is not a number from 0 to 2³² - 1.")
-    if not 0 <= seed < 2**32:
-        raise InputError(f"The seed {seed} is not a number from 0 to 2³² - 1.")
     if accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         raise InputError("PyTorch finds no GPU here; train with accelerator 'cpu' or 'auto' (srcgcnn-fast doctor).")
     if captured and (accelerator == "cpu" or not torch.cuda.is_available()):
@@ -166,6 +164,7 @@ def _record(module: TrainingModule, data: GraphDataModule) -> dict[str, Any]:
         "data_seed": data.seed,
         "crystals": {name: len(part.indices) for name, part in data.parts.items()},
         "data_fingerprint": data.fingerprint(),
+        "graph_fingerprint": data.graph_fingerprint(),
         "target_mean": module.target_mean.tolist(),
         "target_std": module.target_std.tolist(),
     }
@@ -189,8 +188,9 @@ def _claim(directory: Path, record: dict[str, Any], resume: bool) -> Path | None
     if not file.exists():
         raise InputError(f"There is no run to resume in {directory}; start one without resume.")
     before = json.loads(file.read_text())
-    if "data_fingerprint" not in before:  # a run from before it was noted
-        record.pop("data_fingerprint")
+    for name in ("data_fingerprint", "graph_fingerprint"):
+        if name not in before:  # a run from before it was noted
+            record.pop(name)
     changed = [f"{k} ({before.get(k)} before, {record[k]} now)" for k in record if before.get(k) != record[k]]
     if changed:
         raise InputError(f"The run in {directory} was started with other settings: {'; '.join(changed)}; use those.")

@@ -21,7 +21,7 @@ from ..graph.elements import MIXES_BUILT_IN, element_features
 from ..nn import CGCNN, SRCGCNN, ModelMetadata
 from .data import GraphDataModule, Item
 from .distributed import of_all, place, total
-from .metrics import classification_metrics, regression_metrics
+from .metrics import check_classes, classification_metrics, regression_metrics
 from .optimizers import OPTIMIZERS, make_optimizer
 from .prefetch import Batches
 
@@ -145,6 +145,9 @@ class TrainingModule(pl.LightningModule):
             raise InputError(f"Some crystals are disordered: {MIXES_BUILT_IN}")
         given = data.target_values("train")
         mean, std = self._normaliser(given, data.targets)
+        if self.classification:
+            for part in data.parts:
+                check_classes(data.target_values(part))
         self.incomplete = bool(np.isnan(given).any())
         self.register_buffer("target_mean", torch.tensor(mean, dtype=torch.float32))
         self.register_buffer("target_std", torch.tensor(std, dtype=torch.float32))
@@ -165,8 +168,6 @@ class TrainingModule(pl.LightningModule):
         if targets.shape[1] != expected:
             raise InputError(f"The model has {expected} target(s), the data {targets.shape[1]}; make them agree.")
         if self.classification:
-            if not np.isin(targets, (0.0, 1.0)).all():
-                raise InputError("A classifier's target must be 0 or 1 for every crystal; this one has other values.")
             return [0.0], [1.0]
         return normalizer(targets, names)
 

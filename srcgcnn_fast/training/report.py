@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -357,20 +358,26 @@ def _pictures(found: _Found, out: Path, stem: str) -> list[tuple[str, str]]:
 
 
 def mean_history(histories: Sequence[Sequence[Mapping[str, float]]]) -> list[dict[str, float]]:
-    """One row an epoch: the mean over runs of the same length."""
-    return [{k: float(np.mean([row[k] for row in rows])) for k in rows[0]} for rows in zip(*histories, strict=True)]
+    """One row an epoch: the mean over the runs that came so far, of which patience ends some before others."""
+    epochs = [[row for row in rows if row is not None] for rows in zip_longest(*histories)]
+    return [{k: float(np.mean([row[k] for row in rows])) for k in rows[0]} for rows in epochs]
 
 
 def _by_depth(found: _Found) -> tuple[dict[int, np.ndarray], dict[str, float]] | None:
     """T -> errors of the plain SR-CGCNN; name -> error of each CGCNN."""
     steps, layers = {}, {}
+    first = found.section.variants[0]
     for variant in found.variants:
         options = {k: v for k, v in variant.hyperparameters.items() if v}
         if variant.model == "cgcnn":
             layers[variant.name] = float(found.maes(variant).mean())
-        elif set(options) <= {"n_recurrent_steps"} and variant.recipe == found.section.variants[0].recipe:
+        elif set(options) <= {"n_recurrent_steps"} and _training(variant) == _training(first):
             steps[int(options.get("n_recurrent_steps", 3))] = found.maes(variant)
     return (dict(sorted(steps.items())), layers) if len(steps) > 2 else None
+
+
+def _training(variant: Variant) -> tuple[Any, ...]:
+    return variant.recipe, variant.batch_size, variant.precision
 
 
 def composition(data: GraphDataModule, part: str) -> tuple[np.ndarray, np.ndarray]:

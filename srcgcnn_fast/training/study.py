@@ -381,6 +381,7 @@ def _key(variant: Variant, data: GraphDataModule, seed: int) -> dict[str, Any]:
         "targets": list(data.targets),
         "graph": {k: v for k, v in asdict(data.graph_parameters).items() if v != getattr(GraphParameters(), k)},
         "data": data.fingerprint(),
+        "graphs": data.graph_fingerprint(),
     }
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from srcgcnn_fast import CGCNN, SRCGCNN, InputError, load_model
+from srcgcnn_fast.graph import GraphStore
 from srcgcnn_fast.training import GraphDataModule, Recipe, Split, TrainingModule, evaluate, fit
 from srcgcnn_fast.training.callbacks import write_table
 from srcgcnn_fast.training.module import _Losses, normalizer
@@ -354,7 +355,11 @@ def test_a_run_is_not_continued_with_other_crystals(alloys, tmp_path):
     with pytest.raises(InputError, match="data_fingerprint"):
         run(alloys, tmp_path, epochs=1, split=Split(train, second, first), resume=True)
     record = json.loads((tmp_path / "run.json").read_text())
-    del record["data_fingerprint"]  # a run of an older version
+    shifted = [dataclasses.replace(graph, distance=graph.distance + np.float32(0.01)) for graph in alloys]
+    shifted = GraphStore.from_graphs(shifted, targets=alloys.targets)
+    with pytest.raises(InputError, match=r"other settings: graph_fingerprint \(\w+ before, \w+ now\); use"):
+        run(shifted, tmp_path, epochs=1, split=Split(train, first, second), resume=True)
+    del record["data_fingerprint"], record["graph_fingerprint"]  # a run of an older version
     (tmp_path / "run.json").write_text(json.dumps(record))
     run(alloys, tmp_path, epochs=1, split=Split(train, first, second), resume=True)
 
@@ -394,6 +399,12 @@ def test_bad_requests_are_sentences(alloys, tmp_path):
         TrainingModule(SRCGCNN(), GraphDataModule(alloys, ["energy", "high"]), Recipe())
     with pytest.raises(InputError, match="0 or 1"):
         TrainingModule(SRCGCNN(classification=True), GraphDataModule(alloys, "energy"), Recipe())
+    data = GraphDataModule(alloys, "high")
+    for part in ("test", "val"):  # which would be taken for 0, or stop the run after its last epoch
+        dataset, indices = data.parts[part]
+        dataset.targets[indices[0]] = 0.7
+        with pytest.raises(InputError, match=r"0 or 1 for every crystal; this one has 0\.7"):
+            TrainingModule(SRCGCNN(classification=True), data, Recipe())
     for name in ("weight_decay", "momentum", "gamma"):
         for value in (-0.1, float("nan")):
             with pytest.raises(InputError, match=f"{name} {value} is not a number of at least 0"):

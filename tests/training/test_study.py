@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -255,6 +256,8 @@ def test_what_decides_a_run(alloys):
     data = GraphDataModule(alloys, "energy")
     values = alloys.targets["energy"] + 1e-6
     corrected = GraphStore.from_graphs([alloys[i] for i in range(len(alloys))], targets={"energy": values})
+    relaxed = [dataclasses.replace(graph, distance=graph.distance * np.float32(1.001)) for graph in alloys]
+    strained = GraphStore.from_graphs(relaxed, targets={"energy": alloys.targets["energy"]})
     variant = small_study().sections[0].variants[0]
 
     def place(variant=variant, data=data, seed=0):
@@ -271,8 +274,9 @@ def test_what_decides_a_run(alloys):
         place(data=GraphDataModule(alloys, "energy", split=(0.7, 0.2, 0.1))),
         place(data=GraphDataModule(alloys, "energy", seed=1)),
         place(data=GraphDataModule(corrected, "energy")),
+        place(data=GraphDataModule(strained, "energy")),
     ]
-    assert len({*others, place()}) == 10
+    assert len({*others, place()}) == 11
 
 
 def test_a_paired_difference_has_the_interval_of_its_crystals():
@@ -295,6 +299,23 @@ def test_atoms_and_elements_are_those_of_the_crystals(alloys):
         graph = alloys[int(index)]
         assert atoms[k] == graph.n_atoms
         assert set(np.flatnonzero(holds[k])) == set(graph.numbers.tolist())
+
+
+def test_runs_that_patience_ends_share_a_curve():
+    long, short = [{"epoch": 1, "val_mae": 0.4}, {"epoch": 2, "val_mae": 0.3}], [{"epoch": 1, "val_mae": 0.2}]
+    mean = [{"epoch": 1, "val_mae": pytest.approx(0.3)}, {"epoch": 2, "val_mae": 0.3}]
+    assert report.mean_history([long, short]) == report.mean_history([short, long]) == mean
+
+
+def test_errors_by_steps_are_of_runs_that_were_trained_alike(alloys):
+    variants = [Variant(f"T = {t}", "sr-cgcnn", {"n_recurrent_steps": t}, RECIPE, 32) for t in (1, 2, 3)]
+    variants.append(Variant("small batches", "sr-cgcnn", {"n_recurrent_steps": 3}, RECIPE, 8))
+    section, nothing = Section("Steps", tuple(variants), ("energy",), (0,)), np.zeros(1)
+    runs = {
+        ("energy", 0, v.name): study.Run(Path(), {}, [], ["x"], nothing, nothing + k) for k, v in enumerate(variants)
+    }
+    steps, _ = report._by_depth(report._Found(section, runs, GraphDataModule(alloys, "energy"), "energy"))
+    assert steps == {1: [0.0], 2: [1.0], 3: [2.0]}
 
 
 def test_a_report_says_what_is_missing(alloys, finished, tmp_path):
