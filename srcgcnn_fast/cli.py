@@ -353,7 +353,7 @@ def compare(arguments: argparse.Namespace) -> None:
         arguments.source,
         targets[0],
         out_dir=arguments.out,
-        epochs=arguments.epochs or 30,
+        epochs=30 if arguments.epochs is None else arguments.epochs,
         lr=arguments.lr,
         optimizer=arguments.optimizer,
         schedule=arguments.schedule,
@@ -393,7 +393,8 @@ def _compare_study(arguments: argparse.Namespace, targets: list[str]) -> None:
         changes = (targets, arguments.seeds or (), arguments.epochs, arguments.precision)
         study = read_study(arguments.study).changed(*changes)
     else:
-        recipe = Recipe(arguments.epochs or 30, arguments.lr, arguments.optimizer, schedule=arguments.schedule)
+        epochs = 30 if arguments.epochs is None else arguments.epochs
+        recipe = Recipe(epochs, arguments.lr, arguments.optimizer, schedule=arguments.schedule)
         study = pair_study(
             targets,
             arguments.seeds or (arguments.seed,),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .errors import InputError
 from .files import atomic_path
@@ -84,7 +84,10 @@ class Ensemble(Sampler):
 
 @dataclass
 class MonteCarloDropout(Sampler):
-    """One model, asked ``passes`` times with its dropout left on (Gal & Ghahramani 2016); repeats give equal numbers.
+    """One model, asked ``passes`` times with its dropout left on (Gal & Ghahramani 2016).
+
+    A pass drops the same features of every crystal, and repeats drop the same again, so that a prediction does not
+    depend on the batch that the crystal is in.
 
     Raises:
         InputError: the model has no dropout, or the passes are fewer than two.
@@ -111,17 +114,11 @@ class MonteCarloDropout(Sampler):
         return [self.model]
 
     def samples(self, batch: GraphBatch) -> Tensor:
-        dropout: nn.Dropout = self.model.dropout  # type: ignore[assignment]
         pooled = self.model.features(batch)  # dropout acts on the head alone, so the convolutions run once
-        devices = [pooled.device] if pooled.is_cuda else []
-        mode = dropout.training
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(0)
-            dropout.train()
-            try:
-                return torch.stack([self.model.predict_from(pooled) for _ in range(self.passes)])
-            finally:
-                dropout.train(mode)
+        rate: float = self.model.dropout.p  # type: ignore[union-attr]
+        shape = self.passes, self.model.hyperparameters["h_fea_len"]
+        kept = torch.rand(shape, generator=torch.Generator().manual_seed(0)) >= rate
+        return torch.stack([self.model.predict_from(pooled, each) for each in (kept / (1 - rate)).to(pooled)])
 
 
 def save_ensemble(ensemble: Ensemble, directory: str | os.PathLike[str]) -> Path:

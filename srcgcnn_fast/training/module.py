@@ -19,6 +19,7 @@ from ..capture import CapturedTraining
 from ..errors import InputError
 from ..graph.elements import MIXES_BUILT_IN, element_features
 from ..nn import CGCNN, SRCGCNN, ModelMetadata
+from ..uncertainty import DROPOUT_SCALE
 from .data import GraphDataModule, Item
 from .distributed import of_all, place, total
 from .metrics import check_classes, classification_metrics, regression_metrics
@@ -153,9 +154,8 @@ class TrainingModule(pl.LightningModule):
         self.register_buffer("target_std", torch.tensor(std, dtype=torch.float32))
         self.register_buffer("class_weight", self._class_weight(given), persistent=False)
         self._frozen, self._stopped = _freeze(model, recipe.freeze)
-        model.metadata = ModelMetadata(
-            data.targets, data.units, tuple(mean), tuple(std), data.graph_parameters, model.metadata.extra
-        )
+        extra = {name: value for name, value in model.metadata.extra.items() if name != DROPOUT_SCALE}
+        model.metadata = ModelMetadata(data.targets, data.units, tuple(mean), tuple(std), data.graph_parameters, extra)
         self.save_hyperparameters(
             {"model": type(model).__name__, "hyperparameters": model.hyperparameters, **asdict(recipe), "seed": seed}
         )

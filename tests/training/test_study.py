@@ -342,6 +342,9 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
         assert "PyTorch finds no GPU here" in capsys.readouterr().err
     assert main(["compare", "a.parquet", "--study", "paper", "--lr", "1", "--seed", "3"]) == 2
     assert "The study paper says itself what --lr, --seed would" in capsys.readouterr().err
+    for target in ([], ["--seeds", "0"], ["--study", "paper"]):
+        assert main(["compare", "a.parquet", "--target", "formation_energy_per_atom", "--epochs", "0", *target]) == 2
+        assert "Training for 0 epochs does nothing" in capsys.readouterr().err
     assert main(["compare", "a.parquet"]) == 2
     assert "--target" in capsys.readouterr().err
     assert main(["compare", "a.parquet", "--study", "paper", "--unit", "eV"]) == 2
