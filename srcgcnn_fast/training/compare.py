@@ -22,6 +22,7 @@ from ..nn import CGCNN, SRCGCNN
 from .data import GraphDataModule
 from .evaluate import Evaluation, evaluate
 from .fit import FitResult, fit
+from .metrics import decimals
 from .module import Recipe
 from .plots import learning_curves, parity_plot
 from .sources import Source, prepared
@@ -80,7 +81,10 @@ class Comparison:
         """Markdown, as in the paper: parameters of the convolutions, MAE and time of each, and their ratios."""
         rows = [
             ["model", "convolution parameters", f"MAE ({self.unit})" if self.unit else "MAE", "seconds"],
-            *([c.name, f"{c.conv_parameters:,}", f"{c.mae:.4f}", f"{c.seconds:.1f}"] for c in self.contestants),
+            *(
+                [c.name, f"{c.conv_parameters:,}", f"{c.mae:.{decimals(c.mae)}f}", f"{c.seconds:.1f}"]
+                for c in self.contestants
+            ),
             ["SR-CGCNN / CGCNN", *(f"{ratio:.3f}" for ratio in self.ratios.values())],
         ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -260,12 +264,13 @@ def _report(comparison: Comparison) -> dict[str, Any]:
 
 def _markdown(comparison: Comparison, report: dict[str, Any]) -> str:
     sizes, settings, machine = report["crystals"], report["settings"], report["machine"]
-    device = machine["gpu"] or f"{machine['threads']} CPU threads"
+    device, guess = machine["gpu"] or f"{machine['threads']} CPU threads", comparison.mean_predictor_mae
+    mean = f"{guess:.{decimals(guess)}f} {comparison.unit}".rstrip()
     return (
         f"# {comparison.target}\n\n{comparison.table()}\n\n"
         f"MAE of {sizes[comparison.part]:,} {comparison.part} crystals; {sizes['train']:,} were trained on, "
         f"{sizes['val']:,} chose the best epoch. "
-        f"Predicting the mean gives {report['mean_predictor_mae']:.4f} {comparison.unit}.\n\n"
+        f"Predicting the mean gives {mean}.\n\n"
         f"Both: {settings['epochs']} epochs, batches of {settings['batch_size']}, {settings['optimizer']}, "
         f"lr {settings['lr']:g}, {settings['schedule']} schedule, seed {settings['seed']}; {device}, "
         f"{settings['precision']}. Seconds are those of the training steps.\n\n"

@@ -73,7 +73,7 @@ def fit(
 
     Processes that ``torchrun`` started and that all make this call train as one: they share every batch, batch norm is
     synchronised, rank 0 writes, all return the same. Losses, gradients and batches are those of one process with the
-    same ``data`` (but for rounding, and for a classifier's dropout, which differs), so a run may be resumed with
+    same ``data`` (but for rounding, and for dropout, which differs), so a run may be resumed with
     another number of processes. All must see ``run_dir``.
 
     Args:

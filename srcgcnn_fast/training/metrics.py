@@ -72,3 +72,8 @@ def classification_metrics(probability: Tensor, label: Tensor) -> dict[str, floa
         "f1": float(functional.binary_f1_score(probability, label)),
         "auc": float(functional.binary_auroc(probability, label)) if both else math.nan,
     }
+
+
+def decimals(error: float) -> int:
+    """Four, or as many as leave an ``error`` three digits where the unit makes it small."""
+    return max(4, 2 - math.floor(math.log10(error))) if 0 < error < math.inf else 4

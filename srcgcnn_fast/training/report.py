@@ -20,6 +20,7 @@ from ..graph.parameters import GraphParameters
 from ..graph.store import GraphStore
 from . import plots
 from .data import GraphDataModule
+from .metrics import decimals
 from .module import Recipe
 from .sources import Source, prepared
 from .study import Run, Runs, Section, Study, Variant, kept_runs, run_study
@@ -212,9 +213,8 @@ def _introduction(
         train = module.target_values("train")
         guess = float(np.abs(module.target_values(part) - np.median(train)).mean())
         unit = module.units[0]
-        lines.append(
-            f"{target.replace('_', ' ')}: {sizes} crystals; predicting the median gives {guess:.4f} {unit}".rstrip()
-        )
+        said = f"{guess:.{decimals(guess)}f} {unit}".rstrip()
+        lines.append(f"{target.replace('_', ' ')}: {sizes} crystals; predicting the median gives {said} ({part})")
     distinct = {run.directory: run for _, runs in results for run in runs.values()}.values()
     hours = sum(run.scores["wall_seconds"] for run in distinct) / 3600
     machines = sorted({run.scores["gpu"] or f"{run.scores['threads']} CPU thread(s)" for run in distinct})
@@ -268,7 +268,8 @@ def _table(found: _Found, summaries: Sequence[Mapping[str, Any]]) -> _Block:
         row += [_plus_minus(found.maes(variant, "val_mae"))] * (found.part == "test")
         row += [_plus_minus(found.maes(variant, "train_mae")), str(s["seeds"])]
         if (gap := s["difference"]) is not None:
-            row += [f"{gap['mean']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]", f"{100 * s['ratio'] - 100:+.1f}"]
+            mean, low, high = (f"{gap[key]:+.{decimals(s['mae'])}f}" for key in ("mean", "low", "high"))
+            row += [f"{mean} [{low}, {high}]", f"{100 * s['ratio'] - 100:+.1f}"]
         else:
             row += ["", ""]
         memory = s["peak_memory_bytes"]
@@ -279,8 +280,9 @@ def _table(found: _Found, summaries: Sequence[Mapping[str, Any]]) -> _Block:
 
 
 def _plus_minus(values: np.ndarray) -> str:
-    spread = f" ± {values.std(ddof=1):.4f}" if len(values) > 1 else ""
-    return f"{values.mean():.4f}{spread}"
+    places = decimals(values.mean())
+    spread = f" ± {values.std(ddof=1):.{places}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{places}f}{spread}"
 
 
 def _summary(found: _Found, variant: Variant) -> dict[str, Any]:

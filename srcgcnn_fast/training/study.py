@@ -27,6 +27,7 @@ from ..serialization import load_model
 from .data import GraphDataModule
 from .evaluate import evaluate
 from .fit import FitResult, fit
+from .metrics import decimals
 from .module import Recipe
 
 logger = logging.getLogger(__name__)
@@ -296,10 +297,11 @@ def run_study(
             if is_new:
                 trained, spent = trained + 1, spent + time.perf_counter() - started
             if tell is not None:
+                mae = result.errors.mean()
                 left = f", about {spent / trained * (total - done) / 60:.0f} min left" if trained else ""
                 tell(
                     f"{done}/{total} {section.title}: {variant.name}, {target}, seed {seed}: "
-                    f"{section.scored} MAE {result.errors.mean():.4f}{left if is_new else ', as before'}"
+                    f"{section.scored} MAE {mae:.{decimals(mae)}f}{left if is_new else ', as before'}"
                 )
         yield section, runs
 

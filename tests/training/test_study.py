@@ -301,6 +301,12 @@ def test_atoms_and_elements_are_those_of_the_crystals(alloys):
         assert set(np.flatnonzero(holds[k])) == set(graph.numbers.tolist())
 
 
+def test_errors_in_a_small_unit_have_digits():
+    errors = np.array([0.0582, 0.0586])
+    assert report._plus_minus(errors) == "0.0584 ± 0.0003"
+    assert report._plus_minus(1e-9 * errors) == "0.0000000000584 ± 0.0000000000003"
+
+
 def test_runs_that_patience_ends_share_a_curve():
     long, short = [{"epoch": 1, "val_mae": 0.4}, {"epoch": 2, "val_mae": 0.3}], [{"epoch": 1, "val_mae": 0.2}]
     mean = [{"epoch": 1, "val_mae": pytest.approx(0.3)}, {"epoch": 2, "val_mae": 0.3}]
