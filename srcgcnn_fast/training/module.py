@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import sys
 import time
@@ -26,8 +27,12 @@ from .metrics import check_classes, classification_metrics, regression_metrics
 from .optimizers import OPTIMIZERS, make_optimizer
 from .prefetch import Batches
 
+logger = logging.getLogger(__name__)
+
 SCHEDULES = ("constant", "multistep", "cosine", "one_cycle")
 LOSSES = ("mse", "mae")
+_ROUNDED = 1e4
+"""Mean over deviation of a target from which on rounding to single precision is 0.1 % of the deviation."""
 PARTS = {
     "embedding": ("embedding",),
     "convolutions": (
@@ -169,6 +174,8 @@ class TrainingModule(pl.LightningModule):
             raise InputError(f"The model has {expected} target(s), the data {targets.shape[1]}; make them agree.")
         if self.classification:
             return [0.0], [1.0]
+        for name, column in zip(names, targets.T, strict=True):
+            _warn_of_rounding(name, column[~np.isnan(column)])
         return normalizer(targets, names)
 
     def _class_weight(self, targets: np.ndarray) -> Tensor | None:
@@ -391,6 +398,18 @@ def normalizer(targets: np.ndarray, names: Sequence[str]) -> tuple[list[float], 
     given = targets.astype(np.float32)  # as they are trained on; in float64 the deviation of 0.3, 0.3, … is not quite 0
     std = np.where(np.nanmax(given, axis=0) > np.nanmin(given, axis=0), np.nanstd(targets, axis=0), 0.0)
     return np.nanmean(targets, axis=0).tolist(), np.where(std > 0, std, 1.0).tolist()
+
+
+def _warn_of_rounding(name: str, values: np.ndarray) -> None:
+    if not len(values) or values.max() == values.min():
+        return
+    mean, std = float(values.mean()), float(values.std())
+    if abs(mean) > _ROUNDED * std:
+        logger.warning(
+            "%s is %.6g ± %.2g, and single precision has steps of %.1g there; subtract what all crystals have, such as "
+            "energies of the elements",
+            name, mean, std, np.spacing(np.float32(abs(mean))),
+        )  # fmt: skip
 
 
 def _freeze(model: nn.Module, parts: tuple[str, ...]) -> tuple[list[nn.Module], list[nn.Parameter]]:

@@ -308,6 +308,14 @@ def test_a_constant_target_is_divided_by_one(number):
     assert std == [1.0, pytest.approx(np.arange(127).std())] and mean[0] == pytest.approx(number, rel=1e-12)
 
 
+@pytest.mark.parametrize(("shift", "scale", "warns"), [(0, 1, False), (1e5, 1, True), (0.3, 0, False)])
+def test_a_target_that_loses_its_digits_is_named(alloys, caplog, shift, scale, warns):
+    values = {"energy": shift + scale * alloys.targets["energy"]}
+    store = GraphStore.from_graphs(list(alloys), targets=values)
+    TrainingModule(SRCGCNN(), GraphDataModule(store, "energy"), Recipe())
+    assert ("single precision has steps of 0.008 there; subtract" in caplog.text) is warns
+
+
 def test_classifier(alloys, tmp_path):
     result = run(alloys, tmp_path, target="high", epochs=20)
     assert result.best["val_auc"] == max(row["val_auc"] for row in result.history)
