@@ -106,7 +106,7 @@ def fit(
         record = _record(module, data) | {"precision": precision}
         checkpoint = distributed.on_rank_zero(_claim, directory, record, resume)
         files = RunFiles(directory, monitor, larger_is_better=module.classification, patience=recipe.patience)
-        unit = model.metadata.units[0] if len(data.targets) == 1 else ""
+        unit = model.metadata.units[0] if monitor == "val_mae" else ""
         averages = [_moving_average(recipe.ema)] if recipe.ema is not None else []
         bars = [RunBar(type(model).__name__.replace("SR", "SR-"), monitor, unit)] if progress else []
         started = time.perf_counter()
