@@ -143,6 +143,11 @@ def fit(
         module.thaw()  # or a model whose training was interrupted would keep its frozen parts, whatever comes next
 
 
+def check_trainable(model: CGCNN | SRCGCNN, data: GraphDataModule, recipe: Recipe | None) -> None:
+    """Raises InputError: these data cannot train, or not choose an epoch; ``model`` is of no use afterwards."""
+    _monitor(TrainingModule(model, data, recipe or Recipe()), data)
+
+
 def _monitor(module: TrainingModule, data: GraphDataModule) -> str:
     if not module.classification:
         return "val_mae" if len(data.targets) == 1 else "val_mae_scaled"

@@ -147,7 +147,7 @@ def write_report(
     record: list[dict[str, Any]] = []
     for number, (section, runs) in enumerate(results):
         blocks += [_heading(2, section.title), *_text(section.text), *_settings(section)]
-        planned = len(list(section.runs()))
+        planned = len({(target, seed, variant.name) for target, seed, variant in section.runs()})
         if len(runs) < planned:
             blocks.append(_paragraph(f"{planned - len(runs)} of {planned} runs of this section are still missing."))
         for target in section.targets:

@@ -226,6 +226,8 @@ def _variant(name: str, recipe: dict[str, Any], content: Any) -> Variant:
 
 
 def _setting(name: str, key: str, value: Any, default: Any) -> Any:
+    if key == "milestones":
+        return tuple(_number(name, key, epoch, whole=True) for epoch in _listed(value))
     if isinstance(value, list) or isinstance(default, tuple):
         return tuple(_listed(value))
     if isinstance(default, str) or key == "class_weights" or (value is None and default is None):

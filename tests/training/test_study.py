@@ -92,6 +92,7 @@ def test_the_innermost_setting_counts(tmp_path):
         ("seeds: [0, 1]", "seeds: [a]", "seeds is 'a'; write a whole number"),
         ("epochs: 7", "epochs: 7.5", "epochs is 7.5; write a whole number"),
         ("lr: 1e-3", "lr:", "lr is None; write a number"),
+        ("milestones: [3, 4]", "milestones: [3, late]", "B: milestones is 'late'; write a whole number"),
         ("batch_size: 32", "batch_size: many", "batch_size is 'many'; write a whole number"),
         ("model: cgcnn", "model: cgcnn, classification: true", "A: a study compares errors"),
         ("variants:", "variants: [1]\n    text:", "variants is .*; write a name and a value a line"),
@@ -325,7 +326,7 @@ def test_errors_by_steps_are_of_runs_that_were_trained_alike(alloys):
 
 
 def test_a_report_says_what_is_missing(alloys, finished, tmp_path):
-    plan = small_study(seeds=(0, 1, 2))
+    plan = small_study(seeds=(0, 1, 2, 2))
     data = {target: GraphDataModule(alloys, target) for target in plan.targets}
     runs = study.kept_runs(plan.sections[0], data, finished / "runs")
     assert len(runs) == 8
