@@ -138,7 +138,8 @@ def compare(
         accelerator: where to train, and ``precision`` of a GPU's arithmetic, as for :func:`fit`.
 
     Raises:
-        InputError: the target does not exist or fewer than 20 crystals have it.
+        InputError: the target does not exist or fewer than 20 crystals have it, or ``out_dir`` holds other files where
+            the runs go.
     """
     out = Path(out_dir)
     sources = {"graphs": source, "graphs-val": val_source, "graphs-test": test_source}
@@ -152,6 +153,8 @@ def compare(
     widths = {"atom_fea_len": atom_fea_len, "h_fea_len": h_fea_len}
     how: dict[str, Any] = {"accelerator": accelerator, "precision": precision, "progress": progress}
     widths["nbr_fea_len"] = data.graph_parameters.n_gaussians()
+
+    _check_replaceable(out / "cgcnn", out / "sr_cgcnn")
 
     def contestant(name: str, directory: str, build: Callable[..., CGCNN | SRCGCNN], **depth: int) -> Contestant:
         shutil.rmtree(out / directory, ignore_errors=True)  # the run of an earlier comparison
@@ -180,6 +183,13 @@ def compare(
     )
     _write(comparison)
     return comparison
+
+
+def _check_replaceable(*runs: Path) -> None:
+    """Is there nothing but runs of an earlier comparison? A clone of txie-93/cgcnn has such a name, too."""
+    for run in runs:
+        if run.exists() and any(run.iterdir()) and not (run / "run.json").is_file():
+            raise InputError(f"{run} holds other files than a run; write the comparison to another directory.")
 
 
 def _data(

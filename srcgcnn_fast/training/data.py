@@ -44,7 +44,7 @@ def random_split(indices: np.ndarray, fractions: Sequence[float], seed: int) -> 
     Raises:
         InputError: the fractions are not three numbers in 0…1 that sum to at most 1.
     """
-    if len(fractions) != 3 or min(fractions) < 0 or sum(fractions) > 1 + 1e-9:
+    if len(fractions) != 3 or not (min(fractions) >= 0 and sum(fractions) <= 1 + 1e-9):
         raise InputError(
             f"The split {tuple(fractions)} is not three fractions (train, val, test) that sum to at most 1."
         )

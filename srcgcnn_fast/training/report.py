@@ -430,7 +430,8 @@ def _list(lines: Sequence[str]) -> _Block:
 
 
 def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> _Block:
-    lines = "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in (header, ["---"] * len(header), *rows)]
+    lines = "\n".join(f"| {' | '.join(line)} |" for line in escaped)
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join(f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in rows)
     return _Block(lines, f"<table><tr>{head}</tr>{body}</table>")

@@ -65,6 +65,14 @@ def test_without_a_test_part_the_validation_part_is_scored(alloys, tmp_path):
     assert result.part == "val" and len(result.cgcnn.evaluation.ids) == 16
 
 
+def test_a_directory_that_is_no_run_is_not_removed(alloys, tmp_path):
+    (tmp_path / "sr_cgcnn").mkdir()
+    (tmp_path / "sr_cgcnn" / "main.py").write_text("mine")
+    with pytest.raises(InputError, match="sr_cgcnn holds other files than a run"):
+        compare(alloys, "energy", out_dir=tmp_path, epochs=1)
+    assert (tmp_path / "sr_cgcnn" / "main.py").read_text() == "mine" and not (tmp_path / "cgcnn").exists()
+
+
 def test_too_few_crystals_are_refused(alloys, tmp_path):
     few = GraphStore.from_graphs([alloys[i] for i in range(12)], targets={"energy": alloys.targets["energy"][:12]})
     with pytest.raises(InputError, match="Only 12 crystals"):

@@ -25,7 +25,7 @@ def test_split_is_disjoint_complete_and_seeded():
     assert not np.array_equal(parts.train, other.train)
 
 
-@pytest.mark.parametrize("fractions", [(0.8, 0.2), (0.8, 0.3, 0.1), (1.1, -0.1, 0.0)])
+@pytest.mark.parametrize("fractions", [(0.8, 0.2), (0.8, 0.3, 0.1), (1.1, -0.1, 0.0), (0.8, float("nan"), 0.1)])
 def test_bad_fractions_are_refused(fractions):
     with pytest.raises(InputError, match="fractions"):
         random_split(np.arange(10), fractions, 0)

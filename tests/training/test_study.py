@@ -302,6 +302,10 @@ def test_atoms_and_elements_are_those_of_the_crystals(alloys):
         assert set(np.flatnonzero(holds[k])) == set(graph.numbers.tolist())
 
 
+def test_a_name_with_a_bar_stays_in_its_cell():
+    assert report._grid(["model"], [["lr | wd"]]).markdown.endswith("| lr \\| wd |")
+
+
 def test_errors_in_a_small_unit_have_digits():
     errors = np.array([0.0582, 0.0586])
     assert report._plus_minus(errors) == "0.0584 ± 0.0003"
