@@ -141,8 +141,9 @@ def save_ensemble(ensemble: Ensemble, directory: str | os.PathLike[str]) -> Path
 
 
 def check_replaceable(target: Path) -> None:
-    """Raises InputError: ``target`` holds something else than an ensemble."""
-    if target.exists() and any(target.iterdir()) and not (target / ENSEMBLE).is_file():
+    """Raises InputError: ``target`` holds something else than an ensemble, or something beside it."""
+    held = {file.name for file in target.iterdir() if not file.name.startswith("member_")} if target.exists() else set()
+    if held - {ENSEMBLE} or (held != {ENSEMBLE} and any(target.glob("*"))):
         raise InputError(f"{target} holds other files; give save_ensemble a new directory.")
 
 

@@ -103,8 +103,11 @@ def test_what_cannot_spread_is_a_sentence(tmp_path):
     with pytest.raises(InputError, match="no ensemble"):
         load_ensemble(tmp_path)
     (tmp_path / "notes").write_text("mine")
-    with pytest.raises(InputError, match="other files"):
-        save_ensemble(Ensemble([model(), model(1)]), tmp_path)
+    save_ensemble(Ensemble([model(), model(1)]), tmp_path / "mixed")
+    (tmp_path / "mixed" / "notes").write_text("mine")
+    for place in (tmp_path, tmp_path / "mixed"):
+        with pytest.raises(InputError, match="other files"):
+            save_ensemble(Ensemble([model(), model(1)]), place)
 
 
 def test_a_classifier_keeps_the_published_dropout():
