@@ -216,7 +216,7 @@ def _introduction(
         said = f"{guess:.{decimals(guess)}f} {unit}".rstrip()
         lines.append(f"{target.replace('_', ' ')}: {sizes} crystals; predicting the median gives {said} ({part})")
     distinct = {run.directory: run for _, runs in results for run in runs.values()}.values()
-    hours = sum(run.scores["wall_seconds"] for run in distinct) / 3600
+    hours = sum(row["seconds"] for run in distinct for row in run.history) / 3600  # also before an interruption
     machines = sorted({run.scores["gpu"] or f"{run.scores['threads']} CPU thread(s)" for run in distinct})
     return [
         *_text(study.text),

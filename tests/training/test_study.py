@@ -334,8 +334,14 @@ def test_a_report_says_what_is_missing(alloys, finished, tmp_path):
     data = {target: GraphDataModule(alloys, target) for target in plan.targets}
     runs = study.kept_runs(plan.sections[0], data, finished / "runs")
     assert len(runs) == 8
-    report.write_report(plan, [(plan.sections[0], runs)], data, tmp_path, "again")
-    assert "4 of 12 runs of this section are still missing." in (tmp_path / "report.md").read_text()
+    slow = {
+        key: dataclasses.replace(run, history=[{**row, "seconds": 3600.0} for row in run.history])
+        for key, run in runs.items()
+    }
+    report.write_report(plan, [(plan.sections[0], slow)], data, tmp_path, "again")
+    text = (tmp_path / "report.md").read_text()
+    assert "4 of 12 runs of this section are still missing." in text
+    assert "8 run(s), 16.00 h of training in all" in text  # of all epochs, also those before an interruption
 
 
 def test_the_command_line(tmp_path, capsys, monkeypatch):
