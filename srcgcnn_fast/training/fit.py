@@ -144,8 +144,10 @@ def fit(
 
 
 def check_trainable(model: CGCNN | SRCGCNN, data: GraphDataModule, recipe: Recipe | None) -> None:
-    """Raises InputError: these data cannot train, or not choose an epoch; ``model`` is of no use afterwards."""
-    _monitor(TrainingModule(model, data, recipe or Recipe()), data)
+    """Raises InputError: ``data`` cannot train ``model``, or not choose an epoch."""
+    module = TrainingModule(model, data, recipe or Recipe())
+    module.thaw()
+    _monitor(module, data)
 
 
 def _monitor(module: TrainingModule, data: GraphDataModule) -> str:
