@@ -274,7 +274,9 @@ def _report(comparison: Comparison) -> dict[str, Any]:
 
 def _markdown(comparison: Comparison, report: dict[str, Any]) -> str:
     sizes, settings, machine = report["crystals"], report["settings"], report["machine"]
-    device, guess = machine["gpu"] or f"{machine['threads']} CPU threads", comparison.mean_predictor_mae
+    on_cpu = f"{machine['threads']} CPU thread(s), float32"  # whatever a GPU would do
+    arithmetic = f"{machine['gpu']}, {settings['precision']}" if machine["gpu"] else on_cpu
+    guess = comparison.mean_predictor_mae
     mean = f"{guess:.{decimals(guess)}f} {comparison.unit}".rstrip()
     return (
         f"# {comparison.target}\n\n{comparison.table()}\n\n"
@@ -282,7 +284,7 @@ def _markdown(comparison: Comparison, report: dict[str, Any]) -> str:
         f"{sizes['val']:,} chose the best epoch. "
         f"Predicting the mean gives {mean}.\n\n"
         f"Both: {settings['epochs']} epochs, batches of {settings['batch_size']}, {settings['optimizer']}, "
-        f"lr {settings['lr']:g}, {settings['schedule']} schedule, seed {settings['seed']}; {device}, "
-        f"{settings['precision']}. Seconds are those of the training steps.\n\n"
+        f"lr {settings['lr']:g}, {settings['schedule']} schedule, seed {settings['seed']}; "
+        f"{arithmetic}. Seconds are those of the training steps.\n\n"
         "![parity](parity.png)\n![learning curves](learning_curves.png)\n"
     )

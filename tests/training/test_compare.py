@@ -11,6 +11,7 @@ from srcgcnn_fast import InputError, predict
 from srcgcnn_fast.graph import GraphStore
 from srcgcnn_fast.training import compare
 from srcgcnn_fast.training.alloys import write_alloys
+from srcgcnn_fast.training.compare import _markdown
 from srcgcnn_fast.training.demo import cache_directory, demo
 
 FILES = ("compare.md", "compare.json", "parity.png", "learning_curves.png")
@@ -40,6 +41,9 @@ def test_every_file_is_written(comparison):
     assert report["models"]["SR-CGCNN"]["mae"] == comparison.sr_cgcnn.mae
     assert report["crystals"] == {"train": 128, "val": 16, "test": 16}
     assert not list(comparison.out_dir.glob(".*"))  # no temporary files
+    settings, machine = {**report["settings"], "precision": "tf32"}, {**report["machine"], "threads": 3}
+    for gpu, says in ((None, "; 3 CPU thread(s), float32. Seconds"), ("H200", "; H200, tf32. Seconds")):
+        assert says in _markdown(comparison, {**report, "settings": settings, "machine": {**machine, "gpu": gpu}})
 
 
 def test_both_were_scored_on_the_same_crystals(comparison):
