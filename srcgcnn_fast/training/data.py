@@ -184,7 +184,7 @@ class GraphDataModule(pl.LightningDataModule):
         num_workers: processes that assemble batches ahead; 0 assembles in the training process.
 
     Crystals without any of the targets are left out and counted in the log; one of several that is missing is NaN.
-    Given indices that validate or test what is also trained on are counted in the log, too.
+    What is trained on and also validates or tests is counted, too, in several stores by id and targets.
 
     Raises:
         InputError: a target does not exist or is named twice, too few crystals have it, or given indices do not fit.
@@ -222,7 +222,6 @@ class GraphDataModule(pl.LightningDataModule):
         if val_store is None:
             parts = split if isinstance(split, Split) else random_split(whole.usable(), split, seed)
             self.parts = {name: Part(whole, _indices(name, part)) for name, part in parts._asdict().items()}
-            _warn_of_overlap(self.parts)
         else:
             datasets = {"train": whole, "val": _dataset(val_store, self.targets)}
             datasets["test"] = _dataset(test_store, self.targets) if test_store else datasets["val"]
@@ -230,6 +229,7 @@ class GraphDataModule(pl.LightningDataModule):
             if test_store is None:
                 self.parts["test"] = Part(whole, whole.usable()[:0])
         _check_parts(self.parts)
+        _warn_of_overlap(self.parts)
 
     def target_values(self, part: str = "train") -> np.ndarray:
         """(n, T) float64, the targets of one part, in the order of its indices."""
@@ -350,10 +350,22 @@ def _indices(name: str, part: Sequence[int] | np.ndarray) -> np.ndarray:
 
 def _warn_of_overlap(parts: dict[str, Part]) -> None:
     for name in ("val", "test"):
-        if shared := len(np.intersect1d(parts[name].indices, parts["train"].indices)):
+        if shared := _shared(parts[name], parts["train"]):
             logger.warning(
                 "%d %s crystals are also trained on, so their scores tell nothing about others", shared, name
             )
+
+
+def _shared(part: Part, train: Part) -> int:
+    """Crystals that both hold; of two stores those with the same id and targets."""
+    if part.dataset is train.dataset:
+        return len(np.intersect1d(part.indices, train.indices))
+    named, there = (
+        zip(map(dataset.store.ids.__getitem__, indices), map(bytes, dataset.targets[indices]), strict=True)
+        for dataset, indices in (part, train)
+    )
+    known = dict(there)
+    return sum(known.get(name) == values for name, values in named)
 
 
 def _check_parts(parts: dict[str, Part]) -> None:

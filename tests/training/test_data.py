@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srcgcnn_fast import InputError
-from srcgcnn_fast.graph import collate
+from srcgcnn_fast.graph import GraphStore, collate
 from srcgcnn_fast.training import GraphDataModule, Split, random_split
 from srcgcnn_fast.training.data import EpochSampler
 
@@ -133,7 +133,14 @@ def test_explicit_indices_and_separate_stores(alloys):
 def test_what_is_trained_on_and_scored_too_is_counted(alloys, caplog):
     with caplog.at_level(logging.WARNING):
         GraphDataModule(alloys, "energy", split=Split(np.arange(100), np.arange(93, 130), np.arange(130, 160)))
-    assert "7 val crystals are also trained on" in caplog.text and "test crystals" not in caplog.text
+        assert "7 val crystals are also trained on" in caplog.text and "test crystals" not in caplog.text
+        caplog.clear()
+        others = alloys.targets["energy"].copy()
+        others[5:] += 0.1  # another crystal may have the same id
+        other = GraphStore.from_graphs(list(alloys), targets={"energy": others})
+        GraphDataModule(alloys, "energy", val_store=other, test_store=alloys)
+    assert "5 val crystals are also trained on" in caplog.text
+    assert "160 test crystals are also trained on" in caplog.text
 
 
 def test_bad_requests_are_sentences(alloys):
