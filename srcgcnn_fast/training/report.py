@@ -227,8 +227,8 @@ def _introduction(
             "decides initial weights and order. Each run is scored with the weights of its best validation epoch. "
             "± is the standard deviation over seeds. A difference is paired, crystal by crystal and seed by seed; its "
             "95 % interval is a bootstrap over both. Seconds are those of the training part of an epoch, the median "
-            "over epochs, as found: other work on the machine makes them longer. Memory is the peak of the process, or of "
-            "the GPU."
+            "over epochs, as found: other work on the machine makes them longer. Memory is the peak of the process, or "
+            "of the GPU."
         ),
         _paragraph("This report is made by"),
         _code(command),
