@@ -184,7 +184,7 @@ class GraphDataModule(pl.LightningDataModule):
         num_workers: processes that assemble batches ahead; 0 assembles in the training process.
 
     Crystals without any of the targets are left out and counted in the log; one of several that is missing is NaN.
-    What is trained on and also validates or tests is counted, too, in several stores by id and targets.
+    What is trained on and also validates or tests is counted, too, in several stores by id and graph.
 
     Raises:
         InputError: a target does not exist or is named twice, too few crystals have it, or given indices do not fit.
@@ -357,15 +357,15 @@ def _warn_of_overlap(parts: dict[str, Part]) -> None:
 
 
 def _shared(part: Part, train: Part) -> int:
-    """Crystals that both hold; of two stores those with the same id and targets."""
+    """Crystals that both hold; of two stores those with the same id and the same graph."""
     if part.dataset is train.dataset:
         return len(np.intersect1d(part.indices, train.indices))
-    named, there = (
-        zip(map(dataset.store.ids.__getitem__, indices), map(bytes, dataset.targets[indices]), strict=True)
-        for dataset, indices in (part, train)
-    )
-    known = dict(there)
-    return sum(known.get(name) == values for name, values in named)
+    ours, theirs = part.dataset.store, train.dataset.store
+    place = {theirs.ids[i]: i for i in train.indices}
+    alike = ((i, place[name]) for i in part.indices if (name := ours.ids[i]) in place)
+    alike = ((i, k) for i, k in alike if ours.row_counts[i] == theirs.row_counts[k])
+    graphs = ((ours[i], theirs[k]) for i, k in alike)
+    return sum(np.array_equal(a.numbers, b.numbers) and np.array_equal(a.distance, b.distance) for a, b in graphs)
 
 
 def _check_parts(parts: dict[str, Part]) -> None:
