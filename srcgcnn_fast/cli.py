@@ -230,8 +230,10 @@ def _tell_scores(model: Any, data: Any, out: Path) -> None:
     evaluation = evaluate(model, data, part)
     table = evaluation.write(out / f"{part}_predictions.csv")
     scores = ", ".join(f"{name} {value:.4g}" for name, value in evaluation.metrics.items())
-    unit = data.units[0] or "units of the target" if len(data.targets) == 1 else "each in its target's unit"
-    print(f"{part}: {scores} ({unit}; {len(evaluation.ids):,} crystals)")
+    unit = f"{data.units[0] or 'units of the target'}; " if len(data.targets) == 1 else "each in its target's unit; "
+    if "auc" in evaluation.metrics:  # scores of classes have none
+        unit = ""
+    print(f"{part}: {scores} ({unit}{len(evaluation.ids):,} crystals)")
     print(f"model in {out / 'model'}, predictions in {table}")
     if isinstance(model, Sampler):
         _tell_calibration(model, evaluation, out)
@@ -353,7 +355,7 @@ def compare(arguments: argparse.Namespace) -> None:
         arguments.source,
         targets[0],
         out_dir=arguments.out,
-        epochs=arguments.epochs or 30,
+        epochs=30 if arguments.epochs is None else arguments.epochs,
         lr=arguments.lr,
         optimizer=arguments.optimizer,
         schedule=arguments.schedule,
@@ -393,7 +395,8 @@ def _compare_study(arguments: argparse.Namespace, targets: list[str]) -> None:
         changes = (targets, arguments.seeds or (), arguments.epochs, arguments.precision)
         study = read_study(arguments.study).changed(*changes)
     else:
-        recipe = Recipe(arguments.epochs or 30, arguments.lr, arguments.optimizer, schedule=arguments.schedule)
+        epochs = 30 if arguments.epochs is None else arguments.epochs
+        recipe = Recipe(epochs, arguments.lr, arguments.optimizer, schedule=arguments.schedule)
         study = pair_study(
             targets,
             arguments.seeds or (arguments.seed,),
@@ -556,7 +559,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_train_options(sub)
 
     sub = command(compare, "Train a CGCNN and an SR-CGCNN under identical settings and tabulate error, size and time.")
-    _add_training_options(sub, batch_size="64 for up to 10 000 crystals, else 256", lr=3e-3, is_study=True)
+    _add_training_options(
+        sub, batch_size="64 for up to 10 000 crystals, else and in a report 256", lr=3e-3, is_study=True
+    )
     sub.add_argument("--out", metavar="DIR", default="srcgcnn_fast_compare", help="where to write")
     sub.add_argument(
         "--seeds", metavar="N", type=int, nargs="+", help="train with each of these: a report with deviations"

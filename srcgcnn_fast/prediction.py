@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -187,14 +188,21 @@ def write_table(frame: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
         InputError: another suffix, or ``path`` cannot be written.
     """
     path = check_table(path)
+    texts = {name: "string" for name in ("id", "error") if name in frame}  # also where no row has an error
     writers: dict[str, Callable[[Path], Any]] = {
         ".csv": lambda file: frame.to_csv(file, index=False),
-        ".parquet": lambda file: frame.to_parquet(file, index=False),
-        ".json": lambda file: frame.to_json(file, orient="records", indent=1, double_precision=15),
+        ".parquet": lambda file: frame.astype(texts).to_parquet(file, index=False),
+        ".json": lambda file: _write_json(frame, file),
     }
     with atomic_path(path) as temporary:
         writers[path.suffix.lower()](temporary)
     return path
+
+
+def _write_json(frame: pd.DataFrame, file: Path) -> None:
+    """All digits; pandas' ``to_json`` has 15 decimals, few of which are left of small numbers."""
+    rows = frame.astype(object).where(frame.notna(), None)
+    file.write_text(json.dumps(rows.to_dict("records"), indent=1) + "\n")
 
 
 def _predictor(model: Any, dropout_passes: int | None) -> CGCNN | SRCGCNN | Sampler:

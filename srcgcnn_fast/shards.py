@@ -157,7 +157,6 @@ class _Predict:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         shard = Shard(**row)
         table = predict(self.model, shard.records(()), **self.settings)
-        table = table.astype({"id": "string", "error": "string"})  # the same in every file, with errors or without
         write_table(table, self.out / f"{shard.name}.parquet")
         return {"number": shard.number}
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .errors import InputError
 from .files import atomic_directory, restore
@@ -91,7 +91,10 @@ class Ensemble(Sampler):
 
 @dataclass
 class MonteCarloDropout(Sampler):
-    """One model, asked ``passes`` times with its dropout left on (Gal & Ghahramani 2016); repeats give equal numbers.
+    """One model, asked ``passes`` times with its dropout left on (Gal & Ghahramani 2016).
+
+    A pass drops the same features of every crystal, and repeats drop the same again, so that a prediction does not
+    depend on the batch that the crystal is in.
 
     Raises:
         InputError: the model has no dropout, or the passes are fewer than two.
@@ -118,17 +121,11 @@ class MonteCarloDropout(Sampler):
         return [self.model]
 
     def samples(self, batch: GraphBatch) -> Tensor:
-        dropout: nn.Dropout = self.model.dropout  # type: ignore[assignment]
         pooled = self.model.features(batch)  # dropout acts on the head alone, so the convolutions run once
-        devices = [pooled.device] if pooled.is_cuda else []
-        mode = dropout.training
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(0)
-            dropout.train()
-            try:
-                return torch.stack([self.model.predict_from(pooled) for _ in range(self.passes)])
-            finally:
-                dropout.train(mode)
+        rate: float = self.model.dropout.p  # type: ignore[union-attr]
+        shape = self.passes, self.model.hyperparameters["h_fea_len"]
+        kept = torch.rand(shape, generator=torch.Generator().manual_seed(0)) >= rate
+        return torch.stack([self.model.predict_from(pooled, each) for each in (kept / (1 - rate)).to(pooled)])
 
 
 def save_ensemble(ensemble: Ensemble, directory: str | os.PathLike[str]) -> Path:
@@ -149,8 +146,9 @@ def save_ensemble(ensemble: Ensemble, directory: str | os.PathLike[str]) -> Path
 
 
 def check_replaceable(target: Path) -> None:
-    """Raises InputError: ``target`` holds something else than an ensemble."""
-    if target.exists() and any(target.iterdir()) and not (target / ENSEMBLE).is_file():
+    """Raises InputError: ``target`` holds something else than an ensemble, or something beside it."""
+    held = {file.name for file in target.iterdir() if not file.name.startswith("member_")} if target.exists() else set()
+    if held - {ENSEMBLE} or (held != {ENSEMBLE} and any(target.glob("*"))):
         raise InputError(f"{target} holds other files; give save_ensemble a new directory.")
 
 

@@ -209,6 +209,8 @@ def test_classes_are_weighted_and_a_run_stops_early(source, tmp_path, capsys):
     common = ["train", str(tmp_path / "c.parquet"), "--target", "stable", "--classification", *SMALL[2:]]
     options = ["--epochs", "30", "--lr", "1e-9", "--patience", "2", "--class-weights", "balanced"]
     assert main([*common, *options, "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "auc" in said and " crystals)" in said and "target" not in said  # whose unit scores of classes do not have
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["class_weights"] == "balanced"
     assert len(pd.read_csv(tmp_path / "run" / "metrics.csv")) < 30

@@ -254,21 +254,26 @@ class CrystalModel(nn.Module):
         """Without what is bound to addresses."""
         return {name: value for name, value in self.__dict__.items() if name not in ("_frozen", "_wait")}
 
-    def _head(self, pooled: Tensor) -> Tensor:
-        """(B, F) -> (B, outputs), layer by layer, with the dropout."""
+    def _head(self, pooled: Tensor, kept: Tensor | None = None) -> Tensor:
+        """(B, F) -> (B, outputs), layer by layer, with the dropout, or ``kept`` in its place."""
         out = pooled
         for k, layer in enumerate((self.conv_to_fc, *getattr(self, "fcs", ()), self.fc_out)):
             out = softplus(out)
-            out = layer(self.dropout(out) if k == 1 and self.dropout is not None else out)
+            if k == 1 and self.dropout is not None:
+                out = self.dropout(out) if kept is None else out * kept
+            out = layer(out)
         return out
 
     def predict(self, batch: GraphBatch) -> Tensor:
         """(B, n_targets) in the targets' units; a classifier's P(class 1), (B, 1). Call ``eval()`` first."""
         return self.in_units(self(batch))
 
-    def predict_from(self, features: Tensor) -> Tensor:
-        """What :meth:`predict` gives for the crystal vectors of :meth:`features`, (B, F)."""
-        out = self._head(features)
+    def predict_from(self, features: Tensor, kept: Tensor | None = None) -> Tensor:
+        """What :meth:`predict` gives for the crystal vectors of :meth:`features`, (B, F).
+
+        ``kept`` (h_fea_len,) are factors in place of a random dropout.
+        """
+        out = self._head(features, kept)
         return self.in_units(log_softmax(out, dim=1) if self.classification else out)
 
     def in_units(self, out: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from ..nn import CGCNN, SRCGCNN
 from .data import GraphDataModule
 from .evaluate import Evaluation, evaluate
 from .fit import FitResult, fit
+from .metrics import decimals
 from .module import Recipe
 from .plots import learning_curves, parity_plot
 from .sources import Source, prepared
@@ -80,7 +81,10 @@ class Comparison:
         """Markdown, as in the paper: parameters of the convolutions, MAE and time of each, and their ratios."""
         rows = [
             ["model", "convolution parameters", f"MAE ({self.unit})" if self.unit else "MAE", "seconds"],
-            *([c.name, f"{c.conv_parameters:,}", f"{c.mae:.4f}", f"{c.seconds:.1f}"] for c in self.contestants),
+            *(
+                [c.name, f"{c.conv_parameters:,}", f"{c.mae:.{decimals(c.mae)}f}", f"{c.seconds:.1f}"]
+                for c in self.contestants
+            ),
             ["SR-CGCNN / CGCNN", *(f"{ratio:.3f}" for ratio in self.ratios.values())],
         ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -134,7 +138,8 @@ def compare(
         accelerator: where to train, and ``precision`` of a GPU's arithmetic, as for :func:`fit`.
 
     Raises:
-        InputError: the target does not exist or fewer than 20 crystals have it.
+        InputError: the target does not exist or fewer than 20 crystals have it, or ``out_dir`` holds other files where
+            the runs go.
     """
     out = Path(out_dir)
     sources = {"graphs": source, "graphs-val": val_source, "graphs-test": test_source}
@@ -148,6 +153,8 @@ def compare(
     widths = {"atom_fea_len": atom_fea_len, "h_fea_len": h_fea_len}
     how: dict[str, Any] = {"accelerator": accelerator, "precision": precision, "progress": progress}
     widths["nbr_fea_len"] = data.graph_parameters.n_gaussians()
+
+    _check_replaceable(out / "cgcnn", out / "sr_cgcnn")
 
     def contestant(name: str, directory: str, build: Callable[..., CGCNN | SRCGCNN], **depth: int) -> Contestant:
         shutil.rmtree(out / directory, ignore_errors=True)  # the run of an earlier comparison
@@ -176,6 +183,13 @@ def compare(
     )
     _write(comparison)
     return comparison
+
+
+def _check_replaceable(*runs: Path) -> None:
+    """Is there nothing but runs of an earlier comparison? A clone of txie-93/cgcnn has such a name, too."""
+    for run in runs:
+        if run.exists() and any(run.iterdir()) and not (run / "run.json").is_file():
+            raise InputError(f"{run} holds other files than a run; write the comparison to another directory.")
 
 
 def _data(
@@ -260,14 +274,17 @@ def _report(comparison: Comparison) -> dict[str, Any]:
 
 def _markdown(comparison: Comparison, report: dict[str, Any]) -> str:
     sizes, settings, machine = report["crystals"], report["settings"], report["machine"]
-    device = machine["gpu"] or f"{machine['threads']} CPU threads"
+    on_cpu = f"{machine['threads']} CPU thread(s), float32"  # whatever a GPU would do
+    arithmetic = f"{machine['gpu']}, {settings['precision']}" if machine["gpu"] else on_cpu
+    guess = comparison.mean_predictor_mae
+    mean = f"{guess:.{decimals(guess)}f} {comparison.unit}".rstrip()
     return (
         f"# {comparison.target}\n\n{comparison.table()}\n\n"
         f"MAE of {sizes[comparison.part]:,} {comparison.part} crystals; {sizes['train']:,} were trained on, "
         f"{sizes['val']:,} chose the best epoch. "
-        f"Predicting the mean gives {report['mean_predictor_mae']:.4f} {comparison.unit}.\n\n"
+        f"Predicting the mean gives {mean}.\n\n"
         f"Both: {settings['epochs']} epochs, batches of {settings['batch_size']}, {settings['optimizer']}, "
-        f"lr {settings['lr']:g}, {settings['schedule']} schedule, seed {settings['seed']}; {device}, "
-        f"{settings['precision']}. Seconds are those of the training steps.\n\n"
+        f"lr {settings['lr']:g}, {settings['schedule']} schedule, seed {settings['seed']}; "
+        f"{arithmetic}. Seconds are those of the training steps.\n\n"
         "![parity](parity.png)\n![learning curves](learning_curves.png)\n"
     )

@@ -26,6 +26,8 @@ KNOWN_UNITS = {"formation_energy_per_atom": "eV/atom", "energy_per_atom": "eV/at
 
 _BUCKET_BATCHES = 16
 """Batches whose crystals are sorted by size together."""
+_HASHED = 4096
+"""Graphs that are hashed together."""
 
 
 class Split(NamedTuple):
@@ -42,7 +44,7 @@ def random_split(indices: np.ndarray, fractions: Sequence[float], seed: int) -> 
     Raises:
         InputError: the fractions are not three numbers in 0…1 that sum to at most 1.
     """
-    if len(fractions) != 3 or min(fractions) < 0 or sum(fractions) > 1 + 1e-9:
+    if len(fractions) != 3 or not (min(fractions) >= 0 and sum(fractions) <= 1 + 1e-9):
         raise InputError(
             f"The split {tuple(fractions)} is not three fractions (train, val, test) that sum to at most 1."
         )
@@ -182,7 +184,7 @@ class GraphDataModule(pl.LightningDataModule):
         num_workers: processes that assemble batches ahead; 0 assembles in the training process.
 
     Crystals without any of the targets are left out and counted in the log; one of several that is missing is NaN.
-    Given indices that validate or test what is also trained on are counted in the log, too.
+    What is trained on and also validates or tests is counted, too, in several stores by id and graph.
 
     Raises:
         InputError: a target does not exist or is named twice, too few crystals have it, or given indices do not fit.
@@ -220,7 +222,6 @@ class GraphDataModule(pl.LightningDataModule):
         if val_store is None:
             parts = split if isinstance(split, Split) else random_split(whole.usable(), split, seed)
             self.parts = {name: Part(whole, _indices(name, part)) for name, part in parts._asdict().items()}
-            _warn_of_overlap(self.parts)
         else:
             datasets = {"train": whole, "val": _dataset(val_store, self.targets)}
             datasets["test"] = _dataset(test_store, self.targets) if test_store else datasets["val"]
@@ -228,6 +229,7 @@ class GraphDataModule(pl.LightningDataModule):
             if test_store is None:
                 self.parts["test"] = Part(whole, whole.usable()[:0])
         _check_parts(self.parts)
+        _warn_of_overlap(self.parts)
 
     def target_values(self, part: str = "train") -> np.ndarray:
         """(n, T) float64, the targets of one part, in the order of its indices."""
@@ -247,6 +249,18 @@ class GraphDataModule(pl.LightningDataModule):
             digest.update("\0".join(self.ids(name)).encode())
             digest.update(np.ascontiguousarray(self.target_values(name)).tobytes())
             digest.update(np.ascontiguousarray(dataset.store.row_counts[indices]).tobytes())
+        return digest.hexdigest()[:16]
+
+    def graph_fingerprint(self) -> str:
+        """A hash of the graphs of each part, in order: other structures of the same names are other data."""
+        digest = hashlib.sha256()
+        for dataset, indices in self.parts.values():
+            for begin in range(0, len(indices), _HASHED):
+                batch = dataset.store.batch(indices[begin : begin + _HASHED])
+                held = (batch.numbers, batch.weight, batch.row_ptr, batch.sender, batch.distance)
+                for x in (*held, batch.atom_features, batch.edge_features):
+                    if x is not None:
+                        digest.update(x.numpy().data)
         return digest.hexdigest()[:16]
 
     def check_graphs(self, there: GraphParameters) -> None:
@@ -336,10 +350,22 @@ def _indices(name: str, part: Sequence[int] | np.ndarray) -> np.ndarray:
 
 def _warn_of_overlap(parts: dict[str, Part]) -> None:
     for name in ("val", "test"):
-        if shared := len(np.intersect1d(parts[name].indices, parts["train"].indices)):
+        if shared := _shared(parts[name], parts["train"]):
             logger.warning(
                 "%d %s crystals are also trained on, so their scores tell nothing about others", shared, name
             )
+
+
+def _shared(part: Part, train: Part) -> int:
+    """Crystals that both hold; of two stores those with the same id and the same graph."""
+    if part.dataset is train.dataset:
+        return len(np.intersect1d(part.indices, train.indices))
+    ours, theirs = part.dataset.store, train.dataset.store
+    place = {theirs.ids[i]: i for i in train.indices}
+    alike = ((i, place[name]) for i in part.indices if (name := ours.ids[i]) in place)
+    alike = ((i, k) for i, k in alike if ours.row_counts[i] == theirs.row_counts[k])
+    graphs = ((ours[i], theirs[k]) for i, k in alike)
+    return sum(np.array_equal(a.numbers, b.numbers) and np.array_equal(a.distance, b.distance) for a, b in graphs)
 
 
 def _check_parts(parts: dict[str, Part]) -> None:

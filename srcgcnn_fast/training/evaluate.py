@@ -53,8 +53,8 @@ def evaluate(model: CGCNN | SRCGCNN | Sampler, data: GraphDataModule, part: str 
     An :class:`~srcgcnn_fast.uncertainty.Ensemble` is scored by its mean, and the standard deviation is kept.
 
     Raises:
-        InputError: the part is empty, or its targets or graphs are not those of the model; a single target may have
-            another name.
+        InputError: the part is empty, or its targets or graphs are not those of the model; a target may have another
+            name in its place.
     """
     models = model.models if isinstance(model, Sampler) else [model]
     _check(models[0], data, part)
@@ -86,7 +86,8 @@ def _check(model: CGCNN | SRCGCNN, data: GraphDataModule, part: str) -> None:
     if not len(data.parts[part].indices):
         raise InputError(f"There are no {part} crystals to score; choose another part, or another split.")
     known = model.metadata.targets
-    if len(known) != len(data.targets) or (set(known) == set(data.targets) and known != data.targets):
+    moved = [name for k, name in enumerate(data.targets) if name in known and known.index(name) != k]
+    if len(known) != len(data.targets) or moved:
         raise InputError(
             f"The model predicts {', '.join(known)}, the data hold {', '.join(data.targets)}; name the same."
         )

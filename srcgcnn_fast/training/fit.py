@@ -74,7 +74,7 @@ def fit(
 
     Processes that ``torchrun`` started and that all make this call train as one: they share every batch, batch norm is
     synchronised, rank 0 writes, all return the same. Losses, gradients and batches are those of one process with the
-    same ``data`` (but for rounding, and for a classifier's dropout, which differs), so a run may be resumed with
+    same ``data`` (but for rounding, and for dropout, which differs), so a run may be resumed with
     another number of processes. All must see ``run_dir``.
 
     Args:
@@ -108,7 +108,7 @@ def fit(
         record = _record(module, data) | {"precision": precision}
         checkpoint = distributed.on_rank_zero(_claim, directory, record, resume)
         files = RunFiles(directory, monitor, larger_is_better=module.classification, patience=recipe.patience)
-        unit = model.metadata.units[0] if len(data.targets) == 1 else ""
+        unit = model.metadata.units[0] if monitor == "val_mae" else ""
         averages = [_moving_average(recipe.ema)] if recipe.ema is not None else []
         bars = [RunBar(type(model).__name__.replace("SR", "SR-"), monitor, unit)] if progress else []
         started = time.perf_counter()
@@ -145,6 +145,13 @@ def fit(
         module.thaw()  # or a model whose training was interrupted would keep its frozen parts, whatever comes next
 
 
+def check_trainable(model: CGCNN | SRCGCNN, data: GraphDataModule, recipe: Recipe | None) -> None:
+    """Raises InputError: ``data`` cannot train ``model``, or not choose an epoch."""
+    module = TrainingModule(model, data, recipe or Recipe())
+    module.thaw()
+    _monitor(module, data)
+
+
 def _monitor(module: TrainingModule, data: GraphDataModule) -> str:
     if not module.classification:
         return "val_mae" if len(data.targets) == 1 else "val_mae_scaled"
@@ -166,6 +173,7 @@ def _record(module: TrainingModule, data: GraphDataModule) -> dict[str, Any]:
         "data_seed": data.seed,
         "crystals": {name: len(part.indices) for name, part in data.parts.items()},
         "data_fingerprint": data.fingerprint(),
+        "graph_fingerprint": data.graph_fingerprint(),
         "target_mean": module.target_mean.tolist(),
         "target_std": module.target_std.tolist(),
     }
@@ -189,8 +197,9 @@ def _claim(directory: Path, record: dict[str, Any], resume: bool) -> Path | None
     if not file.exists():
         raise InputError(f"There is no run to resume in {directory}; start one without resume.")
     before = json.loads(file.read_text())
-    if "data_fingerprint" not in before:  # a run from before it was noted
-        record.pop("data_fingerprint")
+    for name in ("data_fingerprint", "graph_fingerprint"):
+        if name not in before:  # a run from before it was noted
+            record.pop(name)
     changed = [f"{k} ({before.get(k)} before, {record[k]} now)" for k in record if before.get(k) != record[k]]
     if changed:
         raise InputError(f"The run in {directory} was started with other settings: {'; '.join(changed)}; use those.")

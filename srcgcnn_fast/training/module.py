@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import sys
 import time
@@ -19,14 +20,19 @@ from ..capture import CapturedTraining
 from ..errors import InputError
 from ..graph.elements import MIXES_BUILT_IN, element_features, without_vector
 from ..nn import CGCNN, SRCGCNN, ModelMetadata
+from ..uncertainty import DROPOUT_SCALE
 from .data import GraphDataModule, Item
 from .distributed import of_all, place, total
-from .metrics import classification_metrics, regression_metrics
+from .metrics import check_classes, classification_metrics, regression_metrics
 from .optimizers import OPTIMIZERS, make_optimizer
 from .prefetch import Batches
 
+logger = logging.getLogger(__name__)
+
 SCHEDULES = ("constant", "multistep", "cosine", "one_cycle")
 LOSSES = ("mse", "mae")
+_ROUNDED = 1e4
+"""Mean over deviation of a target from which on rounding to single precision is 0.1 % of the deviation."""
 PARTS = {
     "embedding": ("embedding",),
     "convolutions": (
@@ -146,14 +152,16 @@ class TrainingModule(pl.LightningModule):
         _check_elements(model.element_table, data)
         given = data.target_values("train")
         mean, std = self._normaliser(given, data.targets)
+        if self.classification:
+            for part in data.parts:
+                check_classes(data.target_values(part))
         self.incomplete = bool(np.isnan(given).any())
         self.register_buffer("target_mean", torch.tensor(mean, dtype=torch.float32))
         self.register_buffer("target_std", torch.tensor(std, dtype=torch.float32))
         self.register_buffer("class_weight", self._class_weight(given), persistent=False)
         self._frozen, self._stopped = _freeze(model, recipe.freeze)
-        model.metadata = ModelMetadata(
-            data.targets, data.units, tuple(mean), tuple(std), data.graph_parameters, model.metadata.extra
-        )
+        extra = {name: value for name, value in model.metadata.extra.items() if name != DROPOUT_SCALE}
+        model.metadata = ModelMetadata(data.targets, data.units, tuple(mean), tuple(std), data.graph_parameters, extra)
         self.save_hyperparameters(
             {"model": type(model).__name__, "hyperparameters": model.hyperparameters, **asdict(recipe), "seed": seed}
         )
@@ -166,9 +174,9 @@ class TrainingModule(pl.LightningModule):
         if targets.shape[1] != expected:
             raise InputError(f"The model has {expected} target(s), the data {targets.shape[1]}; make them agree.")
         if self.classification:
-            if not np.isin(targets, (0.0, 1.0)).all():
-                raise InputError("A classifier's target must be 0 or 1 for every crystal; this one has other values.")
             return [0.0], [1.0]
+        for name, column in zip(names, targets.T, strict=True):
+            _warn_of_rounding(name, column[~np.isnan(column)])
         return normalizer(targets, names)
 
     def _class_weight(self, targets: np.ndarray) -> Tensor | None:
@@ -391,6 +399,18 @@ def normalizer(targets: np.ndarray, names: Sequence[str]) -> tuple[list[float], 
     given = targets.astype(np.float32)  # as they are trained on; in float64 the deviation of 0.3, 0.3, … is not quite 0
     std = np.where(np.nanmax(given, axis=0) > np.nanmin(given, axis=0), np.nanstd(targets, axis=0), 0.0)
     return np.nanmean(targets, axis=0).tolist(), np.where(std > 0, std, 1.0).tolist()
+
+
+def _warn_of_rounding(name: str, values: np.ndarray) -> None:
+    if not len(values) or values.max() == values.min():
+        return
+    mean, std = float(values.mean()), float(values.std())
+    if abs(mean) > _ROUNDED * std:
+        logger.warning(
+            "%s is %.6g ± %.2g, and single precision has steps of %.1g there; subtract what all crystals have, such as "
+            "energies of the elements",
+            name, mean, std, np.spacing(np.float32(abs(mean))),
+        )  # fmt: skip
 
 
 def _freeze(model: nn.Module, parts: tuple[str, ...]) -> tuple[list[nn.Module], list[nn.Parameter]]:

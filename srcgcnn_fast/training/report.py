@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..graph.parameters import GraphParameters
 from ..graph.store import GraphStore
 from . import plots
 from .data import GraphDataModule
+from .metrics import decimals
 from .module import Recipe
 from .sources import Source, prepared
 from .study import Run, Runs, Section, Study, Variant, kept_runs, run_study
@@ -145,7 +147,7 @@ def write_report(
     record: list[dict[str, Any]] = []
     for number, (section, runs) in enumerate(results):
         blocks += [_heading(2, section.title), *_text(section.text), *_settings(section)]
-        planned = len(list(section.runs()))
+        planned = len({(target, seed, variant.name) for target, seed, variant in section.runs()})
         if len(runs) < planned:
             blocks.append(_paragraph(f"{planned - len(runs)} of {planned} runs of this section are still missing."))
         for target in section.targets:
@@ -211,11 +213,10 @@ def _introduction(
         train = module.target_values("train")
         guess = float(np.abs(module.target_values(part) - np.median(train)).mean())
         unit = module.units[0]
-        lines.append(
-            f"{target.replace('_', ' ')}: {sizes} crystals; predicting the median gives {guess:.4f} {unit}".rstrip()
-        )
+        said = f"{guess:.{decimals(guess)}f} {unit}".rstrip()
+        lines.append(f"{target.replace('_', ' ')}: {sizes} crystals; predicting the median gives {said} ({part})")
     distinct = {run.directory: run for _, runs in results for run in runs.values()}.values()
-    hours = sum(run.scores["wall_seconds"] for run in distinct) / 3600
+    hours = sum(row["seconds"] for run in distinct for row in run.history) / 3600  # also before an interruption
     machines = sorted({run.scores["gpu"] or f"{run.scores['threads']} CPU thread(s)" for run in distinct})
     return [
         *_text(study.text),
@@ -226,7 +227,8 @@ def _introduction(
             "decides initial weights and order. Each run is scored with the weights of its best validation epoch. "
             "± is the standard deviation over seeds. A difference is paired, crystal by crystal and seed by seed; its "
             "95 % interval is a bootstrap over both. Seconds are those of the training part of an epoch, the median "
-            "over epochs, as found: other work on the machine makes them longer. Memory is the process's peak."
+            "over epochs, as found: other work on the machine makes them longer. Memory is the peak of the process, or "
+            "of the GPU."
         ),
         _paragraph("This report is made by"),
         _code(command),
@@ -267,7 +269,8 @@ def _table(found: _Found, summaries: Sequence[Mapping[str, Any]]) -> _Block:
         row += [_plus_minus(found.maes(variant, "val_mae"))] * (found.part == "test")
         row += [_plus_minus(found.maes(variant, "train_mae")), str(s["seeds"])]
         if (gap := s["difference"]) is not None:
-            row += [f"{gap['mean']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]", f"{100 * s['ratio'] - 100:+.1f}"]
+            mean, low, high = (f"{gap[key]:+.{decimals(s['mae'])}f}" for key in ("mean", "low", "high"))
+            row += [f"{mean} [{low}, {high}]", f"{100 * s['ratio'] - 100:+.1f}"]
         else:
             row += ["", ""]
         memory = s["peak_memory_bytes"]
@@ -278,8 +281,9 @@ def _table(found: _Found, summaries: Sequence[Mapping[str, Any]]) -> _Block:
 
 
 def _plus_minus(values: np.ndarray) -> str:
-    spread = f" ± {values.std(ddof=1):.4f}" if len(values) > 1 else ""
-    return f"{values.mean():.4f}{spread}"
+    places = decimals(values.mean())
+    spread = f" ± {values.std(ddof=1):.{places}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{places}f}{spread}"
 
 
 def _summary(found: _Found, variant: Variant) -> dict[str, Any]:
@@ -357,20 +361,26 @@ def _pictures(found: _Found, out: Path, stem: str) -> list[tuple[str, str]]:
 
 
 def mean_history(histories: Sequence[Sequence[Mapping[str, float]]]) -> list[dict[str, float]]:
-    """One row an epoch: the mean over runs of the same length."""
-    return [{k: float(np.mean([row[k] for row in rows])) for k in rows[0]} for rows in zip(*histories, strict=True)]
+    """One row an epoch: the mean over the runs that came so far, of which patience ends some before others."""
+    epochs = [[row for row in rows if row is not None] for rows in zip_longest(*histories)]
+    return [{k: float(np.mean([row[k] for row in rows])) for k in rows[0]} for rows in epochs]
 
 
 def _by_depth(found: _Found) -> tuple[dict[int, np.ndarray], dict[str, float]] | None:
     """T -> errors of the plain SR-CGCNN; name -> error of each CGCNN."""
     steps, layers = {}, {}
+    first = found.section.variants[0]
     for variant in found.variants:
         options = {k: v for k, v in variant.hyperparameters.items() if v}
         if variant.model == "cgcnn":
             layers[variant.name] = float(found.maes(variant).mean())
-        elif set(options) <= {"n_recurrent_steps"} and variant.recipe == found.section.variants[0].recipe:
+        elif set(options) <= {"n_recurrent_steps"} and _training(variant) == _training(first):
             steps[int(options.get("n_recurrent_steps", 3))] = found.maes(variant)
     return (dict(sorted(steps.items())), layers) if len(steps) > 2 else None
+
+
+def _training(variant: Variant) -> tuple[Any, ...]:
+    return variant.recipe, variant.batch_size, variant.precision
 
 
 def composition(data: GraphDataModule, part: str) -> tuple[np.ndarray, np.ndarray]:
@@ -421,7 +431,8 @@ def _list(lines: Sequence[str]) -> _Block:
 
 
 def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> _Block:
-    lines = "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in (header, ["---"] * len(header), *rows)]
+    lines = "\n".join(f"| {' | '.join(line)} |" for line in escaped)
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join(f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in rows)
     return _Block(lines, f"<table><tr>{head}</tr>{body}</table>")

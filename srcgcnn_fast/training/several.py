@@ -19,7 +19,7 @@ from ..uncertainty import Ensemble, check_replaceable, save_ensemble
 from .calibration import calibrate
 from .data import GraphDataModule, Split
 from .evaluate import Evaluation, evaluate
-from .fit import FitResult, fit
+from .fit import FitResult, check_trainable, fit
 from .module import Recipe
 
 Build = Callable[[GraphDataModule], CGCNN | SRCGCNN]
@@ -76,8 +76,10 @@ def cross_validate(
         InputError: as :func:`fit`.
     """
     directory, evaluations = Path(run_dir), []
-    for k, split in enumerate(folds):
-        data = make_data(split)
+    parts = [make_data(split) for split in folds]
+    for data in parts:
+        check_trainable(build(data), data, recipe)  # every fold, before the first is trained
+    for k, data in enumerate(parts):
         torch.manual_seed(seed)
         result = _run(build(data), data, directory / f"fold_{k}", recipe, seed, resume, options)
         evaluations.append(evaluate(result.model, data, "test"))

@@ -111,7 +111,7 @@ def k_folds(
     """Cut ``indices`` into ``k`` test sets; of the rest of each, the share ``val`` validates and the others train.
 
     Args:
-        labels: class of each index; every fold then has about the same shares of them.
+        labels: class of each index; test and validation part of every fold then have about the same shares of them.
 
     Raises:
         InputError: there are fewer than two folds, or more than crystals.
@@ -121,17 +121,19 @@ def k_folds(
         raise InputError(f"{len(indices)} crystals cannot be cut into {k} folds; ask for 2 or more.")
     generator = np.random.default_rng(seed)
     order = generator.permutation(len(indices))
-    if labels is not None:
-        order = order[np.argsort(np.asarray(labels)[order], kind="stable")]
-    return [_fold(indices[np.delete(order, np.s_[i::k])], indices[order[i::k]], val, generator) for i in range(k)]
+    classes = np.zeros(len(indices)) if labels is None else np.asarray(labels)
+    order = order[np.argsort(classes[order], kind="stable")]
+    rests = [np.delete(order, np.s_[i::k]) for i in range(k)]
+    return [_fold(indices[x], indices[order[i::k]], val, generator, classes[x]) for i, x in enumerate(rests)]
 
 
-def _fold(rest: np.ndarray, test: np.ndarray, val: float, generator: np.random.Generator) -> Split:
+def _fold(rest: np.ndarray, test: np.ndarray, val: float, generator: np.random.Generator, classes: np.ndarray) -> Split:
     if not 0 < val < 1:
         raise InputError(f"The share {val} to validate is not between 0 and 1.")
-    rest = generator.permutation(rest)
-    cut = max(1, round(val * len(rest)))
-    return Split(np.sort(rest[cut:]), np.sort(rest[:cut]), np.sort(test))
+    order = generator.permutation(len(rest))
+    groups = [order[classes[order] == label] for label in np.unique(classes)]
+    held = np.concatenate([group[: max(1, round(val * len(group)))] for group in groups])
+    return Split(np.sort(np.delete(rest, held)), np.sort(rest[held]), np.sort(test))
 
 
 def matbench_folds(store: GraphStore, task: str, seed: int = 0, val: float = 0.1) -> list[Split]:
@@ -156,7 +158,8 @@ def matbench_folds(store: GraphStore, task: str, seed: int = 0, val: float = 0.1
     folds = []
     for test in tests:
         held = np.array([place[name] for name in test], dtype=np.int64)
-        folds.append(_fold(np.setdiff1d(whole, held), held, val, generator))
+        rest = np.setdiff1d(whole, held)
+        folds.append(_fold(rest, held, val, generator, np.zeros(len(rest))))
     return folds
 
 

@@ -27,6 +27,7 @@ from ..serialization import load_model
 from .data import GraphDataModule
 from .evaluate import evaluate
 from .fit import FitResult, fit
+from .metrics import decimals
 from .module import Recipe
 
 logger = logging.getLogger(__name__)
@@ -225,6 +226,8 @@ def _variant(name: str, recipe: dict[str, Any], content: Any) -> Variant:
 
 
 def _setting(name: str, key: str, value: Any, default: Any) -> Any:
+    if key == "milestones":
+        return tuple(_number(name, key, epoch, whole=True) for epoch in _listed(value))
     if isinstance(value, list) or isinstance(default, tuple):
         return tuple(_listed(value))
     if isinstance(default, str) or key == "class_weights" or (value is None and default is None):
@@ -296,10 +299,11 @@ def run_study(
             if is_new:
                 trained, spent = trained + 1, spent + time.perf_counter() - started
             if tell is not None:
+                mae = result.errors.mean()
                 left = f", about {spent / trained * (total - done) / 60:.0f} min left" if trained else ""
                 tell(
                     f"{done}/{total} {section.title}: {variant.name}, {target}, seed {seed}: "
-                    f"{section.scored} MAE {result.errors.mean():.4f}{left if is_new else ', as before'}"
+                    f"{section.scored} MAE {mae:.{decimals(mae)}f}{left if is_new else ', as before'}"
                 )
         yield section, runs
 
@@ -381,6 +385,7 @@ def _key(variant: Variant, data: GraphDataModule, seed: int) -> dict[str, Any]:
         "targets": list(data.targets),
         "graph": {k: v for k, v in asdict(data.graph_parameters).items() if v != getattr(GraphParameters(), k)},
         "data": data.fingerprint(),
+        "graphs": data.graph_fingerprint(),
     }
 
 

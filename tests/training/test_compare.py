@@ -11,6 +11,7 @@ from srcgcnn_fast import InputError, predict
 from srcgcnn_fast.graph import GraphStore
 from srcgcnn_fast.training import compare
 from srcgcnn_fast.training.alloys import write_alloys
+from srcgcnn_fast.training.compare import _markdown
 from srcgcnn_fast.training.demo import cache_directory, demo
 
 FILES = ("compare.md", "compare.json", "parity.png", "learning_curves.png")
@@ -40,6 +41,9 @@ def test_every_file_is_written(comparison):
     assert report["models"]["SR-CGCNN"]["mae"] == comparison.sr_cgcnn.mae
     assert report["crystals"] == {"train": 128, "val": 16, "test": 16}
     assert not list(comparison.out_dir.glob(".*"))  # no temporary files
+    settings, machine = {**report["settings"], "precision": "tf32"}, {**report["machine"], "threads": 3}
+    for gpu, says in ((None, "; 3 CPU thread(s), float32. Seconds"), ("H200", "; H200, tf32. Seconds")):
+        assert says in _markdown(comparison, {**report, "settings": settings, "machine": {**machine, "gpu": gpu}})
 
 
 def test_both_were_scored_on_the_same_crystals(comparison):
@@ -63,6 +67,14 @@ def test_repeating_gives_the_same_errors(alloys, comparison, tmp_path):
 def test_without_a_test_part_the_validation_part_is_scored(alloys, tmp_path):
     result = compare(alloys, "energy", out_dir=tmp_path, epochs=1, split=(0.9, 0.1, 0.0))
     assert result.part == "val" and len(result.cgcnn.evaluation.ids) == 16
+
+
+def test_a_directory_that_is_no_run_is_not_removed(alloys, tmp_path):
+    (tmp_path / "sr_cgcnn").mkdir()
+    (tmp_path / "sr_cgcnn" / "main.py").write_text("mine")
+    with pytest.raises(InputError, match="sr_cgcnn holds other files than a run"):
+        compare(alloys, "energy", out_dir=tmp_path, epochs=1)
+    assert (tmp_path / "sr_cgcnn" / "main.py").read_text() == "mine" and not (tmp_path / "cgcnn").exists()
 
 
 def test_too_few_crystals_are_refused(alloys, tmp_path):

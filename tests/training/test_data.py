@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srcgcnn_fast import InputError
-from srcgcnn_fast.graph import collate
+from srcgcnn_fast.graph import GraphStore, collate
 from srcgcnn_fast.training import GraphDataModule, Split, random_split
 from srcgcnn_fast.training.data import EpochSampler
 
@@ -25,7 +25,7 @@ def test_split_is_disjoint_complete_and_seeded():
     assert not np.array_equal(parts.train, other.train)
 
 
-@pytest.mark.parametrize("fractions", [(0.8, 0.2), (0.8, 0.3, 0.1), (1.1, -0.1, 0.0)])
+@pytest.mark.parametrize("fractions", [(0.8, 0.2), (0.8, 0.3, 0.1), (1.1, -0.1, 0.0), (0.8, float("nan"), 0.1)])
 def test_bad_fractions_are_refused(fractions):
     with pytest.raises(InputError, match="fractions"):
         random_split(np.arange(10), fractions, 0)
@@ -133,7 +133,13 @@ def test_explicit_indices_and_separate_stores(alloys):
 def test_what_is_trained_on_and_scored_too_is_counted(alloys, caplog):
     with caplog.at_level(logging.WARNING):
         GraphDataModule(alloys, "energy", split=Split(np.arange(100), np.arange(93, 130), np.arange(130, 160)))
-    assert "7 val crystals are also trained on" in caplog.text and "test crystals" not in caplog.text
+        assert "7 val crystals are also trained on" in caplog.text and "test crystals" not in caplog.text
+        caplog.clear()
+        some = [alloys[i] for i in (*range(5), *range(104, 4, -1))]  # others may have the same ids
+        other = GraphStore.from_graphs(some, targets={"energy": np.zeros(len(some))})
+        GraphDataModule(alloys, "energy", val_store=other, test_store=alloys)
+    assert "5 val crystals are also trained on" in caplog.text
+    assert "160 test crystals are also trained on" in caplog.text
 
 
 def test_bad_requests_are_sentences(alloys):

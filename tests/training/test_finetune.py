@@ -70,8 +70,9 @@ def test_other_graphs_are_a_sentence(alloys, tmp_path):
 def test_scores_are_of_the_models_targets_and_graphs(alloys):
     two = source(("energy", "high"))
     evaluate(two, GraphDataModule(alloys, ["energy", "volume"]))  # a column may have another name
-    with pytest.raises(InputError, match="predicts energy, high, the data hold high, energy"):
-        evaluate(two, GraphDataModule(alloys, ["high", "energy"]))
+    for names in (["high", "energy"], ["high", "volume"], ["volume", "energy"]):
+        with pytest.raises(InputError, match=f"predicts energy, high, the data hold {', '.join(names)}"):
+            evaluate(two, GraphDataModule(alloys, names))
     with pytest.raises(InputError, match="predicts energy, high, the data hold energy"):
         evaluate(two, GraphDataModule(alloys, "energy"))
     one = source()

@@ -320,6 +320,14 @@ def test_of_equal_areas_the_most_accurate_epoch_is_kept(tmp_path):
     assert files.best["epoch"] == 2
 
 
+@pytest.mark.parametrize(("shift", "scale", "warns"), [(0, 1, False), (1e5, 1, True), (0.3, 0, False)])
+def test_a_target_that_loses_its_digits_is_named(alloys, caplog, shift, scale, warns):
+    values = {"energy": shift + scale * alloys.targets["energy"]}
+    store = GraphStore.from_graphs(list(alloys), targets=values)
+    TrainingModule(SRCGCNN(), GraphDataModule(store, "energy"), Recipe())
+    assert ("single precision has steps of 0.008 there; subtract" in caplog.text) is warns
+
+
 def test_classifier(alloys, tmp_path):
     result = run(alloys, tmp_path, target="high", epochs=20)
     assert result.best["val_auc"] == max(row["val_auc"] for row in result.history)
@@ -367,7 +375,11 @@ def test_a_run_is_not_continued_with_other_crystals(alloys, tmp_path):
     with pytest.raises(InputError, match="data_fingerprint"):
         run(alloys, tmp_path, epochs=1, split=Split(train, second, first), resume=True)
     record = json.loads((tmp_path / "run.json").read_text())
-    del record["data_fingerprint"]  # a run of an older version
+    shifted = [dataclasses.replace(graph, distance=graph.distance + np.float32(0.01)) for graph in alloys]
+    shifted = GraphStore.from_graphs(shifted, targets=alloys.targets)
+    with pytest.raises(InputError, match=r"other settings: graph_fingerprint \(\w+ before, \w+ now\); use"):
+        run(shifted, tmp_path, epochs=1, split=Split(train, first, second), resume=True)
+    del record["data_fingerprint"], record["graph_fingerprint"]  # a run of an older version
     (tmp_path / "run.json").write_text(json.dumps(record))
     run(alloys, tmp_path, epochs=1, split=Split(train, first, second), resume=True)
 
@@ -407,6 +419,12 @@ def test_bad_requests_are_sentences(alloys, tmp_path):
         TrainingModule(SRCGCNN(), GraphDataModule(alloys, ["energy", "high"]), Recipe())
     with pytest.raises(InputError, match="0 or 1"):
         TrainingModule(SRCGCNN(classification=True), GraphDataModule(alloys, "energy"), Recipe())
+    data = GraphDataModule(alloys, "high")
+    for part in ("test", "val"):  # which would be taken for 0, or stop the run after its last epoch
+        dataset, indices = data.parts[part]
+        dataset.targets[indices[0]] = 0.7
+        with pytest.raises(InputError, match=r"0 or 1 for every crystal; this one has 0\.7"):
+            TrainingModule(SRCGCNN(classification=True), data, Recipe())
     for name in ("weight_decay", "momentum", "gamma"):
         for value in (-0.1, float("nan")):
             with pytest.raises(InputError, match=f"{name} {value} is not a number of at least 0"):

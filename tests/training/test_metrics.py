@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from srcgcnn_fast import InputError
 from srcgcnn_fast.training.metrics import classification_metrics, regression_metrics
 
 
@@ -22,6 +23,16 @@ def test_regression():
     assert math.isnan(regression_metrics(predicted[:1], target[:1], ["gap", "volume"], std)["r2_gap"])
 
 
+@pytest.mark.parametrize("unit", [1e-9, 1.0, 1e9])
+def test_a_score_does_not_depend_on_the_unit(unit):
+    target = torch.tensor([[1.0], [2.0], [4.0]], dtype=torch.float64)
+    predicted, std = target + torch.tensor([[0.1], [-0.2], [0.3]]), torch.ones(1)
+    scores = regression_metrics(predicted * unit, target * unit, ["x"], std)
+    expected = {"mae": 0.2 * unit, "rmse": math.sqrt(0.14 / 3) * unit, "r2": 1 - 0.14 / (14 / 3)}
+    assert scores == pytest.approx(expected, rel=1e-6, abs=0)
+    assert regression_metrics(predicted, torch.ones(3, 1), ["x"], std)["r2"] == 0
+
+
 def test_classification():
     scores = classification_metrics(
         torch.tensor([[0.9], [0.8], [0.3], [0.6]]), torch.tensor([[1.0], [1.0], [0.0], [0.0]])
@@ -30,3 +41,5 @@ def test_classification():
     ranked = classification_metrics(torch.tensor([0.1, 0.4, 0.35, 0.8]), torch.tensor([0, 0, 1, 1]))
     assert ranked["auc"] == pytest.approx(0.75)
     assert math.isnan(classification_metrics(torch.tensor([0.2, 0.7]), torch.tensor([1, 1]))["auc"])
+    with pytest.raises(InputError, match=r"must be 0 or 1 for every crystal; this one has 0\.7, too"):
+        classification_metrics(torch.tensor([0.2, 0.7]), torch.tensor([0.0, 0.7]))

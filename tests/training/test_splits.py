@@ -17,6 +17,7 @@ from srcgcnn_fast.graph import GraphStore
 from srcgcnn_fast.training import (
     GraphDataModule,
     Recipe,
+    Split,
     cross_validate,
     k_folds,
     matbench_folds,
@@ -97,9 +98,15 @@ def test_folds_hold_every_crystal_out_once(k):
         assert sorted(np.concatenate([fold.test for fold in folds])) == indices.tolist()
         for fold in folds:
             assert sorted(np.concatenate(fold)) == indices.tolist()
-            assert len(fold.val) == round(0.2 * (103 - len(fold.test)))
-            if given is not None:
+            held = 0.2 * (103 - len(fold.test))
+            if given is None:
+                assert len(fold.val) == round(held)
+            else:
+                assert abs(len(fold.val) - held) <= 1
                 assert abs(labels[fold.test - 3].sum() - labels.sum() / k) <= 1
+                assert abs(labels[fold.val - 3].sum() - held * labels.mean()) <= 1
+    rare = k_folds(indices, k, val=0.1, labels=np.arange(103) % 26 == 0)  # 4 of 103: yet the area under ROC needs one
+    assert all(1 <= (fold.val % 26 == 3).sum() < (np.concatenate(fold[:2]) % 26 == 3).sum() for fold in rare)
     again, other = k_folds(indices, k, seed=1, val=0.2), k_folds(indices, k, seed=2, val=0.2)
     assert np.array_equal(again[0].test, k_folds(indices, k, seed=1, val=0.2)[0].test)
     assert not np.array_equal(again[0].test, other[0].test)
@@ -165,3 +172,12 @@ def test_cross_validation_predicts_each_crystal_by_the_model_that_did_not_see_it
     torch.manual_seed(99)
     resumed = cross_validate(build, make_data, folds, tmp_path, resume=True, **options)
     assert resumed.scores == found.scores
+
+
+def test_a_fold_that_cannot_train_is_found_before_the_first_is_trained(alloys, tmp_path):
+    low = np.flatnonzero(alloys.targets["high"] == 0)
+    folds = [Split(np.arange(80), np.arange(80, 120), np.arange(120, 160)), Split(np.arange(80), low[-9:], low[-9:])]
+    make_data = lambda split: GraphDataModule(alloys, "high", split=split)  # noqa: E731
+    with pytest.raises(InputError, match="one class only"):
+        cross_validate(lambda _: SRCGCNN(1, 8, 8, classification=True), make_data, folds, tmp_path / "cv")
+    assert not (tmp_path / "cv").exists()

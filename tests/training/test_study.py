@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -91,6 +92,7 @@ def test_the_innermost_setting_counts(tmp_path):
         ("seeds: [0, 1]", "seeds: [a]", "seeds is 'a'; write a whole number"),
         ("epochs: 7", "epochs: 7.5", "epochs is 7.5; write a whole number"),
         ("lr: 1e-3", "lr:", "lr is None; write a number"),
+        ("milestones: [3, 4]", "milestones: [3, late]", "B: milestones is 'late'; write a whole number"),
         ("batch_size: 32", "batch_size: many", "batch_size is 'many'; write a whole number"),
         ("model: cgcnn", "model: cgcnn, classification: true", "A: a study compares errors"),
         ("variants:", "variants: [1]\n    text:", "variants is .*; write a name and a value a line"),
@@ -255,6 +257,8 @@ def test_what_decides_a_run(alloys):
     data = GraphDataModule(alloys, "energy")
     values = alloys.targets["energy"] + 1e-6
     corrected = GraphStore.from_graphs([alloys[i] for i in range(len(alloys))], targets={"energy": values})
+    relaxed = [dataclasses.replace(graph, distance=graph.distance * np.float32(1.001)) for graph in alloys]
+    strained = GraphStore.from_graphs(relaxed, targets={"energy": alloys.targets["energy"]})
     variant = small_study().sections[0].variants[0]
 
     def place(variant=variant, data=data, seed=0):
@@ -271,8 +275,9 @@ def test_what_decides_a_run(alloys):
         place(data=GraphDataModule(alloys, "energy", split=(0.7, 0.2, 0.1))),
         place(data=GraphDataModule(alloys, "energy", seed=1)),
         place(data=GraphDataModule(corrected, "energy")),
+        place(data=GraphDataModule(strained, "energy")),
     ]
-    assert len({*others, place()}) == 10
+    assert len({*others, place()}) == 11
 
 
 def test_a_paired_difference_has_the_interval_of_its_crystals():
@@ -297,13 +302,46 @@ def test_atoms_and_elements_are_those_of_the_crystals(alloys):
         assert set(np.flatnonzero(holds[k])) == set(graph.numbers.tolist())
 
 
+def test_a_name_with_a_bar_stays_in_its_cell():
+    assert report._grid(["model"], [["lr | wd"]]).markdown.endswith("| lr \\| wd |")
+
+
+def test_errors_in_a_small_unit_have_digits():
+    errors = np.array([0.0582, 0.0586])
+    assert report._plus_minus(errors) == "0.0584 ± 0.0003"
+    assert report._plus_minus(1e-9 * errors) == "0.0000000000584 ± 0.0000000000003"
+
+
+def test_runs_that_patience_ends_share_a_curve():
+    long, short = [{"epoch": 1, "val_mae": 0.4}, {"epoch": 2, "val_mae": 0.3}], [{"epoch": 1, "val_mae": 0.2}]
+    mean = [{"epoch": 1, "val_mae": pytest.approx(0.3)}, {"epoch": 2, "val_mae": 0.3}]
+    assert report.mean_history([long, short]) == report.mean_history([short, long]) == mean
+
+
+def test_errors_by_steps_are_of_runs_that_were_trained_alike(alloys):
+    variants = [Variant(f"T = {t}", "sr-cgcnn", {"n_recurrent_steps": t}, RECIPE, 32) for t in (1, 2, 3)]
+    variants.append(Variant("small batches", "sr-cgcnn", {"n_recurrent_steps": 3}, RECIPE, 8))
+    section, nothing = Section("Steps", tuple(variants), ("energy",), (0,)), np.zeros(1)
+    runs = {
+        ("energy", 0, v.name): study.Run(Path(), {}, [], ["x"], nothing, nothing + k) for k, v in enumerate(variants)
+    }
+    steps, _ = report._by_depth(report._Found(section, runs, GraphDataModule(alloys, "energy"), "energy"))
+    assert steps == {1: [0.0], 2: [1.0], 3: [2.0]}
+
+
 def test_a_report_says_what_is_missing(alloys, finished, tmp_path):
-    plan = small_study(seeds=(0, 1, 2))
+    plan = small_study(seeds=(0, 1, 2, 2))
     data = {target: GraphDataModule(alloys, target) for target in plan.targets}
     runs = study.kept_runs(plan.sections[0], data, finished / "runs")
     assert len(runs) == 8
-    report.write_report(plan, [(plan.sections[0], runs)], data, tmp_path, "again")
-    assert "4 of 12 runs of this section are still missing." in (tmp_path / "report.md").read_text()
+    slow = {
+        key: dataclasses.replace(run, history=[{**row, "seconds": 3600.0} for row in run.history])
+        for key, run in runs.items()
+    }
+    report.write_report(plan, [(plan.sections[0], slow)], data, tmp_path, "again")
+    text = (tmp_path / "report.md").read_text()
+    assert "4 of 12 runs of this section are still missing." in text
+    assert "8 run(s), 16.00 h of training in all" in text  # of all epochs, also those before an interruption
 
 
 def test_the_command_line(tmp_path, capsys, monkeypatch):
@@ -321,6 +359,9 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
         assert "PyTorch finds no GPU here" in capsys.readouterr().err
     assert main(["compare", "a.parquet", "--study", "paper", "--lr", "1", "--seed", "3"]) == 2
     assert "The study paper says itself what --lr, --seed would" in capsys.readouterr().err
+    for target in ([], ["--seeds", "0"], ["--study", "paper"]):
+        assert main(["compare", "a.parquet", "--target", "formation_energy_per_atom", "--epochs", "0", *target]) == 2
+        assert "Training for 0 epochs does nothing" in capsys.readouterr().err
     assert main(["compare", "a.parquet"]) == 2
     assert "--target" in capsys.readouterr().err
     assert main(["compare", "a.parquet", "--study", "paper", "--unit", "eV"]) == 2

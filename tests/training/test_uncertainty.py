@@ -17,6 +17,7 @@ from srcgcnn_fast.training import (
     GraphDataModule,
     Recipe,
     Split,
+    TrainingModule,
     calibrate,
     calibration_plot,
     coverage,
@@ -72,6 +73,9 @@ def test_dropout_left_on_repeats_and_touches_nothing_else(alloys):
     assert torch.equal(state, torch.get_rng_state()) and one.training and one.dropout.training
     assert all(torch.equal(before[name], value) for name, value in one.state_dict().items())
     pd.testing.assert_frame_equal(*tables)
+    alone = predict(one, CRYSTALS[::-1], dropout_passes=400, batch_atoms=1)[::-1].reset_index(drop=True)
+    columns = ["energy", "energy_std"]  # which do not depend on the company
+    pd.testing.assert_frame_equal(alone[columns], tables[0][columns], rtol=1e-5)
     spread = tables[0]["energy_std"].to_numpy()
     assert (spread > 1e-3).all()
     # The mean over many passes is the prediction, up to the head's curvature: nothing but dropout is random.
@@ -115,8 +119,11 @@ def test_what_cannot_spread_is_a_sentence(tmp_path):
     with pytest.raises(InputError, match="no ensemble"):
         load_ensemble(tmp_path)
     (tmp_path / "notes").write_text("mine")
-    with pytest.raises(InputError, match="other files"):
-        save_ensemble(Ensemble([model(), model(1)]), tmp_path)
+    save_ensemble(Ensemble([model(), model(1)]), tmp_path / "mixed")
+    (tmp_path / "mixed" / "notes").write_text("mine")
+    for place in (tmp_path, tmp_path / "mixed"):
+        with pytest.raises(InputError, match="other files"):
+            save_ensemble(Ensemble([model(), model(1)]), place)
 
 
 def test_a_classifier_keeps_the_published_dropout():
@@ -214,6 +221,8 @@ def test_the_calibration_of_dropout_travels_with_the_model(trained, tmp_path):
     assert load_model(tmp_path / "m").metadata.extra[DROPOUT_SCALE] == list(scale)
     found = predict(tmp_path / "m", CRYSTALS, dropout_passes=10)["energy_std"]
     assert found.to_numpy() == pytest.approx(scale[0] * raw.to_numpy(), rel=1e-5)
+    TrainingModule(one, data, Recipe())  # what it learns now, nobody has calibrated
+    assert DROPOUT_SCALE not in one.metadata.extra
 
 
 def test_a_classifiers_spread_stays_as_it_is(alloys):
