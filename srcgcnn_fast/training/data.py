@@ -333,6 +333,12 @@ def _check_same_graphs(store: GraphStore, *others: GraphStore | None) -> None:
 def _check_numbers(targets: tuple[str, ...], seed: int, num_workers: int) -> None:
     if len(set(targets)) < len(targets):
         raise InputError(f"The targets {', '.join(targets)} name one twice; name each once.")
+    columns = ["id", "error", *(f"{name}{suffix}" for name in targets for suffix in ("", "_predicted", "_std"))]
+    if len(set(columns)) < len(columns):
+        raise InputError(
+            f"The targets {', '.join(targets)} clash in tables of predictions, which have the columns id, error, and "
+            "of each target NAME, NAME_predicted and NAME_std; rename one."
+        )
     if seed < 0 or num_workers < 0:
         raise InputError(f"The seed {seed} and the number of workers {num_workers} must be 0 or more.")
 

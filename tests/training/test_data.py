@@ -157,6 +157,9 @@ def test_bad_requests_are_sentences(alloys):
             GraphDataModule(alloys, "energy", split=Split(wrong, np.arange(100, 160), []))
     with pytest.raises(InputError, match="energy, high, energy name one twice"):
         GraphDataModule(alloys, ["energy", "high", "energy"])
+    for names in (["energy", "energy_std"], ["high", "energy", "high_predicted"], ["id"]):
+        with pytest.raises(InputError, match=f"targets {', '.join(names)} clash in tables of predictions"):
+            GraphDataModule(alloys, names)
     for wrong in ({"seed": -1}, {"num_workers": -1}):
         with pytest.raises(InputError, match="must be 0 or more"):
             GraphDataModule(alloys, "energy", **wrong)
