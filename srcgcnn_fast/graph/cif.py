@@ -26,6 +26,7 @@ NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?(\(\d*\))?")
 _CELL = [f"_cell_length_{x}" for x in "abc"] + [f"_cell_angle_{x}" for x in ("alpha", "beta", "gamma")]
 COORDINATES = [f"_atom_site_fract_{x}" for x in "xyz"]
 HERMANN_MAUGUIN = ("_symmetry_space_group_name_H-M", "_space_group_name_H-M_alt")
+_HALL = ("_space_group_name_Hall", "_symmetry_space_group_name_Hall")
 INT_NUMBERS = ("_symmetry_Int_Tables_number", "_space_group_IT_number")
 _OPERATIONS = ("_symmetry_equiv_pos_as_xyz", "_space_group_symop_operation_xyz")
 _SITE = ("_atom_site_label", "_atom_site_type_symbol", *COORDINATES)
@@ -33,7 +34,7 @@ _TAGS = {
     re.sub(r"[.-]", "_", tag.lower()): tag
     for tag in (
         *(*_CELL, *HERMANN_MAUGUIN, *INT_NUMBERS, *_OPERATIONS, *_SITE),
-        *("_space_group_name_Hall", "_symmetry_space_group_name_Hall"),
+        *_HALL,
         *("_atom_site_occupancy", "_atom_site_attached_hydrogens", "_atom_site_calc_flag"),
         "_atom_site_disorder_group",
         *("_chemical_formula_sum", "_cell_formula_units_Z", "_cell_modulation_dimension"),
@@ -333,7 +334,9 @@ def _check_symbols(columns: dict[str, list[str]], is_confirmed: bool, name: str)
 def _space_group(items: dict[str, Any]) -> tuple[list[str], str]:
     """Its Hermann-Mauguin symbols, and its number or ""."""
     names, numbers = ([str(items.get(tag, "?")) for tag in tags] for tags in (HERMANN_MAUGUIN, INT_NUMBERS))
-    return [x for x in names if x not in ("?", ".", "")], next((x for x in numbers if x.isdigit()), "")
+    names = [x for x in names if x not in ("?", ".", "")]
+    halls = [f"Hall {items[tag]}" for tag in _HALL if items.get(tag, "?") not in ("?", ".", "", "P 1")]  # none is known
+    return names or halls, next((x for x in numbers if x.isdigit()), "")
 
 
 def _is_counted(items: dict[str, Any]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from .crystal import AnyCrystal, MixedCrystal
+from .crystal import AnyCrystal, Composition, MixedCrystal
 
 _TERM = re.compile(r"[-+]?([xyz]|\d+/\d+|\d+\.?\d*|\.\d+)")
 _STATEMENT = re.compile(
@@ -21,6 +21,7 @@ _MISFIT = 0.01
 """Of the longest cell length squared; cells follow from their symmetry up to rounding."""
 _IMAGE_TOLERANCE = 0.02  # of a cell edge; images that rounded coordinates keep apart were merged within half of it
 _NEAREST = 0.3  # Å; full atoms are nowhere as near as this, images of rounded coordinates are
+_NEAREST_SPLIT = 0.05  # Å; the same for positions that exclude each other
 
 
 def is_operation(text: str) -> bool:
@@ -121,15 +122,19 @@ def check_operations(operations: Sequence[Any], crystal: AnyCrystal, name: str) 
         raise InputError(
             f"{name} has symmetry operations that do not fit its cell (other axes or another setting); correct either."
         )
-    kind = crystal.kind if isinstance(crystal, MixedCrystal) else np.zeros_like(crystal.numbers)
+    kind, compositions = np.zeros_like(crystal.numbers), tuple[Composition, ...]()
+    if isinstance(crystal, MixedCrystal):
+        kind, compositions = crystal.kind, crystal.compositions
+    shares = np.array([1.0, *(sum(share for _, share in x) for x in compositions)])[kind]
     tree = cKDTree(_in_cell(crystal.frac_coords), boxsize=1.0)
     pairs = tree.query_pairs(_IMAGE_TOLERANCE, p=np.inf, output_type="ndarray")
-    pairs = pairs[(crystal.numbers[pairs[:, 0]] == crystal.numbers[pairs[:, 1]]) & ~kind[pairs].any(axis=1)]
-    apart = crystal.frac_coords[pairs[:, 0]] - crystal.frac_coords[pairs[:, 1]]
+    i, j = pairs[(np.diff(crystal.numbers[pairs]) == 0).ravel() & (np.diff(kind[pairs]) == 0).ravel()].T
+    apart = crystal.frac_coords[i] - crystal.frac_coords[j]
     distance = np.linalg.norm((apart - np.rint(apart)) @ crystal.lattice, axis=1)
-    if len(distance) and distance.min() < _NEAREST:
+    too_near = distance[distance < np.where(shares[i] + shares[j] > 1.001, _NEAREST, _NEAREST_SPLIT)]
+    if len(too_near):
         raise InputError(
-            f"{name} has images of one site {distance.min():.2g} Å apart; give its coordinates with more digits, "
+            f"{name} has images of one site {too_near.min():.2g} Å apart; give its coordinates with more digits, "
             "like 0.33333, and _chemical_formula_sum."
         )
     for rotation, translation in zip(rotations, translations, strict=True):
