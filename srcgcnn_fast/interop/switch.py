@@ -27,12 +27,13 @@ def accelerate(model: _MODEL, verify: Any = None) -> _MODEL:
 
     Known are ``ConvLayer`` and the pooling of txie-93/cgcnn, cgcnn2 and sata-deep/SR-CGCNN, and PyTorch Geometric's
     ``CGConv``, in any module that holds them. Only the computation changes: parameters, buffers, names, hooks, mode,
-    device, and every reference to them stay, as do the signatures of ``forward``. A layer is replaced when its parts
-    are the expected ones and its output, gradients and buffers agree with its own formula on a small example in
+    device, and every reference to them stay, as do the arguments that ``forward`` takes. A layer is replaced when its
+    parts are the expected ones and its output, gradients and buffers agree with its own formula on a small example in
     float64; others are left as they are and named, with the reason, in the log and by :func:`acceleration`.
 
-    Where a call is beyond the operators (a hook on a part of a layer, half precision, ``torch.func``, tracing,
-    export, compilation), a replaced layer computes its own formula.
+    Where a call is beyond the operators (a hook on a part of a layer, a part that was exchanged since, arguments that
+    the published layer has not, half precision, ``torch.func``, tracing, export, compilation), a replaced layer
+    computes its own formula.
 
     Args:
         model: a module that holds such layers, at any depth; calling this twice changes nothing.

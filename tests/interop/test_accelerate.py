@@ -253,6 +253,82 @@ def test_hooks_on_parts_are_called(published, operator_calls, caplog, published_
     assert seen == [1] and len(operator_calls) == 3
 
 
+def test_hooks_elsewhere_leave_the_pooling(published, published_batch, caplog):
+    model, seen = sf.accelerate(published()), []
+    model.conv_to_fc.register_forward_hook(lambda *_: seen.append(1))
+    with caplog.at_level(logging.WARNING):
+        model(*published_batch())
+    assert seen == [1] and not caplog.text
+
+
+class _Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def _own_forward(part):
+    forward = part.forward
+    part.forward = lambda x: 0.5 * forward(x)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: setattr(layer.fc_full, "__class__", _Doubled),
+        lambda layer: setattr(layer, "softplus1", nn.ReLU()),
+        lambda layer: _own_forward(layer.fc_full),
+        lambda layer: _own_forward(layer.bn1),
+        lambda layer: nn.utils.parametrizations.spectral_norm(layer.fc_full),
+    ],
+    ids=["another linear map", "another activation", "forward of the map", "forward of the norm", "spectral norm"],
+)
+def test_parts_that_are_exchanged_later(change, published, operator_calls, published_batch):
+    model = published()
+    fast = sf.accelerate(copy.deepcopy(model))
+    for m in (model, fast):
+        torch.manual_seed(0)
+        change(m.convs[0])
+    operator_calls.clear()
+    (output, buffers), expected = (
+        (m(*published_batch()).detach(), torch.cat([x.double().flatten() for x in m.buffers()])) for m in (fast, model)
+    )
+    torch.testing.assert_close((output, buffers), expected, rtol=1e-11, atol=1e-12)
+    assert len(operator_calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda layer, h, fea, idx: layer(h, fea, idx), 2),
+        (lambda layer, h, fea, idx: layer(h, fea, idx, 2.0), 0),
+        (lambda layer, h, fea, idx: layer(h, fea, idx, scale=2.0), 0),
+        (lambda layer, h, fea, idx: layer(atoms=h, fea=fea, idx=idx), 0),
+    ],
+    ids=["published", "positional", "keyword", "other names"],
+)
+def test_arguments_of_its_own(call, expected, published, operator_calls, published_batch):
+    model = published().eval()
+
+    class Scaled(type(model.convs[0])):
+        def forward(self, atoms, fea, idx, scale=1.0):
+            return scale * super().forward(atoms, fea, idx)
+
+    class Net(type(model)):
+        def forward(self, h, fea, idx, rows):
+            h = self.embedding(h)
+            for layer in self.convs:
+                h = call(layer, h, fea, idx)
+            return self.fc_out(self.conv_to_fc(self.pooling(h, rows)))
+
+    model.__class__ = Net
+    for layer in model.convs:
+        layer.__class__ = Scaled
+    fast = sf.accelerate(copy.deepcopy(model))
+    operator_calls.clear()
+    torch.testing.assert_close(fast(*published_batch()), model(*published_batch()), rtol=1e-11, atol=1e-12)
+    assert len(operator_calls) == expected
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -331,6 +407,8 @@ def test_half_precision_and_a_forced_reference_use_the_own_formula(published, op
         assert difference(fast, published_batch(dtype=torch.float32)).gradient < 1e-6
     half = published_batch(dtype=torch.bfloat16)
     assert difference(fast.bfloat16().eval(), half).output == 0 and not operator_calls
+    *tensors, rows = half
+    assert fast.to("meta")(*(x.to("meta") for x in tensors), rows).is_meta
 
 
 def test_transforms_and_tracers_see_the_own_formula(published, published_batch):
