@@ -14,6 +14,7 @@ from .. import functional
 from ..errors import InputError
 from ..graph.batch import GraphBatch
 from ..graph.elements import element_features
+from ..graph.parameters import as_python
 from ..ops.fused import lookup
 from .conv import GatedConv, batch_norm_states, stand_in_for
 from .frozen import Frozen
@@ -143,7 +144,7 @@ class CrystalModel(nn.Module):
     @property
     def hyperparameters(self) -> dict[str, Any]:
         """The constructor's arguments, so that ``type(model)(**model.hyperparameters)`` is the same architecture."""
-        return dict(self._hyperparameters)
+        return {name: as_python(value) for name, value in self._hyperparameters.items()}
 
     def count_conv_parameters(self) -> int:
         """Trainable parameters of the convolutions: 66 432 for CGCNN, 22 912 for SR-CGCNN, at the defaults."""
