@@ -83,7 +83,9 @@ def restore(model: _MODEL) -> _MODEL:
 def acceleration(model: nn.Module) -> dict[str, str | None]:
     """What :func:`accelerate` looks at in a model: by name, None where it is replaced, else the reason why not."""
     return {
-        _label(name, module): None if isinstance(module, Swapped) else _refusal(module, kind) or "not accelerated yet"
+        _label(name, module): kind.refusal(module)
+        if isinstance(module, Swapped)  # None, unless a part was exchanged since
+        else _refusal(module, kind) or "not accelerated yet"
         for name, module, kind in _candidates(model)
     }
 

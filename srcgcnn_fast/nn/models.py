@@ -187,6 +187,10 @@ class CrystalModel(nn.Module):
 
         With ``return_steps`` also the list of (N, F) features after each convolution.
         """
+        if not isinstance(batch, GraphBatch):
+            raise InputError(
+                f"A model takes a GraphBatch, not a {type(batch).__name__}; collate([graph, …]) makes one."
+            )
         if not return_steps and (network := self._frozen_network()) is not None and network.takes(batch):
             out = network(batch)
             return log_softmax(out, dim=1) if self.classification else out

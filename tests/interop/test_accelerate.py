@@ -304,6 +304,8 @@ def test_parts_that_are_exchanged_later(change, published, operator_calls, publi
     )
     torch.testing.assert_close((output, buffers), expected, rtol=1e-11, atol=1e-12)
     assert len(operator_calls) == 1
+    exchanged = type(fast.convs[0].fc_full) is not nn.Linear or type(fast.convs[0].softplus1) is not nn.Softplus
+    assert (acceleration(fast)["convs.0 (ConvLayer)"] is not None) == exchanged
 
 
 @pytest.mark.parametrize(
