@@ -21,7 +21,7 @@ from .files import atomic_path
 from .graph import GraphBatch, GraphStore, Record, build_graphs, collate, open_store, read_inputs
 from .graph.elements import MIXES_BUILT_IN, element_features, without_vector
 from .graph.store import is_store
-from .uncertainty import Ensemble, MonteCarloDropout, Sampler, load_predictor
+from .uncertainty import MonteCarloDropout, Sampler, load_predictor
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -207,11 +207,16 @@ def _write_json(frame: pd.DataFrame, file: Path) -> None:
 
 def _predictor(model: Any, dropout_passes: int | None) -> CGCNN | SRCGCNN | Sampler:
     found = load_predictor(model) if isinstance(model, str | os.PathLike) else model
-    if dropout_passes is None:
-        return found
-    if isinstance(found, Ensemble):
+    if isinstance(found, Sampler):
+        if dropout_passes is None:
+            return found
         raise InputError("An ensemble has its own spread; predict without dropout passes, or with one of its members.")
-    return MonteCarloDropout(found, dropout_passes)
+    if not hasattr(found, "metadata"):
+        raise InputError(
+            f"predict takes a CGCNN or SRCGCNN, an ensemble, or the path of either, not a {type(found).__name__}; give "
+            "the model that it holds."
+        )
+    return found if dropout_passes is None else MonteCarloDropout(found, dropout_passes)
 
 
 def _counted(records: Iterator[Record], progress: Callable[[int], None] | None) -> Iterator[Record]:

@@ -30,18 +30,19 @@ def plain_layer(conv: GatedConv, h: torch.Tensor, batch) -> torch.Tensor:
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("momentum", [0.1, None, 0.0])
 def test_batch_norm_behaves_as_users_of_torch_expect(backend, make_batch, momentum):
-    """Training, running statistics by momentum, cumulative average, eval after train, frozen statistics."""
+    """Training, running statistics by momentum, cumulative average, eval, statistics that are frozen or untracked."""
     torch.manual_seed(0)
     ours, theirs = GatedConv(8), GatedConv(8)
     theirs.load_state_dict(ours.state_dict())
     for conv in (ours, theirs):
         conv.bn1.momentum = conv.bn2.momentum = momentum
-    for seed, mode in enumerate(["train", "train", "eval", "frozen bn1", "train", "eval"]):
+    for seed, mode in enumerate(["train", "train", "eval", "frozen bn1", "train", "untracked", "eval"]):
         batch = make_batch("plain", seed=seed)
         h = torch.rand(batch.num_rows, 8)
         for conv in (ours, theirs):
             conv.train(mode != "eval")
-            conv.bn1.train(mode == "train")
+            conv.bn1.train(mode in ("train", "untracked"))
+            conv.bn1.track_running_stats = mode != "untracked"
         torch.testing.assert_close(ours(h, batch), plain_layer(theirs, h, batch), rtol=1e-5, atol=1e-5)
         for (name, a), (_, b) in zip(ours.named_buffers(), theirs.named_buffers(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 import subprocess
 import sys
+from pathlib import Path
 from tempfile import gettempdir
 
 import pytest
 
+DOCS = Path(__file__).parents[1] / "docs"
 OPTIONAL = {"pymatgen", "ase", "pandas", "pyarrow", "lightning", "matplotlib", "tqdm", "triton", "scipy"}
 
 
@@ -39,3 +43,19 @@ def test_every_public_name_exists():
     assert set(sf.__all__) <= set(dir(sf))
     with pytest.raises(AttributeError, match="no attribute 'absent'"):
         sf.absent  # noqa: B018
+
+
+@pytest.mark.skipif(not DOCS.is_dir(), reason="the documentation is not here")
+def test_names_of_the_reference_are_where_it_says():
+    """In ``sf``, or in one of the modules that the name's section mentions."""
+    for section in (DOCS / "api.md").read_text().split("\n## ")[1:]:
+        said = re.findall(r"`((?:srcgcnn_fast|sf)(?:\.\w+)*)`", section)
+        places = ["srcgcnn_fast", *(re.sub("^sf", "srcgcnn_fast", name) for name in said)]
+        for path in re.findall(r"^::: ([\w.]+)", section, re.MULTILINE):
+            home, _, name = path.rpartition(".")
+            try:
+                found = getattr(importlib.import_module(home), name)
+                modules = [importlib.import_module(place) for place in places]
+            except (ImportError, ValueError) as error:  # an optional package
+                pytest.skip(str(error))
+            assert any(getattr(module, name, None) is found for module in modules), path

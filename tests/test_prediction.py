@@ -212,6 +212,8 @@ def test_bad_arguments():
         sf.predict(model, [])
     with pytest.raises(sf.InputError, match="no model"):
         sf.predict("absent_model", [])
+    with pytest.raises(sf.InputError, match="not a DataParallel; give the model that it holds"):
+        sf.predict(torch.nn.DataParallel(make_model()), [])
 
 
 def write_poscar(path, scale: float) -> None:

@@ -5,9 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from ..errors import InputError
+
+
+def as_python(value: Any) -> Any:
+    """A NumPy number as Python's, which JSON and checkpoints take; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def check_policy(disorder: str) -> None:

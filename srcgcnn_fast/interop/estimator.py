@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from ..nn import CGCNN, SRCGCNN
 from ..prediction import predict
 
 _base: Any = require("sklearn.base", "A scikit-learn regressor", "sklearn")
+_utils: Any = require("sklearn.utils", "A scikit-learn regressor", "sklearn")
 _validation: Any = require("sklearn.utils.validation", "A scikit-learn regressor", "sklearn")
 
 
@@ -31,8 +33,9 @@ class CrystalRegressor(_base.RegressorMixin, _base.BaseEstimator):  # type: igno
     Args:
         model: "cgcnn" or "sr-cgcnn".
         n_conv: convolutions, or recurrent steps.
-        radius: cutoff of the neighbours, Å.
+        radius: cutoff of the neighbours, Å; the Gaussians of the distance reach it.
         isolated: "keep" takes crystals with atoms that have no neighbour within the radius, "error" refuses them.
+        random_state: a number, or what else scikit-learn takes, of which every fit draws one.
 
     Attributes:
         model_: the trained model; save it with :func:`srcgcnn_fast.save_model`.
@@ -53,7 +56,7 @@ class CrystalRegressor(_base.RegressorMixin, _base.BaseEstimator):  # type: igno
         radius: float = 8.0,
         max_neighbors: int = 12,
         isolated: Literal["error", "keep"] = "error",
-        random_state: int = 0,
+        random_state: Any = 0,
     ) -> None:
         self.model = model
         self.n_conv = n_conv
@@ -72,34 +75,36 @@ class CrystalRegressor(_base.RegressorMixin, _base.BaseEstimator):  # type: igno
         """Train on structures and their targets.
 
         Raises:
-            InputError: a structure cannot be used, a target is not finite, or their numbers differ.
+            InputError: a structure cannot be used, a target is no finite number, or their numbers differ.
         """
         from ..training import GraphDataModule, Recipe, fit
 
         kinds = {"cgcnn": CGCNN, "sr-cgcnn": SRCGCNN}
         if self.model not in kinds:
             raise InputError(f"model must be 'cgcnn' or 'sr-cgcnn', not {self.model!r}.")
-        values = np.asarray(y, dtype=np.float64)
-        table = values.reshape(len(values), -1)
-        if len(X) != len(values):
-            raise InputError(f"There are {len(X)} structures and {len(values)} targets; give one target each.")
-        if not np.isfinite(table).all():
-            raise InputError(f"Target {int(np.argmin(np.isfinite(table).all(axis=1)))} is not a finite number.")
+        structures, values = _structures(X), _targets(y)
+        if len(structures) != len(values):
+            raise InputError(f"There are {len(structures)} structures and {len(values)} targets; give one target each.")
+        table = values[:, None] if values.ndim == 1 else values
         names = [f"target_{k}" for k in range(table.shape[1])] if values.ndim > 1 else ["target"]
         graph = GraphParameters(self.radius, self.max_neighbors, isolated=self.isolated)
+        seed = self.random_state
+        if not isinstance(seed, Integral):
+            seed = _utils.check_random_state(seed).randint(2**31 - 1)
         held_out = self.validation_fraction
         recipe = Recipe(epochs=self.epochs, lr=self.lr)
         with tempfile.TemporaryDirectory() as folder:
-            crystals = _write(X, table, names, Path(folder) / "crystals.parquet")
+            crystals = _write(structures, table, names, Path(folder) / "crystals.parquet")
             store = prepare(crystals, Path(folder) / "graphs", graph, targets=names)
             if store.rejected:
                 raise InputError(f"Structure {store.rejected[0][0]} cannot be used: {store.rejected[0][1]}")
             split = (1 - held_out, held_out, 0.0)
-            data = GraphDataModule(store, names, split=split, batch_size=self.batch_size, seed=self.random_state)
+            data = GraphDataModule(store, names, split=split, batch_size=self.batch_size, seed=seed)
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.random_state)
-                model = kinds[self.model](self.n_conv, self.atom_fea_len, self.h_fea_len, n_targets=len(names))
-                result = fit(model, data, Path(folder) / "run", recipe, seed=self.random_state)
+                torch.manual_seed(seed)
+                sizes = (self.n_conv, self.atom_fea_len, self.h_fea_len)
+                model = kinds[self.model](*sizes, n_targets=len(names), nbr_fea_len=graph.n_gaussians())
+                result = fit(model, data, Path(folder) / "run", recipe, seed=seed)
         self.model_, self.history_ = result.model, result.history
         self._one_dimensional = values.ndim == 1
         return self
@@ -111,7 +116,7 @@ class CrystalRegressor(_base.RegressorMixin, _base.BaseEstimator):  # type: igno
             InputError: a structure cannot be predicted.
         """
         _validation.check_is_fitted(self)
-        table = predict(self.model_, list(X))
+        table = predict(self.model_, _structures(X))
         for error in table["error"].dropna():
             raise InputError(str(error))
         values = table[list(self.model_.metadata.targets)].to_numpy(np.float64)
@@ -123,6 +128,26 @@ class CrystalRegressor(_base.RegressorMixin, _base.BaseEstimator):  # type: igno
         tags.no_validation = True
         tags.target_tags.multi_output = True
         return tags
+
+
+def _structures(X: Any) -> list[Any]:
+    if hasattr(X, "columns"):
+        raise InputError(f"X is a table ({', '.join(map(str, X.columns))}); give its column of structures alone.")
+    return list(X)
+
+
+def _targets(y: Any) -> np.ndarray:
+    """(n,) or (n, T) float64."""
+    try:
+        values = np.asarray(y, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"The targets are no numbers ({error}); give one for each structure.") from error
+    if values.ndim not in (1, 2) or values.size == 0:
+        raise InputError(f"The targets have the shape {values.shape}; give one number, or one row, for each structure.")
+    wrong = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
+    if wrong.any():
+        raise InputError(f"Target {int(np.argmax(wrong))} is not a finite number.")
+    return values
 
 
 def _write(structures: Sequence[Any], targets: np.ndarray, names: list[str], path: Path) -> Path:

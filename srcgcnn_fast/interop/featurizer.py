@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..errors import InputError
 from ..nn import CGCNN, SRCGCNN
@@ -28,6 +29,9 @@ _CITATIONS = [
 ]
 
 
+_process = os.getpid()
+
+
 class CrystalFeaturizer(_Base):  # type: ignore[misc]
     """Structures to the pooled crystal vector of a model, ``model.features``: F numbers without a unit.
 
@@ -41,7 +45,13 @@ class CrystalFeaturizer(_Base):  # type: ignore[misc]
 
     def __init__(self, model: CGCNN | SRCGCNN | str | os.PathLike[str]) -> None:
         self.model = model
-        self._network = load_model(model) if isinstance(model, str | os.PathLike) else model
+        self._loaded = (model, load_model(model) if isinstance(model, str | os.PathLike) else model)
+
+    @property
+    def _network(self) -> CGCNN | SRCGCNN:
+        if self._loaded[0] is not self.model:  # set_params
+            CrystalFeaturizer.__init__(self, self.model)
+        return self._loaded[1]
 
     def featurize(self, structure: Any) -> list[float]:
         """The F features of one structure.
@@ -57,7 +67,7 @@ class CrystalFeaturizer(_Base):  # type: ignore[misc]
         """The features of many structures; ``pbar`` is taken for matminer's sake, there is no bar.
 
         Args:
-            entries: structures, or the rows of a one-column array of them.
+            entries: structures, or the rows of a one-column array or dataframe of them.
             ignore_errors: NaN for a structure without features, instead of an error.
             return_errors: one more entry for each structure: NaN, or the sentence that says what is wrong.
 
@@ -66,6 +76,9 @@ class CrystalFeaturizer(_Base):  # type: ignore[misc]
         """
         if return_errors and not ignore_errors:
             raise InputError("return_errors goes with ignore_errors=True; set both.")
+        if os.getpid() != _process:  # forked, as matminer's pools are: PyTorch would wait for threads it has not
+            torch.set_num_threads(1)
+        entries = getattr(entries, "to_numpy", lambda: entries)()
         structures = [_only(entry) for entry in entries]
         _, values, errors = run_over([self._network], structures, self._network.features, len(self.feature_labels()))
         if not ignore_errors:

@@ -14,9 +14,10 @@ from ..graph.batch import GraphBatch
 from ..ops import fused, reference, registry
 from ..ops.reference import BatchNorm, Edges
 from .indexed import TensorCache, blocks, edge_batch
-from .swap import Swapped, is_traced, own_formula, unhooked
+from .swap import Swapped, arguments, is_traced, own_formula, untouched
 
 _AGGREGATIONS = {"add": "add", "sum": "add", "mean": "mean", "max": "max"}
+_ARGUMENTS = ("x", "edge_index", "edge_attr")
 _cache = TensorCache()
 
 
@@ -134,18 +135,22 @@ class GeometricConv(Swapped):
         x = [torch.randn(5, width, dtype=torch.float64, generator=generator) for width in widths]
         return [(x[0], edge_index, edge_attr)] if len(x) == 1 else [(tuple(x), edge_index, edge_attr)]
 
-    def forward(self: Any, x: Any, edge_index: Any, edge_attr: Tensor | None = None) -> Tensor:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        given = arguments(self, _ARGUMENTS, args, kwargs)
         hooked = self.explain or any(hooks for name, hooks in vars(self).items() if _is_propagation_hook(name))
+        if given is None or hooked or not {"x", "edge_index"} <= given.keys() or own_formula(self):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        x, edge_index, edge_attr = (given.get(name) for name in _ARGUMENTS)
         source, target = x if isinstance(x, tuple | list) else (x, x)
-        if hooked or own_formula(self) or not isinstance(source, Tensor) or not isinstance(target, Tensor):
-            return super().forward(x, edge_index, edge_attr)  # type: ignore[misc]
+        if not isinstance(source, Tensor) or not isinstance(target, Tensor) or source.is_meta:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
         edges, features = _edges(edge_index, edge_attr, self.flow, id(self))
         fits = features is None or (features.ndim == 2 and len(features) == edges.shape[1])
-        given = 0 if features is None or not fits else features.shape[1]
-        fits = fits and source.shape[-1] + target.shape[-1] + given == self.lin_f.weight.shape[1]
+        n_features = 0 if features is None or not fits else features.shape[1]
+        fits = fits and source.shape[-1] + target.shape[-1] + n_features == self.lin_f.weight.shape[1]
         graph = _graph(edges, len(source), len(target), id(self)) if fits else None
         if graph is None:
-            return super().forward(x, edge_index, edge_attr)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
         return _cg_conv(self, source, target, edges, features, graph)
 
 
@@ -265,7 +270,7 @@ def _cg_conv(
 
 def _is_plain(linear: nn.Module) -> bool:
     """Is it computed by its weight and bias alone, without anybody watching?"""
-    return type(linear).forward is nn.Linear.forward and unhooked(linear)
+    return type(linear).forward is nn.Linear.forward and untouched(linear)
 
 
 def _finish(module: Any, total: Tensor, target: Tensor, edges: Tensor, aggr: str) -> Tensor:

@@ -101,7 +101,7 @@ class HubModel(nn.Module, _hub.ModelHubMixin):  # type: ignore[misc, name-define
                 token=token,
                 allow_patterns=_FILES,
             )
-        return cls(load_model(where))
+        return cls(load_model(where)).eval()
 
     def generate_model_card(self, *_: Any, **__: Any) -> Any:
         """Targets, units, normaliser, graph, size, and what ``metadata.extra`` holds (data set, MAE, citation)."""

@@ -17,10 +17,11 @@ from .. import functional
 from ..nn.norm import SynchronizedBatchNorm1d, batch_norm_state
 from ..ops import registry
 from .indexed import neighbor_batch
-from .swap import Swapped, own_formula
+from .swap import Swapped, arguments, is_traced, own_formula
 
 _LAYERS = {"fc_full": nn.Linear, "sigmoid": nn.Sigmoid, "softplus1": nn.Softplus, "softplus2": nn.Softplus}
 _NORMS = (nn.BatchNorm1d, SynchronizedBatchNorm1d)
+_ARGUMENTS = ("atom_in_fea", "nbr_fea", "nbr_fea_idx", "bn1", "bn2")
 
 
 class PublishedConv(Swapped):
@@ -62,31 +63,26 @@ class PublishedConv(Swapped):
             given += [nn.BatchNorm1d(size).double().train(module.training) for size in (2 * width, width)]
         return [tuple(given)]
 
-    def forward(
-        self: Any,
-        atom_in_fea: Tensor,
-        nbr_fea: Tensor,
-        nbr_fea_idx: Tensor,
-        bn1: nn.Module | None = None,
-        bn2: nn.Module | None = None,
-    ) -> Tensor:
-        given = {"bn1": bn1, "bn2": bn2}
-        norms: list[Any] = [getattr(self, name, None) if norm is None else norm for name, norm in given.items()]
-        h, batch = atom_in_fea, None
-        if torch.is_autocast_enabled(h.device.type):
-            h = h.float()
-        infers = not torch.is_grad_enabled() and not any(norm.training for norm in norms)
-        if (
-            not own_formula(self, *norms)
-            and all(type(norm) in _NORMS for norm in norms)
-            and _is_graph(h, nbr_fea, nbr_fea_idx)
-            and 2 * h.shape[1] + nbr_fea.shape[2] == self.fc_full.weight.shape[1]
-            and registry.select(h, inference=infers) != "reference"
-        ):
-            batch = neighbor_batch(nbr_fea, nbr_fea_idx, h.dtype, (id(self), id(norms[0])))
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        given = arguments(self, _ARGUMENTS, args, kwargs)
+        batch = None
+        if given is not None and all(isinstance(given.get(name), Tensor) for name in _ARGUMENTS[:3]):
+            norms: list[Any] = [
+                getattr(self, name, None) if given.get(name) is None else given[name] for name in _ARGUMENTS[3:]
+            ]
+            h, nbr_fea, nbr_fea_idx = (given[name] for name in _ARGUMENTS[:3])
+            if (
+                all(type(norm) in _NORMS for norm in norms)
+                and not own_formula(self, *norms)
+                and _is_graph(h, nbr_fea, nbr_fea_idx)
+                and 2 * h.shape[1] + nbr_fea.shape[2] == self.fc_full.weight.shape[1]
+            ):
+                h = h.float() if torch.is_autocast_enabled(h.device.type) else h
+                infers = not torch.is_grad_enabled() and not any(norm.training for norm in norms)
+                if registry.select(h, inference=infers) != "reference":
+                    batch = neighbor_batch(nbr_fea, nbr_fea_idx, h.dtype, (id(self), id(norms[0])))
         if batch is None or batch.num_edges < 2 or batch.num_rows < 2:
-            more = {name: norm for name, norm in given.items() if norm is not None}
-            return super().forward(atom_in_fea, nbr_fea, nbr_fea_idx, **more)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
         linear: Any = self.fc_full
         first, second = (batch_norm_state(norm) for norm in norms)
         return functional.gated_conv(h, batch, linear.weight, linear.bias, first, second, dmin=0.0, step=1.0)
@@ -117,7 +113,7 @@ class PublishedPooling(Swapped):
 
     def pooling(self: Any, atom_fea: Tensor, crystal_atom_idx: Sequence[Tensor]) -> Tensor:
         if (
-            own_formula(self)
+            is_traced()
             or atom_fea.dtype not in (torch.float32, torch.float64)
             or len(crystal_atom_idx) < 2
             or any(x.ndim != 1 for x in crystal_atom_idx)
@@ -144,4 +140,5 @@ def _is_graph(atom_fea: Tensor, nbr_fea: Tensor, nbr_fea_idx: Tensor) -> bool:
         and not nbr_fea_idx.is_floating_point()
         and nbr_fea_idx.dtype not in (torch.bool, torch.uint8)  # those select, they do not count
         and atom_fea.device == nbr_fea.device == nbr_fea_idx.device
+        and not atom_fea.is_meta
     )

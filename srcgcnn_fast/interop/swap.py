@@ -77,8 +77,24 @@ def unswap(module: Any) -> None:
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def unhooked(module: nn.Module) -> bool:
-    return not any(getattr(module, name) for name in _HOOKS)
+def untouched(module: nn.Module) -> bool:
+    """Has it no hook, and the forward of its class?"""
+    return "forward" not in vars(module) and not any(getattr(module, name) for name in _HOOKS)
+
+
+def arguments(
+    module: Any, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The arguments of a call by the published names; None where it has others, which the module's own forward takes,
+    or is traced.
+    """
+    if is_traced():
+        return None
+    given = dict(zip(names, args, strict=False)) | kwargs
+    if len(args) <= len(names) and given.keys() <= set(names) and len(given) == len(args) + len(kwargs):
+        return given
+    _say_once(f"a {own_class(module).__name__} that is called with other arguments computes its own formula")
+    return None
 
 
 def is_traced() -> bool:
@@ -89,17 +105,20 @@ def is_traced() -> bool:
 
 
 def own_formula(module: Any, *more: nn.Module | None) -> bool:
-    """Must this call go through the module's own formula? A hooked part wants to be called; tracers want its operators.
+    """Must this call go through the module's own formula? A hooked part wants to be called; tracers want its operators;
+    a part may have been exchanged since.
 
     Args:
         more: modules beside its parts that the call involves.
     """
     if is_traced():
         return True
-    parts = [*module._modules.values(), *more]
-    if all(part is None or unhooked(part) for part in parts):
-        return False
-    _say_once(f"a part of a {own_class(module).__name__} has a hook, so the layer is computed by its own formula")
+    reason = module._kind.refusal(module)
+    if reason is None:
+        if all(part is None or untouched(part) for part in (*module._modules.values(), *more)):
+            return False
+        reason = "a part of it has a hook or a forward of its own"
+    _say_once(f"a {own_class(module).__name__} computes its own formula, since {reason}")
     return True
 
 

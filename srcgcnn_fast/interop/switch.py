@@ -27,23 +27,23 @@ def accelerate(model: _MODEL, verify: Any = None) -> _MODEL:
 
     Known are ``ConvLayer`` and the pooling of txie-93/cgcnn, cgcnn2 and sata-deep/SR-CGCNN, and PyTorch Geometric's
     ``CGConv``, in any module that holds them. Only the computation changes: parameters, buffers, names, hooks, mode,
-    device, and every reference to them stay, as do the signatures of ``forward``. A layer is replaced when its parts
-    are the expected ones and its output, gradients and buffers agree with its own formula on a small example in
+    device, and every reference to them stay, as do the arguments that ``forward`` takes. A layer is replaced when its
+    parts are the expected ones and its output, gradients and buffers agree with its own formula on a small example in
     float64; others are left as they are and named, with the reason, in the log and by :func:`acceleration`.
 
-    Where a call is beyond the operators (a hook on a part of a layer, half precision, ``torch.func``, tracing,
-    export, compilation), a replaced layer computes its own formula.
+    Where a call is beyond the operators (a hook on a part of a layer, a part that was exchanged since, arguments that
+    the published layer has not, half precision, ``torch.func``, tracing, export, compilation), a replaced layer
+    computes its own formula.
 
     Args:
         model: a module that holds such layers, at any depth; calling this twice changes nothing.
         verify: inputs of ``model`` (a tuple of arguments, a mapping of keyword arguments, or the one argument) on
-            which it is run before and after, forward and backward, on copies.
+            which it and its own formulas are run, forward and backward, on copies.
 
     Raises:
         InputError: nothing in the model can be replaced, or with ``verify`` the results differ by more than
             rounding; the model is then as before.
     """
-    before = copy.deepcopy(model) if verify is not None else None
     refused, changed = {}, []
     for name, module, kind in _candidates(model):
         if isinstance(module, Swapped):
@@ -62,8 +62,8 @@ def accelerate(model: _MODEL, verify: Any = None) -> _MODEL:
         )
         raise InputError(f"Nothing in this {own_class(model).__name__} can be accelerated ({why}).")
     logger.info("Accelerated: %s.", ", ".join(replaced))
-    if before is not None:
-        found = difference(model, verify, reference=before)
+    if verify is not None:
+        found = difference(model, verify)
         if not found.rounding:
             for module in changed:
                 unswap(module)
@@ -83,7 +83,9 @@ def restore(model: _MODEL) -> _MODEL:
 def acceleration(model: nn.Module) -> dict[str, str | None]:
     """What :func:`accelerate` looks at in a model: by name, None where it is replaced, else the reason why not."""
     return {
-        _label(name, module): None if isinstance(module, Swapped) else _refusal(module, kind) or "not accelerated yet"
+        _label(name, module): kind.refusal(module)
+        if isinstance(module, Swapped)  # None, unless a part was exchanged since
+        else _refusal(module, kind) or "not accelerated yet"
         for name, module, kind in _candidates(model)
     }
 
@@ -116,7 +118,7 @@ class Difference:
     def rounding(self) -> bool:
         """Are all of them what rounding can explain?"""
         limit = 1e-3 if self.dtype == torch.float32 else 1e-9
-        return max(self.output, self.gradient, self.buffers) <= limit
+        return all(x <= limit for x in (self.output, self.gradient, self.buffers))  # NaN is not
 
     def __str__(self) -> str:
         return f"output {self.output:.1e}, gradient {self.gradient:.1e}, buffers {self.buffers:.1e}, relative"

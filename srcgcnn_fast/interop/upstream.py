@@ -201,7 +201,7 @@ def from_pyg(data: Any) -> GraphBatch:
         row_ptr=_pointer(torch.bincount(receiver, minlength=n)).int(),
         crystal_ptr=_pointer(counts).int(),
         atom_class=torch.arange(n, dtype=torch.int32, device=device),
-        atom_features=None if x is None else x.reshape(n, -1).float(),
+        atom_features=None if x is None else (x if x.is_floating_point() else x.float()).reshape(n, -1),
         edge_features=None if features is None else features[order],
     )
 

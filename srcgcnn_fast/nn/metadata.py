@@ -25,6 +25,7 @@ class ModelMetadata:
     """Anything worth keeping: data set, MAE, citation."""
 
     def __post_init__(self) -> None:
+        self.mean, self.std = (tuple(map(float, numbers)) for numbers in (self.mean, self.std))
         sizes = {len(self.targets), len(self.units), len(self.mean), len(self.std)}
         if len(sizes) > 1:
             raise InputError(

@@ -14,6 +14,7 @@ from .. import functional
 from ..errors import InputError
 from ..graph.batch import GraphBatch
 from ..graph.elements import element_features
+from ..graph.parameters import as_python
 from ..ops.fused import lookup
 from .conv import GatedConv, batch_norm_states, stand_in_for
 from .frozen import Frozen
@@ -143,7 +144,7 @@ class CrystalModel(nn.Module):
     @property
     def hyperparameters(self) -> dict[str, Any]:
         """The constructor's arguments, so that ``type(model)(**model.hyperparameters)`` is the same architecture."""
-        return dict(self._hyperparameters)
+        return {name: as_python(value) for name, value in self._hyperparameters.items()}
 
     def count_conv_parameters(self) -> int:
         """Trainable parameters of the convolutions: 66 432 for CGCNN, 22 912 for SR-CGCNN, at the defaults."""
@@ -162,9 +163,16 @@ class CrystalModel(nn.Module):
 
     def _atoms(self, batch: GraphBatch) -> tuple[Tensor, Tensor | None]:
         """What is embedded: the rows' own features, or the element table and each row's place in it."""
+        width = self._hyperparameters["orig_atom_fea_len"]
         if batch.atom_features is not None:
+            given = batch.atom_features.shape[1]
+            if given != width:
+                raise InputError(
+                    f"The batch brings {given} features an atom, and the model takes {width}: make it with "
+                    f"orig_atom_fea_len={given}, or leave these features out of the batch."
+                )
             return batch.atom_features.to(next(self.embedding.parameters()).dtype), None
-        if self._hyperparameters["orig_atom_fea_len"] != self.element_table.shape[1]:
+        if width != self.element_table.shape[1]:
             raise InputError("The element table's width is not orig_atom_fea_len; set a table that fits.")
         return self.element_table, batch.numbers
 
@@ -179,6 +187,10 @@ class CrystalModel(nn.Module):
 
         With ``return_steps`` also the list of (N, F) features after each convolution.
         """
+        if not isinstance(batch, GraphBatch):
+            raise InputError(
+                f"A model takes a GraphBatch, not a {type(batch).__name__}; collate([graph, …]) makes one."
+            )
         if not return_steps and (network := self._frozen_network()) is not None and network.takes(batch):
             out = network(batch)
             return log_softmax(out, dim=1) if self.classification else out

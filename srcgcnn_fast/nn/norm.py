@@ -101,7 +101,7 @@ def batch_norm_states(norms: Iterable[nn.BatchNorm1d | nn.SyncBatchNorm]) -> lis
     norms = list(norms)
     for norm in norms:
         stand_in_for(norm, *_NORMS)
-    counts = [norm._buffers["num_batches_tracked"] for norm in norms if norm.training]
+    counts = [norm._buffers["num_batches_tracked"] for norm in norms if _tracks(norm)]
     if counts := [count for count in counts if count is not None]:
         torch._foreach_add_(counts, 1)
     return [_state(norm) for norm in norms]
@@ -112,12 +112,20 @@ def batch_norm_state(norm: nn.BatchNorm1d | nn.SyncBatchNorm) -> functional.Batc
     return batch_norm_states([norm])[0]
 
 
+def _tracks(norm: nn.Module) -> bool:
+    """Does a call update its running statistics?"""
+    return norm.training and bool(norm.track_running_stats)
+
+
 def _state(norm: nn.BatchNorm1d | nn.SyncBatchNorm) -> functional.BatchNorm:
     trains, momentum = norm.training, norm.momentum
     buffers = norm._buffers  # nn.Module looks every name up in three places
     mean, var, count = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
-    if trains and count is not None and momentum is None:
-        momentum = 1.0 / float(count)
+    if _tracks(norm):
+        if count is not None and momentum is None:
+            momentum = 1.0 / float(count)
+    elif trains:  # somebody stopped the tracking afterwards
+        mean = var = None
     momentum = 0.0 if momentum is None else momentum
     uses_batch, group = trains or mean is None, process_group(norm)
     return functional.BatchNorm(norm.weight, norm.bias, mean, var, uses_batch, momentum, norm.eps, group)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from ..errors import InputError
-from ..graph.parameters import GraphParameters
+from ..graph.parameters import GraphParameters, as_python
 from ..graph.store import GraphStore
 from .distributed import place
 from .prefetch import Batches, Item, moved, unchanged
@@ -210,9 +210,7 @@ class GraphDataModule(pl.LightningDataModule):
         _check_numbers(self.targets, seed, num_workers)
         self.units = tuple(units or (KNOWN_UNITS.get(name, "") for name in self.targets))
         self.graph_parameters = store.parameters
-        self.batch_size = batch_size
-        self.batch_rows = batch_rows
-        self.seed = seed
+        self.batch_size, self.batch_rows, self.seed = map(as_python, (batch_size, batch_rows, seed))
         self.length_buckets = length_buckets
         self.num_workers = num_workers
         _check_same_graphs(store, val_store, test_store)

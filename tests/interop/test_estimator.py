@@ -62,7 +62,8 @@ def test_learns(kind, alloys):
 def test_inside_scikit_learn(alloys):
     X, y = alloys[0][:40], alloys[1][:40]
     assert np.isfinite(cross_val_score(CrystalRegressor(**SMALL | {"epochs": 2}), X, y, cv=2)).all()
-    search = GridSearchCV(CrystalRegressor(**SMALL | {"epochs": 2}), {"model": ["cgcnn", "sr-cgcnn"]}, cv=2).fit(X, y)
+    grid = {"model": ["cgcnn", "sr-cgcnn"], "lr": np.logspace(-2, -2, 1), "n_conv": np.arange(1, 2)}
+    search = GridSearchCV(CrystalRegressor(**SMALL | {"epochs": 2}), grid, cv=2, error_score="raise").fit(X, y)
     assert search.best_params_["model"] in ("cgcnn", "sr-cgcnn")
 
 
@@ -72,13 +73,28 @@ def test_several_targets(alloys):
     assert both.predict(X).shape == (30, 2) and both.model_.metadata.targets == ("target_0", "target_1")
 
 
+def test_gaussians_reach_the_radius_and_every_fit_draws_its_seed(alloys):
+    X, y = alloys[0][:20], alloys[1][:20]
+    settings = SMALL | {"epochs": 1, "radius": 6.0}
+    one = CrystalRegressor(**settings, random_state=np.random.RandomState(3)).fit(X, y)
+    assert one.model_.hyperparameters["nbr_fea_len"] == one.model_.metadata.graph.n_gaussians() == 31
+    seed = np.random.RandomState(3).randint(2**31 - 1)
+    assert np.array_equal(CrystalRegressor(**settings, random_state=seed).fit(X, y).predict(X), one.predict(X))
+    assert not np.array_equal(one.predict(X), one.fit(X, y).predict(X))
+
+
 def test_bad_input(alloys):
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
     X, y = alloys[0][:20], alloys[1][:20]
     for change, word in (
         (lambda: CrystalRegressor("gcn").fit(X, y), "'cgcnn' or 'sr-cgcnn'"),
         (lambda: CrystalRegressor().fit(X[:-1], y), "19 structures and 20 targets"),
         (lambda: CrystalRegressor().fit(X, np.where(np.arange(20) == 3, np.nan, y)), "Target 3"),
         (lambda: CrystalRegressor().fit([*X[:-1], "no such.cif"], y), "no such.cif"),
+        (lambda: CrystalRegressor().fit(X, None), r"shape \(\)"),
+        (lambda: CrystalRegressor().fit(X, np.zeros((20, 2, 2))), r"shape \(20, 2, 2\)"),
+        (lambda: CrystalRegressor().fit(X, ["a"] * 20), "no numbers"),
+        (lambda: CrystalRegressor().fit(pandas.DataFrame({"structure": X}), y), r"a table \(structure\)"),
     ):
         with pytest.raises(InputError, match=word):
             change()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -36,15 +37,18 @@ def test_features_are_the_models(model):
     for k, crystal in enumerate(CRYSTALS):
         column[k, 0] = crystal
     assert featurizer.featurize_many(column) == many
+    assert featurizer.featurize_many(pytest.importorskip("pandas").DataFrame(column)) == many
     assert len(set(featurizer.feature_labels())) == 16 and model.training
     assert all("@" in text for text in featurizer.citations()) and featurizer.implementors()
 
 
 def test_from_a_saved_model(model, tmp_path):
     saved = sf.save_model(model, tmp_path / "model")
-    assert CrystalFeaturizer(str(saved or tmp_path / "model")).featurize(CRYSTALS[1]) == pytest.approx(
-        CrystalFeaturizer(model).featurize(CRYSTALS[1]), rel=1e-6
-    )
+    expected = pytest.approx(CrystalFeaturizer(model).featurize(CRYSTALS[1]), rel=1e-6)
+    assert CrystalFeaturizer(str(saved)).featurize(CRYSTALS[1]) == expected
+    other = CrystalFeaturizer(sf.CGCNN(1, 16, 8))
+    other.model = str(saved)  # as set_params of matminer's classes does
+    assert other.featurize(CRYSTALS[1]) == expected
 
 
 def test_bad_input(model):
@@ -59,6 +63,21 @@ def test_bad_input(model):
     assert np.isnan(featurizer.featurize_many([lonely], ignore_errors=True)).all()
 
 
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_in_a_forked_process():
+    """As matminer's pools: PyTorch's threads of the parent are not there."""
+    featurizer, threads = CrystalFeaturizer(sf.SRCGCNN()), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = featurizer.featurize_many(CRYSTALS * 20)[0]
+        torch.rand(1000, 1000).sin()
+        with multiprocessing.get_context("fork").Pool(1) as pool:
+            assert pool.apply_async(featurizer.featurize, CRYSTALS[:1]).get(30) == pytest.approx(expected, rel=1e-5)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_inside_matminer(model):
     base = pytest.importorskip("matminer.featurizers.base", reason="matminer is not installed")
     pandas = pytest.importorskip("pandas")
@@ -67,6 +86,9 @@ def test_inside_matminer(model):
     wide = featurizer.featurize_dataframe(frame, "structure", ignore_errors=True, return_errors=True, pbar=False)
     assert list(wide.columns) == ["structure", *featurizer.feature_labels(), "CrystalFeaturizer Exceptions"]
     np.testing.assert_array_equal(wide[featurizer.feature_labels()].to_numpy()[:4], featurizer.featurize_many(CRYSTALS))
-    both = base.MultipleFeaturizer([featurizer], iterate_over_entries=False)
-    np.testing.assert_array_equal(both.featurize_many(CRYSTALS, pbar=False), featurizer.featurize_many(CRYSTALS))
+    for each in (False, True):
+        both = base.MultipleFeaturizer([featurizer], iterate_over_entries=each)
+        both.set_n_jobs(2)
+        found = both.featurize_many(CRYSTALS, pbar=False)
+        np.testing.assert_allclose(found, featurizer.featurize_many(CRYSTALS), rtol=1e-5, atol=1e-6)
     assert featurizer.get_params()["model"] is model

@@ -237,6 +237,19 @@ def test_a_subclass_with_another_message_is_left():
         sf.accelerate(Halved(5, 4))
 
 
+def test_a_subclass_with_more_arguments():
+    geometric = pytest.importorskip("torch_geometric.nn", reason="torch-geometric is not installed")
+
+    class Scaled(geometric.CGConv):
+        def forward(self, x, edge_index, edge_attr=None, scale=1.0):
+            return scale * super().forward(x, edge_index, edge_attr)
+
+    other, (x, index, attr) = Scaled(5, 4).double(), graph()
+    fast = sf.accelerate(copy.deepcopy(other))
+    for more in ({}, {"scale": 2.0}):
+        torch.testing.assert_close(fast(x, index, attr, **more), other(x, index, attr, **more), rtol=1e-11, atol=1e-12)
+
+
 def test_hooks_of_message_passing_are_called():
     other, inputs = theirs(5, 4), graph()
     expected, seen = other(*inputs), []
@@ -275,12 +288,17 @@ def doubled(layer):
     layer.lin_s.__class__ = Doubled
 
 
+def doubled_by_an_attribute(layer):
+    forward = layer.lin_s.forward
+    layer.lin_s.forward = lambda x: 2 * forward(x)
+
+
 def doubled_by_a_hook(layer):
     layer.lin_s.register_forward_hook(lambda module, given, out: 2 * out)
 
 
 @pytest.mark.parametrize("aggr", ["add", "mean", "max"])
-@pytest.mark.parametrize("change", [doubled, doubled_by_a_hook])
+@pytest.mark.parametrize("change", [doubled, doubled_by_an_attribute, doubled_by_a_hook])
 def test_parts_that_are_more_than_their_weights_are_called(change, aggr):
     torch.manual_seed(0)
     changed = CGConv(5, 4, aggr=aggr).double()

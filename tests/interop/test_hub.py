@@ -26,7 +26,9 @@ def test_round_trip_without_a_network(kind, make_batch, tmp_path, monkeypatch):
     HubModel(model).save_pretrained(tmp_path / "there")
     HubModel(model).save_pretrained(tmp_path / "there")  # again, over it
     assert {p.name for p in (tmp_path / "there").iterdir()} == {"config.json", "model.safetensors", "README.md"}
-    for again in (HubModel.from_pretrained(tmp_path / "there").model, sf.load_model(tmp_path / "there")):
+    wrapped = HubModel.from_pretrained(tmp_path / "there")
+    assert not wrapped.training
+    for again in (wrapped.model, sf.load_model(tmp_path / "there")):
         assert type(again) is kind and again.metadata == model.metadata and not again.training
         assert torch.equal(again.predict(batch), model.predict(batch))
 

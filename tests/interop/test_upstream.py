@@ -113,6 +113,11 @@ def test_pyg_features_in_place_of_numbers_and_distances(make_batch):
     batch = from_upstream(*golden_input(np.load(GOLDEN / "cgcnn_f16.npz")))
     again = from_pyg(SimpleNamespace(**to_pyg(batch)))
     assert torch.equal(again.atom_features, batch.atom_features)
+    given = SimpleNamespace(**to_pyg(batch) | {"x": batch.atom_features.double() / 3})
+    assert torch.equal(from_pyg(given).atom_features, given.x)  # to the last bit
+    given.x = given.x[:, :5]
+    with pytest.raises(InputError, match="5 features an atom, and the model takes 92"):
+        model_of()(from_pyg(given))
     model = model_of()
     with torch.no_grad():
         torch.testing.assert_close(model(again), model(batch), rtol=1e-10, atol=1e-12)

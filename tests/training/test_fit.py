@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import math
+import random
 import sys
 
 import lightning.pytorch as pl
@@ -205,6 +206,17 @@ def test_a_finished_run_resumes_to_itself(alloys, tmp_path):
     first = run(alloys, tmp_path, epochs=2)
     again = run(alloys, tmp_path, epochs=2, resume=True)
     assert again.history == first.history
+
+
+def test_numpy_numbers_are_numbers(alloys, tmp_path):
+    """As grids make them: the files of the run, its checkpoints and its model are read again."""
+    recipe = Recipe(epochs=np.int64(1), lr=np.logspace(-3, -2, 2)[1], milestones=tuple(np.arange(1, 2)))
+    data = GraphDataModule(alloys, "energy", batch_size=np.int64(32), seed=np.int64(0))
+    for resume in (False, True):
+        model = SRCGCNN(np.int64(1), np.int64(16), np.int64(16))
+        found = fit(model, data, tmp_path, recipe, seed=np.int64(0), resume=resume, accelerator="cpu")
+    assert load_model(tmp_path / "model").hyperparameters == found.model.hyperparameters
+    assert fit(SRCGCNN(1, 16, 16), data, tmp_path, Recipe(1, 0.01, milestones=(1,)), resume=True).best == found.best
 
 
 def test_repeating_gives_the_same_bits_and_another_seed_does_not(alloys, tmp_path):
@@ -460,8 +472,16 @@ def test_bad_requests_are_sentences(alloys, tmp_path):
 def test_a_run_leaves_the_process_as_it_was(alloys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = torch.are_deterministic_algorithms_enabled(), logging.getLogger("lightning.pytorch").level
+    np.random.seed(7)
+    random.seed(7)
+    expected = np.random.RandomState(7).rand(), random.Random(7).random()
     run(alloys, tmp_path / "run", epochs=1)
     assert before == (torch.are_deterministic_algorithms_enabled(), logging.getLogger("lightning.pytorch").level)
+    assert (np.random.rand(), random.random()) == expected
+    ours = torch.rand(1)
+    torch.manual_seed(0)
+    SRCGCNN(n_recurrent_steps=2, atom_fea_len=16, h_fea_len=16)
+    assert ours == torch.rand(1)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         "best.ckpt", "last.ckpt", "metrics.csv", "model", "run.json",
