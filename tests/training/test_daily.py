@@ -141,7 +141,7 @@ def test_balanced_classes_find_more_of_the_rare_one(alloys, tmp_path):
     data = GraphDataModule(with_targets(alloys, rare=rare), "rare", batch_size=32)
     chance = []
     for weights in (None, "balanced"):
-        recipe = Recipe(epochs=4, lr=5e-3, class_weights=weights)
+        recipe = Recipe(epochs=8, lr=5e-3, class_weights=weights)
         result = fit(small(classification=True), data, tmp_path / str(weights), recipe, accelerator="cpu")
         chance.append(evaluate(result.model, data, "train").predicted.mean())
     assert chance[1] > 2 * chance[0]
