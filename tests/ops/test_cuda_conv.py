@@ -6,6 +6,7 @@ cuda/emulation.h supplies CUDA's execution model; what it shows, and what not, i
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import math
 import types
@@ -515,6 +516,7 @@ def test_the_index_of_a_warm_up_is_not_kept(pretend_gpu, replayed, monkeypatch, 
     """It has two numbers an edge, and every replay makes its own."""
     monkeypatch.setattr(registry, "select", lambda *_a, **_k: "cuda")
     model, recorded = small_model(torch.float32, sf.CGCNN, 20), capture._recorded_training
+    gc.collect()  # else what earlier tests left might go meanwhile
     before = len(triton._transposed)
 
     def watched(run):
