@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, require
-from .cif_symmetry import check_operations, check_setting, is_operation, stated_symmetry
+from .cif_symmetry import check_operations, check_setting, is_operation, is_p1, stated_symmetry
 from .crystal import AnyCrystal, Crystal, _one_line, from_pymatgen
 from .elements import ELEMENT_SYMBOLS
 
@@ -26,7 +26,7 @@ NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?(\(\d*\))?")
 _CELL = [f"_cell_length_{x}" for x in "abc"] + [f"_cell_angle_{x}" for x in ("alpha", "beta", "gamma")]
 COORDINATES = [f"_atom_site_fract_{x}" for x in "xyz"]
 HERMANN_MAUGUIN = ("_symmetry_space_group_name_H-M", "_space_group_name_H-M_alt")
-_HALL = ("_space_group_name_Hall", "_symmetry_space_group_name_Hall")
+HALL = ("_space_group_name_Hall", "_symmetry_space_group_name_Hall")
 INT_NUMBERS = ("_symmetry_Int_Tables_number", "_space_group_IT_number")
 _OPERATIONS = ("_symmetry_equiv_pos_as_xyz", "_space_group_symop_operation_xyz")
 _SITE = ("_atom_site_label", "_atom_site_type_symbol", *COORDINATES)
@@ -34,9 +34,9 @@ _TAGS = {
     re.sub(r"[.-]", "_", tag.lower()): tag
     for tag in (
         *(*_CELL, *HERMANN_MAUGUIN, *INT_NUMBERS, *_OPERATIONS, *_SITE),
-        *_HALL,
+        *HALL,
         *("_atom_site_occupancy", "_atom_site_attached_hydrogens", "_atom_site_calc_flag"),
-        "_atom_site_disorder_group",
+        *("_atom_site_disorder_group", "_atom_site_symmetry_multiplicity"),
         *("_chemical_formula_sum", "_cell_formula_units_Z", "_cell_modulation_dimension"),
         *("_space_group_symop_magn_operation.xyz", "_space_group_symop_magn_centering.xyz"),
         *("_space_group_magn.name_BNS", "_space_group_magn.number_BNS"),
@@ -133,7 +133,7 @@ def _parse(text: str, name: str) -> AnyCrystal:
         raise InputError(f"{name} has two lists of symmetry operations that differ; keep one.")
     elif len(operations) == 1 and not _is_counted(items):
         names, number = _space_group(items)
-        if {"".join(x.split()) for x in names} - {"P1"} or number not in ("", "1"):
+        if not all(is_p1(x) for x in (*names, number)):
             raise InputError(
                 f"{name} lists x, y, z alone for the space group {', '.join([*names, number]).strip(', ')}; list all "
                 "operations, or call it P 1."
@@ -335,12 +335,17 @@ def _space_group(items: dict[str, Any]) -> tuple[list[str], str]:
     """Its Hermann-Mauguin symbols, and its number or ""."""
     names, numbers = ([str(items.get(tag, "?")) for tag in tags] for tags in (HERMANN_MAUGUIN, INT_NUMBERS))
     names = [x for x in names if x not in ("?", ".", "")]
-    halls = [f"Hall {items[tag]}" for tag in _HALL if items.get(tag, "?") not in ("?", ".", "", "P 1")]  # none is known
+    halls = [f"Hall {items[tag]}" for tag in HALL if not is_p1(str(items.get(tag, "?")))]  # none is known
     return names or halls, next((x for x in numbers if x.isdigit()), "")
 
 
 def _is_counted(items: dict[str, Any]) -> bool:
-    """Does the file say how many atoms its cell holds?"""
+    """Does the file say that its cell holds no more atoms, or what a check of the formula needs?
+
+    JARVIS names the space group of a cell that it writes without symmetry: every site has the multiplicity 1.
+    """
+    if {*_column(items, "_atom_site_symmetry_multiplicity")} == {"1"}:
+        return True
     units = str(items.get("_cell_formula_units_Z", "?"))
     return bool(NUMBER.fullmatch(units) and parse_formula(str(items.get("_chemical_formula_sum", "?"))))
 

@@ -36,6 +36,11 @@ def _is_coordinate(text: str) -> bool:
     return len(kinds) == len(terms) == len(set(kinds))
 
 
+def is_p1(text: str) -> bool:
+    """Does the symbol or number of a space group name P1, or nothing?"""
+    return "".join(text.split()).upper() in _NONE
+
+
 def stated_symmetry(text: str) -> str | None:
     """The first item in the text of a file, whatever its block, that speaks of more symmetry than P1 has."""
     for match in _STATEMENT.finditer(_COMMENT.sub("", text)):
@@ -43,7 +48,7 @@ def stated_symmetry(text: str) -> str | None:
         if "symop" in tag.lower() or "equiv" in tag.lower():
             if not tag.lower().endswith("id"):
                 return tag
-        elif "".join(value.split()).upper() not in _NONE and not value.startswith("_"):
+        elif not is_p1(value) and not value.startswith("_"):
             return f"the space group {value}"
     return None
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from .cif import COORDINATES, HERMANN_MAUGUIN, INT_NUMBERS, NUMBER, check_formula, parse_formula, read_text
-from .cif_symmetry import fits, is_group, stated_symmetry
+from .cif import COORDINATES, HALL, HERMANN_MAUGUIN, INT_NUMBERS, NUMBER, check_formula, parse_formula, read_text
+from .cif_symmetry import fits, is_group, is_p1, stated_symmetry
 from .crystal import Crystal, checked_crystal
 from .elements import ELEMENT_SYMBOLS
 
@@ -31,7 +31,6 @@ _DIRECTION = np.array([1.0, 0.7548776662, 0.5698402910])
 _SNAP = 1e-4  # pymatgen's: coordinates this near to a third are meant so, where there is symmetry
 _CELL = (*(f"_cell_length_{x}" for x in "abc"), *(f"_cell_angle_{x}" for x in ("alpha", "beta", "gamma")))
 _OPERATIONS = ("_symmetry_equiv_pos_as_xyz", "_space_group_symop_operation_xyz")
-_NO_MORE = {"P1", "1", "?", ".", ""}
 _IDENTITY = ("x,y,z", "+x,+y,+z")
 _TYPE = re.compile(r"([A-Z][a-z]?)(\d*[+-]|[+-]\d+)?")
 _LABEL = re.compile(r"([A-Z][a-z]?)\d*")
@@ -192,8 +191,8 @@ def _operations(cif: Any, block: Any, text: str) -> tuple[np.ndarray, np.ndarray
         raise _Doubt
     texts = ["".join(cif.as_string(value).lower().split()) for value in columns[0]]
     if all(text in _IDENTITY for text in texts):
-        named = [cif.as_string(block.find_value(tag) or "?") for tag in (*HERMANN_MAUGUIN, *INT_NUMBERS)]
-        if not _NO_MORE.issuperset(["".join(text.split()) for text in named]):
+        named = [block.find_value(tag) for tag in (*HERMANN_MAUGUIN, *HALL, *INT_NUMBERS)]
+        if not all(is_p1(cif.as_string(text)) for text in named if text):
             raise _Doubt
         return None
     if not all(_OPERATION.fullmatch(text) for text in texts):

@@ -593,6 +593,7 @@ def test_bad_objects() -> None:
         (WITHOUT_OPERATIONS[: WITHOUT_OPERATIONS.index("loop_")] + UNLOOPED, "outside of a loop"),
         (cif(items="_symmetry_Int_Tables_number 221"), "lists x, y, z alone for the space group P 1, 221"),
         (cif(items="_chemical_formula_sum CsCl").replace("'P 1'", "'F m -3 m'"), "alone for the space group F m -3 m;"),
+        (cif(items="_space_group_name_Hall '-P 4 2 3'").replace("'P 1'", "?"), "alone for the space group Hall -P 4 2"),
         (
             BY_NAME.replace("'P 1'", "?\n_space_group_name_Hall 'C 4 2'\n_space_group_IT_number 89"),
             "leaves its setting",
@@ -633,6 +634,8 @@ def test_bad_cif(tmp_path: Path, text: str, said: str) -> None:
         cif(sites="Cs1 Cs 0 0 0 1\nCl1 Cl 0.5 0.5 0.5 1", operations="'x, y, z'\n'-x, -y, -z'"),
         WITHOUT_OPERATIONS.replace("'P 1'", "'P m -3 m'"),
         cif(items="_chemical_formula_sum 'Cs Cl'\n_cell_formula_units_Z 1").replace("'P 1'", "'P m -3 m'"),
+        cif(items="_chemical_formula_sum CsCl").replace("'P 1'", "Pm-3m").replace("occupancy", "symmetry_multiplicity"),
+        cif(CSCL.replace("Cs1 Cs", "CS1 CS")).replace("'P 1'", "'p 1'"),
         WITHOUT_OPERATIONS.replace("'P 1'", "?\n_symmetry_Int_Tables_number 221"),
     ],
 )
