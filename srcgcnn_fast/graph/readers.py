@@ -632,13 +632,17 @@ def _read_poscar(path: Path) -> AnyCrystal:
 
 
 def _with_positive_scale(text: str, name: str) -> str:
-    """The text of a POSCAR file; pymatgen multiplies Cartesian coordinates by a scale that stands for a volume."""
+    """The text of a POSCAR file without what pymatgen misreads: a comment behind the numbers of atoms, and a scale that
+    stands for a volume, by which it multiplies Cartesian coordinates.
+    """
     lines = text.splitlines()
-    elements, counts = re.split("[#!]", lines[5])[0].split(), lines[6].split()
+    elements, counts = (re.split("[#!]", line)[0].split() for line in lines[5:7])
     if counts[0].isdigit() and len(elements) != len(counts):
         raise InputError(
             f"{name} has {len(elements)} elements and {len(counts)} numbers of atoms; correct either line."
         )
+    if counts[0].isdigit():
+        lines[6] = " ".join(counts)
     scale = float(lines[1])
     if scale < 0:
         volume = abs(np.linalg.det([[float(x) for x in line.split()[:3]] for line in lines[2:5]]))

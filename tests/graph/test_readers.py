@@ -721,6 +721,9 @@ def test_poscar_of_a_volume_and_with_wrong_counts(tmp_path: Path) -> None:
         found = as_crystal(tmp_path / name)
         np.testing.assert_allclose(found.lattice, 2 * CELL, atol=1e-5)
         np.testing.assert_allclose(found.frac_coords, COORDS, atol=1e-5)
+    for comment in ("# of each", "! of each"):
+        (tmp_path / "comment.vasp").write_text("\n".join([*lines[:6], f"{lines[6]} {comment}", *lines[7:]]))
+        np.testing.assert_allclose(as_crystal(tmp_path / "comment.vasp").frac_coords, COORDS, atol=1e-5)
     lines[5] += " Xe"
     (tmp_path / "counts.vasp").write_text("\n".join(lines))
     assert "has 4 elements and 3 numbers of atoms" in only_error(tmp_path / "counts.vasp")

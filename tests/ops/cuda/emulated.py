@@ -6,6 +6,7 @@ import ctypes as c
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -71,7 +72,8 @@ class Plan(c.Structure):
 
 
 def compiler() -> str | None:
-    return shutil.which("g++")
+    """GCC's; on a Mac that name is clang's, which has no __builtin_setjmp for Arm."""
+    return shutil.which("g++") if sys.platform == "linux" else None
 
 
 WIDTHS = (32, 64, 128)  # of the kernels of stack.cu, each compiled by itself

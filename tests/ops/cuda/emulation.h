@@ -233,7 +233,7 @@ inline float __uint_as_float(unsigned x) {
 }
 // What a lane says, and what all of its warp said when they have met.
 template <class T>
-SRCGCNN_UNSEEN const uint32_t (&words_of_all(emulation::Meeting operation, const T& x))[32] {
+SRCGCNN_UNSEEN const uint32_t (&words_of_all(emulation::Meeting operation, T x))[32] {
   static_assert(sizeof(T) == 4, "words alone");
   emulation::Warp& warp = emulation::my_warp();
   memcpy(&warp.words[warp.turn][emulation::lane()], &x, 4);
@@ -391,19 +391,19 @@ SRCGCNN_UNSEEN void multiply(Warp& warp, int least, const Number& number) {
   Doubles right[K], left[kEach];
   Longs of_right[K], of_left[kEach];
   for (int k = 0; k < K; ++k) {
-    Floats given;
+    Floats given{};
     for (int column = 0; column < 8; ++column)
       given[column] = number(warp.b[column * 4 + k % kWords / kEach][k / kWords], k % kEach);
     read(given, right[k], of_right[k]);
   }
   for (int row = 0; row < 16; ++row) {
     for (int k = 0; k < K; k += 8) {
-      Floats given;
+      Floats given{};
       for (int j = 0; j < 8; ++j)
         given[j] = number(warp.a[row % 8 * 4 + (k + j) % kWords / kEach][row / 8 + (k + j) / kWords * 2], j % kEach);
       read(given, left[k / 8], of_left[k / 8]);
     }
-    Floats d;
+    Floats d{};
     for (int column = 0; column < 8; ++column) d[column] = warp.sum[row % 8 * 4 + column / 2][row / 8 * 2 + column % 2];
     for (int first = 0; first < K; first += at_once) {
       Ints of_d = ((Ints(d) >> 23) & 255) - 127;
