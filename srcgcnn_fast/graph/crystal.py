@@ -214,8 +214,9 @@ def from_ase(atoms: Any, name: str = "The Atoms object") -> Crystal:
         _check_lattice(cell, name)
     occupancy = atoms.info.get("occupancy")  # ASE keeps the most abundant species of a site in a file as its atom
     for held in occupancy.values() if isinstance(occupancy, Mapping) else ():
-        if isinstance(held, Mapping) and [x for x in held.values() if not abs(x - 1) <= OCCUPANCY_TOLERANCE]:
-            mixture = ", ".join(f"{symbol}:{share:g}" for symbol, share in held.items())
+        shares = held.values() if isinstance(held, Mapping) else ()  # "?" of a file stays so
+        if [x for x in shares if not isinstance(x, str) and not abs(x - 1) <= OCCUPANCY_TOLERANCE]:
+            mixture = ", ".join(f"{symbol}:{share}" for symbol, share in held.items())
             raise InputError(
                 f"{name} is disordered (atoms.info['occupancy'] has {mixture}); give the file that ASE read, or delete "
                 "that entry if its atoms are meant as they are."

@@ -525,6 +525,8 @@ def test_bad_objects() -> None:
     assert "has no atoms" in only_error(Atoms(cell=CELL, pbc=True))
     mixed = Atoms("NaCl", cell=CELL, pbc=True, info={"occupancy": {"0": {"Na": 1.0}, "1": {"Cl": 0.7, "Br": 0.3}}})
     assert "has Cl:0.7, Br:0.3" in only_error(mixed)
+    mixed.info["occupancy"]["1"] = {"Cl": "?"}
+    assert as_crystal(mixed).numbers.tolist() == [11, 17]
     assert "shape (3, 2)" in only_error((CELL, COORDS[:2].T, NUMBERS[:2]))
     with pytest.raises(InputError, match="The list object is not a crystal"):
         as_crystal([])
