@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,7 +17,7 @@ import numpy as np
 
 from .. import __version__
 from ..errors import InputError
-from ..files import replace_directory, sweep
+from ..files import atomic_directory, replace_directory, sweep
 from .crystal import MixedCrystal
 from .parameters import GraphParameters
 from .readers import Record
@@ -141,32 +140,38 @@ def workplace(folder: Path, key: dict[str, Any] | None) -> Iterator[Path]:
     one, and after an InputError, it is removed.
 
     Raises:
-        InputError: the directory cannot be written.
+        InputError: the directory cannot be written, or ``folder`` cannot be replaced.
     """
     if folder == Path.cwd() or folder in Path.cwd().parents:
         raise InputError(f"{folder} is where this command runs, and would be replaced; run it from another directory.")
+    with atomic_directory(folder) if key is None else _resumed(folder, key) as scratch:
+        yield scratch
+    with suppress(OSError):  # the store is there
+        for file in (folder / PROGRESS, *folder.glob(f"{_COLUMN}*.npy")):
+            file.unlink(missing_ok=True)
+
+
+@contextmanager
+def _resumed(folder: Path, key: dict[str, Any]) -> Iterator[Path]:
+    scratch = folder.parent / f".{folder.name}.partial"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if key is None:
-            scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        else:
-            scratch = folder.parent / f".{folder.name}.partial"
-            scratch.mkdir(exist_ok=True)
+        scratch.mkdir(exist_ok=True)
     except OSError as error:
         raise _refusal(folder, error) from error
-    if key is not None and _read_progress(scratch).get("key") != key:
+    if _read_progress(scratch).get("key") != key:
         for file in scratch.iterdir():
             file.unlink()
     try:
         yield scratch
     except BaseException as error:
-        if key is None or isinstance(error, InputError) or not (scratch / PROGRESS).is_file():
+        if isinstance(error, InputError) or not (scratch / PROGRESS).is_file():
             shutil.rmtree(scratch, ignore_errors=True)
         raise
-    replace_directory(scratch, folder)
-    with suppress(OSError):  # the store is there
-        for file in (folder / PROGRESS, *folder.glob(f"{_COLUMN}*.npy")):
-            file.unlink(missing_ok=True)
+    try:
+        replace_directory(scratch, folder)
+    except OSError as error:
+        raise _refusal(folder, error) from error
 
 
 def _read_progress(scratch: Path) -> dict[str, Any]:

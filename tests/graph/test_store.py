@@ -673,6 +673,31 @@ def test_unwritable_parent(tmp_path: Path) -> None:
         prepare(records(), tmp_path / "file" / "store")
 
 
+def test_a_store_that_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that was read from a file is lost."""
+    pytest.importorskip("pyarrow")
+
+    def busy(self: Path, target: Path) -> Path:
+        raise OSError(16, "Device or resource busy")
+
+    source = table(tmp_path / "t.parquet", 4)
+    for given in (records(), source):
+        with monkeypatch.context() as patch, pytest.raises(InputError, match=r"Cannot write .*store: Device or res"):
+            patch.setattr(Path, "rename", busy)
+            prepare(given, tmp_path / "store")
+    assert listing(tmp_path) == [".store.partial", "t.parquet"]
+    seen: list[int] = []
+    assert len(prepare(source, tmp_path / "store", progress=seen.append)) == 4 and not seen
+
+
+def test_others_may_read_a_store_that_may_read_its_neighbours(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    (tmp_path / "neighbour").mkdir()
+    for given in (records(2), table(tmp_path / "t.parquet", 2)):
+        prepare(given, tmp_path / "store")
+        assert (tmp_path / "store").stat().st_mode == (tmp_path / "neighbour").stat().st_mode
+
+
 def test_loader_workers_share_a_store(tmp_path: Path) -> None:
     store = prepare(records(), tmp_path / "store")
     loader = torch.utils.data.DataLoader(
