@@ -275,10 +275,11 @@ def _of_store(
     every = [(first + a, first + b) for (first, _), some in zip(chunks, cuts, strict=True) for a, b in some]
     batches = _store_batches(store, every, device, _distance_dtype(model), _AHEAD if device.type == "cuda" else 0)
     begun: _Begun | None = None
+    table = model.element_table.cpu()  # once, since the copy waits for the GPU
     for (first, stop), some in zip(chunks, cuts, strict=True):
-        lacking, outputs = store.lacking(model.element_table, first, stop), []
+        lacking, outputs = store.lacking(table, first, stop), []
         for crystal, number in lacking.items():
-            if not 0 <= number < len(model.element_table):
+            if not 0 <= number < len(table):
                 raise InputError(without_vector(store.ids[crystal], number))
         for batch in islice(batches, len(some)):
             with torch.inference_mode():  # on a GPU it is on its way while the next batch is put together

@@ -123,9 +123,16 @@ class MonteCarloDropout(Sampler):
     def samples(self, batch: GraphBatch) -> Tensor:
         pooled = self.model.features(batch)  # dropout acts on the head alone, so the convolutions run once
         rate: float = self.model.dropout.p  # type: ignore[union-attr]
-        shape = self.passes, self.model.hyperparameters["h_fea_len"]
-        kept = torch.rand(shape, generator=torch.Generator().manual_seed(0)) >= rate
-        return torch.stack([self.model.predict_from(pooled, each) for each in (kept / (1 - rate)).to(pooled)])
+        kept = _kept(self.passes, self.model.hyperparameters["h_fea_len"], rate, pooled.dtype, pooled.device)
+        return torch.stack([self.model.predict_from(pooled, each) for each in kept])
+
+
+@lru_cache(16)
+def _kept(passes: int, width: int, rate: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(passes, width): 0 for a feature that a pass drops, else what makes up for those; copied once, too."""
+    with torch.inference_mode(False):
+        drawn = torch.rand(passes, width, generator=torch.Generator().manual_seed(0))
+        return ((drawn >= rate) / (1 - rate)).to(device, dtype)
 
 
 def save_ensemble(ensemble: Ensemble, directory: str | os.PathLike[str]) -> Path:

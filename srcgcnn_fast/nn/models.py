@@ -163,16 +163,16 @@ class CrystalModel(nn.Module):
 
     def _atoms(self, batch: GraphBatch) -> tuple[Tensor, Tensor | None]:
         """What is embedded: the rows' own features, or the element table and each row's place in it."""
-        width = self._hyperparameters["orig_atom_fea_len"]
         if batch.atom_features is not None:
             given = batch.atom_features.shape[1]
-            if given != width:
+            takes = getattr(self.embedding, "in_features", 0) or given  # another module than ours may not tell
+            if given != takes:
                 raise InputError(
-                    f"The batch brings {given} features an atom, and the model takes {width}: make it with "
+                    f"The batch brings {given} features an atom, and the model takes {takes}: make it with "
                     f"orig_atom_fea_len={given}, or leave these features out of the batch."
                 )
             return batch.atom_features.to(next(self.embedding.parameters()).dtype), None
-        if width != self.element_table.shape[1]:
+        if self._hyperparameters["orig_atom_fea_len"] != self.element_table.shape[1]:
             raise InputError("The element table's width is not orig_atom_fea_len; set a table that fits.")
         return self.element_table, batch.numbers
 

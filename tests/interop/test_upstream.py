@@ -119,6 +119,10 @@ def test_pyg_features_in_place_of_numbers_and_distances(make_batch):
     with pytest.raises(InputError, match="5 features an atom, and the model takes 92"):
         model_of()(from_pyg(given))
     model = model_of()
+    for narrow in (torch.nn.Linear(5, 8), torch.nn.Sequential(torch.nn.Linear(5, 8))):
+        model.embedding = narrow.double()  # which decides what it takes
+        assert model(from_pyg(given)).shape == (batch.num_crystals, 1)
+    model = model_of()
     with torch.no_grad():
         torch.testing.assert_close(model(again), model(batch), rtol=1e-10, atol=1e-12)
     one = to_pyg(make_batch("one crystal"))

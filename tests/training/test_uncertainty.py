@@ -99,6 +99,13 @@ def test_factors_of_a_spread_go_to_a_device_once(make_batch, monkeypatch):
         torch.testing.assert_close(found[2], 0.625 * pair.samples(batch).std(dim=0))
     assert len(made) == 1 and torch.equal(found[0], found[2])
     pair.predict(batch)[1].sum().backward()
+    drawn, rand = [], torch.rand
+    monkeypatch.setattr(torch, "rand", lambda *a, **k: drawn.append(1) or rand(*a, **k))
+    dropped = MonteCarloDropout(model(dropout=0.3), 7)
+    with torch.inference_mode():
+        found = [dropped.predict(batch)[1] for _ in range(3)]
+    assert len(drawn) == 1 and torch.equal(found[0], found[2])
+    dropped.predict(batch)[1].sum().backward()
 
 
 def test_what_cannot_spread_is_a_sentence(tmp_path):
