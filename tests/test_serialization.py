@@ -160,6 +160,7 @@ def test_absent_and_foreign_paths(tmp_path):
     assert "no model" in refusal(tmp_path / "absent")
     assert refusal(tmp_path).endswith("written by save_model.")
     written = sf.save_model(make_model(), tmp_path / "m")
+    sf.save_model(make_model(), tmp_path / ".m.set-aside")  # as a kill while it is replaced leaves it
     assert refusal(tmp_path).endswith(f"written by save_model, such as {written}.")
     assert "directory" in refusal(written / "config.json")
     assert "directory" in refusal(written / "model.safetensors")

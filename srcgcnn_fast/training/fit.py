@@ -83,7 +83,7 @@ def fit(
     Args:
         recipe: optimiser, schedule and epochs; ``Recipe()`` if not given.
         seed: of dropout and workers (the data module has its own for split and order). The process's own random
-            numbers go on where they were.
+            numbers go on where they were, but for a GPU's.
         accelerator: "cpu", "gpu", or "auto" for what Lightning finds.
         precision: of a GPU's arithmetic, as :func:`srcgcnn_fast.use_precision` names it.
         captured: on a GPU, replay CUDA graphs of a step (:class:`srcgcnn_fast.CapturedTraining`), which pays where
@@ -291,7 +291,7 @@ def _deterministic() -> Iterator[None]:
 
 @contextmanager
 def _random_numbers(seed: int) -> Iterator[None]:
-    """Seed the generators of Python, NumPy and PyTorch for the run; the caller's go on where they were."""
+    """Seed the generators of Python, NumPy and PyTorch for the run; the caller's, but for a GPU's, go on as before."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         try:
