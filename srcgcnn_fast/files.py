@@ -9,11 +9,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
+from typing import TypeVar
 
 from .errors import InputError
 
+_T = TypeVar("_T")
+
 _TRIES = 100
 """To rename a directory that other processes rename, too."""
+_READS = 10
+"""Of a directory that others replace meanwhile."""
 
 
 @contextmanager
@@ -89,6 +94,31 @@ def restore(path: str | os.PathLike[str]) -> None:
     with suppress(OSError, ValueError, RuntimeError):  # none was aside, another process has put one there, or no path
         target = Path(path).resolve()
         _aside(target).rename(target)
+
+
+def read_directory(path: Path, read: Callable[[Path], _T]) -> _T:
+    """What ``read`` makes of a directory that others may replace meanwhile, of the old one or of the new one alone."""
+    for tries in range(_READS):
+        restore(path)
+        before, problem = _identity(path), None
+        try:
+            found = read(path)
+        except (InputError, OSError) as error:
+            problem = error
+        same = _identity(path) == before  # else another process has replaced it meanwhile, and this is half of each
+        if same and (problem is None or tries > 1):  # it may have been aside for a moment
+            break
+    if problem is not None:
+        raise problem
+    return found
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        about = os.stat(path)
+    except OSError:
+        return None
+    return about.st_dev, about.st_ino
 
 
 def _aside(target: Path) -> Path:

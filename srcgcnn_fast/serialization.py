@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 
 from . import __version__
 from .errors import InputError
-from .files import atomic_directory, restore
+from .files import atomic_directory, read_directory
 from .graph.build import GraphParameters
 from .graph.elements import element_features
 from .nn import CGCNN, SRCGCNN, ModelMetadata
@@ -77,19 +77,18 @@ def load_model(path: str | os.PathLike[str]) -> CGCNN | SRCGCNN:
         InputError: there is none, or it is damaged, foreign, or of a later version.
     """
     path = Path(path)
-    restore(path)
-    if path.is_dir():
-        return _load_directory(path)
-    if path.name in (_CONFIG, _WEIGHTS) and path.exists():
+    if not path.is_file():
+        return read_directory(path, _load_directory)
+    if path.name in (_CONFIG, _WEIGHTS):
         raise InputError(f"{path} is one file of a model; give its directory {path.parent}.")
-    if not path.exists():
-        raise InputError(f"There is no model {path}; give a directory written by save_model or a .pth.tar file.")
     from .interop.checkpoints import load_upstream_checkpoint
 
     return load_upstream_checkpoint(path)
 
 
 def _load_directory(path: Path) -> CGCNN | SRCGCNN:
+    if not path.exists():
+        raise InputError(f"There is no model {path}; give a directory written by save_model or a .pth.tar file.")
     config = _read_config(path)
     weights = _read_bytes(path / _WEIGHTS, path)
     try:

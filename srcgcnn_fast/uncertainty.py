@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .files import atomic_directory, restore
+from .files import atomic_directory, read_directory, restore
 from .graph.batch import GraphBatch
 from .nn import CGCNN, SRCGCNN, ModelMetadata
 from .serialization import load_model, save_model
@@ -165,8 +165,11 @@ def load_ensemble(directory: str | os.PathLike[str]) -> Ensemble:
     Raises:
         InputError: there is none, or it is damaged.
     """
-    restore(directory)
-    file = Path(directory) / ENSEMBLE
+    return read_directory(Path(directory), _load_ensemble)
+
+
+def _load_ensemble(directory: Path) -> Ensemble:
+    file = directory / ENSEMBLE
     try:
         record = json.loads(file.read_text())
         names, scale = [str(name) for name in record["members"]], tuple(float(x) for x in record["scale"])

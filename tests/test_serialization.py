@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import srcgcnn_fast as sf
+from srcgcnn_fast import serialization
 from srcgcnn_fast.nn import CGCNN, SRCGCNN, ModelMetadata
+from srcgcnn_fast.uncertainty import Ensemble, load_predictor, save_ensemble
 
 SMALL = {"atom_fea_len": 8, "h_fea_len": 6}
 MODELS = [
@@ -114,6 +116,33 @@ def test_a_model_is_replaced_whole(tmp_path, monkeypatch):
         sf.save_model(first, tmp_path / "m")
     assert not (tmp_path / "m").exists() and type(sf.load_model(tmp_path / "m")) is SRCGCNN
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_what_is_replaced_while_it_is_loaded_is_the_new_one(tmp_path, monkeypatch, several):
+    """Not weights of one with the settings of the other."""
+    read, done, models = serialization._read_bytes, [], [CGCNN(n_conv=1, **SMALL) for _ in range(4)]
+
+    def save(k):
+        if several:
+            save_ensemble(Ensemble(models[k : k + 2], (k + 1.0,)), tmp_path / "m")
+        else:
+            sf.save_model(models[k], tmp_path / "m")
+
+    def replaced(file, model):
+        data = read(file, model)
+        if not done:
+            done.append(file)
+            save(2)
+        return data
+
+    save(0)
+    monkeypatch.setattr(serialization, "_read_bytes", replaced)
+    found = load_predictor(tmp_path / "m")
+    members = found.models if several else [found]
+    assert not several or found.scale == (3.0,)
+    for k, member in enumerate(members, 2):
+        assert torch.equal(member.fc_out.weight, models[k].fc_out.weight)
 
 
 def test_nothing_foreign_is_replaced(tmp_path):

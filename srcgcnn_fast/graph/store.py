@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from .. import __version__
 from ..errors import InputError
-from ..files import restore
+from ..files import read_directory, restore
 from .batch import CrystalGraph, GraphBatch, with_element_vectors
 from .elements import element_features
 from .packing import Packer, Packing, check_sizes
@@ -42,12 +42,8 @@ from .store_writer import (
 
 logger = logging.getLogger(__name__)
 
-_T = TypeVar("_T")
-
 _CHUNK_ATOMS = 100_000
 _CHUNK_CRYSTALS = 8192
-_TRIES = 10
-"""To open a store that others replace."""
 _COUNTS = ("row_count", "edge_count", "atom_count", "mixed_count", "id_size")
 _OPTIONAL = ("atom_features", "edge_features")  # in memory only
 _NOTHING = np.zeros(0, np.float32)
@@ -375,7 +371,7 @@ def open_store(path: str | os.PathLike[str]) -> GraphStore:
     Raises:
         InputError: there is no store, it was written in another format version, or a file is missing or cut short.
     """
-    return _read(Path(path), _opened)
+    return read_directory(Path(path), _opened)
 
 
 def _reopened(path: Path, fingerprint: str) -> GraphStore:
@@ -394,31 +390,6 @@ def is_store(path: str | os.PathLike[str]) -> bool:
         return bool(_read_metadata(folder))
     except InputError:
         return (folder / "row_count.npy").is_file()
-
-
-def _read(folder: Path, read: Callable[[Path], _T]) -> _T:
-    """What ``read`` makes of a directory that others may replace meanwhile."""
-    for tries in range(_TRIES):
-        restore(folder)
-        before, problem = _identity(folder), None
-        try:
-            found = read(folder)
-        except (InputError, OSError) as error:
-            problem = error
-        same = _identity(folder) == before  # else another process has replaced it meanwhile, and this is half of each
-        if same and (problem is None or tries > 1):  # it may have been aside for a moment
-            break
-    if problem is not None:
-        raise problem
-    return found
-
-
-def _identity(folder: Path) -> tuple[int, int] | None:
-    try:
-        about = os.stat(folder)
-    except OSError:
-        return None
-    return about.st_dev, about.st_ino
 
 
 def _opened(folder: Path) -> GraphStore:
@@ -649,7 +620,7 @@ def existing(folder: Path) -> dict[str, Any] | None:
     Raises:
         InputError: something else is there.
     """
-    return _read(folder, _existing)
+    return read_directory(folder, _existing)
 
 
 def _existing(folder: Path) -> dict[str, Any] | None:
