@@ -154,9 +154,11 @@ def save_ensemble(ensemble: Ensemble, directory: str | os.PathLike[str]) -> Path
 
 def check_replaceable(target: Path) -> None:
     """Raises InputError: ``target`` holds something else than an ensemble, or something beside it."""
-    held = {file.name for file in target.iterdir() if not file.name.startswith("member_")} if target.exists() else set()
-    if held - {ENSEMBLE} or (held != {ENSEMBLE} and any(target.glob("*"))):
-        raise InputError(f"{target} holds other files; give save_ensemble a new directory.")
+    held = sorted(file.name for file in target.iterdir()) if target.exists() else []
+    foreign = [name for name in held if name != ENSEMBLE and not name.startswith("member_")]
+    if foreign or (held and ENSEMBLE not in held):
+        names = ", ".join((foreign or held)[:4])
+        raise InputError(f"{target} holds other files ({names}); give save_ensemble a new directory.")
 
 
 def load_ensemble(directory: str | os.PathLike[str]) -> Ensemble:

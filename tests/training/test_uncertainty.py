@@ -128,8 +128,8 @@ def test_what_cannot_spread_is_a_sentence(tmp_path):
     (tmp_path / "notes").write_text("mine")
     save_ensemble(Ensemble([model(), model(1)]), tmp_path / "mixed")
     (tmp_path / "mixed" / "notes").write_text("mine")
-    for place in (tmp_path, tmp_path / "mixed"):
-        with pytest.raises(InputError, match="other files"):
+    for place, named in ((tmp_path, "mixed, notes"), (tmp_path / "mixed", "notes")):
+        with pytest.raises(InputError, match=rf"other files \({named}\)"):
             save_ensemble(Ensemble([model(), model(1)]), place)
 
 
