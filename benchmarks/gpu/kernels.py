@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,8 @@ def main() -> None:
         return
     built = ROOT / "build" / "gpu" / "beside"
     if options.beside:
-        build = (sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--upgrade")
+        build = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade"]
+        build += ["--no-build-isolation"] * bool(find_spec("scikit_build_core"))  # which needs no network
         subprocess.run([*build, "--target", str(built), str(options.beside.resolve())], check=True)
     runs: dict[str, list[dict[str, Any]]] = {"before": [], "now": []}
     with tempfile.TemporaryDirectory() as folder:
