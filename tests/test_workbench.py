@@ -46,7 +46,17 @@ def test_kernels_of_two_builds():
         "benchmarks/gpu/kernels.py", "--dry-run", "--beside", str(ROOT), "--work", "SR-CGCNN training step, native",
         SRCGCNN_CUDA="OFF",
     )  # fmt: skip
-    assert "differ by 0e+00" in found and "| µs before | µs now |" in found and "_Convolutions" in found
+    assert "gradients differ by 0e+00" in found and "| µs before | µs now |" in found and "_Convolutions" in found
+
+
+@pytest.mark.parametrize(("other", "reported"), [(1.0, True), (1.01, False), (float("nan"), False)])
+def test_kernels_with_other_results_have_no_times(other, reported):
+    code = f"""if True:
+        import sys; sys.path[:0] = ['benchmarks/gpu']; import kernels, torch
+        made = lambda x: dict(work=dict(kernels=dict(k=dict(launches=1, us=5.0)), out=torch.tensor([1, x]), rows=4))
+        print(kernels.table([made(1.0)], [made(float('{other}'))]))
+    """
+    assert ("| `k` |" in run("-c", code)) is reported
 
 
 @pytest.mark.parametrize(
