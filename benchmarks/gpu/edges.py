@@ -1,4 +1,5 @@
-"""How evenly the edge passes of compiled training share out real crystals' edges, and how many Gaussians a tile takes.
+"""How evenly the edge passes of compiled training share out real crystals' edges, how many Gaussians a tile takes, and
+what other forms of the passes would have to do with.
 
     SRCGCNN_TEST_DATA=... python benchmarks/gpu/edges.py
 
@@ -16,6 +17,9 @@ from srcgcnn_fast.graph import GraphBatch
 
 PROCESSORS, WARPS = 132, 16
 """Multiprocessors of an H100 or H200; warps of gate_sum and backward_senders on each."""
+
+WINDOW = 44
+"""Rows whose sums by sender two blocks of a pass by receiver would have room for beside what they hold."""
 
 
 def parts(x: np.ndarray, size: int) -> np.ndarray:
@@ -56,6 +60,16 @@ def report(batch: GraphBatch) -> None:
     by_sender = distance[np.argsort(sender, kind="stable")][:tiles].reshape(-1, 16)
     fours = distance[: n // 4 * 48].reshape(-1, 4, 3, 4).transpose(0, 2, 1, 3).reshape(-1, 16)
     print(f"  steps of Gaussians: by sender {steps(by_sender):.2f}, four edges of four rows {steps(fours):.2f}")
+    rows = np.repeat(np.arange(n), np.diff(batch.row_ptr))
+    once = np.unique(np.stack([rows, sender, distance.view(np.int32)]), axis=1)
+    least = [-(-np.bincount(ends, minlength=n) // 4) for ends in once[:2]]
+    of_four = np.maximum.reduceat(least[0], np.arange(0, n, 4)).mean()
+    print(
+        f"  edges of a row with equal sender and distance once: {1 - once.shape[1] / len(sender):.1%} fewer, fours of"
+    )
+    print(f"  four rows {of_four:.2f} for 3, by sender {least[1].mean():.2f} for {quads.mean():.2f}")
+    sizes = np.diff(batch.crystal_ptr)
+    print(f"  rows in crystals of at most {WINDOW} rows: {sizes[sizes <= WINDOW].sum() / n:.0%}")
 
 
 def main() -> None:
