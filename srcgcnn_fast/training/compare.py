@@ -188,6 +188,8 @@ def compare(
 def _check_replaceable(*runs: Path) -> None:
     """Is there nothing but runs of an earlier comparison? A clone of txie-93/cgcnn has such a name, too."""
     for run in runs:
+        if run.exists() and not run.is_dir():
+            raise InputError(f"{run} is a file, not a run; write the comparison to another directory.")
         if run.exists() and any(run.iterdir()) and not (run / "run.json").is_file():
             raise InputError(f"{run} holds other files than a run; write the comparison to another directory.")
 

@@ -93,7 +93,7 @@ class EpochSampler(DistributedSampler[np.ndarray]):  # or Lightning would share 
         self.least = max(2, world_size)
         self.indices = indices if shuffle else indices[rank::world_size]
         self.rows = row_counts[self.indices]
-        self.batch_size = batch_size
+        self.batch_size = min(batch_size, max(1, len(indices)))
         self.batch_rows = batch_rows
         self.shuffle = shuffle
         self.length_buckets = length_buckets

@@ -98,6 +98,8 @@ class Recipe:
         for name in ("weight_decay", "momentum", "gamma"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise InputError(f"The {name} {getattr(self, name)} is not a number of at least 0.")
+        if min(self.milestones, default=1) < 1:
+            raise InputError(f"The milestones {self.milestones} are epochs before the first; give 1 or more.")
         if self.gradient_clip is not None and not (math.isfinite(self.gradient_clip) and self.gradient_clip > 0):
             raise InputError(
                 f"A gradient_clip of {self.gradient_clip} bounds nothing; give a positive number, or None."

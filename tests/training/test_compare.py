@@ -75,6 +75,9 @@ def test_a_directory_that_is_no_run_is_not_removed(alloys, tmp_path):
     with pytest.raises(InputError, match="sr_cgcnn holds other files than a run"):
         compare(alloys, "energy", out_dir=tmp_path, epochs=1)
     assert (tmp_path / "sr_cgcnn" / "main.py").read_text() == "mine" and not (tmp_path / "cgcnn").exists()
+    (tmp_path / "cgcnn").write_text("mine")
+    with pytest.raises(InputError, match="cgcnn is a file, not a run"):
+        compare(alloys, "energy", out_dir=tmp_path, epochs=1)
 
 
 def test_too_few_crystals_are_refused(alloys, tmp_path):

@@ -57,6 +57,12 @@ def test_batches_partition_the_set(rows, budget, by_rows, shuffle, buckets, epoc
         assert not shuffle or min(map(len, batches)) >= 2
 
 
+@pytest.mark.parametrize("size", ["batch_size", "batch_rows"])
+def test_a_batch_of_any_size_is_all_crystals(size):
+    (batch,) = EpochSampler(np.arange(3), np.ones(3, int), shuffle=True, **{size: 10**20})
+    assert sorted(batch) == [0, 1, 2]
+
+
 def test_order_depends_on_seed_and_epoch_alone():
     def order(seed: int, epoch: int) -> np.ndarray:
         sampler = EpochSampler(np.arange(50), np.ones(50, int), batch_size=8, shuffle=True, seed=seed)

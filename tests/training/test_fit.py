@@ -441,6 +441,8 @@ def test_bad_requests_are_sentences(alloys, tmp_path):
         for value in (-0.1, float("nan")):
             with pytest.raises(InputError, match=f"{name} {value} is not a number of at least 0"):
                 Recipe(**{name: value})
+    with pytest.raises(InputError, match=r"milestones \(20, -5\) are epochs before the first"):
+        Recipe(milestones=(20, -5))
     with pytest.raises(InputError, match=r"gradient_clip of -1\.0 bounds nothing"):
         Recipe(gradient_clip=-1.0)
     with pytest.raises(InputError, match="seed -1 is not"):
