@@ -55,7 +55,10 @@ class MixedCrystal(NamedTuple):
         Raises:
             InputError: no site is left.
         """
-        taken = [True, *(_share(x) >= 1 - sum(share for _, share in x) for x in self.compositions)]
+        taken = [
+            True,
+            *(_share(x) >= 1 - sum(share for _, share in x) - OCCUPANCY_TOLERANCE for x in self.compositions),
+        ]
         kept = np.array(taken)[self.kind]
         if not kept.any():
             raise InputError(f"{self.reason.partition(' is disordered')[0]} has only sites that are mostly vacant.")

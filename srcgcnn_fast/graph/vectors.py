@@ -18,9 +18,13 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
+from ..errors import InputError
 from .compiled import kept_on_disk
 
 logger = logging.getLogger(__name__)
+
+if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+    raise InputError("NUMBA_DISABLE_JIT is set, but the neighbour search exists as compiled code only; unset it.")
 
 WIDTH = 8
 """float64 numbers in one vector."""

@@ -55,6 +55,41 @@ def test_a_changed_helper_is_compiled_again(tmp_path: Path):
     assert run() == ["3", "1"]
 
 
+@pytest.mark.parametrize("ending", ["nbi", "nbc"])
+def test_damaged_files_are_compiled_anew(tmp_path: Path, ending: str):
+    """As a full disk or a killed process leaves them."""
+    package = tmp_path / "kernels"
+    package.mkdir()
+    shutil.copy(compiled.__file__, package)
+    for name, text in PACKAGE.items():
+        (package / name).write_text(text)
+
+    def run() -> list[str]:
+        environment = {k: v for k, v in os.environ.items() if k != "NUMBA_CACHE_DIR"}
+        done = subprocess.run(
+            [sys.executable, "-c", CALL], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert ("is damaged" in done.stderr) == damaged
+        return done.stdout.split()
+
+    damaged = False
+    run()
+    (file,) = package.glob(f"__pycache__/*.{ending}")
+    file.write_bytes(file.read_bytes()[:100])
+    damaged = True
+    assert run() == ["2", "0"]
+    damaged = False
+    assert run() == ["2", "1"]
+
+
+def test_no_compilation_is_one_sentence():
+    environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
+    command = [sys.executable, "-c", "import srcgcnn_fast.graph.neighbors"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "InputError: NUMBA_DISABLE_JIT is set" in done.stderr
+
+
 def test_the_graph_kernels_are_kept_so():
     modules = [module for name, module in sys.modules.items() if name.startswith("srcgcnn_fast.graph.")]
     compiles = {x for module in modules for x in vars(module).values() if isinstance(x, Dispatcher)}

@@ -75,6 +75,8 @@ def test_the_vacancy_may_be_the_majority() -> None:
     assert isinstance(kept, Crystal) and kept.numbers.tolist() == [17]
     split = pymatgen.Structure(np.eye(3) * 3.5, [{"Na": 0.4, "K": 0.3}, "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
     assert as_crystal(split, disorder="majority").numbers.tolist() == [11, 17]
+    thirds = pymatgen.Structure(np.eye(3) * 3.5, [{"Na": 0.3333, "K": 0.3333}, "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+    assert as_crystal(thirds, disorder="majority").numbers.tolist() == [11, 17], "0.3334 is no more than 0.3333"
     with pytest.raises(InputError, match="only sites that are mostly vacant"):
         as_crystal(pymatgen.Structure(np.eye(3) * 3.5, [{"Na": 0.3}], [[0, 0, 0]]), disorder="majority")
 
