@@ -168,6 +168,8 @@ def _records(source: Any, targets: Sequence[str] | None, timeout: float, skip: i
     wanted = list(targets) if targets is not None else None
     if isinstance(source, str | os.PathLike):
         path = Path(source)
+        if source == "":  # which Path takes for the current folder
+            raise InputError("The path of the structures is an empty text; give that of a file or folder.")
         if not path.exists():
             raise InputError(f"{path} does not exist; give the path of a structure file or folder.")
         if path.is_dir():

@@ -200,7 +200,7 @@ class GraphDataModule(pl.LightningDataModule):
         batch_rows: int | None = None,
         val_store: GraphStore | None = None,
         test_store: GraphStore | None = None,
-        units: Sequence[str] | None = None,
+        units: str | Sequence[str] | None = None,
         seed: int = 0,
         length_buckets: bool = False,
         num_workers: int = 0,
@@ -208,6 +208,7 @@ class GraphDataModule(pl.LightningDataModule):
         super().__init__()
         self.targets = (targets,) if isinstance(targets, str) else tuple(targets)
         _check_numbers(self.targets, seed, num_workers)
+        units = (units,) if isinstance(units, str) and units else units
         self.units = tuple(units or (KNOWN_UNITS.get(name, "") for name in self.targets))
         self.graph_parameters = store.parameters
         self.batch_size, self.batch_rows, self.seed = map(as_python, (batch_size, batch_rows, seed))

@@ -863,3 +863,8 @@ def test_upstream_sample(data_dir: Path) -> None:
     records = list(read_inputs(data_dir / "upstream" / "cif"))
     assert len(records) == 10
     assert all(r.error is None and list(r.targets) == ["target"] for r in records)
+
+
+def test_an_empty_path_is_not_the_current_folder():
+    with pytest.raises(InputError, match="an empty text"):
+        list(read_inputs(""))

@@ -173,3 +173,7 @@ def test_bad_requests_are_sentences(alloys):
         GraphDataModule(alloys, "energy", split=(1.0, 0.0, 0.0))
     with pytest.raises(InputError, match="at least 1"):
         GraphDataModule(alloys, "energy", batch_size=0).train_dataloader()
+
+
+def test_one_unit_is_not_its_letters(alloys):
+    assert GraphDataModule(alloys, "energy", units="eV").units == ("eV",)
