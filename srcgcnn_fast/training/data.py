@@ -179,7 +179,7 @@ class GraphDataModule(pl.LightningDataModule):
         batch_rows: graph rows per batch instead; bounds the memory where sizes differ much.
         val_store: a separate validation set; ``split`` is then unused.
         test_store: a separate test set, beside ``val_store``.
-        units: of the targets, for tables and plots; those in ``KNOWN_UNITS`` need none.
+        units: of the targets (of one, a text), for tables and plots; those in ``KNOWN_UNITS`` need none.
         length_buckets: training batches of crystals of similar size.
         num_workers: processes that assemble batches ahead; 0 assembles in the training process.
 
