@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from operator import is_
 from typing import Any
@@ -188,15 +188,22 @@ def with_element_vectors(graphs: Sequence[CrystalGraph]) -> list[np.ndarray]:
     return given
 
 
-def collate(graphs: Sequence[CrystalGraph], distance_dtype: torch.dtype = torch.float32) -> GraphBatch:
-    """Join graphs into one batch on the CPU.
+def collate(graphs: Iterable[CrystalGraph] | CrystalGraph, distance_dtype: torch.dtype = torch.float32) -> GraphBatch:
+    """Join graphs, or one, into a batch on the CPU.
 
     Raises:
-        InputError: no graph was given, the batch exceeds int32 indices, or only some graphs carry their own
-            edge features, or atom features that are no mixtures of element vectors.
+        InputError: no graph was given, or something else among them, the batch exceeds int32 indices, or only some
+            graphs carry their own edge features, or atom features that are no mixtures of element vectors.
     """
+    graphs = [graphs] if isinstance(graphs, CrystalGraph) else list(graphs)
     if not graphs:
         raise InputError("A batch needs at least one crystal graph; collate() was given none.")
+    for position, graph in enumerate(graphs):
+        if isinstance(graph, InputError):
+            raise InputError(f"Graph {position} could not be built ({graph}); leave it out.") from graph
+        if not isinstance(graph, CrystalGraph):
+            kind = type(graph).__name__
+            raise InputError(f"Item {position} is a {kind}, no CrystalGraph; make one with build_graph().")
     rows = offsets([g.n_rows for g in graphs])
     edges = offsets([g.n_edges for g in graphs])
     if max(rows[-1], edges[-1]) > np.iinfo(np.int32).max:

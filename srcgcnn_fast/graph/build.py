@@ -26,6 +26,7 @@ _TIE_TOLERANCE = 1e-5  # Å; distances of a full graph that count as equal when 
 _CHUNK_ATOMS = 4096  # atoms per kernel call where there are several threads, at least
 _BATCH_ATOMS = 100_000  # atoms that build_graphs collects before it calls the kernels
 _MAX_COORDINATE = 1e9
+_CROWDED = 0.5  # Å; the shortest bond, of hydrogen, has 0.74
 _COMPILE_SECONDS = 30
 
 
@@ -380,6 +381,12 @@ def _join(
             "%d of %d crystals have atoms without any neighbour within %g Å; such an atom receives nothing.",
             lonely, crystals, parameters.radius,
         )  # fmt: skip
+    if (close := np.flatnonzero(_nearest(distance, row_size) < _CROWDED)).size:
+        logger.warning(
+            "%d of %d crystals have atoms less than %g Å apart, which no material has; look for sites that are given "
+            "twice, and for another unit of length.",
+            len(np.unique(np.searchsorted(offsets(rows), close, side="right"))), crystals, _CROWDED,
+        )  # fmt: skip
     if not accepted.all():
         atom_class = atom_class[np.repeat(accepted, np.diff(ptr))]
     counts = np.zeros((3, crystals), dtype=np.int64)
@@ -398,6 +405,14 @@ def _join(
         image=image if parameters.symmetry_tolerance is None else None,
         errors=dict(sorted(errors.items())),
     )
+
+
+def _nearest(distance: np.ndarray, row_size: np.ndarray) -> np.ndarray:
+    """Each row's shortest distance, its first; infinite without a neighbour."""
+    nearest = np.full(len(row_size), np.inf)
+    has_edges = row_size > 0
+    nearest[has_edges] = distance[offsets(row_size)[:-1][has_edges]]
+    return nearest
 
 
 def build_graph(
@@ -461,6 +476,8 @@ def build_graphs(
     parameters = GraphParameters(radius, max_neighbors, symmetry_tolerance, padded, isolated, disorder)
     if errors not in ("raise", "collect"):
         raise InputError(f'errors = {errors!r} is neither "raise" nor "collect"; choose one.')
+    if distance_dtype not in (np.float32, np.float64, float, "float32", "float64"):
+        raise InputError(f"distance_dtype = {distance_dtype!r} is neither numpy's float32 nor float64; choose one.")
     graphs: list[Any] = []
     paths: dict[int, str] = {}
     batch: list[tuple[int, Arrays]] = []
@@ -518,6 +535,8 @@ def _as_arrays(structure: Any, disorder: str) -> Arrays:
         if isinstance(structure, MixedCrystal):
             return (*structure[:3], Mixture(structure.kind, structure.compositions))
     try:
+        if any(np.iscomplexobj(x) or np.ma.is_masked(x) for x in structure):
+            raise ValueError("some are complex or masked")
         lattice = np.asarray(structure[0], np.float64)
         frac_coords = np.asarray(structure[1], np.float64)
         numbers = np.asarray(structure[2])

@@ -25,6 +25,16 @@ def graph(n: int, seed: int = 0) -> sf.CrystalGraph:
     )
 
 
+def test_any_iterable_of_graphs():
+    parts = [graph(3, 1), graph(1, 2)]
+    for given, count in ((iter(parts), 2), (tuple(parts), 2), (parts[0], 1)):
+        assert sf.collate(given).num_crystals == count
+    with pytest.raises(sf.InputError, match=r"Graph 1 could not be built \(no atoms\); leave it out"):
+        sf.collate([parts[0], sf.InputError("no atoms")])
+    with pytest.raises(sf.InputError, match="Item 0 is a ndarray, no CrystalGraph"):
+        sf.collate([np.eye(3)])
+
+
 def test_offsets():
     parts = [graph(3, 1), graph(1, 2), graph(4, 3)]
     batch = sf.collate(parts)

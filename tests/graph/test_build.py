@@ -144,6 +144,34 @@ def test_isolated_atoms_are_counted_on_request(caplog):
     assert not caplog.text
 
 
+@pytest.mark.parametrize("tolerance", [1e-5, None])
+def test_crowded_atoms_are_counted(caplog, tolerance: float | None):
+    shifts = (0.02, 0.12, 0.13, 0.5)  # of a 4 Å cell
+    crystals = [LONE_ATOM, *((np.eye(3) * 4.0, [[0.3, 0, 0], [0.3 + x, 0, 0]], [1, 29]) for x in shifts)]
+    build_graphs(crystals, symmetry_tolerance=tolerance, isolated="keep")
+    assert "2 of 5 crystals have atoms less than 0.5 Å apart" in caplog.text
+    caplog.clear()
+    build_graphs(crystals[3:] + crystals[:1], symmetry_tolerance=tolerance, errors="collect")
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("position", "array"),
+    [(0, np.eye(3) * (4 + 1j)), (1, np.ma.array([[0.1, 0, 0]], mask=[[True, False, False]])), (2, np.array([29 + 1j]))],
+)
+def test_arrays_that_are_not_plain(position: int, array: np.ndarray):
+    crystal = [np.eye(3) * 4.0, np.zeros((1, 3)), np.array([29])]
+    crystal[position] = array
+    with pytest.raises(InputError, match="complex or masked"):
+        build_graph(tuple(crystal))
+
+
+@pytest.mark.parametrize("dtype", [int, np.float16, None, torch.float64])
+def test_distances_are_of_two_types(dtype: object):
+    with pytest.raises(InputError, match=r"distance_dtype = .* neither"):
+        build_graph(ROCK_SALT, distance_dtype=dtype)
+
+
 def test_isolated_atoms():
     with pytest.raises(InputError, match=r"1 of 3 atoms has no neighbour within 8 Å \(site 3, He\).*keep"):
         build_graph(LONE_ATOM)
