@@ -1,30 +1,28 @@
 """Two builds of the CPU kernels side by side, in one process: what a change to ``csrc/cpu`` costs.
 
-    python benchmarks/builds.py BEFORE/_core.cpython-….so
+    python benchmarks/builds.py BEFORE/_core.cpython-….so [--crystals 64]
 
-Milliseconds of whole models on 256 crystals of the Materials Project (``SRCGCNN_TEST_DATA``) as symmetry quotients, new
+Milliseconds of whole models on 256 crystals, drawn four times of those of ``workload.py``, as symmetry quotients, new
 in every round; medians of 20 rounds, alternating. The predictions of both must agree.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_loader
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
+import workload
 
 import srcgcnn_fast as sf
 from srcgcnn_fast.ops import cpu
 
-ROUNDS = 20
+ROUNDS, DRAWS = 20, 4
 
 
 def loaded(path: str) -> Any:
@@ -36,16 +34,13 @@ def loaded(path: str) -> Any:
     return module
 
 
-def crystals(count: int = 256) -> list[Any]:
-    frame = pd.read_parquet(Path(os.environ["SRCGCNN_TEST_DATA"]) / "mp" / "small_1500.parquet").head(count)
-    columns = zip(frame["lattice"], frame["frac_coords"], frame["atomic_numbers"], strict=True)
-    return sf.build_graphs([(np.reshape(a, (3, 3)), np.reshape(f, (-1, 3)), np.asarray(z)) for a, f, z in columns])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", help="the compiled module of the other build")
-    now, before, graphs = cpu.core, loaded(parser.parse_args().before), crystals()
+    parser.add_argument("--crystals", type=int, default=256, help="in a batch")
+    arguments = parser.parse_args()
+    now, before = cpu.core, loaded(arguments.before)
+    drawn = [sf.build_graphs(workload.draw(arguments.crystals, seed), isolated="keep") for seed in range(DRAWS)]
     users = [x for x in list(sys.modules.values()) if x is not None and getattr(x, "core", None) is now]
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -59,7 +54,7 @@ def main() -> None:
                         name = "now" if turn % 4 in (1, 2) else "before"
                         for user in users:
                             user.core = {"now": now, "before": before}[name]  # type: ignore[attr-defined]
-                        batch = sf.collate(graphs, distance_dtype=dtype)
+                        batch = sf.collate(drawn[turn // 2 % DRAWS], distance_dtype=dtype)
                         model.train(trains)
                         start = time.perf_counter()
                         with torch.set_grad_enabled(trains):

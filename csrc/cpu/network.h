@@ -55,11 +55,11 @@ void network(T* out, const Features<T>& h_in, const Dense<T>* embedding, const L
   Buffer<T> shell_distance(finds_shells ? g.n_edges : 0);
   if (finds_shells) g.shell_of = shell_of, g.shell_distance = shell_distance, g.shell_count = shell_count;
   const int width = packed.width(), O = packed.out(n_readout - 1);
-  const int64_t tasks = tasks_of(g);
+  const Tasks<T> tasks(g, threads);
   Teamwork<T> teamwork(g, threads);
   Buffer<T> team_state, team_means(teamwork.count * width);
   ShellFinder<T> team_finder;
-#pragma omp parallel num_threads(teamwork.threads(tasks))
+#pragma omp parallel num_threads(teamwork.threads(tasks.count))
   {
     FlushDenormals flush;
     typename Recurrence<T>::Scratch scratch;
@@ -78,9 +78,9 @@ void network(T* out, const Features<T>& h_in, const Dense<T>* embedding, const L
     }
     Buffer<T> state, values(kTaskCrystals * width), x(kTaskCrystals * packed.widest());
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < tasks; ++task) {
-      const int64_t t0 = task * kTaskCrystals;
-      over_blocks(g, task, [&](int64_t c0, int64_t c1) {
+    for (int64_t task = 0; task < tasks.count; ++task) {
+      const int64_t t0 = tasks.first(task);
+      tasks.over_blocks(g, task, [&](int64_t c0, int64_t c1) {
         const int64_t first = g.crystal_ptr[c0], place = teamwork.place(c0);
         if (place >= 0) {
           memcpy(values + (c0 - t0) * width, team_means + place * width, rounded_up<T>(F) * sizeof(T));
@@ -94,8 +94,7 @@ void network(T* out, const Features<T>& h_in, const Dense<T>* embedding, const L
           mean_of<T>(values + (c - t0) * width, state + (g.crystal_ptr[c] - first) * F, row_weight + g.crystal_ptr[c],
                      g.crystal_ptr[c + 1] - g.crystal_ptr[c], F);
       });
-      const int64_t n = t0 + kTaskCrystals < g.n_crystals ? kTaskCrystals : g.n_crystals - t0;
-      packed.forward(out + t0 * O, values, n, x);
+      packed.forward(out + t0 * O, values, tasks.end(task) - t0, x);
     }
   }
 }

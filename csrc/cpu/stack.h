@@ -168,21 +168,53 @@ class Recurrence {
   Buffer<T> nodes_, w_e_, scale_, shift_, scale2_, shift2_, table_;
 };
 
-// Runs `run(c0, c1)` over the crystals of one task, small ones joined.
-template <class T, class Run>
-void over_blocks(const Edges<T>& g, int64_t task, Run run) {
-  const int64_t end = (task + 1) * kTaskCrystals, last = end < g.n_crystals ? end : g.n_crystals;
-  for (int64_t c0 = task * kTaskCrystals; c0 < last;) {
-    int64_t c1 = c0 + 1;
-    while (c1 < last && g.crystal_ptr[c1 + 1] - g.crystal_ptr[c0] <= kBlockRows) ++c1;
-    run(c0, c1);
-    c0 = c1;
-  }
-}
+// Runs of crystals that a thread takes at once, those with most edges first, so that no thread is still busy with much when
+// the others are done. They share the edges out well enough when none has more than an eighth of a thread's part; smaller
+// ones than a block of rows would cost more than waiting does.
 template <class T>
-int64_t tasks_of(const Edges<T>& g) {
-  return (g.n_crystals + kTaskCrystals - 1) / kTaskCrystals;
-}
+class Tasks {
+ public:
+  Tasks(const Edges<T>& g, int threads) : begin_(g.n_crystals + 1), order_(g.n_crystals) {
+    const int64_t most = threads > 1 ? g.n_edges / (8 * threads) : g.n_edges;
+    int32_t *begin = begin_, *order = order_;
+    const auto edge = [&](int64_t c) { return int64_t(g.row_ptr[g.crystal_ptr[c]]); };
+    for (int64_t c = 0; c < g.n_crystals; ++c) {
+      const int64_t first = count ? begin[count - 1] : 0;
+      const bool is_large = edge(c + 1) - edge(first) > most && g.crystal_ptr[c + 1] - g.crystal_ptr[first] > kBlockRows;
+      if (c == 0 || c - first == kTaskCrystals || is_large) begin[count++] = int32_t(c);
+    }
+    begin[count] = int32_t(g.n_crystals);
+    for (int64_t k = 0; k < count; ++k) order[k] = int32_t(k);
+    int64_t gap = 1;
+    while (3 * gap + 1 < count) gap = 3 * gap + 1;
+    for (; threads > 1 && gap; gap /= 3)  // a Shell sort
+      for (int64_t k = gap; k < count; ++k) {
+        const int32_t task = order[k];
+        const int64_t edges = edge(begin[task + 1]) - edge(begin[task]);
+        int64_t at = k;
+        for (; at >= gap && edge(begin[order[at - gap] + 1]) - edge(begin[order[at - gap]]) < edges; at -= gap)
+          order[at] = order[at - gap];
+        order[at] = task;
+      }
+  }
+  int64_t count = 0;
+  int64_t first(int64_t k) const { return begin_[order_[k]]; }
+  int64_t end(int64_t k) const { return begin_[order_[k] + 1]; }
+
+  // Runs `run(c0, c1)` over the crystals of a task, small ones joined.
+  template <class Run>
+  void over_blocks(const Edges<T>& g, int64_t k, Run run) const {
+    for (int64_t c0 = first(k); c0 < end(k);) {
+      int64_t c1 = c0 + 1;
+      while (c1 < end(k) && g.crystal_ptr[c1 + 1] - g.crystal_ptr[c0] <= kBlockRows) ++c1;
+      run(c0, c1);
+      c0 = c1;
+    }
+  }
+
+ private:
+  Buffer<int32_t> begin_, order_;
+};
 
 // Crystals that would still keep one thread busy when the others are done with the rest; a team of all takes them.
 template <class T>
@@ -212,9 +244,9 @@ void stack(T* out, const Features<T>& h, const Layer<T>* layers, int n_steps, bo
            int threads) {
   Recurrence<T> recurrence(layers, n_steps, shared, g.n_features, F);
   if (h.species) recurrence.prepare_table(h.data, h.n_table);
-  const int64_t tasks = tasks_of(g);
+  const Tasks<T> tasks(g, threads);
   Teamwork<T> teamwork(g, threads);
-#pragma omp parallel num_threads(teamwork.threads(tasks))
+#pragma omp parallel num_threads(teamwork.threads(tasks.count))
   {
     FlushDenormals flush;
     typename Recurrence<T>::Scratch scratch;
@@ -222,8 +254,8 @@ void stack(T* out, const Features<T>& h, const Layer<T>* layers, int n_steps, bo
       if (teamwork.place(c) >= 0)
         recurrence.run_by_team(out + int64_t(g.crystal_ptr[c]) * F, h, g, c, teamwork.scratch, scratch);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < tasks; ++task)
-      over_blocks(g, task, [&](int64_t c0, int64_t c1) {
+    for (int64_t task = 0; task < tasks.count; ++task)
+      tasks.over_blocks(g, task, [&](int64_t c0, int64_t c1) {
         if (teamwork.place(c0) >= 0) return;
         recurrence.run(out + int64_t(g.crystal_ptr[c0]) * F, h, g, c0, c1, scratch);
       });

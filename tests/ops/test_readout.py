@@ -120,15 +120,17 @@ def test_a_network_at_once_equals_its_parts(make_batch, monkeypatch, kind, model
     assert relative(double, truth) < 1e-13 and calls == [1, 1]
 
 
-def test_a_network_has_the_same_bits_whatever_the_threads_and_neighbours(make_batch):
-    batch = make_batch("many crystals")
+@pytest.mark.parametrize("kind", ["many crystals", "large"])
+def test_a_network_has_the_same_bits_whatever_the_threads_and_neighbours(make_batch, kind):
+    batch = make_batch(kind)
     model = sf.SRCGCNN().eval()
     with torch.no_grad():
         whole = model(batch)
         before = torch.get_num_threads()
-        torch.set_num_threads(1)
         try:
-            assert torch.equal(whole, model(batch))
+            for threads in (1, 2, 3, 16):  # the more, the fewer crystals each takes at once
+                torch.set_num_threads(threads)
+                assert torch.equal(whole, model(batch))
         finally:
             torch.set_num_threads(before)
         fourth = int(batch.crystal_ptr[3]), int(batch.crystal_ptr[4])
