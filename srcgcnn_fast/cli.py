@@ -385,6 +385,8 @@ def _compare_study(arguments: argparse.Namespace, targets: list[str]) -> None:
     from .training.report import compare_study
     from .training.study import pair_study, read_study
 
+    if arguments.seeds and arguments.seed != arguments.defaults["seed"]:
+        raise InputError(f"--seeds stands in place of --seed {arguments.seed}; give one of them.")
     if arguments.study:
         fixed = ["lr", "optimizer", "schedule", "batch_size", "seed", "atom_fea_len", "h_fea_len"]
         fixed += ["n_conv", "n_recurrent_steps"]

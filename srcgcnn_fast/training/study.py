@@ -104,7 +104,12 @@ class Study:
         epochs: int | None = None,
         precision: str | None = None,
     ) -> Study:
-        """The same with other targets, seeds, epochs or precision in all sections; what is empty stays."""
+        """The same with other targets, seeds, epochs or precision in all sections; what is empty stays.
+
+        Raises:
+            InputError: a target or seed is named twice.
+        """
+        _check_distinct("", targets, seeds)
         sections = [_changed(s, tuple(targets), tuple(seeds), epochs, precision) for s in self.sections]
         return replace(self, sections=tuple(sections))
 
@@ -166,7 +171,12 @@ def pair_study(
     n_recurrent_steps: int = 3,
     **widths: int,
 ) -> Study:
-    """CGCNN against SR-CGCNN by one recipe."""
+    """CGCNN against SR-CGCNN by one recipe.
+
+    Raises:
+        InputError: a target or seed is named twice.
+    """
+    _check_distinct("", targets, seeds)
     variants = (
         Variant("CGCNN", "cgcnn", {"n_conv": n_conv, **widths}, recipe, batch_size, precision),
         Variant(
@@ -203,11 +213,19 @@ def _section(top: Mapping[str, Any], content: Any) -> Section:
     targets = [str(target) for target in _listed(joined.get("targets"))]
     seeds = [_number(title, "seeds", seed, whole=True) for seed in _listed(joined.get("seeds")) or [0]]
     scored = joined.get("scored", "test")
+    _check_distinct(f" in the section {title!r}", targets, seeds)
     if not (variants and targets):
         raise InputError(f"The section {title!r} needs variants and targets; name them.")
     if scored not in ("val", "test"):
         raise InputError(f"The section {title!r} is scored on {scored!r}; write val or test.")
     return Section(title, variants, tuple(targets), tuple(seeds), scored, own.get("text", ""))
+
+
+def _check_distinct(where: str, targets: Sequence[str], seeds: Sequence[int]) -> None:
+    """A run that counts as two would make deviations and intervals too small."""
+    for what, names in (("target", targets), ("seed", seeds)):
+        if twice := [name for k, name in enumerate(names) if name in names[:k]]:
+            raise InputError(f"The {what} {twice[0]} is named twice{where}, which adds no run; name each once.")
 
 
 def _variant(name: str, recipe: dict[str, Any], content: Any) -> Variant:

@@ -89,6 +89,9 @@ def test_the_innermost_setting_counts(tmp_path):
         ("targets: [energy]", "targets: []", "'One' needs variants and targets"),
         ("sections:", "parts:", "says parts"),
         ("seeds: [0, 1]", "seeds: [0", "is not YAML"),
+        ("seeds: [0, 1]", "seeds: [0, 1, 0]", "The seed 0 is named twice in the section 'One', .*; name each once"),
+        ("seeds: [5]", "seeds: [5, 5]", "The seed 5 is named twice in the section 'Two'"),
+        ("targets: [energy]", "targets: [energy, energy]", "The target energy is named twice in the section 'One'"),
         ("seeds: [0, 1]", "seeds: [a]", "seeds is 'a'; write a whole number"),
         ("epochs: 7", "epochs: 7.5", "epochs is 7.5; write a whole number"),
         ("lr: 1e-3", "lr:", "lr is None; write a number"),
@@ -362,6 +365,13 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     for target in ([], ["--seeds", "0"], ["--study", "paper"]):
         assert main(["compare", "a.parquet", "--target", "formation_energy_per_atom", "--epochs", "0", *target]) == 2
         assert "Training for 0 epochs does nothing" in capsys.readouterr().err
+    for more in (["--target", "x"], ["--study", "paper"]):
+        assert main(["compare", "a.parquet", *more, "--seeds", "1", "0", "1"]) == 2
+        assert "The seed 1 is named twice" in capsys.readouterr().err
+    assert main(["compare", "a.parquet", "--target", "x", "--target", "x"]) == 2
+    assert "The target x is named twice" in capsys.readouterr().err
+    assert main(["compare", "a.parquet", "--target", "x", "--seeds", "0", "--seed", "3"]) == 2
+    assert "--seeds stands in place of --seed 3; give one of them" in capsys.readouterr().err
     assert main(["compare", "a.parquet"]) == 2
     assert "--target" in capsys.readouterr().err
     assert main(["compare", "a.parquet", "--study", "paper", "--unit", "eV"]) == 2
