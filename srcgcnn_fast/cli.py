@@ -123,10 +123,10 @@ def train(arguments: argparse.Namespace) -> None:
     from .serialization import load_model
     from .training import GraphDataModule, cross_validate, distributed, prepared, read_split, train_ensemble
 
-    _check_combination(arguments)
+    init = load_model(arguments.init) if arguments.init else None
+    _check_combination(arguments, init)
     distributed.join()
     out, parameters = Path(arguments.out), _graph_parameters(arguments)
-    init = load_model(arguments.init) if arguments.init else None
     default = init.metadata.graph if init else None
     sources = {"graphs": arguments.source, "graphs-val": arguments.val, "graphs-test": arguments.test}
 
@@ -175,7 +175,22 @@ def train(arguments: argparse.Namespace) -> None:
         _write_config(arguments, out)
 
 
-def _check_combination(arguments: argparse.Namespace) -> None:
+_NETWORK = (
+    *("dropout", "recurrent_layer_norm", "recurrent_learnable_alpha"),
+    *("model", "n_conv", "n_recurrent_steps", "atom_fea_len", "h_fea_len", "n_h"),
+)
+"""Options of train that decide the network."""
+_IDLE = (
+    (("n_conv",), "model", "cgcnn"),
+    (("n_recurrent_steps", "recurrent_layer_norm", "recurrent_learnable_alpha"), "model", "sr-cgcnn"),
+    (("lr_milestones",), "schedule", "multistep"),
+    (("warmup",), "schedule", "one_cycle"),
+    (("muon_lr",), "optimizer", "muon"),
+)
+"""Options of train that do nothing unless another has a certain value."""
+
+
+def _check_combination(arguments: argparse.Namespace, init: Any) -> None:
     if (arguments.folds or arguments.members > 1) and _is_shared():
         raise InputError("--folds and --members train in one process; start them without torchrun.")
     if arguments.folds and (arguments.val or arguments.split_file or arguments.members > 1):
@@ -186,11 +201,30 @@ def _check_combination(arguments: argparse.Namespace) -> None:
         raise InputError("--split-file splits SOURCE and --val brings another set; give one of them.")
     if arguments.unit and len(arguments.target) > 1:
         raise InputError("--unit is of one target, and there are several; name the columns as usual, or drop it.")
-    parts = ("dropout", "recurrent_layer_norm", "recurrent_learnable_alpha")
-    if arguments.init and (given := [f"--{name.replace('_', '-')}" for name in parts if getattr(arguments, name)]):
-        raise InputError(f"--init fixes the network, so {' and '.join(given)} would change nothing; drop it.")
+    if arguments.batch_size is not None and arguments.batch_rows is not None:
+        raise InputError("--batch-rows stands in place of --batch-size; give one of them.")
+    if init is not None and (given := _given(arguments, _NETWORK)):
+        raise InputError(f"--init fixes the network, so {given} would change nothing; drop it.")
+    for names, option, value in _IDLE:
+        if getattr(arguments, option) != value and (given := _given(arguments, names)):
+            raise InputError(f"{given} would change nothing without --{option} {value}; give that, or drop it.")
+    if (given := _given(arguments, ("split_column",))) and not arguments.split_file:
+        raise InputError(f"{given} is a column of --split-file; give that, or drop it.")
+    is_class = arguments.classification or (init is not None and init.hyperparameters["classification"])
+    if is_class and (given := _given(arguments, ("loss", "unit"))):
+        raise InputError(
+            f"A classifier has a loss of its own, and a class no unit: {given} would change nothing; drop it."
+        )
     if arguments.freeze and not arguments.init:
         raise InputError("--freeze keeps what --init brings; give --init, or drop --freeze.")
+
+
+def _given(arguments: argparse.Namespace, names: Sequence[str]) -> str:
+    """Which of these options of train are not at their defaults; a config.yaml names them all."""
+    parser = argparse.ArgumentParser()
+    _add_train_options(parser)
+    given = [name for name in names if getattr(arguments, name) != parser.get_default(name)]
+    return " and ".join("--" + name.replace("_", "-") for name in given)
 
 
 def _train_one(build: Any, data: Any, out: Path, recipe: Any, options: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from srcgcnn_fast.cli import main
 from srcgcnn_fast.training.alloys import write_alloys
 
 TARGET = "formation_energy_per_atom"
+NARROW = "--atom-fea-len 8 --h-fea-len 8"
 ANGLES = ("alpha", "beta", "gamma")
 
 
@@ -44,6 +45,14 @@ def refused(capsys, *argv: object) -> str:
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     return lines[0]
+
+
+def with_classes(tmp_path: Path, source: Path) -> Path:
+    """The source with a class for a second target."""
+    frame = pd.read_parquet(source)
+    frame["stable"] = (frame[TARGET] < frame[TARGET].median()).astype(float)
+    frame.to_parquet(tmp_path / "c.parquet")
+    return tmp_path / "c.parquet"
 
 
 def test_help_is_instant():
@@ -91,14 +100,45 @@ def test_train_writes_a_run(trained, source, capsys):
 
 @pytest.mark.parametrize(
     "options",
-    ["", "--full-graph --split 0.7 0.2 0.1 --seed 3 --optimizer adamw --schedule one_cycle --ema 0.9 --dropout 0.2"],
+    [
+        NARROW,
+        f"{NARROW} --full-graph --split .7 .2 .1 --seed 3 --optimizer adamw --schedule one_cycle --ema .9 --dropout .2",
+        f"{NARROW} --model cgcnn --n-conv 2 --schedule multistep --lr-milestones 2 --batch-rows 99",
+        f"{NARROW} --target stable --classification --class-weights 1 2 --split 0.5 0.3 0.2",
+        "--init {model} --freeze embedding --loss mae",
+    ],
 )
-def test_a_run_of_the_command_line_repeats_from_its_file(source, tmp_path, options):
-    small = ["--epochs", "1", "--atom-fea-len", "8", "--h-fea-len", "8", *options.split()]
-    assert main(["train", str(source), "--target", TARGET, "--out", str(tmp_path / "run"), *small]) == 0
+def test_a_run_of_the_command_line_repeats_from_its_file(trained, source, tmp_path, options):
+    data, words = str(with_classes(tmp_path, source)), options.format(model=trained / "model").split()
+    target = () if "--target" in words else ("--target", TARGET)
+    assert main(["train", data, *target, "--epochs", "1", "--out", str(tmp_path / "run"), *words]) == 0
     assert main(["train", "--config", str(tmp_path / "run" / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("run", "again")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("--classification --loss mae --unit eV", "--loss and --unit would change nothing; drop"),
+        ("--n-conv 4", "--n-conv would change nothing without --model cgcnn; give that, or drop it"),
+        ("--model cgcnn --n-recurrent-steps 4 --recurrent-layer-norm",
+         "--n-recurrent-steps and --recurrent-layer-norm would change nothing without --model sr-cgcnn"),
+        ("--model cgcnn --recurrent-learnable-alpha", "--recurrent-learnable-alpha would change nothing without"),
+        ("--lr-milestones 10 20", "--lr-milestones would change nothing without --schedule multistep"),
+        ("--warmup 0.1", "--warmup would change nothing without --schedule one_cycle"),
+        ("--muon-lr 0.02", "--muon-lr would change nothing without --optimizer muon"),
+        ("--batch-size 256 --batch-rows 99", "--batch-rows stands in place of --batch-size; give one of them"),
+        ("--split-column part", "--split-column is a column of --split-file"),
+        ("--init {model} --model cgcnn --n-conv 2", "fixes the network, so --model and --n-conv would change nothing"),
+        ("--init {model} --n-recurrent-steps 4", "--n-recurrent-steps would change nothing; drop"),
+        ("--init {model} --atom-fea-len 16 --h-fea-len 16 --n-h 2", "--atom-fea-len and --h-fea-len and --n-h would"),
+    ],
+)  # fmt: skip
+def test_an_option_that_would_change_nothing_is_refused(trained, source, tmp_path, capsys, options, says):
+    words = options.format(model=trained / "model").split()
+    assert says in refused(capsys, "train", source, "--target", TARGET, "--out", tmp_path / "run", *words)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_config_file_holds_any_option_and_the_command_line_wins(trained, source, tmp_path, capsys):
@@ -203,16 +243,15 @@ def test_fine_tuning_keeps_what_is_frozen(trained, source, tmp_path, capsys):
 
 
 def test_classes_are_weighted_and_a_run_stops_early(source, tmp_path, capsys):
-    frame = pd.read_parquet(source)
-    frame["stable"] = (frame[TARGET] < frame[TARGET].median()).astype(float)
-    frame.to_parquet(tmp_path / "c.parquet")
-    common = ["train", str(tmp_path / "c.parquet"), "--target", "stable", "--classification", *SMALL[2:]]
+    common = ["train", str(with_classes(tmp_path, source)), "--target", "stable", "--classification", *SMALL[2:]]
     options = ["--epochs", "30", "--lr", "1e-9", "--patience", "2", "--class-weights", "balanced"]
     assert main([*common, *options, "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
     assert "auc" in said and " crystals)" in said and "target" not in said  # whose unit scores of classes do not have
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["class_weights"] == "balanced"
+    tuned = [*common[:4], "--init", tmp_path / "run" / "model", "--loss", "mae", "--out", tmp_path / "no"]
+    assert "--loss would change nothing" in refused(capsys, *tuned)  # a classifier by its model
     assert len(pd.read_csv(tmp_path / "run" / "metrics.csv")) < 30
     assert "two numbers" in refused(capsys, *common, "--class-weights", "a", "b", "--out", tmp_path / "no")
 
