@@ -42,8 +42,10 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["Crystal", "Record", "as_crystal", "read_inputs"]
 
-STRUCTURE_COLUMNS = ("material_id", "lattice", "frac_coords", "atomic_numbers")
-_NOT_TARGETS = {*STRUCTURE_COLUMNS, "id", "formula", "n_sites", "structure"}
+STRUCTURE_COLUMNS = ("lattice", "frac_coords", "atomic_numbers")
+ID_COLUMNS = ("material_id", "id")
+"""What a table or an entry calls its crystals by: the first that it has."""
+_NOT_TARGETS = {*STRUCTURE_COLUMNS, *ID_COLUMNS, "formula", "n_sites", "structure"}
 _ATOM_INIT = "atom_init.json"
 _ATOMIC_NUMBERS = {symbol: number for number, symbol in enumerate(ELEMENT_SYMBOLS) if symbol} | {"D": 1}
 _MAX_READERS = 16
@@ -115,10 +117,10 @@ def read_inputs(
 
     Args:
         source: the path of a CIF, POSCAR/CONTCAR (``*.vasp``), extended XYZ, pymatgen JSON (``.json``,
-            ``.json.gz``; also matbench's tables), ASE database (``.db``) or Parquet file (columns ``material_id``,
-            ``lattice`` (9), ``frac_coords`` (3n), ``atomic_numbers`` (n), and numbers as targets); a folder with
-            ``id_prop.csv`` (rows ``id,target``, files ``id.cif``; a first row ``id,name,...`` names the targets) or
-            without (every structure file, by name); one object that :func:`as_crystal` takes, an iterable of them,
+            ``.json.gz``; also matbench's tables), ASE database (``.db``) or Parquet file (columns ``material_id``
+            or ``id``, ``lattice`` (9), ``frac_coords`` (3n), ``atomic_numbers`` (n), and numbers as targets); a folder
+            with ``id_prop.csv`` (rows ``id,target``, files ``id.cif``; a first row ``id,name,...`` names the targets)
+            or without (every structure file, by name); one object that :func:`as_crystal` takes, an iterable of them,
             or a dictionary id -> object. Records of several files have the ids that each file alone gives them.
         targets: names of the targets to keep, by default all numbers that the source has. A blank is NaN.
         timeout: seconds for one CIF file of a folder or an iterable. What gemmi does not read in a moment is read
@@ -392,7 +394,7 @@ def _finish(item: _Item) -> Iterator[Record]:
 def _entry_record(id: str, entry: Any, name: str) -> Record:
     """A structure object or dictionary, or a dictionary of a ``structure``, perhaps its id, and its targets."""
     if isinstance(entry, Mapping) and "structure" in entry:
-        given = [entry[key] for key in ("id", "material_id") if entry.get(key) is not None]
+        given = [entry[key] for key in ID_COLUMNS if entry.get(key) is not None]
         id = name = str(given[0]) if given else id
         targets, entry = _numbers_of(entry), entry["structure"]
         if isinstance(entry, str) and entry.lstrip().startswith("{"):  # some exports keep a structure as JSON text
@@ -772,7 +774,7 @@ def _read_parquet(path: Path, wanted: list[str] | None, skip: int = 0) -> Iterat
     except Exception as error:
         raise InputError(f"{path.name} is not a Parquet file ({_one_line(error)}); export it again.") from error
     schema = table.schema_arrow
-    missing = [name for name in STRUCTURE_COLUMNS[1:] if name not in schema.names]
+    missing = [name for name in STRUCTURE_COLUMNS if name not in schema.names]
     if missing:
         raise InputError(f"{path.name} lacks the column {', '.join(missing)}; it has {', '.join(schema.names)}.")
     types = require("pyarrow", "Reading Parquet files", extra="io").types
@@ -783,23 +785,24 @@ def _read_parquet(path: Path, wanted: list[str] | None, skip: int = 0) -> Iterat
         kind = schema.field(text[0]).type
         raise InputError(f"{path.name} has the column {text[0]} of type {kind}, which is no target; give numbers.")
     keep = _chosen([name for name in numeric if name not in _NOT_TARGETS], wanted, path.name)
-    return _parquet_records(table, path.name, keep, "material_id" in schema.names, skip)
+    id_column = next((name for name in ID_COLUMNS if name in schema.names), None)
+    return _parquet_records(table, path.name, keep, id_column, skip)
 
 
-def _parquet_records(table: Any, where: str, keep: list[str], has_id: bool, skip: int) -> Iterator[Record]:
-    columns = [*STRUCTURE_COLUMNS[0 if has_id else 1 :], *keep]
+def _parquet_records(table: Any, where: str, keep: list[str], id_column: str | None, skip: int) -> Iterator[Record]:
+    columns = [*([id_column] if id_column else []), *STRUCTURE_COLUMNS, *keep]
     stem = _stem(Path(where))
     for row, end, batch in _parquet_batches(table, columns, skip):
         if isinstance(batch, Exception):
             reason = f"cannot be read ({_one_line(batch)}); export it again."
             yield from (Record(f"{stem}-{k}", None, {}, f"Row {k + 1} of {where} {reason}") for k in range(row, end))
             continue
-        held = {name: _rows(batch.column(name)) for name in STRUCTURE_COLUMNS[1:]}
+        held = {name: _rows(batch.column(name)) for name in STRUCTURE_COLUMNS}
         targets = np.array([_floats(batch.column(name)) for name in keep]).reshape(len(keep), len(batch)).T
-        ids = batch.column("material_id").to_pylist() if has_id else [None] * len(batch)
+        ids = batch.column(id_column).to_pylist() if id_column else [None] * len(batch)
         for i, given in enumerate(ids):
             id = str(given) if given is not None else f"{stem}-{row + i}"
-            arrays = [held[name][i] for name in STRUCTURE_COLUMNS[1:]]
+            arrays = [held[name][i] for name in STRUCTURE_COLUMNS]
             values = dict(zip(keep, targets[i].tolist(), strict=True))
             yield _parquet_record(id, f"{id} (row {row + i + 1} of {where})", arrays, values)
 
@@ -822,7 +825,7 @@ def _parquet_batches(table: Any, columns: list[str], skip: int) -> Iterator[tupl
 
 
 def _parquet_record(id: str, name: str, arrays: list[Any], targets: dict[str, float]) -> Record:
-    for column, array in zip(STRUCTURE_COLUMNS[1:], arrays, strict=True):
+    for column, array in zip(STRUCTURE_COLUMNS, arrays, strict=True):
         if array is None:
             return Record(id, None, targets, f"{name} has no {column}; fill it in or drop the row.")
     for target, value in targets.items():

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, require
+from ..graph.readers import ID_COLUMNS
 from ..graph.store import GraphStore
 from .data import Split
 
@@ -39,7 +40,7 @@ def read_split(
     """The split of ``store`` that a file gives by the crystals' ids.
 
     Args:
-        path: a CSV or Parquet table with the ids in ``id`` or ``material_id`` and "train", "val" or "test" in
+        path: a CSV or Parquet table with the ids in ``material_id`` or ``id`` and "train", "val" or "test" in
             ``column``; it may be the data set itself. Or a JSON file, {"train": [ids], "val": [ids], "test": [ids]}.
         targets: crystals of the store that have none of these are left out.
         column: of the table.
@@ -99,7 +100,7 @@ def _rows(path: Path, column: str) -> Iterable[tuple[str, str]]:
         raise InputError(f"There is no split file {path}; check the path.") from error
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise InputError(f"{path} is not a split file ({error}); give a CSV, Parquet or JSON file.") from error
-    key = next((name for name in ("id", "material_id") if name in header), None)
+    key = next((name for name in ID_COLUMNS if name in header), None)
     if key is None or column not in header:
         raise InputError(f"{path} has the columns {', '.join(header)}; a split needs id (or material_id) and {column}.")
     return [(str(row[key]), str(row[column]).strip()) for row in rows if str(row[column] or "").strip()]

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from srcgcnn_fast.errors import InputError
@@ -250,6 +251,22 @@ def test_parquet(tmp_path: Path) -> None:
     assert [r.targets for r in read_inputs(path, targets=())] == [{}, {}]
     with pytest.raises(InputError, match=r"t\.parquet has no target mass; it has gap, energy"):
         read_inputs(path, targets=["mass"])
+
+
+@pytest.mark.parametrize("given", [["id"], ["id", "material_id"], []])
+def test_the_id_of_a_row_or_an_entry(tmp_path: Path, given: list[str]) -> None:
+    """material_id, else id, else after the file; in every kind of file."""
+    names = {"material_id": ["mp-1", "mp-2"], "id": [7, 8]}
+    named = {name: names[name] for name in given}
+    path = parquet(tmp_path / "t.parquet")
+    pd.read_parquet(path).drop(columns="material_id").assign(**named).to_parquet(path)
+    made = structure().as_dict()
+    entries = [{"structure": made} | {name: ids[k] for name, ids in named.items()} for k in range(2)]
+    (tmp_path / "t.json").write_text(json.dumps(entries))
+    expected = [str(x) for x in names[given[-1]]] if given else ["t-0", "t-1"]
+    for file in ("t.parquet", "t.json"):
+        records = list(read_inputs(tmp_path / file))
+        assert [(r.id, r.error, r.targets) for r in records] == [(name, None, {}) for name in expected]
 
 
 def test_parquet_rows_with_errors(tmp_path: Path) -> None:
