@@ -132,10 +132,9 @@ def train(arguments: argparse.Namespace) -> None:
 
     def stores() -> list[Any]:
         wanted = {"targets": arguments.target, "default": default}
-        return [s and prepared(s, out / name, parameters, True, **wanted) for name, s in sources.items()]
+        return [s if s is None else prepared(s, out / name, parameters, True, **wanted) for name, s in sources.items()]
 
-    distributed.on_rank_zero(lambda: len(stores()))  # the others find what rank 0 has prepared
-    store, val_store, test_store = stores()
+    store, val_store, test_store = distributed.on_rank_zero(stores)  # the others open what rank 0 has prepared
 
     def data_of(split: Any) -> GraphDataModule:
         return GraphDataModule(
@@ -191,6 +190,9 @@ _IDLE = (
 
 
 def _check_combination(arguments: argparse.Namespace, init: Any) -> None:
+    for name in ("init", "split_file", "folds"):  # such as a variable of the shell that is not set
+        if getattr(arguments, name) == "":
+            raise InputError(f"--{name.replace('_', '-')} is an empty text; give a value, or drop it.")
     if (arguments.folds or arguments.members > 1) and _is_shared():
         raise InputError("--folds and --members train in one process; start them without torchrun.")
     if arguments.folds and (arguments.val or arguments.split_file or arguments.members > 1):
@@ -201,6 +203,8 @@ def _check_combination(arguments: argparse.Namespace, init: Any) -> None:
         raise InputError("--split-file splits SOURCE and --val brings another set; give one of them.")
     if arguments.unit and len(arguments.target) > 1:
         raise InputError("--unit is of one target, and there are several; name the columns as usual, or drop it.")
+    if arguments.tensorboard and arguments.logger == "wandb":
+        raise InputError("--tensorboard and --logger wandb are two logs, and a run has one; give one of them.")
     if arguments.batch_size is not None and arguments.batch_rows is not None:
         raise InputError("--batch-rows stands in place of --batch-size; give one of them.")
     if init is not None and (given := _given(arguments, _NETWORK)):
@@ -373,6 +377,9 @@ def _with_file(words: Sequence[str]) -> argparse.Namespace:
     try:
         options = vars(parser.parse_args([*(f"--config={file}" for file in found.config), *others]))
     except argparse.ArgumentError as error:
+        if "Unexpected config" in str(error):  # jsonargparse's word for what is empty, a list or a text
+            name = ", ".join(found.config) or "--config"
+            raise InputError(f"{name} holds no options; write a name and a value a line.") from error
         raise InputError(f"{', '.join(found.config)}: {' '.join(str(error).split())}") from error
     return argparse.Namespace(**{**options, "command": train, "debug": options.get("debug", False)})
 
@@ -381,7 +388,7 @@ def compare(arguments: argparse.Namespace) -> None:
     from .training import compare
 
     targets = arguments.target or []
-    if arguments.study or len(targets) > 1 or arguments.seeds:
+    if arguments.study is not None or len(targets) > 1 or arguments.seeds:
         return _compare_study(arguments, targets)
     if not targets:
         raise InputError("There is nothing to learn: name a column with --target, or a study with --study.")
@@ -421,7 +428,7 @@ def _compare_study(arguments: argparse.Namespace, targets: list[str]) -> None:
 
     if arguments.seeds and arguments.seed != arguments.defaults["seed"]:
         raise InputError(f"--seeds stands in place of --seed {arguments.seed}; give one of them.")
-    if arguments.study:
+    if arguments.study is not None:
         fixed = ["lr", "optimizer", "schedule", "batch_size", "seed", "atom_fea_len", "h_fea_len"]
         fixed += ["n_conv", "n_recurrent_steps"]
         given = [name for name in fixed if getattr(arguments, name) != arguments.defaults[name]]
@@ -708,9 +715,10 @@ def _device(name: str) -> Any:
 
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's ways to say that there is none
-        reason = str(error).splitlines()[0].rstrip(".")
+        torch.zeros(1, device=device).cpu()
+    except Exception as error:  # torch has many ways to say that there is none, and long ones
+        reason = str(error).partition("\n")[0].rstrip(".")
+        reason = reason if len(reason) < 80 else "PyTorch has none of that name"
         raise InputError(f"There is no device {name!r} here ({reason}); srcgcnn-fast doctor lists them.") from error
     return device
 

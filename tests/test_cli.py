@@ -129,6 +129,10 @@ def test_a_run_of_the_command_line_repeats_from_its_file(trained, source, tmp_pa
         ("--warmup 0.1", "--warmup would change nothing without --schedule one_cycle"),
         ("--muon-lr 0.02", "--muon-lr would change nothing without --optimizer muon"),
         ("--batch-size 256 --batch-rows 99", "--batch-rows stands in place of --batch-size; give one of them"),
+        ("--init=", "--init is an empty text; give a value, or drop it"),
+        ("--split-file= --epochs 1", "--split-file is an empty text"),
+        ("--folds=", "--folds is an empty text"),
+        ("--tensorboard --logger wandb", "are two logs, and a run has one; give one of them"),
         ("--split-column part", "--split-column is a column of --split-file"),
         ("--init {model} --model cgcnn --n-conv 2", "fixes the network, so --model and --n-conv would change nothing"),
         ("--init {model} --n-recurrent-steps 4", "--n-recurrent-steps would change nothing; drop"),
@@ -154,6 +158,10 @@ def test_a_config_file_holds_any_option_and_the_command_line_wins(trained, sourc
     assert main(again) == 0
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("run", "again")]
     assert weights[0] == weights[1]
+    for text in ("", "# nothing\n", "- epochs\n"):
+        config.write_text(text)
+        assert refused(capsys, *argv).endswith("c.yaml holds no options; write a name and a value a line.")
+    assert "--config holds no options" in refused(capsys, "train", "--config", "")
     for text, says in {"lrate: 3": "lrate", "lr: fast": "lr", "model: gcn": "model"}.items():
         config.write_text(f"source: {source}\ntarget: [{TARGET}]\n{text}\n")
         assert says in refused(capsys, *argv)
@@ -374,6 +382,9 @@ def test_bad_input_is_one_sentence(trained, source, tmp_path, capsys):
     assert "empty" in refused(capsys, "predict", trained / "model", tmp_path / "empty", "--out", tmp_path / "p.csv")
     assert "missing" in refused(capsys, "predict", tmp_path / "missing", source, "--out", tmp_path / "p.csv")
     assert "missing" in refused(capsys, "convert", tmp_path / "missing", tmp_path / "model")
+    assert "seed -1 is negative" in refused(capsys, "demo", "--seed", "-1", "--out", out)
+    for words in (("",), (source, "--val", ""), (source, "--val", source, "--test", "")):
+        assert "is an empty text" in refused(capsys, "train", *words, "--target", TARGET, "--out", tmp_path / "nowhere")
     assert "exclude" in refused(
         capsys, "prepare", source, tmp_path / "s", "--full-graph", "--symmetry-tolerance", "1e-4"
     )
@@ -443,6 +454,7 @@ def test_training_says_what_it_leaves_out(source, tmp_path, caplog):
     argv = ["train", str(tmp_path / "t.parquet"), "--target", TARGET, "--epochs", "1", "--out", str(tmp_path / "run")]
     assert main(argv) == 0
     assert "1 of 40 inputs are left out; the first: alloy-00003 (row 4 of t.parquet) has the unknown" in caplog.text
+    assert caplog.text.count("inputs are left out") == 1
 
 
 def test_a_bad_model_is_one_sentence(trained, source, tmp_path, capsys):
@@ -572,8 +584,9 @@ def test_predict_takes_a_store_and_a_device(trained, source, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there_is_named(trained, source, tmp_path, capsys):
     argv = ["predict", trained / "model", source, "--out", tmp_path / "t.csv"]
-    for device in ("cuda", "cuda:1", "nonsense"):
-        assert f"There is no device '{device}' here" in refused(capsys, *argv, "--device", device)
+    for device in ("cuda", "cuda:1", "nonsense", "", "meta", "hpu", "vulkan", "mkldnn"):
+        said = refused(capsys, *argv, "--device", device)
+        assert f"There is no device '{device}' here" in said and len(said) < 170
     assert "needs a model on a CUDA device, not on cpu" in refused(capsys, *argv, "--captured")
     assert not (tmp_path / "t.csv").exists()
 

@@ -93,10 +93,12 @@ def write_alloys(path: str | os.PathLike[str], count: int, seed: int = 0, progre
     """Write ``count`` random alloys with their formation energies (eV/atom) as a Parquet file.
 
     Raises:
-        InputError: ``count`` is not positive, or ase or pandas is missing.
+        InputError: ``count`` is not positive, ``seed`` is negative, or ase or pandas is missing.
     """
     if count < 1:
         raise InputError(f"Cannot make {count} alloys; ask for at least one.")
+    if seed < 0:
+        raise InputError(f"The seed {seed} is negative; give 0 or more.")
     pandas = require("pandas", "The demo data set", extra="io")
     with atomic_path(path) as temporary:
         pandas.DataFrame(_progress(_rows(count, seed), count, progress)).to_parquet(temporary)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
@@ -15,7 +16,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from ..errors import InputError
 from ..graph.parameters import GraphParameters, as_python
-from ..graph.store import GraphStore
+from ..graph.store import GraphStore, open_store
 from .distributed import place
 from .prefetch import Batches, Item, moved, unchanged
 
@@ -172,7 +173,7 @@ class GraphDataModule(pl.LightningDataModule):
     """Training, validation and test batches (GraphBatch, target (B, T), index (B,)) of one store or of three.
 
     Args:
-        store: crystals to split, or the training set where ``val_store`` is given.
+        store: crystals to split, or the training set where ``val_store`` is given; a store or its path.
         targets: names of the target columns.
         split: fractions (train, val, test) drawn by ``seed``, or the indices themselves.
         batch_size: crystals per batch.
@@ -187,19 +188,20 @@ class GraphDataModule(pl.LightningDataModule):
     What is trained on and also validates or tests is counted, too, in several stores by id and graph.
 
     Raises:
-        InputError: a target does not exist or is named twice, too few crystals have it, or given indices do not fit.
+        InputError: a store does not exist, there is no target, one does not exist or is named twice, too few crystals
+            have it, or given indices do not fit.
     """
 
     def __init__(
         self,
-        store: GraphStore,
+        store: GraphStore | str | os.PathLike[str],
         targets: str | Sequence[str],
         *,
         split: Sequence[float] | Split = (0.8, 0.1, 0.1),
         batch_size: int = 256,
         batch_rows: int | None = None,
-        val_store: GraphStore | None = None,
-        test_store: GraphStore | None = None,
+        val_store: GraphStore | str | os.PathLike[str] | None = None,
+        test_store: GraphStore | str | os.PathLike[str] | None = None,
         units: str | Sequence[str] | None = None,
         seed: int = 0,
         length_buckets: bool = False,
@@ -210,6 +212,8 @@ class GraphDataModule(pl.LightningDataModule):
         _check_numbers(self.targets, seed, num_workers)
         units = (units,) if isinstance(units, str) and units else units
         self.units = tuple(units or (KNOWN_UNITS.get(name, "") for name in self.targets))
+        store = _opened(store)
+        val_store, test_store = (s if s is None else _opened(s) for s in (val_store, test_store))
         self.graph_parameters = store.parameters
         self.batch_size, self.batch_rows, self.seed = map(as_python, (batch_size, batch_rows, seed))
         self.length_buckets = length_buckets
@@ -310,6 +314,14 @@ class GraphDataModule(pl.LightningDataModule):
         return self._loader("test", False, *place(self.trainer))
 
 
+def _opened(store: Any) -> GraphStore:
+    if isinstance(store, GraphStore):
+        return store
+    if isinstance(store, str | os.PathLike):
+        return open_store(store)
+    raise InputError(f"A {type(store).__name__} is no store; give one that prepare made, or its path.")
+
+
 def _dataset(store: GraphStore, targets: Sequence[str]) -> GraphDataset:
     dataset = GraphDataset(store, store.target_array(targets))
     if missing := len(store) - len(dataset.usable()):
@@ -330,6 +342,8 @@ def _check_same_graphs(store: GraphStore, *others: GraphStore | None) -> None:
 
 
 def _check_numbers(targets: tuple[str, ...], seed: int, num_workers: int) -> None:
+    if not targets:
+        raise InputError("There is no target to learn; name at least one.")
     if len(set(targets)) < len(targets):
         raise InputError(f"The targets {', '.join(targets)} name one twice; name each once.")
     columns = ["id", "error", *(f"{name}{suffix}" for name in targets for suffix in ("", "_predicted", "_std"))]
@@ -340,6 +354,8 @@ def _check_numbers(targets: tuple[str, ...], seed: int, num_workers: int) -> Non
         )
     if seed < 0 or num_workers < 0:
         raise InputError(f"The seed {seed} and the number of workers {num_workers} must be 0 or more.")
+    if num_workers > (most := 16 * (os.cpu_count() or 1)):
+        raise InputError(f"{num_workers} workers are too many for this machine; give at most {most} (0 is often best).")
 
 
 def _indices(name: str, part: Sequence[int] | np.ndarray) -> np.ndarray:

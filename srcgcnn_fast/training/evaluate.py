@@ -53,8 +53,8 @@ def evaluate(model: CGCNN | SRCGCNN | Sampler, data: GraphDataModule, part: str 
     An :class:`~srcgcnn_fast.uncertainty.Ensemble` is scored by its mean, and the standard deviation is kept.
 
     Raises:
-        InputError: the part is empty, or its targets or graphs are not those of the model; a target may have another
-            name in its place.
+        InputError: there is no such part, it is empty, or its targets or graphs are not those of the model; a target
+            may have another name in its place.
     """
     models = model.models if isinstance(model, Sampler) else [model]
     _check(models[0], data, part)
@@ -83,6 +83,8 @@ def evaluate(model: CGCNN | SRCGCNN | Sampler, data: GraphDataModule, part: str 
 
 
 def _check(model: CGCNN | SRCGCNN, data: GraphDataModule, part: str) -> None:
+    if part not in data.parts:
+        raise InputError(f"There is no part {part!r}; choose among {', '.join(data.parts)}.")
     if not len(data.parts[part].indices):
         raise InputError(f"There are no {part} crystals to score; choose another part, or another split.")
     known = model.metadata.targets

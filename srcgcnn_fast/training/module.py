@@ -84,8 +84,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            plain = tuple(map(as_python, value)) if isinstance(value, tuple) else as_python(value)
+            plain = tuple(map(as_python, value)) if isinstance(value, tuple | list) else as_python(value)
             object.__setattr__(self, name, plain)
+        object.__setattr__(self, "epochs", _whole("epochs", self.epochs))
+        if self.patience is not None:
+            object.__setattr__(self, "patience", _whole("patience", self.patience))
+        milestones = self.milestones if isinstance(self.milestones, tuple) else (self.milestones,)
+        object.__setattr__(self, "milestones", tuple(_whole("milestones", epoch) for epoch in milestones))
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("loss", self.loss, LOSSES)
@@ -450,6 +455,12 @@ def _check_elements(table: Tensor, data: GraphDataModule) -> None:
         if bad := lacking.keys() & (indices.tolist() if lacking else ()):
             name = dataset.store.ids[min(bad)] + (f", one of {len(bad)} such crystals," if len(bad) > 1 else "")
             raise InputError(without_vector(name, lacking[min(bad)]))
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
+        raise InputError(f"{name} is {value!r}; give a whole number of epochs.")
+    return int(value)
 
 
 def _check_class_weights(weights: Any) -> None:

@@ -148,7 +148,7 @@ def read_study(path: str | os.PathLike[str]) -> Study:
     file = BUILT_IN / f"{path}.yaml" if (BUILT_IN / f"{path}.yaml").is_file() else Path(path)
     if not file.is_file():
         names = ", ".join(sorted(p.stem for p in BUILT_IN.glob("*.yaml")))
-        raise InputError(f"There is no study {path}; give a YAML file or one of: {names}.")
+        raise InputError(f"There is no study {str(path) or repr('')}; give a YAML file or one of: {names}.")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -278,9 +278,10 @@ def _named(what: str, key: str, content: Mapping[str, Any]) -> Mapping[str, Any]
 
 
 def _mapping(what: str, content: Any, keys: Sequence[str]) -> dict[str, Any]:
-    if not isinstance(content, dict) or set(content) - set(keys):
-        unknown = ", ".join(sorted(map(str, set(content) - set(keys)))) if isinstance(content, dict) else "something"
-        raise InputError(f"{what} says {unknown}; it may hold {', '.join(keys)}.")
+    if not isinstance(content, dict):
+        raise InputError(f"{what} holds no names with values; it may hold {', '.join(keys)}.")
+    if unknown := sorted(map(str, set(content) - set(keys))):
+        raise InputError(f"{what} says {', '.join(unknown)}; it may hold {', '.join(keys)}.")
     return content
 
 

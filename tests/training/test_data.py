@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srcgcnn_fast import InputError
-from srcgcnn_fast.graph import GraphStore, collate
+from srcgcnn_fast.graph import GraphStore, collate, prepare
 from srcgcnn_fast.training import GraphDataModule, Split, random_split
+from srcgcnn_fast.training.alloys import write_alloys
 from srcgcnn_fast.training.data import EpochSampler
 
 
@@ -136,6 +137,17 @@ def test_explicit_indices_and_separate_stores(alloys):
     assert [len(apart.parts[p].indices) for p in ("train", "val", "test")] == [160, 160, 0]
 
 
+def test_a_store_may_be_its_path(tmp_path):
+    store = prepare(write_alloys(tmp_path / "a.parquet", 20), tmp_path / "store")
+    by_path = GraphDataModule(
+        tmp_path / "store", "formation_energy_per_atom", val_store=str(tmp_path / "store"), test_store=store
+    )
+    assert (
+        by_path.fingerprint()
+        == GraphDataModule(store, "formation_energy_per_atom", val_store=store, test_store=store).fingerprint()
+    )
+
+
 def test_what_is_trained_on_and_scored_too_is_counted(alloys, caplog):
     with caplog.at_level(logging.WARNING):
         GraphDataModule(alloys, "energy", split=Split(np.arange(100), np.arange(93, 130), np.arange(130, 160)))
@@ -161,6 +173,15 @@ def test_bad_requests_are_sentences(alloys):
     for wrong, kind in ((mask, "bool"), (np.arange(100.0), "float64"), (np.arange(100)[:, None], "int64")):
         with pytest.raises(InputError, match=rf"list of indices, not an array of {kind}.*np\.flatnonzero"):
             GraphDataModule(alloys, "energy", split=Split(wrong, np.arange(100, 160), []))
+    with pytest.raises(InputError, match="no target to learn; name at least one"):
+        GraphDataModule(alloys, [])
+    with pytest.raises(InputError, match="A NoneType is no store; give one that prepare made, or its path"):
+        GraphDataModule(None, "energy")
+    for stores in (["nowhere"], [alloys, "nowhere"], [alloys, alloys, ""]):
+        with pytest.raises(InputError, match="store"):
+            GraphDataModule(stores[0], "energy", **dict(zip(("val_store", "test_store"), stores[1:], strict=False)))
+    with pytest.raises(InputError, match="100000 workers are too many for this machine; give at most"):
+        GraphDataModule(alloys, "energy", num_workers=100_000)
     with pytest.raises(InputError, match="energy, high, energy name one twice"):
         GraphDataModule(alloys, ["energy", "high", "energy"])
     for names in (["energy", "energy_std"], ["high", "energy", "high_predicted"], ["id"]):

@@ -75,6 +75,8 @@ def test_scores_are_of_the_models_targets_and_graphs(alloys):
             evaluate(two, GraphDataModule(alloys, names))
     with pytest.raises(InputError, match="predicts energy, high, the data hold energy"):
         evaluate(two, GraphDataModule(alloys, "energy"))
+    with pytest.raises(InputError, match="There is no part 'foo'; choose among train, val, test"):
+        evaluate(two, GraphDataModule(alloys, ["energy", "volume"]), "foo")
     one = source()
     one.metadata.graph = GraphParameters(radius=6.0)
     with pytest.raises(InputError, match=r"radius 6\.0, and these have 8\.0"):

@@ -421,6 +421,12 @@ def test_divergence_is_a_sentence(alloys, tmp_path):
 def test_bad_requests_are_sentences(alloys, tmp_path):
     with pytest.raises(InputError, match="optimizer 'lion'"):
         Recipe(optimizer="lion")
+    for wrong in ({"epochs": 2.5}, {"epochs": float("nan")}, {"epochs": "3"}, {"epochs": True}, {"patience": 1.5},
+                  {"milestones": (10, 20.5)}, {"milestones": [1, "a"]}, {"milestones": (None,)}):  # fmt: skip
+        with pytest.raises(InputError, match=rf"{next(iter(wrong))} is .*; give a whole number of epochs"):
+            Recipe(**wrong)
+    whole = Recipe(epochs=3.0, patience=np.float64(2), milestones=[np.int64(4), 5.0])
+    assert whole == Recipe(epochs=3, patience=2, milestones=(4, 5)) and isinstance(whole.epochs, int)
     with pytest.raises(InputError, match="0 epochs"):
         Recipe(epochs=0)
     with pytest.raises(InputError, match="learning rate nan"):

@@ -107,6 +107,13 @@ def test_a_bad_study_is_refused(tmp_path, old, new, says):
         read_study(tmp_path / "s.yaml")
 
 
+@pytest.mark.parametrize("text", ["", "# nothing", "- targets"])
+def test_an_empty_study_is_refused(tmp_path, text):
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"s\.yaml holds no names with values; it may hold title"):
+        read_study(tmp_path / "s.yaml")
+
+
 def test_one_target_or_seed_may_stand_without_brackets(tmp_path):
     text = TEXT.replace("[energy]", "energy").replace("[0, 1]", "3").replace("epochs: 7", "epochs: '7', freeze: head")
     (tmp_path / "s.yaml").write_text(text)
@@ -372,6 +379,8 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     assert "The target x is named twice" in capsys.readouterr().err
     assert main(["compare", "a.parquet", "--target", "x", "--seeds", "0", "--seed", "3"]) == 2
     assert "--seeds stands in place of --seed 3; give one of them" in capsys.readouterr().err
+    assert main(["compare", "a.parquet", "--target", "x", "--study", ""]) == 2
+    assert "There is no study ''; give" in capsys.readouterr().err
     assert main(["compare", "a.parquet"]) == 2
     assert "--target" in capsys.readouterr().err
     assert main(["compare", "a.parquet", "--study", "paper", "--unit", "eV"]) == 2
