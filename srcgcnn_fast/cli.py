@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if has_file:
             arguments = _with_file(words[1:])
+        for name, value in vars(arguments).items():  # empty is a variable of the shell that is not set
+            if value == "" and name != "unit":
+                raise InputError(f"The argument {name} is an empty text; give a value, or leave it out.")
         if arguments.command is not train and _is_shared():
             raise InputError(f"{arguments.command.__name__} runs in one process; start it without torchrun.")
         status = arguments.command(arguments) or 0
@@ -190,9 +193,6 @@ _IDLE = (
 
 
 def _check_combination(arguments: argparse.Namespace, init: Any) -> None:
-    for name in ("init", "split_file", "folds"):  # such as a variable of the shell that is not set
-        if getattr(arguments, name) == "":
-            raise InputError(f"--{name.replace('_', '-')} is an empty text; give a value, or drop it.")
     if (arguments.folds or arguments.members > 1) and _is_shared():
         raise InputError("--folds and --members train in one process; start them without torchrun.")
     if arguments.folds and (arguments.val or arguments.split_file or arguments.members > 1):
@@ -388,7 +388,7 @@ def compare(arguments: argparse.Namespace) -> None:
     from .training import compare
 
     targets = arguments.target or []
-    if arguments.study is not None or len(targets) > 1 or arguments.seeds:
+    if arguments.study or len(targets) > 1 or arguments.seeds:
         return _compare_study(arguments, targets)
     if not targets:
         raise InputError("There is nothing to learn: name a column with --target, or a study with --study.")
@@ -428,7 +428,7 @@ def _compare_study(arguments: argparse.Namespace, targets: list[str]) -> None:
 
     if arguments.seeds and arguments.seed != arguments.defaults["seed"]:
         raise InputError(f"--seeds stands in place of --seed {arguments.seed}; give one of them.")
-    if arguments.study is not None:
+    if arguments.study:
         fixed = ["lr", "optimizer", "schedule", "batch_size", "seed", "atom_fea_len", "h_fea_len"]
         fixed += ["n_conv", "n_recurrent_steps"]
         given = [name for name in fixed if getattr(arguments, name) != arguments.defaults[name]]

@@ -148,7 +148,7 @@ def read_study(path: str | os.PathLike[str]) -> Study:
     file = BUILT_IN / f"{path}.yaml" if (BUILT_IN / f"{path}.yaml").is_file() else Path(path)
     if not file.is_file():
         names = ", ".join(sorted(p.stem for p in BUILT_IN.glob("*.yaml")))
-        raise InputError(f"There is no study {str(path) or repr('')}; give a YAML file or one of: {names}.")
+        raise InputError(f"There is no study {path}; give a YAML file or one of: {names}.")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

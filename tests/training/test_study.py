@@ -379,8 +379,6 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     assert "The target x is named twice" in capsys.readouterr().err
     assert main(["compare", "a.parquet", "--target", "x", "--seeds", "0", "--seed", "3"]) == 2
     assert "--seeds stands in place of --seed 3; give one of them" in capsys.readouterr().err
-    assert main(["compare", "a.parquet", "--target", "x", "--study", ""]) == 2
-    assert "There is no study ''; give" in capsys.readouterr().err
     assert main(["compare", "a.parquet"]) == 2
     assert "--target" in capsys.readouterr().err
     assert main(["compare", "a.parquet", "--study", "paper", "--unit", "eV"]) == 2
