@@ -128,6 +128,7 @@ def train(arguments: argparse.Namespace) -> None:
 
     init = load_model(arguments.init) if arguments.init else None
     _check_combination(arguments, init)
+    build, recipe = partial(_build, arguments, init), _recipe(arguments)
     distributed.join()
     out, parameters = Path(arguments.out), _graph_parameters(arguments)
     default = init.metadata.graph if init else None
@@ -157,7 +158,6 @@ def train(arguments: argparse.Namespace) -> None:
     options: dict[str, Any] = {"seed": arguments.seed, "resume": arguments.resume, "progress": True}
     options |= {name: getattr(arguments, name) for name in ("accelerator", "precision", "captured")}
     options["logger"] = "tensorboard" if arguments.tensorboard else arguments.logger
-    build, recipe = partial(_build, arguments, init), _recipe(arguments)
     if arguments.folds:
         found = cross_validate(build, data_of, _folds(arguments, store), out, recipe, **options)
         for name, (mean, std) in found.scores.items():

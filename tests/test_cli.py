@@ -134,9 +134,12 @@ def test_a_run_of_the_command_line_repeats_from_its_file(trained, source, tmp_pa
         ("--init {model} --model cgcnn --n-conv 2", "fixes the network, so --model and --n-conv would change nothing"),
         ("--init {model} --n-recurrent-steps 4", "--n-recurrent-steps would change nothing; drop"),
         ("--init {model} --atom-fea-len 16 --h-fea-len 16 --n-h 2", "--atom-fea-len and --h-fea-len and --n-h would"),
+        ("--patience 0", "A patience of 0 epochs stops at once"),
     ],
 )  # fmt: skip
-def test_an_option_that_would_change_nothing_is_refused(trained, source, tmp_path, capsys, options, says):
+def test_options_that_do_nothing_or_make_no_sense_are_refused_before_anything_is_written(
+    trained, source, tmp_path, capsys, options, says
+):
     words = options.format(model=trained / "model").split()
     assert says in refused(capsys, "train", source, "--target", TARGET, "--out", tmp_path / "run", *words)
     assert not (tmp_path / "run").exists()
