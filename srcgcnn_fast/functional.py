@@ -101,6 +101,9 @@ def stacked_gated_conv(
 
     Returns:
         The features after the last one, (N, F), and, with ``return_steps``, those after each (else an empty list).
+
+    Raises:
+        InputError: as :func:`gated_conv`, or there are no layers.
     """
     return _stack(atom_fea, batch, layers, species, dmin, step, return_steps, None)
 
@@ -127,7 +130,14 @@ def recurrent_gated_conv(
         alpha: (T,) gates; h <- (1 - sigmoid(alpha_t)) h + sigmoid(alpha_t) h'.
 
     Other arguments and the result are those of :func:`gated_conv` and :func:`stacked_gated_conv`.
+
+    Raises:
+        InputError: as those; or there are not T ``bn2s``, or gates.
     """
+    steps = len(bn1s)
+    if len(bn2s) != steps or (alpha is not None and alpha.shape != (steps,)):
+        gates = "no gates" if alpha is None else f"gates of shape {tuple(alpha.shape)}"
+        raise InputError(f"Give each step one of bn1s, bn2s and gates (T,), not {steps}, {len(bn2s)} and {gates}.")
     layers = [ConvParameters(weight, bias, bn1, bn2) for bn1, bn2 in zip(bn1s, bn2s, strict=True)]
 
     def after(t: int, old: Tensor, new: Tensor) -> Tensor:
@@ -141,7 +151,12 @@ def recurrent_gated_conv(
 
 
 def crystal_mean(atom_fea: Tensor, batch: GraphBatch) -> Tensor:
-    """(N, F) -> (B, F): the mean over the atoms of each crystal; a row counts as many times as it stands for atoms."""
+    """(N, F) -> (B, F): the mean over the atoms of each crystal; a row counts as many times as it stands for atoms.
+
+    Raises:
+        InputError: ``atom_fea`` has another shape.
+    """
+    _check_features(atom_fea, batch, None)
     traced = torch.compiler.is_compiling() or registry._is_transformed()
     if traced or atom_fea.dtype not in (torch.float32, torch.float64):
         weight = batch.weight.to(atom_fea.dtype)[:, None]
@@ -181,10 +196,12 @@ def readout(atom_fea: Tensor, batch: GraphBatch, layers: Sequence[Dense]) -> Ten
 
 
 def _check_maps(width: int, layers: Sequence[Dense]) -> None:
-    for layer in layers:
-        if layer.weight.shape[1] != width:
-            raise InputError(f"A layer of the readout takes {layer.weight.shape[1]} features, but is given {width}.")
-        width = layer.weight.shape[0]
+    for weight, bias in layers:
+        if weight.shape[1] != width:
+            raise InputError(f"A linear map takes {weight.shape[1]} features, but is given {width}.")
+        width = weight.shape[0]
+        if bias is not None and bias.shape != (width,):
+            raise InputError(f"A linear map to {width} features has a bias of shape {tuple(bias.shape)}.")
 
 
 def _maps(x: Tensor, layers: Sequence[Dense]) -> Tensor:
@@ -212,13 +229,18 @@ def network(
 
     Args:
         atom_fea: (N, A), or, with ``species``, a table (U, A) as for :func:`gated_conv`.
+        embedding: (F, A) weight with its bias.
         layers: SR-CGCNN has the same weight and bias in all of them.
         readout_layers: none: the mean over each crystal's atoms, as from :func:`crystal_mean`.
 
     Returns:
         (B, O), or (B, F) without ``readout_layers``
+
+    Raises:
+        InputError: shapes do not fit, there are no ``layers``, or batch statistics are asked of a single value.
     """
     registry.refuse_tracing()
+    _check_maps(atom_fea.shape[-1], [embedding])
     device = atom_fea.device.type
     runs_at_once = (
         fused.takes_network(atom_fea, embedding, layers, readout_layers)

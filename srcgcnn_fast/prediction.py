@@ -68,7 +68,7 @@ def predict(
         batch_atoms: most graph rows in one forward pass; one larger crystal goes alone.
         timeout: seconds for reading one CIF file among several.
         isolated: what an atom without any neighbour means for its crystal, in place of the model's own setting:
-            "error" an error row, "keep" a prediction.
+            "error" an error row, "keep" a prediction, "warn" one that the log counts.
         disorder: what sites mean that are not one full atom, likewise: "error", "majority" or "average".
         captured: on a GPU, replay a CUDA graph for each size of batch (:class:`srcgcnn_fast.CapturedModel`), which pays
             for small ``batch_atoms``.

@@ -78,7 +78,8 @@ def predict_shards(
         out: the directory to write.
         workers: processes at a time, one core each.
         rows: of a shard, at most.
-        isolated: in place of the model's own setting. disorder: likewise.
+        isolated: in place of the model's own setting.
+        disorder: likewise.
 
     Returns:
         The number of rows.

@@ -115,6 +115,27 @@ def test_shapes_that_do_not_fit(make_batch, h, weight, says):
         functional.gated_conv(torch.rand(h[0] or batch.num_rows, h[1]), batch, torch.rand(*weight), None, bn1, bn2)
 
 
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_numbers_of_rows_steps_and_gates_that_do_not_fit(backend, make_batch):
+    batch, n = make_batch("plain"), make_batch("plain").num_rows
+    h, weight, rows = torch.rand(n, 8), torch.rand(16, 57), functional.Dense
+    norm1, norm2 = (BatchNorm(torch.ones(c), torch.zeros(c), torch.zeros(c), torch.ones(c)) for c in (16, 8))
+    for wrong in (torch.rand(n - 1, 8), torch.rand(n + 1, 8), torch.rand(n)):
+        with pytest.raises(sf.InputError, match=f"N = {n} rows of the batch"):
+            functional.crystal_mean(wrong, batch)
+    for steps, alpha, says in ((3, None, "not 2, 3 and no gates"), (2, torch.zeros(5), r"gates of shape \(5,\)")):
+        with pytest.raises(sf.InputError, match=says):
+            functional.recurrent_gated_conv(h, batch, weight, None, [norm1] * 2, [norm2] * steps, alpha=alpha)
+    layer = functional.ConvParameters(weight, None, norm1, norm2)
+    for embedding, readout, says in (
+        (rows(torch.rand(8, 4), None), [], "takes 4 features, but is given 8"),
+        (rows(torch.rand(8, 8), torch.rand(3)), [], r"to 8 features has a bias of shape \(3,\)"),
+        (rows(torch.rand(8, 8), None), [rows(torch.rand(3, 8), torch.rand(4))], "bias"),
+    ):
+        with pytest.raises(sf.InputError, match=says):
+            functional.network(h, batch, embedding, [layer], readout)
+
+
 def test_edge_features_of_another_width(make_batch):
     batch = make_batch("plain")
     batch.edge_features = torch.rand(batch.num_edges, 7)

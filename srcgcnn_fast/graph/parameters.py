@@ -25,14 +25,18 @@ def check_policy(disorder: str) -> None:
 
 @dataclass(frozen=True)
 class GraphParameters:
-    """How a crystal becomes a graph; kept in models and in stores of prepared graphs."""
+    """How a crystal becomes a graph; kept in models and in stores of prepared graphs.
+
+    Raises:
+        InputError: a value is out of range.
+    """
 
     radius: float = 8.0
     """Cutoff, Å."""
     max_neighbors: int = 12
     """The nearest ones are kept."""
     symmetry_tolerance: float | None = 1e-5
-    """Å within which atoms count as equivalent; None keeps every atom."""
+    """Å up to which distances count as equal when atoms of one symmetry kind are merged; None keeps every atom."""
     padded: bool = False
     """Fill short rows up as the published programs do: (index 0 of the crystal, distance radius + 1)."""
     isolated: Literal["error", "warn", "keep"] = "error"

@@ -14,6 +14,9 @@ class ModelMetadata:
     """Targets, units, normaliser and graph parameters of a trained model.
 
     value = network output * ``std`` + ``mean``, per target.
+
+    Raises:
+        InputError: there is not one unit, mean and std per target.
     """
 
     targets: tuple[str, ...] = ("target",)

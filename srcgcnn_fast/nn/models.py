@@ -322,6 +322,9 @@ class CGCNN(CrystalModel):
         dmin: centre of the first Gaussian, Å.
         step: distance between centres and width of the Gaussians, Å.
         dropout: probability after pooling; by default 0.5 for a classifier, as published, and none for a regressor.
+
+    Raises:
+        InputError: a number is out of range, or a classifier has several targets.
     """
 
     def __init__(
@@ -390,7 +393,7 @@ class SRCGCNN(CrystalModel):
         recurrent_layer_norm: a LayerNorm after each step.
         recurrent_learnable_alpha: a learned gate between old and new features per step.
 
-    The other arguments are those of :class:`CGCNN`.
+    The other arguments and errors are those of :class:`CGCNN`.
     """
 
     recurrent_alpha: Tensor | None

@@ -17,7 +17,7 @@ class BatchNorm(NamedTuple):
     """Parameters and state of one batch norm over C channels, as ``torch.nn.BatchNorm1d`` holds them.
 
     With ``training`` the statistics are those of the batch, and the running ones, where given, move towards them
-    in place by ``momentum``; otherwise the running ones are used.
+    in place by ``momentum``; otherwise the running ones are used. The tensors are (C,) each.
     """
 
     weight: Tensor | None

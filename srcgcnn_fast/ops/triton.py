@@ -266,7 +266,7 @@ class _Kernels:
         return _statistics(h, weight, edges, moments)
 
     @staticmethod
-    def filter_correction(linear: _Linear, edges: _Edges, moments: Moments, c1: Tensor, c2: Tensor) -> Tensor:
+    def filter_correction(linear: _Linear, moments: Moments, c1: Tensor, c2: Tensor) -> Tensor:
         """sum_ij w_i e_ij (c1 + c2 x_ij), (K, 2F), from sums over rows."""
         p, q = linear.pq.float().chunk(2, dim=1)
         return _filter_correction(p, q, linear.of_edges, moments, c1, c2)
@@ -561,7 +561,7 @@ def conv_backward(
         degree = edges.degree
         c1, c2 = torch.stack([d_beta1, d_gamma1]) / (moments.row_weight @ degree)
         correction = c1, c2, moments.row_weight, moments.in_degree
-        d_filter = d_filter - _Kernels.filter_correction(linear, edges, moments, c1, c2)
+        d_filter = d_filter - _Kernels.filter_correction(linear, moments, c1, c2)
         _Kernels.correct(d_pq, x_rows, degree, moments.row_weight, a, c1, c2)
     else:
         d_pq[:, : 2 * width] *= a

@@ -136,7 +136,7 @@ class Run:
 
 
 def read_study(path: str | os.PathLike[str]) -> Study:
-    """A study from a YAML file, or by the name of one that comes with the package ("paper").
+    """A study from a YAML file, or by the name of one that comes with the package ("paper", "search", "search-muon").
 
     ``targets``, ``seeds``, ``scored`` and ``recipe`` (fields of :class:`Recipe`, ``batch_size`` and ``precision``) may
     stand at the top, in a section and ``recipe`` also in a variant; the innermost counts.
