@@ -62,10 +62,12 @@ class Moments(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """One convolution as the kernels take it; every vector is present."""
+    """One convolution as the kernels take it; every vector is present: of the first norm (2F,), of the second (F,)."""
 
     weight: Tensor
+    """(2F, 2F + K)"""
     bias: Tensor | None
+    """(2F,)"""
     gamma1: Tensor
     beta1: Tensor
     gamma2: Tensor
@@ -163,6 +165,11 @@ def checked(graph: Graph, n_features: int, dtype: torch.dtype) -> _Edges:
 def edge_shells(
     distance: Tensor, sender: Tensor, row_ptr: Tensor, crystal_ptr: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """``shell_of``, ``shell_distance`` and ``shell_count`` of :class:`Graph`.
+
+    Raises:
+        InputError: a shape, type or index is wrong.
+    """
     graph = Graph(distance, None, sender, row_ptr, crystal_ptr, None, None, None, 0.0, 1.0)
     edges = _Edges(graph, 1, distance.dtype, with_shells=False)
     shell_of, shell_distance = torch.empty_like(sender), torch.zeros_like(distance)
@@ -178,6 +185,11 @@ def edge_shells(
 
 
 def edge_moments(row_weight: Tensor, graph: Graph, n_features: int) -> tuple[Tensor, ...]:
+    """The other fields of :class:`Moments`, for K = ``n_features``.
+
+    Raises:
+        InputError: a shape, type or index is wrong.
+    """
     dtype = row_weight.dtype
     edges = _Edges(graph, n_features, dtype)
     n = edges.sizes[0]

@@ -157,6 +157,7 @@ def _require(name: str) -> None:
 
 
 def forced_backend() -> str | None:
+    """The name that :func:`use_backend` or the environment forces, whether or not there is such a backend."""
     return _forced or os.environ.get("SRCGCNN_FAST_BACKEND") or None
 
 
