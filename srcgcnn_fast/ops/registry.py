@@ -171,7 +171,7 @@ def select(
     ``width``: F, where it is not the columns of ``h``.
 
     Raises:
-        InputError: a backend is forced that cannot take this input.
+        InputError: a backend is forced that cannot take this input, or a SIMD level that is none of this processor.
     """
     forced = forced_backend()
     if _BAD_SIMD:
