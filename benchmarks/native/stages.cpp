@@ -1,6 +1,6 @@
 // Where the time of the CPU kernels goes: every stage alone, on one thread, best of many rounds, in ns per edge, beside
 // this processor's ceilings. The graphs are made here: crystals of 25 rows, 12 neighbours, with 0.18 distinct distances an
-// edge, as in full cells, and 0.43, as in symmetry quotients.
+// edge, as in full cells, and 0.47, as in symmetry quotients.
 //
 //   g++ -std=c++17 -O3 -fno-tree-pre -ffp-contract=fast -fopenmp -Wno-psabi -march=x86-64-v4 -mtune=skylake-avx512
 //       -mprefer-vector-width=512 -DSRCGCNN_LEVEL=v4 -I csrc/cpu benchmarks/native/stages.cpp -o stages && ./stages

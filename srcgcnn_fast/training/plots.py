@@ -43,19 +43,18 @@ def parity_plot(
 def learning_curves(
     path: str | os.PathLike[str],
     histories: Mapping[str, Sequence[Mapping[str, Any]]],
-    metric: str = "val_mae",
     unit: str = "",
     dpi: int = 150,
 ) -> Path:
-    """Training loss and ``metric`` on the validation set against the epoch, one line per model."""
+    """Training loss and the MAE on the validation set against the epoch, one line per model."""
     figure, (left, right) = _figure(2, width=4.4, height=3.4)
     for colour, (name, rows) in zip(COLOURS, histories.items(), strict=False):
         epochs = [row["epoch"] for row in rows]
         left.plot(epochs, [row["train_loss"] for row in rows], label=name, color=colour)
-        right.plot(epochs, [row[metric] for row in rows], label=name, color=colour)
+        right.plot(epochs, [row["val_mae"] for row in rows], label=name, color=colour)
     left.set(xlabel="epoch", ylabel="training loss (normalised)")
-    right.set(xlabel="epoch", ylabel=_label(metric.replace("val_", "validation ").replace("mae", "MAE"), unit))
-    for axis, name in ((left, "train_loss"), (right, metric)):
+    right.set(xlabel="epoch", ylabel=_label("validation MAE", unit))
+    for axis, name in ((left, "train_loss"), (right, "val_mae")):
         if all(row[name] > 0 for rows in histories.values() for row in rows):
             axis.set_yscale("log")
     right.legend(frameon=False)
