@@ -384,12 +384,14 @@ def workspace(room: np.ndarray) -> Workspace:
     starts = np.cumsum([0, *((size + 63) // 64 * 64 for size in sizes)])
     memory = np.zeros(starts[-1] + 64, np.uint8)
     memory = memory[-memory.ctypes.data % 64 :]
-    return Workspace(
+    work = Workspace(
         **{
             name: memory[start : start + size].view(kind).reshape(shape)
             for (name, (shape, kind)), start, size in zip(kinds.items(), starts, sizes, strict=False)
         }
     )
+    work.box[:3] = 1  # first cells behind the last: that of zeros is one that crystals have
+    return work
 
 
 _IDLE_BYTES = 32 * 2**20  # workspaces up to this size are kept

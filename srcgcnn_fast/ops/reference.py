@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, softplus
 
+# MKL chooses the code of a function at its first call, and of threads that make it at once one may compute with half of
+# the digits (pytorch/pytorch#188792). One thread makes it here: for Gaussians, and for the square roots of optimisers.
+for _one in (torch.ones(1, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)):
+    _one.exp(), _one.sqrt()
+
 
 class BatchNorm(NamedTuple):
     """Parameters and state of one batch norm over C channels, as ``torch.nn.BatchNorm1d`` holds them.

@@ -83,14 +83,16 @@ def test_a_graph_does_not_depend_on_its_batch_or_on_threads(tolerance, monkeypat
 @pytest.mark.parametrize("count", [12, 70])
 @pytest.mark.parametrize("tolerance", [1e-5, None])
 def test_a_graph_does_not_depend_on_earlier_calls(tolerance, count, monkeypatch):
-    """The kernels' memory is used again: once too small for these crystals, once full of what must not be read."""
+    """The kernels' memory is new, or is used again: once too small for these crystals, once full of what must not be
+    read."""
     from srcgcnn_fast.graph import neighbors
 
     monkeypatch.setattr(neighbors, "_idle", [])
     rng = np.random.default_rng(11)
     large = (np.eye(3) * 17, rng.random((420, 3)), rng.integers(1, 101, 420))
     cubic = (np.eye(3) * 3.3, np.zeros((1, 3)), np.array([26]))  # 18 neighbours in two shells
-    crystals = [ROCK_SALT, cubic, *random_crystals(12), large, cubic]
+    molecule = (np.eye(3) * 18, np.array([[0.0, 0, 0], [0.06, 0, 0]]), np.array([8, 1]))  # near no image of itself
+    crystals = [ROCK_SALT, cubic, *random_crystals(12), large, molecule, cubic]
     settings = {"max_neighbors": count, "symmetry_tolerance": tolerance}
     fresh = build_graphs(crystals, **settings)
     (_, work), room = neighbors._idle[0], len(neighbors._idle)
@@ -99,8 +101,10 @@ def test_a_graph_does_not_depend_on_earlier_calls(tolerance, count, monkeypatch)
         array.reshape(-1).view(np.uint8)[:] = 0x7B  # large numbers, and as indices far outside
     again = [build_graph(crystal, **settings) for crystal in crystals]
     assert len(neighbors._idle) == room == 1
-    for a, b in zip(fresh, again, strict=True):
+    for crystal, a, b in zip(crystals, fresh, again, strict=True):
+        neighbors._idle.clear()
         assert_same(a, b)
+        assert_same(a, build_graph(crystal, **settings))
 
 
 def test_only_small_memory_is_kept(monkeypatch):
