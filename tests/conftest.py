@@ -22,6 +22,16 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at its options
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Plain ``pytest`` runs on all cores; with a path, another ``-m`` or ``-n 0`` one test runs after the other."""
+    workers = min(torch.get_num_threads(), 8)  # of 1 GB each
+    is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and config.option.markexpr == "not slow"
+    may = getattr(config.option, "numprocesses", 0) is None and not hasattr(config, "workerinput")
+    if is_whole and may and workers > 1:
+        config.option.numprocesses, config.option.dist = workers, "worksteal"
+
+
 def pytest_collection_finish() -> None:
     """No search for garbage looks at modules and tests again, of which there are a million objects."""
     gc.collect()
