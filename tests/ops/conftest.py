@@ -28,15 +28,31 @@ _spec.loader.exec_module(emulated)
 RACES = os.environ.get("SRCGCNN_RACES")
 PLACE, POOL = tempfile.TemporaryDirectory(prefix="emulated", ignore_cleanup_errors=True), ThreadPoolExecutor()
 KERNELS = {"on_the_emulation": "stack", "training_on_the_emulation": "conv", "padding_library": "pad"}
+place = Path(PLACE.name)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The processes of a run on several cores share what one of them compiles."""
+    global place
+    if hasattr(config, "workerinput"):
+        place = Path(config.option.basetemp).parent / "emulated"
 
 
 @functools.cache
 def compiled(stem: str) -> Future[Path]:
     """The library of one file of kernels, which compilers work on from now on."""
-    folder = Path(PLACE.name) / stem
-    folder.mkdir()
-    widths = map(int, RACES.split()) if RACES else emulated.WIDTHS
-    return POOL.submit(emulated.build, folder, emulated.KERNELS / f"{stem}.cu", RACES is not None, widths)
+    return POOL.submit(_compile, place / stem, emulated.KERNELS / f"{stem}.cu")
+
+
+def _compile(folder: Path, source: Path) -> Path:
+    import fcntl  # there is none on Windows
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        library = folder / emulated.LIBRARY
+        widths = map(int, RACES.split()) if RACES else emulated.WIDTHS
+        return library if library.exists() else emulated.build(folder, source, RACES is not None, widths)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -21,6 +21,7 @@ KINDS = ["plain", "weighted", "ragged", "isolated", "one atom", "no edges", "man
 def library(padding_library, monkeypatch):
     monkeypatch.setattr(capture, "_kernels", lambda device: padding_library)
     yield padding_library
+    padding_library.end()
     padding_library.gpu(4, 228 << 10)
 
 

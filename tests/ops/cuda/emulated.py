@@ -77,11 +77,12 @@ def compiler() -> str | None:
 
 
 WIDTHS = (32, 64, 128)  # of the kernels of stack.cu, each compiled by itself
+LIBRARY = "emulated.so"
 
 
 def build(folder: Path, source: Path, races: bool = False, widths: Iterable[int] = WIDTHS) -> Path:
     """A library with the kernels of one file, those of stack.cu for some widths; looking for `races` (races.h)."""
-    library, objects, running = folder / "emulated.so", [], []
+    library, objects, running = folder / LIBRARY, [], []
     usual = [compiler(), "-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
     # -O2 compiles twice as long, more than its code would save; fmaf is an instruction, but nothing else becomes one.
     options = ["-O1", "-march=native", "-ffp-contract=off"]
@@ -204,6 +205,10 @@ class Emulated:
     def wait_for(self, event: int) -> None:
         """Until the copies that it was recorded after have come."""
         self._library.emulated_wait(POINTER(event))
+
+    def end(self) -> None:
+        """Copies that nobody has waited for never come: where they would, there may be something else by then."""
+        self._library.emulated_end()
 
     def cuda_space(self, pointers, sizes, which: int) -> int:
         function = self._library.srcgcnn_cuda_space

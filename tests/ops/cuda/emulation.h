@@ -492,7 +492,7 @@ inline cudaError_t cudaGetLastError() {
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid value"; }
 
 // Of the tests: the emulated GPU, its tensor cores, the order of its warps and blocks, launches so far, launches and memsets on a stream
-// since it was named, which blocks run, whether the next launch fails, the wait for an event.
+// since it was named, which blocks run, whether the next launch fails, the wait for an event, the end of all that is on its way.
 extern "C" {
 __attribute__((weak)) void emulated_gpu(int processors, int shared_per_processor) {
   emulation::processors = processors;
@@ -512,5 +512,9 @@ __attribute__((weak)) int emulated_stream(void* asked) {
 }
 __attribute__((weak)) void emulated_blocks(unsigned last) { emulation::last_blocks = last; }
 __attribute__((weak)) void emulated_wait(void* event) { cudaEventSynchronize(event); }
+__attribute__((weak)) void emulated_end() {
+  emulation::sent.clear();
+  emulation::recorded.clear();
+}
 __attribute__((weak)) void emulated_error() { emulation::last_error = cudaErrorInvalidValue; }
 }
