@@ -25,10 +25,10 @@ if not torch.cuda.is_available():
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at its options
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Plain ``pytest`` runs on all cores; with a path, another ``-m`` or ``-n 0`` one test runs after the other."""
-    workers = min(torch.get_num_threads(), 8)  # of 1 GB each
+    workers = min(torch.get_num_threads(), 8)  # of 1.4 GB each
     is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and config.option.markexpr == "not slow"
-    may = getattr(config.option, "numprocesses", 0) is None and not hasattr(config, "workerinput")
-    if is_whole and may and workers > 1:
+    is_unasked = getattr(config.option, "numprocesses", 0) is None and not hasattr(config, "workerinput")
+    if is_whole and is_unasked and workers > 1:
         config.option.numprocesses, config.option.dist = workers, "worksteal"
 
 

@@ -80,6 +80,16 @@ def test_a_batch_of_the_cpu_is_put_together_there_and_sent_at_once(library, make
     assert library.launches() == launches
 
 
+def test_what_is_on_its_way_ends_with_the_test(library, make_batch):
+    """Later tests have other tensors in its place."""
+    left, static = (poisoned(make_batch("plain")) for _ in range(2))
+    left.fill(make_batch("plain"))
+    library.end()
+    for _ in range(2):  # the second waits for the first
+        static.fill(make_batch("plain"))
+    assert (left._there == -1).all() and not (static._there == -1).all()
+
+
 @pytest.mark.parametrize("kind", ["plain", "weighted"])
 def test_a_smaller_batch_leaves_nothing_of_a_larger_one(library, on_a_gpu, make_batch, kind):
     large = make_batch(kind)

@@ -102,7 +102,8 @@ def look_for_races(place: Path, *options: str, files: str, widths: str = "") -> 
 
 def test_the_kernels_have_none(emulation, tmp_path):
     """Some; the slow test takes all."""
-    names = "test_stack and many and recurrent or test_convolution and popular-train or test_whole_networks and SRCGCNN-table"
+    names = "test_stack and many and recurrent or test_convolution and popular-train"
+    names += " or test_whole_networks and SRCGCNN-table"
     look_for_races(tmp_path, "-k", names, files=" _conv", widths="32")
 
 
