@@ -101,6 +101,7 @@ Features<T> features(const FeatureArguments& a) {
 }
 
 using Norms = std::tuple<double, double, bool, bool>;  // eps1, eps2, train1, train2
+using Momenta = std::tuple<double, double>;            // of both norms' running statistics
 
 template <class T>
 Layer<T> layer(const Addresses& a, const Norms& n) {
@@ -167,11 +168,13 @@ void bind(nb::module_& m, const char* suffix) {
                               address<double>(sum), address<double>(gram), address<T>(weight), edges<T>(e, s, b), threads);
   }, nogil);
   m.def(name("conv").c_str(), [](uintptr_t out, uintptr_t messages, uintptr_t products, FeatureArguments h, const Addresses& l, Norms n,
-                                 const Addresses& e, Sizes s, Basis b, const Addresses& mo, const Addresses& shared,
+                                 const Addresses& running, Momenta momenta, const Addresses& e, Sizes s, Basis b, const Addresses& mo, const Addresses& shared,
                                  nb::handle call, int width, int threads) {
     Exchange exchange(shared, call);
-    kernels<T>().conv(address<T>(out), address<T>(messages), address<T>(products), features<T>(h), layer<T>(l, n), edges<T>(e, s, b),
-                      moments<T>(mo), exchange.joint(), width, threads);
+    const Running<T> moves{address<T>(running.at(0)), address<T>(running.at(1)), address<T>(running.at(2)),
+                           address<T>(running.at(3)), T(std::get<0>(momenta)), T(std::get<1>(momenta))};
+    kernels<T>().conv(address<T>(out), address<T>(messages), address<T>(products), features<T>(h), layer<T>(l, n), moves,
+                      edges<T>(e, s, b), moments<T>(mo), exchange.joint(), width, threads);
     exchange.finish();
   }, nogil);
   m.def(name("conv_backward").c_str(), [](const Addresses& d, uintptr_t grad, FeatureArguments h, uintptr_t messages,

@@ -28,17 +28,18 @@ def plain_layer(conv: GatedConv, h: torch.Tensor, batch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
-@pytest.mark.parametrize("momentum", [0.1, None, 0.0])
-def test_batch_norm_behaves_as_users_of_torch_expect(backend, make_batch, momentum):
+@pytest.mark.parametrize("momentum", [0.1, None, 0.0, 0.7])
+@pytest.mark.parametrize("width", [8, 16], ids=["wider in the kernels", "as wide"])
+def test_batch_norm_behaves_as_users_of_torch_expect(backend, make_batch, momentum, width):
     """Training, running statistics by momentum, cumulative average, eval, statistics that are frozen or untracked."""
     torch.manual_seed(0)
-    ours, theirs = GatedConv(8), GatedConv(8)
+    ours, theirs = GatedConv(width), GatedConv(width)
     theirs.load_state_dict(ours.state_dict())
     for conv in (ours, theirs):
         conv.bn1.momentum = conv.bn2.momentum = momentum
     for seed, mode in enumerate(["train", "train", "eval", "frozen bn1", "train", "untracked", "eval"]):
         batch = make_batch("plain", seed=seed)
-        h = torch.rand(batch.num_rows, 8)
+        h = torch.rand(batch.num_rows, width)
         for conv in (ours, theirs):
             conv.train(mode != "eval")
             conv.bn1.train(mode in ("train", "untracked"))
@@ -46,6 +47,25 @@ def test_batch_norm_behaves_as_users_of_torch_expect(backend, make_batch, moment
         torch.testing.assert_close(ours(h, batch), plain_layer(theirs, h, batch), rtol=1e-5, atol=1e-5)
         for (name, a), (_, b) in zip(ours.named_buffers(), theirs.named_buffers(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_running_statistics_of_any_kind_move(backend, make_batch, dtype):
+    """In the type they have, wherever they lie, and such that autograd knows."""
+    torch.manual_seed(0)
+    ours, theirs = GatedConv(16), GatedConv(16)
+    theirs.load_state_dict(ours.state_dict())
+    strided = torch.zeros(32, 2, dtype=dtype)[:, 0]
+    ours.bn1.running_mean, ours.bn1.running_var = strided, ours.bn1.running_var.to(dtype)
+    batch = make_batch("plain")
+    h = torch.rand(batch.num_rows, 16)
+    before = [x._version for x in ours.buffers()]
+    torch.testing.assert_close(ours(h, batch), plain_layer(theirs, h, batch), rtol=1e-5, atol=1e-5)
+    assert all(x._version > old for x, old in zip(ours.buffers(), before, strict=True))
+    assert ours.bn1.running_mean is strided and ours.bn1.running_var.dtype == dtype
+    for a, b in zip(ours.buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(a.to(b.dtype), b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)

@@ -213,7 +213,7 @@ void stages(int distances) {
   std::vector<float> mean1(C), var1(C, 1.0f), mean2(F), var2(F, 1.0f), d_w(w.size()), d1(C), d2(C), d3(C), d4(F), d5(F);
   Layer<float> layer{w.data(), nullptr, some.data(), zero.data(), some.data(), zero.data(), mean1.data(), var1.data(),
                      mean2.data(), var2.data(), 1e-5f, 1e-5f, true, true};
-  show("layer, training", best([&] { conv(out.data(), m.data(), products.data(), rows_of_h, layer, g, moments, {}, F, 1); }));
+  show("layer, training", best([&] { conv(out.data(), m.data(), products.data(), rows_of_h, layer, {}, g, moments, {}, F, 1); }));
   Gradients<float> gradients{own.data(), d_w.data(), d1.data(), d2.data(), d3.data(), d4.data(), d5.data(), nullptr};
   show("layer, backward", best([&] { conv_backward(gradients, grad.data(), rows_of_h, m.data(), products.data(), layer, g, moments, {}, F, 1); }));
   Layer<float> fixed[3] = {layer, layer, layer};
@@ -223,7 +223,7 @@ void stages(int distances) {
   std::vector<int> species(N);
   for (int& x : species) x = int(lrand48() % 101);
   const Features<float> elements{h.data(), species.data(), 101};
-  show("first layer, elements, training", best([&] { conv<float>(out.data(), m.data(), nullptr, elements, layer, g, moments, {}, F, 1); }));
+  show("first layer, elements, training", best([&] { conv<float>(out.data(), m.data(), nullptr, elements, layer, {}, g, moments, {}, F, 1); }));
   show("first layer, elements, backward",
        best([&] { conv_backward<float>(gradients, grad.data(), elements, m.data(), nullptr, layer, g, moments, {}, F, 1); }));
   show("three steps from elements, shared W", best([&] { stack(out.data(), elements, fixed, 3, true, g, F, 1); }));

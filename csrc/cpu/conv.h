@@ -55,6 +55,13 @@ Packed<T> pack_nodes_back(T* to, const T* weight, int F, int K) {
   }
   return {to, 4 * F, F};
 }
+// Both halves of the linear map below each other: from [h_i, h_j] (2F) to the channels of z as they are placed.
+template <class T>
+Packed<T> pack_ends(T* to, const T* weight, int F, int K) {
+  for (int c = 0; c < 2 * F; ++c)
+    pack_column<T>(to, 2 * F, 2 * F, placed<T>(c, F), weight + int64_t(c) * (2 * F + K), T(1));
+  return {to, 2 * F, 2 * F};
+}
 // w_e: panels of (K, kPair).
 template <class T>
 SRCGCNN_INLINE int64_t edge_weight_at(int k, int x, int K) {
@@ -245,37 +252,50 @@ struct ChunkStatistics {
 };
 
 // Joins per-chunk means and sums of squares, in order (Chan, Golub & LeVeque's pairwise formula), then those of the
-// processes that share the norm. place(c) is where channel c is.
+// processes that share the norm; returns the count of all. place(c) is where channel c is.
 template <class T, class Place>
-void join_statistics(const ChunkStatistics<T>* chunks, int n_chunks, int width, T* mean, T* var, Place place,
-                     const Joint& joint, int norm) {
+double join_statistics(const ChunkStatistics<T>* chunks, int n_chunks, int width, T* mean, T* var, Place place,
+                       const Joint& joint, int norm) {
   double* message = joint.message[norm];
+  Buffer<double> means(width), squares(width);
+  for (int x = 0; x < width; ++x) means[x] = squares[x] = 0;
   double count = 0;
-  for (int chunk = 0; chunk < n_chunks; ++chunk) count += chunks[chunk].count;
-  for (int c = 0; c < width; ++c) {
-    double n = 0, m = 0, s = 0;
-    for (int chunk = 0; chunk < n_chunks; ++chunk) {
-      const double k = chunks[chunk].count;
-      if (k == 0) continue;
-      const double delta = chunks[chunk].mean[place(c)] - m;
-      s += chunks[chunk].squares[place(c)] + delta * delta * n * k / (n + k);
-      m += delta * k / (n + k);
-      n += k;
+  for (int chunk = 0; chunk < n_chunks; ++chunk) {
+    const double k = chunks[chunk].count;
+    if (k == 0) continue;
+    const double share = k / (count + k);
+    for (int x = 0; x < width; ++x) {
+      const double delta = chunks[chunk].mean[x] - means[x];
+      squares[x] += chunks[chunk].squares[x] + delta * delta * count * share;
+      means[x] += delta * share;
     }
-    if (message) {
-      message[1 + c] = m;
-      message[1 + width + c] = s;
-      continue;
-    }
-    mean[c] = T(m);
-    var[c] = T(n > 0 ? s / n : 0);
+    count += k;
   }
-  if (!message) return;
-  message[0] = count;
-  joint.exchange(joint.context, norm);
+  if (message) {
+    for (int c = 0; c < width; ++c) {
+      message[1 + c] = means[place(c)];
+      message[1 + width + c] = squares[place(c)];
+    }
+    message[0] = count;
+    joint.exchange(joint.context, norm);
+    count = message[0];
+  }
   for (int c = 0; c < width; ++c) {
-    mean[c] = T(message[1 + c]);
-    var[c] = T(message[1 + width + c]);
+    mean[c] = T(message ? message[1 + c] : means[place(c)]);
+    var[c] = T(message ? message[1 + width + c] : count > 0 ? squares[place(c)] / count : 0);
+  }
+  return count;
+}
+
+// Running statistics towards to * by + bias of a batch, as torch rounds it: the product before the difference.
+template <class T>
+void move_running(T* running, const T* to, double by, const T* bias, T momentum, int width) {
+  if (!running) return;
+  Buffer<T> target(width);
+  for (int c = 0; c < width; ++c) target[c] = to[c] * T(by) + (bias ? bias[c] : T(0));
+  for (int c = 0; c < width; ++c) {
+    const T x = target[c], step = x - running[c];
+    running[c] = momentum < T(0.5) ? running[c] + momentum * step : x - step * (1 - momentum);
   }
 }
 
@@ -362,8 +382,8 @@ int64_t most_rows(const Edges<T>& g) {
 }
 
 template <class T>
-void conv(T* out, T* m, T* products, const Features<T>& h, const Layer<T>& layer_in, const Edges<T>& g,
-          const Moments<T>& moments, const Joint& joint, int F, int threads) {
+void conv(T* out, T* m, T* products, const Features<T>& h, const Layer<T>& layer_in, const Running<T>& running,
+          const Edges<T>& g, const Moments<T>& moments, const Joint& joint, int F, int threads) {
   const int K = g.n_features, C = 2 * F, n_chunks = chunks_of(g), n_panels = F / kChannels<T>;
   const int64_t shells = most_shells(g), largest = most_rows(g), n_table = h.species ? h.n_table : 0;
   Layer<T> layer = layer_in;
@@ -408,8 +428,12 @@ void conv(T* out, T* m, T* products, const Features<T>& h, const Layer<T>& layer
     }
 #pragma omp master
     {
-      if (layer.train1)
-        join_statistics(chunks, n_chunks, C, layer.mean1, layer.var1, [&](int c) { return placed<T>(c, F); }, joint, 0);
+      if (layer.train1) {
+        const double count = join_statistics(chunks, n_chunks, C, layer.mean1, layer.var1,
+                                             [&](int c) { return placed<T>(c, F); }, joint, 0);
+        move_running<T>(running.mean1, layer.mean1, 1, layer_in.bias, running.momentum1, C);
+        move_running<T>(running.var1, layer.var1, count / (count - 1), nullptr, running.momentum1, C);
+      }
       fold_first<T>(scale1, shift1, layer, F);
       pack_edges<T>(w_e_scaled, layer.weight, F, K, scale1);
     }
@@ -441,7 +465,12 @@ void conv(T* out, T* m, T* products, const Features<T>& h, const Layer<T>& layer
     }
 #pragma omp master
     {
-      if (layer.train2) join_statistics(chunks, n_chunks, F, layer.mean2, layer.var2, [](int c) { return c; }, joint, 1);
+      if (layer.train2) {
+        const double count =
+            join_statistics(chunks, n_chunks, F, layer.mean2, layer.var2, [](int c) { return c; }, joint, 1);
+        move_running<T>(running.mean2, layer.mean2, 1, nullptr, running.momentum2, F);
+        move_running<T>(running.var2, layer.var2, count / (count - 1), nullptr, running.momentum2, F);
+      }
       fold_second<T>(scale2, shift2, layer, F);
     }
 #pragma omp barrier
@@ -571,30 +600,43 @@ void edge_gradient(T* d_edge, const T* dm, const T* rows, const T* r, const T* w
     }
 }
 
+// to[x] = the sum over the chunks of parts (chunks, size), in double, of kSumBlock numbers from `begin` on.
+constexpr int kSumBlock = 64;
+template <class To, class T>
+void sum_of_chunks(To* to, const T* parts, int64_t size, int n_chunks, int64_t begin) {
+  const int64_t n = size - begin < kSumBlock ? size - begin : kSumBlock;
+  double total[kSumBlock] = {};
+  for (int chunk = 0; chunk < n_chunks; ++chunk)
+    for (int64_t x = 0; x < n; ++x) total[x] += parts[chunk * size + begin + x];
+  for (int64_t x = 0; x < n; ++x) to[begin + x] = To(total[x]);
+}
+
 template <class T>
 void conv_backward(const Gradients<T>& d, const T* grad_out, const Features<T>& h, const T* m,
                    const T* products, const Layer<T>& layer_in, const Edges<T>& g, const Moments<T>& moments,
                    const Joint& joint, int F, int threads) {
   const int K = g.n_features, C = 2 * F, n_chunks = chunks_of(g), n_panels = F / kChannels<T>;
   const int64_t N = g.n_rows, shells = most_shells(g), largest = most_rows(g), n_table = h.species ? h.n_table : 0;
-  const int64_t nodes_size = int64_t(F) * 4 * F, edges_size = int64_t(K) * C, hk_size = int64_t(K) * F;
+  const int64_t nodes_size = int64_t(F) * 4 * F, edges_size = int64_t(K) * C;
   Layer<T> layer = layer_in;
   if (layer.train1) layer.bias = nullptr;
   const bool train = layer.train1;
-  Buffer<T> nodes_at(nodes_size), back_at(nodes_size), w_e(edges_size);
+  Buffer<T> nodes_at(products ? 0 : nodes_size), back_at(nodes_size), ends_at(train ? nodes_size : 0), w_e(edges_size);
   Buffer<T> scale1(C), shift1(C), scale2(F), shift2(F), a1(C), centre(C), r1(C), b0(F), b1(F), k0(C), k1(C);
   Buffer<T> own_at(N * 4 * F), senders_at(N * 4 * F), da_at(h.species ? N * F : 0);
   Buffer<double> edge_part(edges_size), ez(edges_size), by_chunk(n_chunks * 2 * C), totals(2 * F), totals1(2 * C), sums(n_chunks * 2 * F);
   // Per chunk: dw of the node product (or, with a table, what its rows receive: 4F columns, and F of da), dw of the edge
-  // weights, and sum w e^T h over receivers and over senders, for the edge weights' correction.
+  // weights, and (K, 2F) sum w e^T [h_i, h_j], for the edge weights' correction.
   Buffer<T> dw_nodes(h.species ? 0 : n_chunks * nodes_size), by_species(n_chunks * n_table * 5 * F);
-  Buffer<T> dw_edges(n_chunks * edges_size), e_h(train ? n_chunks * 2 * hk_size : 0), e_h_total(2 * hk_size);
-  Buffer<T> e_pq(2 * int64_t(K) * 4 * F), table(n_table * 4 * F);
+  Buffer<T> dw_edges(n_chunks * edges_size), e_h(train ? n_chunks * edges_size : 0), e_h_total(edges_size);
+  Buffer<T> e_z(edges_size), table(n_table * 4 * F);
   T* da = h.species ? static_cast<T*>(da_at) : d.h;
-  const auto nodes = pack_nodes<T>(nodes_at, layer.weight, F, K, nullptr);
+  Packed<T> nodes{nullptr, F, 4 * F}, ends{nullptr, C, C};
+  if (!products) nodes = pack_nodes<T>(nodes_at, layer.weight, F, K, nullptr);
+  if (train) ends = pack_ends<T>(ends_at, layer.weight, F, K);
   const auto back = pack_nodes_back<T>(back_at, layer.weight, F, K);
   pack_edges<T>(w_e, layer.weight, F, K, nullptr);
-  if (n_table) node_product<T>(table, h.data, nodes, n_table, F);
+  if (n_table && !products) node_product<T>(table, h.data, nodes, n_table, F);
   fold_first<T>(scale1, shift1, layer, F);
   fold_second<T>(scale2, shift2, layer, F);
   for (int c = 0; c < C; ++c) {
@@ -746,39 +788,31 @@ void conv_backward(const Gradients<T>& d, const T* grad_out, const Features<T>& 
         for (int k = 0; k < K; ++k)
           we_rows[(i - begin) * K + k] = moments.row_weight[i] * moments.by_receiver[i * K + k];
       const T* mine = features_of<T>(h_rows, h, begin, end, F);
-      T* to = e_h + chunk * 2 * hk_size;
-      memset(to, 0, 2 * hk_size * sizeof(T));
-      gemm_tn<T>(we_rows, K, K, mine, F, F, to, F, end - begin);
-      gemm_tn<T>(moments.by_sender + begin * K, K, K, mine, F, F, to + hk_size, F, end - begin);
+      T* to = e_h + chunk * edges_size;
+      memset(to, 0, edges_size * sizeof(T));
+      gemm_tn<T>(we_rows, K, K, mine, F, F, to, C, end - begin);
+      gemm_tn<T>(moments.by_sender + begin * K, K, K, mine, F, F, to + F, C, end - begin);
     }
     // 3. bn1's sums, and the edge weights' gradient.
 #pragma omp for schedule(static)
-    for (int64_t x = 0; x < edges_size; ++x) {
-      double total = 0;
-      for (int chunk = 0; chunk < n_chunks; ++chunk) total += dw_edges[chunk * edges_size + x];
-      edge_part[x] = total;
-    }
+    for (int64_t x = 0; x < edges_size; x += kSumBlock)
+      sum_of_chunks<double, T>(edge_part, dw_edges, edges_size, n_chunks, x);
     if (train) {
 #pragma omp for schedule(static)
-      for (int64_t x = 0; x < 2 * hk_size; ++x) {
-        double total = 0;
-        for (int chunk = 0; chunk < n_chunks; ++chunk) total += e_h[chunk * 2 * hk_size + x];
-        e_h_total[x] = T(total);
-      }
+      for (int64_t x = 0; x < edges_size; x += kSumBlock)
+        sum_of_chunks<T, T>(e_h_total, e_h, edges_size, n_chunks, x);
 #pragma omp for schedule(static)
-      for (int k = 0; k < 2 * K; k += kTile)
-        gemm_nn<T>(e_h_total + int64_t(k) * F, F, nodes, e_pq + int64_t(k) * 4 * F, 4 * F,
-                   2 * K - k < kTile ? 2 * K - k : kTile, nullptr, false);
+      for (int k = 0; k < K; k += kTile)
+        gemm_nn<T>(e_h_total + int64_t(k) * C, C, ends, e_z + int64_t(k) * C, C, K - k < kTile ? K - k : kTile, nullptr,
+                   false);
     }
     // ez: sum w e_k (z - mean)
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < (train ? int64_t(n_panels) * K : 0); ++row) {
       const int64_t x = row / K, k = row % K;
       double* z = ez + row * kPair<T>;
-      const T* receivers = e_pq + k * 4 * F + x * kQuad<T>;
-      const T* senders = e_pq + (K + k) * 4 * F + x * kQuad<T> + kPair<T>;
-      for (int c = 0; c < kPair<T>; ++c)
-        z[c] = double(receivers[c]) + senders[c] + double(centre[x * kPair<T> + c]) * moments.sum[k];
+      const T* plain = e_z + k * C + x * kPair<T>;
+      for (int c = 0; c < kPair<T>; ++c) z[c] = double(plain[c]) + double(centre[x * kPair<T> + c]) * moments.sum[k];
       for (int64_t b = 0; b < K; ++b) {
         const double overlap = moments.gram[k * K + b];
         if (overlap == 0) continue;  // Gaussians out of each other's reach
@@ -861,13 +895,14 @@ void conv_backward(const Gradients<T>& d, const T* grad_out, const Features<T>& 
       }
     }
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < n_table; ++i) {
+    for (int64_t i = 0; i < n_table; i += kTile) {
+      const int64_t n = n_table - i < kTile ? n_table - i : kTile;
       T* total = by_species + i * 5 * F;
       for (int chunk = 1; chunk < n_chunks; ++chunk)
-        for (int c = 0; c < 5 * F; c += W)
-          store(total + c, load(total + c) + load(by_species + (chunk * n_table + i) * 5 * F + c));
-      memcpy(d.h + i * F, total + 4 * F, F * sizeof(T));
-      gemm_nn<T>(total, 5 * F, back, d.h + i * F, F, 1, nullptr, true);
+        for (int64_t c = 0; c < n * 5 * F; c += W)
+          store(total + c, load(total + c) + load(total + chunk * n_table * 5 * F + c));
+      for (int64_t x = 0; x < n; ++x) memcpy(d.h + (i + x) * F, total + x * 5 * F + 4 * F, F * sizeof(T));
+      gemm_nn<T>(total, 5 * F, back, d.h + i * F, F, n, nullptr, true);
     }
 #pragma omp for schedule(static)
     for (int k = 0; k < F; k += kTile) {
@@ -876,17 +911,17 @@ void conv_backward(const Gradients<T>& d, const T* grad_out, const Features<T>& 
         memset(block, 0, kTile * 4 * F * sizeof(T));
         gemm_tn<T>(h.data + k, F, n, by_species, 5 * F, 4 * F, block, 4 * F, n_table);
       }
-      for (int x = 0; x < n; ++x) {
-        T* total = (h.species ? block + 0 : dw_nodes + int64_t(k) * 4 * F) + int64_t(x) * 4 * F;
-        for (int chunk = 1; chunk < n_chunks && !h.species; ++chunk)
-          for (int c = 0; c < 4 * F; c += W)
-            store(total + c, load(total + c) + load(dw_nodes + chunk * nodes_size + int64_t(k + x) * 4 * F + c));
-        for (int c = 0; c < C; ++c) {
+      T* total = h.species ? block + 0 : dw_nodes + int64_t(k) * 4 * F;
+      for (int chunk = 1; chunk < n_chunks && !h.species; ++chunk)
+        for (int c = 0; c < n * 4 * F; c += W)
+          store(total + c, load(total + c) + load(total + chunk * nodes_size + c));
+      for (int c = 0; c < C; ++c)
+        for (int x = 0; x < n; ++x) {
+          const T* from = total + x * 4 * F + column_of<T>(c, F);
           T* to = d.weight + int64_t(c) * (C + K) + k + x;
-          to[0] = total[column_of<T>(c, F)];
-          to[F] = total[column_of<T>(c, F) + kPair<T>];
+          to[0] = from[0];
+          to[F] = from[kPair<T>];
         }
-      }
     }
   }
 }

@@ -51,6 +51,16 @@ struct Layer {
   bool train1, train2;
 };
 
+// Running statistics that move towards those of the batch, as torch.lerp moves them; null where they do not.
+template <class T>
+struct Running {
+  T* mean1;  // (2F), of z with its bias
+  T* var1;   // unbiased
+  T* mean2;  // (F)
+  T* var2;
+  T momentum1, momentum2;
+};
+
 // Features of the rows: (N, F), or, with `species` (N), a table (n_table, F) of which row i takes row species[i].
 template <class T>
 struct Features {
@@ -128,8 +138,8 @@ struct Kernels {
                        const Edges<T>& edges, int threads);
   // out, m (N, F): the layer's output, and the summed messages that its backward needs; products (N, 4F), or null: the
   // rows' products in an order of their own, which spare the backward forming them again.
-  void (*conv)(T* out, T* m, T* products, const Features<T>& h, const Layer<T>& layer, const Edges<T>& edges, const Moments<T>& moments,
-               const Joint& joint, int width, int threads);
+  void (*conv)(T* out, T* m, T* products, const Features<T>& h, const Layer<T>& layer, const Running<T>& running,
+               const Edges<T>& edges, const Moments<T>& moments, const Joint& joint, int width, int threads);
   void (*conv_backward)(const Gradients<T>& gradients, const T* grad_out, const Features<T>& h, const T* m,
                         const T* products, const Layer<T>& layer, const Edges<T>& edges, const Moments<T>& moments,
                         const Joint& joint, int width, int threads);

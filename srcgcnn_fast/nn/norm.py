@@ -72,8 +72,8 @@ def stand_in_for(module: nn.Module, *kinds: type[nn.Module]) -> None:
     Raises:
         InputError: it has a forward of its own.
     """
-    if "forward" in module.__dict__ or all(type(module).forward is not kind.forward for kind in kinds):
-        found = type(module)
+    found = type(module)
+    if "forward" in module.__dict__ or (found not in kinds and all(found.forward is not x.forward for x in kinds)):
         raise InputError(
             f"A convolution has a {found.__module__}.{found.__qualname__} where the kernels compute torch.nn."
             f"{kinds[0].__name__}; give it that, or put a module in place of the whole convolution of a CGCNN."

@@ -82,6 +82,20 @@ class Layer(NamedTuple):
     train2: bool
 
 
+class Running(NamedTuple):
+    """Running statistics of a layer's norms that move with the batch; None where they do not."""
+
+    mean1: Tensor | None
+    var1: Tensor | None
+    mean2: Tensor | None
+    var2: Tensor | None
+    momentum1: float
+    momentum2: float
+
+
+STILL = Running(None, None, None, None, 0.0, 0.0)
+
+
 def kernel_width(dtype: torch.dtype) -> int:
     """F must be a multiple of this."""
     return int(getattr(_core(dtype), "width" + _SUFFIX[dtype]))
@@ -153,15 +167,6 @@ class _Edges:
         return self.addresses, self.sizes, self.basis
 
 
-def checked(graph: Graph, n_features: int, dtype: torch.dtype) -> _Edges:
-    """The graph for several calls of :func:`conv` and :func:`conv_backward`, checked once.
-
-    Raises:
-        InputError: a shape, type or index is wrong.
-    """
-    return _Edges(graph, n_features, dtype)
-
-
 def edge_shells(
     distance: Tensor, sender: Tensor, row_ptr: Tensor, crystal_ptr: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,15 +211,17 @@ def edge_moments(row_weight: Tensor, graph: Graph, n_features: int) -> tuple[Ten
 
 
 def _layer_arguments(
-    layer: Layer, width: int, n_features: int, dtype: torch.dtype
+    layer: Layer, width: int, n_features: int, dtype: torch.dtype, statistics: list[int] | None = None
 ) -> tuple[list[int], tuple[float, float, bool, bool]]:
+    """``statistics``: addresses in place of the layer's means and variances."""
     if width % kernel_width(dtype):
         raise InputError(f"The CPU kernels take multiples of {kernel_width(dtype)} features of a row, not {width}.")
     _check("weight", layer.weight, (2 * width, 2 * width + n_features), dtype)
-    for name, x in zip(Layer._fields[1:10], layer[1:10], strict=True):
+    vectors = layer[1:10] if statistics is None else layer[1:6]
+    for name, x in zip(Layer._fields[1:], vectors, strict=False):
         if x is not None:
             _check(name, x, (width if name.endswith("2") else 2 * width,), dtype)
-    return [_address(x) for x in layer[:10]], layer[10:14]
+    return [layer.weight.data_ptr(), *map(_address, vectors), *(statistics or ())], layer[10:14]
 
 
 def _moment_addresses(moments: Moments, edges: _Edges, dtype: torch.dtype, train1: bool) -> list[int]:
@@ -229,6 +236,13 @@ def _moment_addresses(moments: Moments, edges: _Edges, dtype: torch.dtype, train
         _check("sum", moments.sum, (n_features,), torch.float64)
         _check("gram", moments.gram, (n_features, n_features), torch.float64)
     return [_address(x) for x in moments]
+
+
+def _running_arguments(running: Running, width: int, dtype: torch.dtype) -> tuple[list[int], tuple[float, float]]:
+    for name, x in zip(Running._fields[:4], running[:4], strict=True):
+        if x is not None:
+            _check("running_" + name, x, (width if name.endswith("2") else 2 * width,), dtype)
+    return [_address(x) for x in running[:4]], running[4:]
 
 
 class Joint(NamedTuple):
@@ -274,82 +288,181 @@ def bad_species(species: Tensor, n_table: int) -> InputError:
 
 
 def conv(
-    h: Tensor,
-    layer: Layer,
-    graph: Graph,
-    moments: Moments,
-    species: Tensor | None = None,
-    edges: _Edges | None = None,
-    into: tuple[Tensor, Tensor, Tensor | None] | None = None,
-    joint: Joint = ALONE,
+    h: Tensor, layer: Layer, graph: Graph, moments: Moments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output and summed messages (N, F), then the statistics that were used: mean1, var1 (2F), mean2, var2 (F).
 
-    A mean of the batch leaves without the bias. With ``species`` (N,), h is a table (U, F) of which row i takes row
-    species[i]. ``edges``: the graph as :func:`checked` returns it. ``into``: where to put the output and the messages,
-    and, if the backward shall have them, the rows' products (N, 4F). ``joint``: of norms that use batch statistics.
+    A mean of the batch leaves without the bias.
     """
-    width = h.shape[1]
-    n_features = layer.weight.shape[1] - 2 * width
-    edges = edges or _Edges(graph, n_features, h.dtype)
-    n_rows = edges.sizes[0]
-    features = _features(h, species, n_rows, h.dtype)
+    width, dtype = h.shape[1], h.dtype
+    edges = _Edges(graph, layer.weight.shape[1] - 2 * width, dtype)
+    n_rows, n_features = edges.sizes[0], edges.sizes[3]
+    features = _features(h, None, n_rows, dtype)
     used = [
         torch.empty_like(x) if trains else x.clone()
         for x, trains in zip(layer[6:10], (layer.train1,) * 2 + (layer.train2,) * 2, strict=True)
     ]
     layer = layer._replace(mean1=used[0], var1=used[1], mean2=used[2], var2=used[3])
-    addresses, norms = _layer_arguments(layer, width, n_features, h.dtype)
-    if into is None:
-        into = torch.empty(n_rows, width, dtype=h.dtype), torch.empty(n_rows, width, dtype=h.dtype), None
-    out, m, products = into
-    for name, x, columns in (("out", out, width), ("m", m, width), ("products", products, 4 * width)):
-        if x is not None:
-            _check(name, x, (n_rows, columns), h.dtype)
-    _kernel("conv", h.dtype)(
-        out.data_ptr(), m.data_ptr(), _address(products), features, addresses, norms, *edges.arguments,
-        _moment_addresses(moments, edges, h.dtype, layer.train1), *_joint_arguments(joint, width), width,
-        torch.get_num_threads(),
+    arguments = _layer_arguments(layer, width, n_features, dtype)
+    out, m = (torch.empty(n_rows, width, dtype=dtype) for _ in range(2))
+    _kernel("conv", dtype)(
+        out.data_ptr(), m.data_ptr(), 0, features, *arguments, *_running_arguments(STILL, width, dtype),
+        *edges.arguments, _moment_addresses(moments, edges, dtype, layer.train1), *_joint_arguments(ALONE, width),
+        width, torch.get_num_threads(),
     )  # fmt: skip
     return out, m, used[0], used[1], used[2], used[3]
 
 
 def conv_backward(
+    grad: Tensor, h: Tensor, m: Tensor, layer: Layer, graph: Graph, moments: Moments, edge_grad: bool
+) -> tuple[Tensor, ...]:
+    """Gradients of h, weight, bias, gamma1, beta1, gamma2, beta2, and of the edges (empty unless asked for)."""
+    width, dtype = h.shape[1], h.dtype
+    edges = _Edges(graph, layer.weight.shape[1] - 2 * width, dtype)
+    features = _features(h, None, edges.sizes[0], dtype)
+    for name, x in (("grad", grad), ("m", m)):
+        _check(name, x, (edges.sizes[0], width), dtype)
+    _refuse_edge_grad([layer], edge_grad)
+    arguments = _layer_arguments(layer, width, edges.sizes[3], dtype)
+    edge = torch.empty_like(_edge_values(graph)) if edge_grad else h.new_empty(0)
+    outputs = [torch.empty_like(h), *_like_parameters(layer)]
+    gradients = [x.data_ptr() for x in outputs] + [edge.data_ptr() if edge_grad else 0]
+    _kernel("conv_backward", dtype)(
+        gradients, grad.data_ptr(), features, m.data_ptr(), 0, *arguments, *edges.arguments,
+        _moment_addresses(moments, edges, dtype, layer.train1), *_joint_arguments(ALONE, width), width,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return (*outputs, edge)
+
+
+def _edge_values(graph: Graph) -> Tensor:
+    return graph.distance if graph.features is None else graph.features
+
+
+def _refuse_edge_grad(layers: Sequence[Layer], edge_grad: bool) -> None:
+    if edge_grad and any(layer.train1 for layer in layers):
+        raise InputError("Gradients of the edges exist for fixed statistics only; call model.eval() first.")
+
+
+def _like_parameters(layer: Layer) -> list[Tensor]:
+    """New tensors for the gradients of weight, bias, gamma1, beta1, gamma2, beta2."""
+    like = torch.empty_like
+    vector, half = layer.gamma1, layer.gamma2
+    return [like(layer.weight), like(vector), like(vector), like(vector), like(half), like(half)]
+
+
+class _Kept:
+    """Addresses of what the backward of several convolutions needs of each, in one block.
+
+    The C library keeps the pages of one block for the next batch; those of its parts it would give back to the system,
+    and take new ones every time. Products of the rows spare their second computation; a table's are soon formed.
+    """
+
+    def __init__(self, h: Tensor, n: int, steps: int, has_table: bool, block: Tensor | None = None) -> None:
+        width = h.shape[1]
+        self.size = n * width * (2 * steps - 1 + 4 * (steps - has_table))
+        self.block = h.new_empty(self.size) if block is None else block
+        first, part = self.block.data_ptr(), n * width * h.element_size()
+        self.features = [first + t * part for t in range(steps - 1)]
+        """(N, F), what each step but the last gives."""
+        self.messages = [first + (steps - 1 + t) * part for t in range(steps)]
+        """(N, F)"""
+        rest = [first + (2 * steps - 1 + 4 * t) * part for t in range(steps - has_table)]
+        self.products = [0] * has_table + rest
+        """(N, 4F)"""
+
+
+def _statistics_at(statistics: Tensor, t: int) -> list[int]:
+    """Addresses of mean1, var1, mean2, var2 of a layer in (T, 6F)."""
+    part = statistics.shape[1] // 6 * statistics.element_size()
+    first = statistics.data_ptr() + 6 * t * part
+    return [first, first + 2 * part, first + 4 * part, first + 5 * part]
+
+
+def convs(
+    h: Tensor,
+    layers: Sequence[Layer],
+    graph: Graph,
+    moments: Moments,
+    species: Tensor | None = None,
+    running: Sequence[Running] | None = None,
+    joint: Callable[[int], Joint] = lambda t: ALONE,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Convolutions one after the other, (N, F) -> (N, F), each as :func:`conv`.
+
+    With ``species`` (N,), h is a table (U, F) of which row i takes row species[i]. ``running`` moves in place.
+    ``joint``, called before each layer: its norms that share their batch.
+
+    Returns:
+        The features; the statistics that were used, (T, 6F): mean1, var1, mean2, var2 of each layer; and what
+        :func:`convs_backward` needs.
+    """
+    width, dtype, steps = h.shape[1], h.dtype, len(layers)
+    edges = _Edges(graph, layers[0].weight.shape[1] - 2 * width, dtype)
+    n_rows, n_features = edges.sizes[0], edges.sizes[3]
+    features = _features(h, species, n_rows, dtype)
+    of_graph = _moment_addresses(moments, edges, dtype, any(layer.train1 for layer in layers))
+    statistics, out = h.new_empty(steps, 6 * width), h.new_empty(n_rows, width)
+    kept = _Kept(h, n_rows, steps, species is not None)
+    kernel, threads = _kernel("conv", dtype), torch.get_num_threads()
+    for t, layer in enumerate(layers):
+        for x, trains, at in zip(layer[6:10], _TRAINS, (0, 2, 4, 5), strict=True):
+            if not layer[trains]:
+                statistics[t, at * width : at * width + x.shape[0]] = x
+        arguments = _layer_arguments(layer, width, n_features, dtype, _statistics_at(statistics, t))
+        to = kept.features[t] if t < steps - 1 else out.data_ptr()
+        kernel(
+            to, kept.messages[t], kept.products[t], features, *arguments,
+            *_running_arguments(running[t] if running else STILL, width, dtype), *edges.arguments, of_graph,
+            *_joint_arguments(joint(t), width), width, threads,
+        )  # fmt: skip
+        features = to, 0, 0
+    return out, statistics, kept.block
+
+
+_TRAINS = [Layer._fields.index(name) for name in ("train1", "train1", "train2", "train2")]
+
+
+def convs_backward(
     grad: Tensor,
     h: Tensor,
-    m: Tensor,
-    layer: Layer,
+    statistics: Tensor,
+    block: Tensor,
+    layers: Sequence[Layer],
     graph: Graph,
     moments: Moments,
     edge_grad: bool,
     species: Tensor | None = None,
-    edges: _Edges | None = None,
-    products: Tensor | None = None,
-    joint: Joint = ALONE,
-) -> tuple[Tensor, ...]:
-    """Gradients of h, weight, bias, gamma1, beta1, gamma2, beta2, and of the edges (empty unless asked for)."""
-    width = h.shape[1]
-    n_features = layer.weight.shape[1] - 2 * width
-    edges = edges or _Edges(graph, n_features, h.dtype)
-    features = _features(h, species, edges.sizes[0], h.dtype)
-    for name, x in (("grad", grad), ("m", m)):
-        _check(name, x, (edges.sizes[0], width), h.dtype)
-    if products is not None:
-        _check("products", products, (edges.sizes[0], 4 * width), h.dtype)
-    if edge_grad and layer.train1:
-        raise InputError("Gradients of the edges exist for fixed statistics only; call model.eval() first.")
-    addresses, norms = _layer_arguments(layer, width, n_features, h.dtype)
-    like = graph.distance if graph.features is None else graph.features
-    outputs = [torch.empty_like(x) for x in (h, layer.weight, layer.gamma1, layer.gamma1, layer.beta1)]
-    outputs += [torch.empty_like(layer.gamma2), torch.empty_like(layer.beta2)]
-    edge = torch.empty_like(like) if edge_grad else h.new_empty(0)
-    gradients = [x.data_ptr() for x in outputs] + [edge.data_ptr() if edge_grad else 0]
-    _kernel("conv_backward", h.dtype)(
-        gradients, grad.data_ptr(), features, m.data_ptr(), _address(products), addresses, norms, *edges.arguments,
-        _moment_addresses(moments, edges, h.dtype, layer.train1), *_joint_arguments(joint, width), width,
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return (*outputs, edge)
+    joint: Callable[[int], Joint] = lambda t: ALONE,
+) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    """Gradients of h; of weight, bias, gamma1, beta1, gamma2, beta2 of each layer; and, if asked for, of the edges."""
+    width, dtype, steps = h.shape[1], h.dtype, len(layers)
+    edges = _Edges(graph, layers[0].weight.shape[1] - 2 * width, dtype)
+    n_rows, n_features = edges.sizes[0], edges.sizes[3]
+    first = _features(h, species, n_rows, dtype)
+    _check("grad", grad, (n_rows, width), dtype)
+    _refuse_edge_grad(layers, edge_grad)
+    of_graph = _moment_addresses(moments, edges, dtype, any(layer.train1 for layer in layers))
+    kept = _Kept(h, n_rows, steps, species is not None, block)
+    _check("what is kept", block, (kept.size,), dtype)
+    _check("statistics", statistics, (steps, 6 * width), dtype)
+    kernel, threads = _kernel("conv_backward", dtype), torch.get_num_threads()
+    gradients: list[Tensor] = []
+    d_edge = None
+    for t in reversed(range(steps)):
+        arguments = _layer_arguments(layers[t], width, n_features, dtype, _statistics_at(statistics, t))
+        d_h = h.new_empty(n_rows, width) if t else torch.empty_like(h)
+        of_layer = _like_parameters(layers[t])
+        edge = torch.empty_like(_edge_values(graph)) if edge_grad else None
+        kernel(
+            [d_h.data_ptr(), *(x.data_ptr() for x in of_layer), _address(edge)], grad.data_ptr(),
+            (kept.features[t - 1], 0, 0) if t else first, kept.messages[t], kept.products[t], *arguments,
+            *edges.arguments, of_graph, *_joint_arguments(joint(t), width), width, threads,
+        )  # fmt: skip
+        grad, gradients = d_h, of_layer + gradients
+        if edge is not None:
+            d_edge = edge if d_edge is None else d_edge + edge
+    return grad, gradients, d_edge
 
 
 MOST_LAYERS = 16

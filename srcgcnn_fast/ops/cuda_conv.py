@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from . import triton
-from .cpu import Graph, Layer, Moments
+from .cpu import Graph, Layer, Moments, Running
 from .registry import core
 from .triton import Transposed, _Edges, _precision, _storage
 
@@ -98,17 +98,6 @@ class Messages(NamedTuple):
     """(steps, N, F)"""
     norms: Tensor
     """(steps, 2, F), what scales and shifts them."""
-
-
-class Running(NamedTuple):
-    """Running statistics of a layer's norms that move with the batch; None where they do not."""
-
-    mean1: Tensor | None
-    var1: Tensor | None
-    mean2: Tensor | None
-    var2: Tensor | None
-    momentum1: float
-    momentum2: float
 
 
 class Call:

@@ -12,7 +12,7 @@ from torch.nn.functional import embedding, pad
 
 from . import cpu, cuda, cuda_conv, reference, registry, triton
 from . import library as library  # registers the operators
-from .cpu import Graph, Layer, Moments
+from .cpu import Graph, Layer, Moments, Running
 from .reference import BatchNorm, Dense, Edges
 
 _ops = torch.ops.srcgcnn_fast
@@ -25,7 +25,8 @@ def shells(edges: Edges) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The distinct distances of every crystal, which the kernels of a GPU do without."""
     if edges.features is not None or edges.distance.device.type != "cpu":
         return None, None, None
-    found: tuple[Tensor, Tensor, Tensor] = _ops.edge_shells(
+    find = cpu.edge_shells if _eager(edges.distance) else _ops.edge_shells
+    found: tuple[Tensor, Tensor, Tensor] = find(
         edges.distance.detach().contiguous(), edges.sender, edges.row_ptr, edges.crystal_ptr
     )
     return found
@@ -43,6 +44,8 @@ def moments(row_weight: Tensor, graph: Graph, n_features: int) -> Moments:
     features = None if features is None else features.detach()
     if runs_compiled(row_weight):
         return Moments(row_weight, *cuda_conv.edge_moments(row_weight, graph, n_features))
+    if _eager(row_weight):
+        return Moments(row_weight, *cpu.edge_moments(row_weight, graph, n_features))
     return Moments(row_weight, *_ops.edge_moments(row_weight, distance.detach(), features, *others, n_features))
 
 
@@ -103,40 +106,25 @@ def _missing(h: Tensor) -> int:
     return -h.shape[1] % cpu.kernel_width(h.dtype) if h.device.type == "cpu" else 0
 
 
-class _Kept:
-    """What the backward of several convolutions needs of each, as parts of one block.
-
-    The C library keeps the pages of one block for the next batch; those of its parts it would give back to the system,
-    and take new ones every time. Products of the rows spare their second computation; a table's are soon formed.
-    """
-
-    def __init__(self, h: Tensor, n: int, steps: int, has_table: bool, block: Tensor | None = None) -> None:
-        width = h.shape[1]
-        widths = [width] * (2 * steps - 1) + [4 * width] * (steps - has_table)
-        self.block = h.new_empty(n * sum(widths)) if block is None else block
-        parts = [x.view(n, w) for x, w in zip(self.block.split([n * w for w in widths]), widths, strict=True)]
-        self.features, self.messages = parts[: steps - 1], parts[steps - 1 : 2 * steps - 1]
-        self.products = [None] * has_table + parts[2 * steps - 1 :]
-
-
 class _Shared:
     """Norms of several convolutions that other processes share: what each exchanges, and the counts of all."""
 
-    def __init__(self, layers: Sequence[tuple[Tensor, Tensor | None, BatchNorm, BatchNorm]], width: int, more: int):
+    def __init__(
+        self, norms: Sequence[tuple[BatchNorm, BatchNorm]], biases: list[Tensor | None], width: int, more: int
+    ) -> None:
+        """``biases`` (2F,) of F channels to which ``more`` were added."""
         from .ranks import Exchange  # which imports the compiler
 
         self.exchange = Exchange
-        self.groups = [[norm.group if norm.training else None for norm in layer[2:]] for layer in layers]
-        self.width, self.wide = width, width + more
+        self.groups = [[norm.group if norm.training else None for norm in pair] for pair in norms]
+        self.biases, self.width, self.wide = biases, width, width + more
         self.counts: list[list[Tensor | None]] = []
         """Values that either norm has seen on all processes; None where it is this one's own."""
 
-    def statistics(self, t: int, bias: Tensor | None) -> cpu.Joint:
-        exchange = self.exchange(self.groups[t], self.width, self.wide, bias)
+    def statistics(self, t: int) -> cpu.Joint:
+        exchange = self.exchange(self.groups[t], self.width, self.wide, self.biases[t])
+        self.counts.append([None if message is None else message[0] for message in exchange.messages])
         return cpu.Joint(exchange.messages, exchange.statistics)
-
-    def keep_counts(self, joint: cpu.Joint) -> None:
-        self.counts.append([None if message is None else message[0] for message in joint.messages])
 
     def gradients(self, t: int) -> cpu.Joint:
         exchange = self.exchange(self.groups[t], self.width, self.wide, counts=self.counts[t])
@@ -152,68 +140,46 @@ class _Convolutions(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        ctx: Any,
         graph: Graph,
         moments: Moments,
         species: Tensor | None,
         norms: list[tuple[Any, ...]],
+        running: list[Running] | None,
         shared: _Shared | None,
         h: Tensor,
         edge_values: Tensor,
         *parameters: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        n, width, steps = graph.row_ptr.shape[0] - 1, h.shape[1], len(norms)
-        edges = cpu.checked(graph, parameters[0].shape[1] - 2 * width, h.dtype)  # type: ignore[union-attr]
-        kept = _Kept(h, n, steps, species is not None)
-        statistics = []
-        x = h
-        for t, norm in enumerate(norms):
-            layer = Layer(*parameters[6 * t : 6 * t + 6], *norm)  # type: ignore[arg-type]
-            out = kept.features[t] if t < steps - 1 else h.new_empty(n, width)
-            into = out, kept.messages[t], kept.products[t]
-            joint = cpu.ALONE if shared is None else shared.statistics(t, layer.bias)
-            x, _, *used = cpu.conv(x, layer, graph, moments, None if t else species, edges, into, joint)
-            statistics += used
-            if shared is not None:
-                shared.keep_counts(joint)
-        return (x, kept.block, *statistics)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.graph, ctx.moments, ctx.species, ctx.norms, ctx.shared, *tensors = inputs
-        ctx.mark_non_differentiable(*output[1:])
+    ) -> tuple[Tensor, Tensor]:
+        layers = _layers_of(parameters, norms)
+        joint = [] if shared is None else [shared.statistics]
+        out, statistics, block = cpu.convs(h, layers, graph, moments, species, running, *joint)
+        ctx.graph, ctx.moments, ctx.species, ctx.norms, ctx.shared = graph, moments, species, norms, shared
+        ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
-        ctx.n_inputs = len(tensors)
-        ctx.save_for_backward(*tensors, *output[1:])
+        ctx.save_for_backward(h, edge_values, statistics, block, *parameters)
+        return out, statistics
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        none: list[Any] = [None] * 5
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
+        none: list[Any] = [None] * 6
+        h, edge_values, statistics, block, *parameters = ctx.saved_tensors
         if grad is None:
-            return (*none, *([None] * ctx.n_inputs))
-        saved = ctx.saved_tensors
-        (h, edge_values, *parameters), (block, *statistics) = saved[: ctx.n_inputs], saved[ctx.n_inputs :]
+            return (*none, *([None] * (2 + len(parameters))))
         if torch.is_grad_enabled():
             return (*none, *_differentiable(ctx, grad, h, edge_values, parameters))
-        steps = len(ctx.norms)
-        kept = _Kept(h, grad.shape[0], steps, ctx.species is not None, block)
-        edge_grad = ctx.needs_input_grad[6]
-        edges = cpu.checked(ctx.graph, parameters[0].shape[1] - 2 * h.shape[1], h.dtype)
-        gradients: list[Any] = [None] * len(parameters)
-        d_edge = None
-        grad = grad.contiguous()
-        for t in reversed(range(steps)):
-            layer = Layer(*parameters[6 * t : 6 * t + 6], *statistics[4 * t : 4 * t + 4], *ctx.norms[t][4:])
-            x, species = (kept.features[t - 1], None) if t else (h, ctx.species)
-            joint = cpu.ALONE if ctx.shared is None else ctx.shared.gradients(t)
-            m, products = kept.messages[t], kept.products[t]
-            grad, *rest, d = cpu.conv_backward(
-                grad, x, m, layer, ctx.graph, ctx.moments, edge_grad, species, edges, products, joint
-            )
-            gradients[6 * t : 6 * t + 6] = rest
-            d_edge = d if d_edge is None else d_edge + d
-        wanted = ctx.needs_input_grad[7:]
-        gradients = [g if want else None for g, want in zip(gradients, wanted, strict=True)]
-        return (*none, grad, d_edge if edge_grad else None, *gradients)
+        of_h, edge_grad, *wanted = ctx.needs_input_grad[6:]
+        joint = [] if ctx.shared is None else [ctx.shared.gradients]
+        d_h, gradients, d_edge = cpu.convs_backward(
+            grad.contiguous(), h, statistics, block, _layers_of(parameters, ctx.norms), ctx.graph, ctx.moments,
+            edge_grad, ctx.species, *joint,
+        )  # fmt: skip
+        found = (g if want else None for g, want in zip(gradients, wanted, strict=True))
+        return (*none, d_h if of_h else None, d_edge, *found)
+
+
+def _layers_of(parameters: Sequence[Tensor | None], norms: list[tuple[Any, ...]]) -> list[Layer]:
+    return [Layer(*parameters[6 * t : 6 * t + 6], *norm) for t, norm in enumerate(norms)]  # type: ignore[arg-type]
 
 
 def _differentiable(
@@ -222,13 +188,9 @@ def _differentiable(
     h: Tensor,
     edge_values: Tensor,
     parameters: list[Tensor | None],
-    first: int = 5,
     after: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Tensor | None]:
-    """The gradients once more, from operators that can be differentiated again.
-
-    ``first``: the place of ``h`` among the inputs; ``after``: what became of the rows.
-    """
+    """The gradients once more, from operators that can be differentiated again. ``after``: what became of the rows."""
     with torch.enable_grad():
         x = h if ctx.species is None else h.index_select(0, ctx.species)
         slot = "distance" if ctx.graph.features is None else "features"
@@ -238,11 +200,11 @@ def _differentiable(
         if after is not None:
             x = after(x)
         inputs = [h, edge_values, *parameters]
-        wanted = [x for x, want in zip(inputs, ctx.needs_input_grad[first:], strict=True) if x is not None and want]
+        wanted = [x for x, want in zip(inputs, ctx.needs_input_grad[6:], strict=True) if x is not None and want]
         found = iter(torch.autograd.grad(x, wanted, grad, create_graph=True, allow_unused=True))
     return [
         next(found) if x is not None and want else None
-        for x, want in zip(inputs, ctx.needs_input_grad[first:], strict=True)
+        for x, want in zip(inputs, ctx.needs_input_grad[6:], strict=True)
     ]
 
 
@@ -343,7 +305,7 @@ class _DeviceConvolutions(torch.autograd.Function):
         moments: Moments,
         species: Tensor | None,
         norms: list[tuple[Any, ...]],
-        running: list[cuda_conv.Running],
+        running: list[Running],
         pooled: bool,
         h: Tensor,
         edge_values: Tensor,
@@ -381,7 +343,7 @@ class _DeviceConvolutions(torch.autograd.Function):
             if any(norm[-2] for norm in ctx.norms):
                 ctx.moments = moments(row_weight, ctx.graph, n_features)
             pool = (lambda x: CrystalMean.apply(x, row_weight, crystal_ptr)) if ctx.pooled else None
-            return (*none, *_differentiable(ctx, grad, h, edge_values, parameters, 6, pool))
+            return (*none, *_differentiable(ctx, grad, h, edge_values, parameters, pool))
         edge_grad = ctx.needs_input_grad[7]
         layers = [Layer(*parameters[6 * t : 6 * t + 6], *norm) for t, norm in enumerate(ctx.norms)]
         if edge_grad:
@@ -414,22 +376,29 @@ class _DeviceConvolutions(torch.autograd.Function):
 
 def _running(
     layers: Sequence[tuple[Tensor, Tensor | None, BatchNorm, BatchNorm]],
-) -> list[cuda_conv.Running] | None:
+) -> list[Running] | None:
     """What kernels are to move in each layer; None if some of it they do not take."""
-    found, device = [], layers[0][0].device
+    found, dtype, device = [], layers[0][0].dtype, layers[0][0].device
     for _, _, *norms in layers:
         states: list[Any] = []
         for norm in norms:
             mean, var = norm.running_mean, norm.running_var
             if not norm.training or mean is None or var is None:
                 states += None, None
-            elif any(x.dtype != torch.float32 or not x.is_contiguous() or x.device != device for x in (mean, var)):
+            elif any(x.dtype != dtype or not x.is_contiguous() or x.device != device for x in (mean, var)):
                 return None
             else:
                 states += mean, var
         states += norms[0].momentum, norms[1].momentum
-        found.append(cuda_conv.Running(*states))
+        found.append(Running(*states))
     return found
+
+
+def _say_moved(running: Sequence[Running]) -> None:
+    """To autograd, which does not see what kernels write."""
+    for x in (x for state in running for x in state[:4]):
+        if x is not None and not x.is_inference():
+            torch.autograd.graph.increment_version(x)
 
 
 def gated_convs(
@@ -455,11 +424,16 @@ def gated_convs(
         edge_values = graph.distance if graph.features is None else graph.features
         parameters = [x for layer in given for x in layer[:6]]
         is_shared = any(norm.training and norm.group is not None for layer in layers for norm in layer[2:])
-        shared = _Shared(layers, width, more) if is_shared else None
+        shared = _Shared([layer[2:] for layer in layers], parameters[1::6], width, more) if is_shared else None
         function = _SharedConvolutions if is_shared else _Convolutions
         norms = [tuple(x[6:]) for x in given]
-        results = function.apply(graph, moments, species, norms, shared, wide, edge_values, *parameters)
-        out, _block, *statistics = results
+        running = None if more else _running(layers)
+        out, used = function.apply(graph, moments, species, norms, running, shared, wide, edge_values, *parameters)
+        if running is None:
+            statistics = used.flatten().split([2 * wide.shape[1], 2 * wide.shape[1], *wide.shape[1:] * 2] * len(layers))
+            _update(layers, statistics, graph, moments, width, more, None if shared is None else shared.counts)
+        else:
+            _say_moved(running)
     elif len(moments.row_weight) > 0 and runs_compiled(h) and (running := _running(layers)) is not None:
         edge_values = graph.distance if graph.features is None else graph.features
         parameters = [x for layer in given for x in layer[:6]]
@@ -467,8 +441,7 @@ def gated_convs(
         found: Tensor = _DeviceConvolutions.apply(
             graph, moments, species, norms, running, pooled, h.contiguous(), edge_values, *parameters
         )
-        for moved in (x for state in running for x in state[:4] if x is not None):
-            torch.autograd.graph.increment_version(moved)
+        _say_moved(running)
         return found
     else:
         out = wide if species is None else lookup(wide, species)
@@ -476,7 +449,7 @@ def gated_convs(
         for layer in given:
             out, _m, *used = _ops.gated_conv(out, *layer, *graph, *moments)
             statistics += used
-    _update(layers, statistics, graph, moments, width, more, shared.counts if shared is not None else None)
+        _update(layers, statistics, graph, moments, width, more)
     out = out[:, :width] if more else out
     return out if pool is None else pool(out)
 
@@ -488,9 +461,12 @@ def _update(
     moments: Moments,
     width: int,
     more: int,
-    counts: list[list[Tensor | None]] | None,
+    counts: list[list[Tensor | None]] | None = None,
 ) -> None:
-    """Move the running statistics of the norms that train towards those of the batch."""
+    """Move the running statistics of the norms that train towards those of the batch, where no kernel does.
+
+    ``counts`` of the values that both norms of each layer have seen, where that is not this process's batch alone.
+    """
     if not any(bn1.training or bn2.training for _, _, bn1, bn2 in layers):
         return
     if more:

@@ -60,7 +60,7 @@ void run(const Kernels<T>& kernels, int threads) {
   const Moments<T> moments{row_weight, in_degree, by_receiver, by_sender, sum, gram};
   layer.train1 = layer.train2 = true;
   T* m = zeros<T>(N * F);
-  kernels.conv(result, m, nullptr, h, layer, edges, moments, {}, width, threads);
+  kernels.conv(result, m, nullptr, h, layer, {}, edges, moments, {}, width, threads);
   out(result, N * F);
 
   const Gradients<T> g{zeros<T>(N * F), zeros<T>(M), zeros<T>(2 * F), zeros<T>(2 * F), zeros<T>(2 * F), zeros<T>(F), zeros<T>(F), nullptr};
