@@ -600,17 +600,6 @@ void edge_gradient(T* d_edge, const T* dm, const T* rows, const T* r, const T* w
     }
 }
 
-// to[x] = the sum over the chunks of parts (chunks, size), in double, of kSumBlock numbers from `begin` on.
-constexpr int kSumBlock = 64;
-template <class To, class T>
-void sum_of_chunks(To* to, const T* parts, int64_t size, int n_chunks, int64_t begin) {
-  const int64_t n = size - begin < kSumBlock ? size - begin : kSumBlock;
-  double total[kSumBlock] = {};
-  for (int chunk = 0; chunk < n_chunks; ++chunk)
-    for (int64_t x = 0; x < n; ++x) total[x] += parts[chunk * size + begin + x];
-  for (int64_t x = 0; x < n; ++x) to[begin + x] = To(total[x]);
-}
-
 template <class T>
 void conv_backward(const Gradients<T>& d, const T* grad_out, const Features<T>& h, const T* m,
                    const T* products, const Layer<T>& layer_in, const Edges<T>& g, const Moments<T>& moments,

@@ -471,10 +471,57 @@ void edge_shells(int32_t* shell_of, T* shell_distance, int32_t* shell_count, con
   }
 }
 
+// to[x] = the sum over the chunks of parts (chunks, size), in double, of kSumBlock numbers from `begin` on.
+constexpr int kSumBlock = 64;
+template <class To, class T>
+void sum_of_chunks(To* to, const T* parts, int64_t size, int n_chunks, int64_t begin) {
+  const int64_t n = size - begin < kSumBlock ? size - begin : kSumBlock;
+  double total[kSumBlock] = {};
+  for (int chunk = 0; chunk < n_chunks; ++chunk)
+    for (int64_t x = 0; x < n; ++x) total[x] += parts[chunk * size + begin + x];
+  for (int64_t x = 0; x < n; ++x) to[begin + x] = To(total[x]);
+}
+
+// Adds weight[s] e_s^T e_s of the windows to gram (K, K), and weight[s] e_s to sum (K). Shells come by distance, and
+// those whose windows begin at the same Gaussian are added up in registers first. R: as for shell_terms_of.
+template <class T, int R>
+void add_moments(double* gram, double* sum, const Windows<T>& windows, const double* weight, int64_t k) {
+  if constexpr (R == 0) {
+    for (int64_t s = 0; s < windows.n; ++s)
+      for (int a = 0; a < windows.count; ++a) {
+        const double wa = weight[s] * windows.values(s)[a];
+        sum[windows.first(s) + a] += wa;
+        double* row = gram + (windows.first(s) + a) * k + windows.first(s);
+        for (int b = 0; b < windows.count; ++b) row[b] += wa * windows.values(s)[b];
+      }
+  } else {
+    using V = typename Simd<double>::V;
+    constexpr int W = Simd<double>::width, NV = (R + W - 1) / W;
+    for (int64_t s = 0; s < windows.n;) {
+      const int first = windows.first(s);
+      V total[R + 1][NV] = {};  // the last row: the sum
+      for (; s < windows.n && windows.first(s) == first; ++s) {
+        double values[NV * W] = {};
+        for (int b = 0; b < R; ++b) values[b] = windows.values(s)[b];
+        for (int a = 0; a <= R; ++a) {
+          const double wa = a < R ? weight[s] * values[a] : weight[s];
+          for (int v = 0; v < NV; ++v) total[a][v] += wa * load(values + v * W);
+        }
+      }
+      for (int a = 0; a <= R; ++a) {
+        double* row = a < R ? gram + (first + a) * k + first : sum + first;
+        for (int b = 0; b < R; ++b) row[b] += total[a][b / W][b % W];
+      }
+    }
+  }
+}
+
 template <class T>
 void edge_moments(T* in_degree, T* by_receiver, T* by_sender, double* sum_out, double* gram, const T* row_weight, const Edges<T>& g,
                   int threads) {
-  const int64_t k = g.n_features, size = k * (k + 1);
+  using V = typename Simd<T>::V;
+  constexpr int W = Simd<T>::width, NV = 4;
+  const int64_t k = g.n_features, size = k * (k + 1), wide = (k + NV * W - 1) / (NV * W) * (NV * W);
   const int n_chunks = chunks_of(g);
   Buffer<double> partial;
   partial.zero(n_chunks * size);
@@ -483,51 +530,51 @@ void edge_moments(T* in_degree, T* by_receiver, T* by_sender, double* sum_out, d
     FlushDenormals flush;
     Windows<T> windows;
     Buffer<double> shell_weight;
+    Buffer<T> vectors, received(wide), sent;  // edge vectors of the shells (shells, wide), sums of a row, of all rows
 #pragma omp for schedule(dynamic, 1)
     for (int chunk = 0; chunk < n_chunks; ++chunk) {
       double* sum = partial + chunk * size;
       const int64_t c0 = chunk_begin(g, chunk), c1 = chunk_begin(g, chunk + 1);
-      const int64_t first = g.crystal_ptr[c0], last = g.crystal_ptr[c1];
-      memset(in_degree + first, 0, (last - first) * sizeof(T));
-      memset(by_receiver + first * k, 0, (last - first) * k * sizeof(T));
-      memset(by_sender + first * k, 0, (last - first) * k * sizeof(T));
+      memset(in_degree + g.crystal_ptr[c0], 0, (g.crystal_ptr[c1] - g.crystal_ptr[c0]) * sizeof(T));
       for (int64_t c = c0; c < c1; ++c) {
-        const int64_t begin = g.row_ptr[g.crystal_ptr[c]];
+        const int64_t row0 = g.crystal_ptr[c], n = g.crystal_ptr[c + 1] - row0, begin = g.row_ptr[row0];
         windows.of_crystal(g, c);
         shell_weight.zero(windows.n);
-        for (int64_t i = g.crystal_ptr[c]; i < g.crystal_ptr[c + 1]; ++i)
-          for (int64_t e = g.row_ptr[i]; e < g.row_ptr[i + 1]; ++e) {
-            const int64_t s = g.features ? e - begin : g.shell_of[e];
-            const T* values = windows.values(s);
-            const T w = row_weight[i];
-            T* to_i = by_receiver + i * k + windows.first(s);
-            T* to_j = by_sender + int64_t(g.sender[e]) * k + windows.first(s);
-            for (int a = 0; a < windows.count; ++a) {
-              to_i[a] += values[a];
-              to_j[a] += w * values[a];
+        vectors.zero(windows.n * wide);
+        sent.zero(n * wide);
+        for (int64_t s = 0; s < windows.n; ++s)
+          memcpy(vectors + s * wide + windows.first(s), windows.values(s), windows.count * sizeof(T));
+        for (int64_t i = row0; i < row0 + n; ++i) {
+          const T w = row_weight[i];
+          for (int64_t x = 0; x < wide; x += NV * W) {
+            V total[NV] = {};
+            for (int64_t e = g.row_ptr[i]; e < g.row_ptr[i + 1]; ++e) {
+              const int64_t s = g.features ? e - begin : g.shell_of[e];
+              const T* from = vectors + s * wide + x;
+              T* to = sent + (g.sender[e] - row0) * wide + x;
+              for (int v = 0; v < NV; ++v) {
+                const V values = load(from + v * W);
+                total[v] += values;
+                store(to + v * W, load(to + v * W) + w * values);
+              }
+              if (x) continue;
+              in_degree[g.sender[e]] += w;
+              shell_weight[s] += w;
             }
-            in_degree[g.sender[e]] += w;
-            shell_weight[s] += w;
+            for (int v = 0; v < NV; ++v) store(received + x + v * W, total[v]);
           }
-        for (int64_t s = 0; s < windows.n; ++s) {
-          const T* values = windows.values(s);
-          const int first = windows.first(s);
-          for (int a = 0; a < windows.count; ++a) {
-            const double wa = shell_weight[s] * values[a];
-            sum[k * k + first + a] += wa;
-            double* row = sum + (first + a) * k + first;
-            for (int b = 0; b < windows.count; ++b) row[b] += wa * values[b];
-          }
+          memcpy(by_receiver + i * k, received, k * sizeof(T));
         }
+        for (int64_t j = 0; j < n; ++j) memcpy(by_sender + (row0 + j) * k, sent + j * wide, k * sizeof(T));
+        const auto add = !g.features && windows.count == kReach<T> ? add_moments<T, kReach<T>> : add_moments<T, 0>;
+        add(sum, sum + k * k, windows, shell_weight, k);
       }
     }
 #pragma omp for schedule(static)
-    for (int64_t x = 0; x < size; ++x) {
-      double total = 0;
-      for (int chunk = 0; chunk < n_chunks; ++chunk) total += partial[chunk * size + x];
-      (x < k * k ? gram[x] : sum_out[x - k * k]) = total;
-    }
+    for (int64_t x = 0; x < size; x += kSumBlock) sum_of_chunks<double, double>(partial, partial, size, n_chunks, x);
   }
+  memcpy(gram, partial, k * k * sizeof(double));
+  memcpy(sum_out, partial + k * k, k * sizeof(double));
 }
 
 }  // namespace srcgcnn::SRCGCNN_LEVEL

@@ -98,22 +98,24 @@ class PackedReadout {
       at[l] = to;
       to += int64_t(out(l)) * (wide_in(l) + 1);
     }
-    const T* from = values + width();
+    const int all = width(), stride = widest();
+    Buffer<double> sums(stride);
+    const T* from = values + all;
     for (int l = n - 1; l >= 0; --l) {
-      from -= wide_in(l);
-      activate(x, from, rows, wide_in(l));
-      gemm_tn<T>(grad, widest(), out(l), x, wide_in(l), wide_in(l), at[l], wide_in(l), rows);
-      T* bias = at[l] + int64_t(out(l)) * wide_in(l);
-      for (int o = 0; o < out(l); ++o) {
-        double sum = 0;
-        for (int64_t i = 0; i < rows; ++i) sum += grad[i * widest() + o];
-        bias[o] += T(sum);
-      }
-      gemm_nn<T>(grad, widest(), Packed<T>{back_[l], out(l), wide_in(l)}, g, wide_in(l), rows, nullptr, false);
+      const int wide = wide_in(l), n_out = out(l);
+      from -= wide;
+      activate(x, from, rows, wide);
+      gemm_tn<T>(grad, stride, n_out, x, wide, wide, at[l], wide, rows);
+      T* bias = at[l] + int64_t(n_out) * wide;
+      for (int o = 0; o < n_out; ++o) sums[o] = 0;
       for (int64_t i = 0; i < rows; ++i)
-        for (int c = 0; c < wide_in(l); c += W)
-          store(grad + i * widest() + c, load(g + i * wide_in(l) + c) *
-                                             softplus_slope2<M>(load(from + i * width() + c) * T(kLog2e)));
+        for (int o = 0; o < n_out; ++o) sums[o] += grad[i * stride + o];
+      for (int o = 0; o < n_out; ++o) bias[o] += T(sums[o]);
+      gemm_nn<T>(grad, stride, Packed<T>{back_[l], n_out, wide}, g, wide, rows, nullptr, false);
+      for (int64_t i = 0; i < rows; ++i)
+        for (int c = 0; c < wide; c += W)
+          store(grad + i * stride + c,
+                load(g + i * wide + c) * softplus_slope2<M>(load(from + i * all + c) * T(kLog2e)));
     }
   }
 
