@@ -68,6 +68,15 @@ def test_running_statistics_of_any_kind_move(backend, make_batch, dtype):
         torch.testing.assert_close(a.to(b.dtype), b, rtol=1e-5, atol=1e-6)
 
 
+def test_nothing_moves_where_a_layer_is_refused(make_batch):
+    batch = make_batch("plain")
+    layers = [sf.CGCNN(1, 16, 8).train()._layers()[0] for _ in range(2)]
+    layers[1] = layers[1]._replace(bn2=layers[1].bn2._replace(running_var=torch.ones(15)))
+    with pytest.raises(sf.InputError, match="running_var2 must be"):
+        functional.stacked_gated_conv(torch.rand(batch.num_rows, 16), batch, layers)
+    assert not any(norm.running_mean.any() for layer in layers for norm in layer[2:])
+
+
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_without_running_statistics(backend, make_batch):
     torch.manual_seed(0)

@@ -405,15 +405,17 @@ def convs(
     statistics, out = h.new_empty(steps, 6 * width), h.new_empty(n_rows, width)
     kept = _Kept(h, n_rows, steps, species is not None)
     kernel, threads = _kernel("conv", dtype), torch.get_num_threads()
+    arguments = []  # of all layers, so that nothing has moved when one is refused
     for t, layer in enumerate(layers):
         for x, trains, at in zip(layer[6:10], _TRAINS, (0, 2, 4, 5), strict=True):
             if not layer[trains]:
                 statistics[t, at * width : at * width + x.shape[0]] = x
-        arguments = _layer_arguments(layer, width, n_features, dtype, _statistics_at(statistics, t))
+        of_layer = _layer_arguments(layer, width, n_features, dtype, _statistics_at(statistics, t))
+        arguments.append((*of_layer, *_running_arguments(running[t] if running else STILL, width, dtype)))
+    for t in range(steps):
         to = kept.features[t] if t < steps - 1 else out.data_ptr()
         kernel(
-            to, kept.messages[t], kept.products[t], features, *arguments,
-            *_running_arguments(running[t] if running else STILL, width, dtype), *edges.arguments, of_graph,
+            to, kept.messages[t], kept.products[t], features, *arguments[t], *edges.arguments, of_graph,
             *_joint_arguments(joint(t), width), width, threads,
         )  # fmt: skip
         features = to, 0, 0

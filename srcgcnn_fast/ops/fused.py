@@ -385,7 +385,9 @@ def _running(
             mean, var = norm.running_mean, norm.running_var
             if not norm.training or mean is None or var is None:
                 states += None, None
-            elif any(x.dtype != dtype or not x.is_contiguous() or x.device != device for x in (mean, var)):
+            elif not all(
+                type(x) is Tensor and x.dtype == dtype and x.is_contiguous() and x.device == device for x in (mean, var)
+            ):
                 return None
             else:
                 states += mean, var
