@@ -81,14 +81,16 @@ def machine() -> dict[str, str]:
         describe = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout
     except FileNotFoundError:  # no git
         describe = ""
-    present = [f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ]
+    present = [f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ] or ["no thread setting"]
+    if hasattr(os, "sched_getscheduler") and os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR):
+        present.append(f"real-time priority {os.sched_getparam(0).sched_priority}")
     return {
         "processor": f"{name}, {os.cpu_count()} cores",
         "backend": sf.backends()["cpu"].reason,
         "torch": torch.__version__,
         "torch-geometric": _version("torch-geometric"),
         "python": platform.python_version(),
-        "environment": ", ".join(present) or "no thread setting",
+        "environment": ", ".join(present),
         "commit": describe.strip() or "unknown",
         "date": time.strftime("%Y-%m-%d"),
     }
