@@ -168,8 +168,8 @@ void bind(nb::module_& m, const char* suffix) {
                               address<double>(sum), address<double>(gram), address<T>(weight), edges<T>(e, s, b), threads);
   }, nogil);
   m.def(name("conv").c_str(), [](uintptr_t out, uintptr_t messages, uintptr_t products, FeatureArguments h, const Addresses& l, Norms n,
-                                 const Addresses& running, Momenta momenta, const Addresses& e, Sizes s, Basis b, const Addresses& mo, const Addresses& shared,
-                                 nb::handle call, int width, int threads) {
+                                 const Addresses& running, Momenta momenta, const Addresses& e, Sizes s, Basis b,
+                                 const Addresses& mo, const Addresses& shared, nb::handle call, int width, int threads) {
     Exchange exchange(shared, call);
     const Running<T> moves{address<T>(running.at(0)), address<T>(running.at(1)), address<T>(running.at(2)),
                            address<T>(running.at(3)), T(std::get<0>(momenta)), T(std::get<1>(momenta))};

@@ -49,23 +49,28 @@ def test_batch_norm_behaves_as_users_of_torch_expect(backend, make_batch, moment
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
 
 
+KINDS = {
+    "as the weights": lambda x: x,
+    "float64": lambda x: x.double(),
+    "strided": lambda x: torch.stack([x, x], 1)[:, 0],
+}
+
+
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_running_statistics_of_any_kind_move(backend, make_batch, dtype):
+@pytest.mark.parametrize("kind", KINDS)
+def test_running_statistics_of_any_kind_move(backend, make_batch, kind):
     """In the type they have, wherever they lie, and such that autograd knows."""
     torch.manual_seed(0)
     ours, theirs = GatedConv(16), GatedConv(16)
     theirs.load_state_dict(ours.state_dict())
-    strided = torch.zeros(32, 2, dtype=dtype)[:, 0]
-    ours.bn1.running_mean, ours.bn1.running_var = strided, ours.bn1.running_var.to(dtype)
-    batch = make_batch("plain")
-    h = torch.rand(batch.num_rows, 16)
-    before = [x._version for x in ours.buffers()]
+    for norm in (ours.bn1, ours.bn2):
+        norm.running_mean, norm.running_var = KINDS[kind](norm.running_mean), KINDS[kind](norm.running_var)
+    batch, buffers = make_batch("plain"), list(ours.buffers())
+    h, versions, kinds = torch.rand(batch.num_rows, 16), [x._version for x in buffers], [x.dtype for x in buffers]
     torch.testing.assert_close(ours(h, batch), plain_layer(theirs, h, batch), rtol=1e-5, atol=1e-5)
-    assert all(x._version > old for x, old in zip(ours.buffers(), before, strict=True))
-    assert ours.bn1.running_mean is strided and ours.bn1.running_var.dtype == dtype
-    for a, b in zip(ours.buffers(), theirs.buffers(), strict=True):
-        torch.testing.assert_close(a.to(b.dtype), b, rtol=1e-5, atol=1e-6)
+    for k, (found, expected) in enumerate(zip(ours.buffers(), theirs.buffers(), strict=True)):
+        assert found is buffers[k] and found.dtype == kinds[k] and found._version > versions[k]
+        torch.testing.assert_close(found.to(expected.dtype), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_nothing_moves_where_a_layer_is_refused(make_batch):
