@@ -1,7 +1,7 @@
 """The kernels of csrc/cuda on tensors of the CPU.
 
 With SRCGCNN_RACES in the environment they look for races, too; its numbers are widths of those for inference, all if it
-is empty.
+is empty. With SRCGCNN_PTX, an architecture such as 90, what nvcc makes of them runs in the place of their source.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ emulated = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(emulated)
 
 
-RACES = os.environ.get("SRCGCNN_RACES")
+RACES, PTX = os.environ.get("SRCGCNN_RACES"), os.environ.get("SRCGCNN_PTX")
 PLACE, POOL = tempfile.TemporaryDirectory(prefix="emulated", ignore_cleanup_errors=True), ThreadPoolExecutor()
 KERNELS = {"on_the_emulation": "stack", "training_on_the_emulation": "conv", "padding_library": "pad"}
 place = Path(PLACE.name)
@@ -52,7 +52,7 @@ def _compile(folder: Path, source: Path) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         library = folder / emulated.LIBRARY
         widths = map(int, RACES.split()) if RACES else emulated.WIDTHS
-        return library if library.exists() else emulated.build(folder, source, RACES is not None, widths)
+        return library if library.exists() else emulated.build(folder, source, RACES is not None, widths, PTX)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -7,6 +7,7 @@
 // emulated_order; every race, whatever the results, with races.h). What it does not: speed, and the rounding of the GPU's
 // approximate exponentials.
 #pragma once
+#include <dlfcn.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -17,6 +18,7 @@
 
 #include <functional>
 #include <map>
+#include <string>
 #include <vector>
 
 #include "races.h"
@@ -27,11 +29,11 @@
 #define SRCGCNN_DEVICE inline
 #define SRCGCNN_HOST_DEVICE inline
 #define SRCGCNN_LAUNCH(kernel, grid, threads, shared, stream, ...) \
-  emulation::launch(grid, threads, shared, stream, [=] { (kernel)(__VA_ARGS__); })
+  emulation::launch((kernel), grid, threads, shared, stream, __VA_ARGS__)
 #define SRCGCNN_SHARED(name) float* name = emulation::shared_memory
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration = 9 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
@@ -63,7 +65,9 @@ inline int launches = 0, on_stream = 0;  // the latter: those, and memsets, that
 inline void* asked_stream;
 inline unsigned last_blocks = ~0u;  // only so many blocks run, the last ones
 inline cudaError_t last_error = cudaSuccess;
+inline std::map<const void*, int> allowed;  // shared memory of the kernels that asked for more than 48 KiB
 inline float* shared_memory;
+inline int shared_size;
 inline std::vector<std::function<void()>> sent;  // copies from the host that nobody has waited for
 inline std::map<void*, size_t> recorded;         // how many of them an event stands for
 
@@ -196,11 +200,12 @@ inline void run_block(int n_threads) {
   }
 }
 
-inline void launch(unsigned grid, int n_threads, int shared, void* stream, std::function<void()> kernel) {
+inline void run_blocks(unsigned grid, int n_threads, int shared, void* stream, const std::function<void()>& kernel) {
   const size_t page = 4096, size = (size_t(shared) + page - 1) / page * page;
   char* memory = static_cast<char*>(mmap(nullptr, size + page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   if (size) mprotect(memory, size, PROT_READ | PROT_WRITE);
   shared_memory = reinterpret_cast<float*>(memory + size - size_t(shared) / 16 * 16);
+  shared_size = shared;
   body = kernel;
   races_launch(memory, size);
   ++launches;
@@ -215,6 +220,60 @@ inline void launch(unsigned grid, int n_threads, int shared, void* stream, std::
     run_block(n_threads);
   }
   munmap(memory, size + page);
+}
+
+// A kernel as ptx.py wrote it, which takes its arguments as a GPU does: one after the other, each aligned.
+struct Translated {
+  int size, most_threads;
+  void (*run)(const char* given);
+  Translated(const char* name, int size, int most_threads, void (*run)(const char*))
+      : size(size), most_threads(most_threads), run(run) {
+    all()[name] = this;
+  }
+  static std::map<std::string, const Translated*>& all() {
+    static std::map<std::string, const Translated*> found;
+    return found;
+  }
+  static const Translated& of(const void* kernel) {
+    Dl_info about{};
+    dladdr(kernel, &about);
+    const auto found = all().find(about.dli_sname ? about.dli_sname : "");
+    if (found == all().end()) fail("a kernel that nvcc did not compile");
+    return *found->second;
+  }
+};
+struct alignas(16) Piece {
+  char bytes[16];
+};
+inline void put(std::vector<Piece>& arguments, size_t& end, const void* argument, size_t size, size_t alignment) {
+  end = (end + alignment - 1) / alignment * alignment + size;
+  arguments.resize((end + 15) / 16);
+  memcpy(arguments.data()->bytes + end - size, argument, size);
+}
+
+// What a GPU refuses to launch is an error, and nothing runs.
+template <class... Parameters, class... Given>
+void launch(void (*kernel)(Parameters...), unsigned grid, int threads, int shared, void* stream, const Given&... given) {
+  const void* code = reinterpret_cast<void*>(kernel);
+  const auto found = allowed.find(code);
+  int most_threads = kMostThreads;
+  std::function<void()> work = [=] { kernel(given...); };
+#ifdef SRCGCNN_PTX  // what nvcc made of it
+  const Translated& translated = Translated::of(code);
+  most_threads = translated.most_threads;
+  std::vector<Piece> arguments;
+  size_t end = 0;
+  const auto add = [&](const auto& argument) { put(arguments, end, &argument, sizeof argument, alignof(decltype(argument))); };
+  (add(Parameters(given)), ...);
+  if (int(end) != translated.size) fail("a kernel with other arguments");
+  work = [arguments, run = translated.run] { run(arguments.data()->bytes); };
+#endif
+  if (!grid || grid > 0x7fffffff || threads > most_threads || threads <= 0)
+    last_error = cudaErrorInvalidConfiguration;
+  else if (shared > (found == allowed.end() ? 48 << 10 : found->second))
+    last_error = cudaErrorInvalidValue;
+  else
+    run_blocks(grid, threads, shared, stream, work);
 }
 
 }  // namespace emulation
@@ -301,6 +360,10 @@ SRCGCNN_UNSEEN void copy_async(void* to, const void* from, bool there) {
   if (thread.n_copies == emulation::kMostCopies) emulation::fail("too many copies on their way");
   races_copy(to, there ? from : nullptr, false, __builtin_return_address(0));
   thread.copies[thread.n_copies++] = {to, from, there, thread.group};
+}
+inline void store_four(float* to, float x0, float x1, float x2, float x3) {
+  if (reinterpret_cast<uintptr_t>(to) % 16) emulation::fail("a vector is not aligned");
+  to[0] = x0, to[1] = x1, to[2] = x2, to[3] = x3;
 }
 inline void commit_copies() { ++emulation::threads[emulation::current].group; }
 template <int kLeft>
@@ -453,8 +516,10 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   return cudaSuccess;
 }
 template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int size) {
-  return size <= emulation::shared_per_processor - 1024 ? cudaSuccess : cudaErrorInvalidValue;
+cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int size) {
+  if (size > emulation::shared_per_processor - 1024) return cudaErrorInvalidValue;
+  emulation::allowed[reinterpret_cast<const void*>(kernel)] = size;
+  return cudaSuccess;
 }
 struct cudaFuncAttributes {};
 template <class Kernel>
@@ -489,7 +554,9 @@ inline cudaError_t cudaGetLastError() {
   emulation::last_error = cudaSuccess;
   return error;
 }
-inline const char* cudaGetErrorString(cudaError_t) { return "invalid value"; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorInvalidConfiguration ? "invalid configuration" : "invalid value";
+}
 
 // Of the tests: the emulated GPU, its tensor cores, the order of its warps and blocks, launches so far, launches and memsets on a stream
 // since it was named, which blocks run, whether the next launch fails, the wait for an event, the end of all that is on its way.
