@@ -439,7 +439,7 @@ SRCGCNN_DEVICE void for_groups(const DeviceConv& g, Pair& pair, int first, int s
 // Four channels of a row of F, of which those from `channel` on that there are; apart: rows are multiples of it.
 SRCGCNN_DEVICE void store_channels(float* row, int channel, int64_t F, const float (&x)[4], int64_t apart = 0) {
   if (F % 4 == 0 && apart % 4 == 0) {
-    if (channel < F) store<4>(row + channel, {{x[0], x[1], x[2], x[3]}});
+    if (channel < F) device::store_four(row + channel, x[0], x[1], x[2], x[3]);
     return;
   }
 #pragma unroll 1
@@ -1124,7 +1124,7 @@ SRCGCNN_DEVICE int64_t first_row(int64_t program) { return program * kRowsAtOnce
 
 SRCGCNN_DEVICE void store_four(float* row, int64_t at, int64_t n, bool by_four, const Channels<4>& x) {
   if (by_four) {
-    if (at < n) store<4>(row + at, x);
+    if (at < n) device::store_four(row + at, x.x[0], x.x[1], x.x[2], x.x[3]);
     return;
   }
 #pragma unroll

@@ -160,7 +160,7 @@ const char* prepare_layers(float* prepared, const DevicePlan& plan, const Device
     for (int l = 0; l < count; ++l) some.of[l] = layers[first + l];
     for (int l = 0; l < plan.n_readout; ++l) some.readout[l] = readout[l];
     if (plan.n_table) some.embedding = *embedding, some.table = table;
-    SRCGCNN_LAUNCH((prepare<W, kHalf>), 128, 256, 4 * W, stream, prepared, at, some, first, count, graph,
+    SRCGCNN_LAUNCH((prepare<W, kHalf>), 128, 256, 5 * W * int(sizeof(float)), stream, prepared, at, some, first, count, graph,
                    device.small.most, device.large.most);
     error = message(cudaGetLastError());
   }

@@ -226,22 +226,43 @@ struct FirstNorm {
   }
 };
 
-// The embedded table and the first step's [p, q] of its rows, a block a row; `row` holds F numbers.
+// Products of x with rows of a matrix, n numbers each: a warp has every so many-th four of them and reads each along the row.
+// row_of(k) may be null, done(k, product) is called by one lane.
+template <class RowOf, class Done>
+SRCGCNN_DEVICE void products_with(const float* x, int n, int rows, RowOf row_of, Done done) {
+  constexpr int kAtOnce = 4;
+  for (int first = kAtOnce * warp_of(); first < rows; first += kAtOnce * int(blockDim.x) / 32) {
+    const float* row[kAtOnce];
+    float sums[kAtOnce] = {};
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) row[j] = first + j < rows ? row_of(first + j) : nullptr;
+#pragma unroll 4
+    for (int k = lane_of(); k < n; k += 32) {
+      const float own = x[k];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) sums[j] = fmaf(own, row[j] ? row[j][k] : 0.0f, sums[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+#pragma unroll
+      for (int half = 16; half > 0; half /= 2) sums[j] += __shfl_xor_sync(kAllLanes, sums[j], half);
+      if (lane_of() == j && first + j < rows) done(first + j, sums[j]);
+    }
+  }
+}
+
+// The embedded table and the first step's [p, q] of its rows, a block a row; `row` holds W numbers, `sums` 4 W.
 template <int W, class T>
-SRCGCNN_DEVICE void prepare_table(float* to, const Prepared<W, T>& at, const Layers& layers, float* row) {
+SRCGCNN_DEVICE void prepare_table(float* to, const Prepared<W, T>& at, const Layers& layers, float* row, float* sums) {
   const DevicePlan& plan = at.plan;
   const DeviceLayer& layer = layers.of[0];
   const int F = plan.F, columns = 2 * F + plan.n_features;
   for (int place = int(blockIdx.x); place < plan.n_table; place += int(gridDim.x)) {
     __syncthreads();
-    for (int c = int(threadIdx.x); c < F; c += int(blockDim.x)) {
-      const float* from = layers.table + int64_t(place) * plan.n_atom;
-      const float* weight = layers.embedding.weight + int64_t(c) * plan.n_atom;
-      float sum = layers.embedding.bias ? layers.embedding.bias[c] : 0.0f;
-#pragma unroll 8
-      for (int a = 0; a < plan.n_atom; ++a) sum = fmaf(from[a], weight[a], sum);
-      row[c] = sum;
-    }
+    products_with(
+        layers.table + int64_t(place) * plan.n_atom, plan.n_atom, F,
+        [&](int c) { return layers.embedding.weight + int64_t(c) * plan.n_atom; },
+        [&](int c, float sum) { row[c] = sum + (layers.embedding.bias ? layers.embedding.bias[c] : 0.0f); });
     __syncthreads();
     if (warp_of() == 0) {
       constexpr int V = W / 32;
@@ -254,17 +275,22 @@ SRCGCNN_DEVICE void prepare_table(float* to, const Prepared<W, T>& at, const Lay
       else
         store<V>(held + lane_of() * V, x);
     }
+    if (!plan.n_steps) continue;
+    products_with(
+        row, F, 4 * W,
+        [&](int n) -> const float* {
+          const int c = Sides<W>::channel(n % (2 * W));
+          return c < F ? layer.weight + int64_t(Sides<W>::half(n) * F + c) * columns + n / (2 * W) * F : nullptr;
+        },
+        [&](int n, float sum) { sums[n] = sum; });
+    __syncthreads();
     T* products = reinterpret_cast<T*>(to + at.first_products()) + int64_t(place) * 4 * W;
-    for (int n = int(threadIdx.x); plan.n_steps && n < 4 * W; n += int(blockDim.x)) {
+    for (int n = int(threadIdx.x); n < 4 * W; n += int(blockDim.x)) {
       const int c = Sides<W>::channel(n % (2 * W)), half = Sides<W>::half(n);
       float value = 0.0f;
       if (c < F) {
-        const float* weight = layer.weight + int64_t(half * F + c) * columns + n / (2 * W) * F;
-        float sum = 0.0f;
-#pragma unroll 8
-        for (int k = 0; k < F; ++k) sum = fmaf(row[k], weight[k], sum);
         const FirstNorm norm(layer, half, half * F + c);
-        value = fmaf(sum, float(norm.scale), n < 2 * W ? float(norm.shift) : 0.0f);
+        value = fmaf(sums[n], float(norm.scale), n < 2 * W ? float(norm.shift) : 0.0f);
       }
       store<1>(products + n, Channels<1>{{value}});
     }
@@ -351,7 +377,7 @@ __global__ void prepare(float* to, const __grid_constant__ Prepared<W, typename 
       if (half == 2) vectors[3 * W + c] = float(shift);
     }
   }
-  if (first == 0) prepare_table(to, at, layers, shared);
+  if (first == 0) prepare_table(to, at, layers, shared, shared + W);
   if (first == 0) prepare_readout(to, at, layers, thread, threads);
   float* findings = to + at.findings();
   for (int64_t c = thread; c <= g.n_crystals; c += threads) {
