@@ -147,9 +147,32 @@ UNKNOWN = [
     "setp.lt.and.s32 %p1, %r1, %r2, %p2;", "fma.rz.f32 %f1, %f1, %f1, %f1;", "call f;", "bra;", "mov.u32 %r1, %clock;",
     "add.s32 %r1, %r2;", "add.s32 %r1, %r2, %r3, %r4;",
 ]  # fmt: skip
+# What two warps' accesses ask for: wavefronts and conflicts of shared memory, or sectors, the least of them, and lines.
+SHARED = "shl.b32 %r1, %r0, {}; and.b32 %r1, %r1, {}; ld.shared{} [%r1];"
+GLOBAL = "shl.b32 %r1, %r0, {}; cvt.u64.u32 %rd3, %r1; add.s64 %rd3, %rd2, %rd3; ld.global{} [%rd3];"
+COPY = "shl.b32 %r1, %r0, 4; and.b32 %r1, %r1, 511; cp.async.cg.shared.global [%r1], [%rd2], 16, 16; "
+COPY += "cp.async.commit_group; cp.async.wait_group 0;"
+TRAFFIC = {
+    SHARED.format(2, 127, ".u32 %r2,"): (2, 0),
+    SHARED.format(3, 255, ".u32 %r2,"): (4, 2),
+    SHARED.format(7, 1023, ".u32 %r2,"): (16, 14),
+    SHARED.format(2, 0, ".u32 %r2,"): (2, 0),
+    SHARED.format(3, 255, ".v2.u32 {%r2, %r3},"): (4, 0),
+    SHARED.format(4, 511, ".v4.u32 {%r2, %r3, %r4, %r5},"): (8, 0),
+    SHARED.format(5, 1023, ".v4.u32 {%r2, %r3, %r4, %r5},"): (16, 8),
+    "setp.lt.s32 %p1, %r0, 40; @%p1 ld.shared.u32 %r2, [words];": (2, 0),
+    "bar.sync 0; ld.shared.u32 %r2, [words]; bar.sync 0; ld.shared.u32 %r2, [words+4];": (4, 0),
+    GLOBAL.format(2, ".u32 %r2,"): (8, 8, 2),
+    GLOBAL.format(3, ".u32 %r2,"): (16, 8, 4),
+    GLOBAL.format(7, ".u32 %r2,"): (64, 8, 64),
+    GLOBAL.format(4, ".v4.u32 {%r2, %r3, %r4, %r5},"): (32, 32, 8),
+    "ld.global.u32 %r2, [%rd2];": (2, 2, 2),
+    COPY: (8, 0),
+    COPY + " ": (2, 2, 2),
+}
 STORED = " cvt.u64.u32 %rd3, %r1; st.global.u64 [%rd2], %rd3;"
 TEXTS = [*(text + STORED for text in WORDS), *(text + STORED.partition(";")[2] for text in LONGS)]
-TEXTS += [text for texts in WRONG.values() for text in texts]
+TEXTS += [*(text for texts in WRONG.values() for text in texts), *TRAFFIC]
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 
 
@@ -163,9 +186,9 @@ def kernels(emulation, tmp_path_factory):
     (folder / "kernels.cpp").write_text("".join(LAUNCH.format(name=name) for name in names))
     library, include = folder / "kernels.so", emulation.HERE
     options = ["-std=c++17", "-O1", "-fPIC", "-shared", "-march=native", "-ffp-contract=off", "-DSRCGCNN_PTX"]
-    options += ["-include", include / "emulation.h", "-I", include]
-    command = [emulation.compiler(), *options, folder / "device.cpp", folder / "kernels.cpp", "-o", library]
-    subprocess.run([str(x) for x in command], check=True)
+    options += ["-include", include / "emulation.h", "-I", include, "-DSRCGCNN_TRAFFIC"]
+    sources = [folder / "device.cpp", folder / "kernels.cpp", include / "traffic.cpp"]
+    subprocess.run([str(x) for x in [emulation.compiler(), *options, *sources, "-o", library]], check=True)
     return library
 
 
@@ -173,9 +196,10 @@ def run(library: Path, text: str, grid: int = 1, threads: int = 64, shared: int 
     """What it wrote, or why it was not launched."""
     function = getattr(ctypes.CDLL(str(library)), f"run_kernel_{TEXTS.index(text)}")
     function.restype = ctypes.c_char_p
-    out = (ctypes.c_uint64 * 8)()
-    error = function(out, ctypes.c_uint(grid), threads, shared, allowed)
-    return out[0] if error is None else error.decode()
+    out = (ctypes.c_uint64 * 1040)()
+    first = -ctypes.addressof(out) % 128 // 8  # of a line of the cache
+    error = function(ctypes.byref(out, 8 * first), ctypes.c_uint(grid), threads, shared, allowed)
+    return out[first] if error is None else error.decode()
 
 
 @pytest.mark.parametrize("text", WORDS)
@@ -186,6 +210,20 @@ def test_an_instruction_gives_the_word(text, kernels):
 @pytest.mark.parametrize("text", LONGS)
 def test_an_instruction_gives_the_long_word(text, kernels):
     assert run(kernels, text + STORED.partition(";")[2]) == LONGS[text] % 2**64
+
+
+@pytest.mark.parametrize("text", TRAFFIC)
+def test_what_is_asked_of_the_memories_is_counted(text, kernels, emulation):
+    library = emulation.Emulated(kernels)
+    library.traffic()
+    run(kernels, text)
+    of_kernel, of_place, found = zip(*library.traffic(), strict=True)
+    assert set(of_kernel) == set(of_place)  # there is no source
+    names = ("wavefronts", "conflicts") if len(TRAFFIC[text]) == 2 else ("sectors", "least_sectors", "lines")
+    assert tuple(sum(x[name] for x in found) for name in names) == TRAFFIC[text]
+    assert sum(x["lanes"] for x in found) == 64 * (text.count("ld.") + 2 * text.count("cp.async.cg")) - 24 * text.count(
+        "40"
+    )
 
 
 @pytest.mark.parametrize("why, text", [(why, text) for why, texts in WRONG.items() for text in texts])
@@ -229,3 +267,17 @@ def test_batches_are_filled_by_what_nvcc_makes(emulation, tmp_path):
 @pytest.mark.parametrize("architecture", ["80", "90"])
 def test_all_kernels_pass_as_nvcc_makes_them(architecture, emulation, tmp_path):
     print(on_the_ptx(architecture, tmp_path, "", "_network", "_conv"))
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "work, kernel", [("training", "gate_sum<false>"), ("inference", "whole_crystals<64, 8, false>")]
+)
+def test_what_kernels_ask_of_the_memories(work, kernel, emulation):
+    command = [sys.executable, str(HERE.parents[1] / "benchmarks" / "gpu" / "traffic.py"), work, "--crystals", "4"]
+    done = subprocess.run(command, env=os.environ | {"SRCGCNN_TEST_DATA": ""}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line.split("|")[2:-1] for line in done.stdout.splitlines() if line.startswith(f"| {kernel} |")]
+    shared, wavefronts, conflicts, memory, sectors, least = (float(x) for x in lines[0])
+    assert 0 < shared < wavefronts and 0 < memory < least <= sectors and conflicts < wavefronts / 5

@@ -78,16 +78,24 @@ def compiler() -> str | None:
     return shutil.which("g++") if sys.platform == "linux" else None
 
 
+# What traffic.cpp counts.
+TRAFFIC = ("shared", "size", "accesses", "lanes", "wavefronts", "conflicts", "sectors", "least_sectors", "lines")
 WIDTHS = (32, 64, 128)  # of the kernels of stack.cu, each compiled by itself
 LIBRARY = "emulated.so"
 
 
 def build(
-    folder: Path, source: Path, races: bool = False, widths: Iterable[int] = WIDTHS, architecture: str | None = None
+    folder: Path,
+    source: Path,
+    races: bool = False,
+    widths: Iterable[int] = WIDTHS,
+    architecture: str | None = None,
+    traffic: bool = False,
 ) -> Path:
     """A library with the kernels of one file, those of stack.cu for some widths; looking for `races` (races.h).
 
-    With an `architecture` ("90") its kernels are what nvcc makes of them (ptx.py), and the compiler's is the rest.
+    With an `architecture` ("90") its kernels are what nvcc makes of them (ptx.py), and the compiler's is the rest; it
+    may then count their `traffic` (traffic.h).
     """
     library, objects, running = folder / LIBRARY, [], []
     usual = [compiler(), "-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
@@ -103,7 +111,9 @@ def build(
         checks += ["-DSRCGCNN_RACES", "-fsanitize=thread", "-fno-gnu-unique", "-g1"]
         objects.append(folder / "races.o")
         running.append([*usual, "-O2", "-c", HERE / "races.cpp", "-o", objects[-1]])
-    parts = widths if source.stem == "stack" else (0,)
+    if traffic:
+        checks.append("-DSRCGCNN_TRAFFIC")
+    parts: Iterable[int] = widths if source.stem == "stack" else (0,)
     sources = {f"{source.stem}{width}": (source, width) for width in parts}
     if architecture:
         device = {name: folder / f"{name}.ptx" for name in sources}
@@ -112,6 +122,8 @@ def build(
         for name, code in device.items():
             code.with_suffix(".cpp").write_text(ptx().translated(code.read_text()))
             sources[f"{name}_device"] = (code.with_suffix(".cpp"), 0)
+    if traffic:
+        sources["traffic"] = (HERE / "traffic.cpp", 0)
     for name, (kernels, width) in sources.items():
         objects.append(folder / f"{name}.o")
         include = [f"-DSRCGCNN_WIDTH={width}", "-include", HERE / "emulation.h", "-I", HERE, "-I", KERNELS]
@@ -165,6 +177,16 @@ class Emulated:
         lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout if codes else ""
         sources = iter(re.sub(r"\n \(inlined by\) ", " < ", lines).splitlines())
         return [re.sub("0x[0-9a-f]+", lambda _: f"[{next(sources)}]", line) for line in found.splitlines()]
+
+    def traffic(self) -> list[tuple[str, str, dict[str, int]]]:
+        """Of each instruction since the last call: the kernel, where it is in the source, and what it asked for."""
+        self._library.emulated_traffic.restype = c.c_char_p
+        found = []
+        for line in self._library.emulated_traffic().decode().splitlines():
+            place, *numbers = line.split("\t")
+            source, kernel = re.fullmatch(r"(.*) \(instruction \d+ of (\w+)\)", place).groups()
+            found.append((kernel, source, dict(zip(TRAFFIC, map(int, numbers), strict=True))))
+        return found
 
     def tensor_cores(self, of: str) -> None:
         self._library.emulated_tensor_cores(*{"Hopper": (25, 1), "Ampere": (24, 2)}[of])

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "emulation.h"
+#include "traffic.h"
 
 namespace ptx {
 
@@ -59,15 +60,21 @@ inline uint64_t joined(Vector<uint32_t, 2> of) { return of.x[0] | uint64_t(of.x[
 
 // Memory. Addresses of vectors are multiples of their size.
 template <class T, int N>
-T* memory(uint64_t at, const char* where) {
+T* parameters(uint64_t at, const char* where) {
   if (at % (sizeof(T) * N)) fail("an address is not aligned", where);
   return reinterpret_cast<T*>(at);
+}
+template <class T, int N>
+T* memory(uint64_t at, const char* where) {
+  traffic_access(false, at, int(sizeof(T) * N), where);
+  return parameters<T, N>(at, where);
 }
 template <class T, int N>
 T* shared(uint64_t at, const char* where) {
   const uint32_t offset = uint32_t(at);
   if (offset + uint64_t(sizeof(T) * N) > uint64_t(emulation::shared_size)) fail("beyond shared memory", where);
   if (offset % (sizeof(T) * N)) fail("a shared address is not aligned", where);
+  traffic_access(true, offset, int(sizeof(T) * N), where);
   return reinterpret_cast<T*>(reinterpret_cast<char*>(emulation::shared_memory) + offset);
 }
 template <int N, class T>
@@ -117,6 +124,7 @@ inline void block_barrier(uint32_t number, const char* where) {
   if (number) fail("a barrier that __syncthreads is not", where);
   same_place(place.at_block, place.in_block, 32, where);
   __syncthreads();
+  traffic_barrier();
 }
 inline void warp_barrier(uint32_t mask, const char* where) {
   meet(where, mask);

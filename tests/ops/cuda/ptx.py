@@ -160,7 +160,8 @@ class Entry:
         kind = TYPES.get(code.rpartition(".")[2], "")
         if access := re.fullmatch(r"(ld|st)(\.global|\.shared|\.param|)(?:\.wb)?(\.v[24])?\.\w\d+", code):
             to, of = operands
-            space, count = "shared" if access[2] == ".shared" else "memory", len(named(to if access[1] == "ld" else of))
+            space = {".shared": "shared", ".param": "parameters"}.get(access[2], "memory")
+            count = len(named(to if access[1] == "ld" else of))
             if access[1] == "st":
                 return f"store({self.at(space, kind, count, to)}, {self.value(of, kind)});"
             result = f"load<{count}>({self.at(space, kind, count, of)})"
@@ -190,7 +191,7 @@ class Entry:
         return f"{kind}({text})" if "u}" in RESULTS[name] else text
 
     def translated(self) -> str:
-        lines, source = [], self.name
+        lines, source, sources = [], self.name, {}
         body = re.sub(r"(?m)^\s*(\.loc\s.*)$", r"\1;", self.body)
         if left := TOKEN.sub("", body).strip():
             raise ValueError(f"{self.name}: {left}")
@@ -210,8 +211,13 @@ class Entry:
                     raise ValueError(f"{self.name}: {text}")
                 text = ", ".join(f"{x} = nothing<{REGISTERS[kind]}>()" for x in names)
                 lines.append(f"[[maybe_unused]] {REGISTERS[kind]} {text};")
-            elif found := re.fullmatch(r"\.loc (\d+) (\d+) \d+(, function_name \S+, inlined_at .*)?", text):
-                source = f"{self.files[found[1]]}:{found[2]}"
+            elif found := re.fullmatch(r"\.loc (\d+ \d+ \d+)(?:, function_name \S+, inlined_at (\d+ \d+ \d+))?", text):
+                line, caller = found.groups()
+                file, number_of_line, _ = line.split()
+                source = f"{self.files[file]}:{number_of_line}"
+                if caller:
+                    source += f" < {sources.get(caller, 'elsewhere')}"
+                sources[line] = source
             elif text and not re.fullmatch(r'\.pragma "[^"]*"', text):
                 try:
                     lines.append(self.statement(text))
