@@ -247,10 +247,10 @@ def test_what_is_not_known_is_an_error(text, emulation):
         emulation.ptx().translated(HEAD + ENTRY.format(name="kernel", length=6, text=text))
 
 
-def on_the_ptx(architecture: str, place: Path, *names: str) -> str:
+def on_the_ptx(architecture: str, place: Path, processes: str, *names: str) -> str:
     """Tests of the emulated kernels, of what nvcc makes of them."""
     files = [str(HERE / f"test_cuda{name}.py") for name in names]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "auto", *files]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", processes, *files]
     environment = os.environ | {"SRCGCNN_PTX": architecture}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=place)
     assert done.returncode == 0, done.stdout[-5000:]
@@ -259,14 +259,14 @@ def on_the_ptx(architecture: str, place: Path, *names: str) -> str:
 
 @needs_nvcc
 def test_batches_are_filled_by_what_nvcc_makes(emulation, tmp_path):
-    assert " passed" in on_the_ptx("90", tmp_path, "_pad")
+    assert " passed" in on_the_ptx("90", tmp_path, "0", "_pad")
 
 
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["80", "90"])
 def test_all_kernels_pass_as_nvcc_makes_them(architecture, emulation, tmp_path):
-    print(on_the_ptx(architecture, tmp_path, "", "_network", "_conv"))
+    print(on_the_ptx(architecture, tmp_path, "auto", "", "_network", "_conv"))
 
 
 @needs_nvcc

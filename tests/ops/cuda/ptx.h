@@ -1,6 +1,6 @@
-// What C++ made of PTX (ptx.py) asks of the emulation. Registers are bits: of another type, they are read as their lower part.
-// A shared address is an offset, as on a GPU. Every access is checked for its alignment, in shared memory for its bounds too,
-// and lanes must meet at one instruction, where the emulation of the source (emulation.h) asks for one operation alone.
+// Functions of the C++ that ptx.py makes of PTX. A register holds bits, and read as a narrower type its lower ones. A shared
+// address is an offset, as on a GPU. Every access is checked for its alignment, in shared memory for its bounds too, and lanes
+// must meet at one instruction, where the emulation of the source (emulation.h) asks for one operation alone.
 #pragma once
 #include <limits>
 #include <type_traits>
@@ -101,28 +101,26 @@ inline void copy(uint64_t to, uint64_t from, uint32_t size, uint32_t there, cons
 }
 
 // What all lanes do together.
-inline void same_place(const char*& first, int& count, int all, const char* where) {
-  if (count++ == 0) first = where;
-  if (first != where) {
-    fprintf(stderr, "%s and ", first);
-    fail("lanes of a warp meet at different instructions", where);
+struct Place {  // where the first lane of a warp waits, and how many wait
+  const char* first;
+  int lanes = 0;
+  void come(const char* where) {
+    if (lanes++ == 0) first = where;
+    if (first != where) {
+      fprintf(stderr, "%s and ", first);
+      fail("lanes of a warp meet at different instructions", where);
+    }
+    lanes %= 32;
   }
-  count %= all;
-}
-struct Place {
-  const char *at_warp, *at_block;
-  int in_warp = 0, in_block = 0;
 };
-inline Place places[emulation::kMostThreads / 32];
+inline Place in_warp[emulation::kMostThreads / 32], in_block[emulation::kMostThreads / 32];
 inline void meet(const char* where, uint32_t mask = kAllLanes) {
-  Place& place = places[emulation::current / 32];
   if (mask != kAllLanes) fail("not all lanes of the warp", where);
-  same_place(place.at_warp, place.in_warp, 32, where);
+  in_warp[emulation::current / 32].come(where);
 }
 inline void block_barrier(uint32_t number, const char* where) {
-  Place& place = places[emulation::current / 32];
   if (number) fail("a barrier that __syncthreads is not", where);
-  same_place(place.at_block, place.in_block, 32, where);
+  in_block[emulation::current / 32].come(where);
   __syncthreads();
   traffic_barrier();
 }
