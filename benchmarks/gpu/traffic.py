@@ -52,7 +52,7 @@ def counted(
         source = emulated.KERNELS / ("conv.cu" if work == "training" else "stack.cu")
         build = emulated.build(Path(folder), source, widths=(64,), architecture=architecture, traffic=True)
         library = emulated.Emulated(build)
-        # As many blocks as a GPU of this batch's size would need work for; all take tasks from the same counter.
+        # An H200's; in inference fewer, so that each takes as many crystals as it has room for.
         library.gpu(132 if work == "training" else 3, 228 << 10)
         cuda.native = cuda_conv.native = lambda: library
         if work == "training":  # calls on tensors of the CPU go where those on a GPU's go

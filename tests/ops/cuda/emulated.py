@@ -101,8 +101,8 @@ def build(
     usual = [compiler(), "-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
     # -O2 compiles twice as long, more than its code would save; fmaf is an instruction, but nothing else becomes one.
     options = ["-O1", "-march=native", "-ffp-contract=off"]
-    # ptx.h looks at each address itself; a GPU refuses what is not aligned, too.
-    # Functions of thousands of variables compile in a third less time without these.
+    # A GPU refuses addresses that are not aligned; of PTX, ptx.h looks at each. Its functions of thousands of variables
+    # compile in less time without these.
     fast = ["-fno-tree-dse", "-fno-tree-pta", "-fira-region=one", "-fira-algorithm=priority"]
     checks = (
         ["-DSRCGCNN_PTX", *fast] if architecture else ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]

@@ -197,9 +197,8 @@ class Entry:
             raise ValueError(f"{self.name}: {left}")
         for number, (brace, label, text) in enumerate(TOKEN.findall(body)):
             text = re.sub(r"\s+", " ", text.strip())
-            self.place = (
-                f"{source} (instruction {number} of {self.name})"  # no other's, so that lanes can be told apart
-            )
+            # No other instruction's, so that lanes that meet at two are told apart.
+            self.place = f"{source} (instruction {number} of {self.name})"
             if brace:
                 lines.append(brace)
             elif label and not re.match("L__(tmp|func)", label):  # which no instruction names
