@@ -409,15 +409,12 @@ inline uint32_t to_bfloat16(float x) {
 inline uint32_t to_bfloat16(float low, float high) { return to_bfloat16(high) << 16 | to_bfloat16(low); }
 // IEEE 754's 16 bits: nearest, ties to even, with subnormal numbers.
 inline uint32_t to_half(float x) {
-  const uint32_t sign = __float_as_uint(x) >> 16 & 0x8000;
-  const double size = fabs(double(x));
-  if (x != x) return 0x7fff;
-  if (size >= 65520) return sign | 0x7c00;
-  int exponent;
-  frexp(size, &exponent);
-  if (!size || exponent < -13) exponent = -13;
-  const double units = nearbyint(ldexp(size, 11 - exponent));  // of the last bit: up to 2048, which is the next exponent's 1024
-  return sign | (uint32_t(exponent + 13) * 1024 + uint32_t(units));
+  const uint32_t sign = __float_as_uint(x) >> 16 & 0x8000, bits = __float_as_uint(x) & 0x7fffffff;
+  if (bits > 0x7f800000) return 0x7fff;
+  if (bits >= 0x47800000) return sign | 0x7c00;
+  // Subnormal numbers: a sum with 1/2, whose last place is 2^-24, rounds them.
+  if (bits < 0x38800000) return sign | (__float_as_uint(__uint_as_float(bits) + 0.5f) - 0x3f000000);
+  return sign | (bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13;
 }
 inline uint32_t to_half(float low, float high) { return to_half(high) << 16 | to_half(low); }
 inline float of_half(uint32_t bits) {
