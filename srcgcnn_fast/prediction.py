@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from .graph import CrystalGraph, GraphBatch, GraphParameters
     from .graph.packing import Packing
     from .nn import CGCNN, SRCGCNN
+
+logger = logging.getLogger(__name__)
 
 Predictor = Callable[[GraphBatch], torch.Tensor]
 Chunk = tuple[Sequence[str], np.ndarray, list[str | None]]
@@ -276,17 +279,22 @@ def _of_store(
     batches = _store_batches(store, every, device, _distance_dtype(model), _AHEAD if device.type == "cuda" else 0)
     begun: _Begun | None = None
     table = model.element_table.cpu()  # once, since the copy waits for the GPU
+    if left_out := len(store.rejected):
+        logger.warning("%d inputs of %s were left out when it was prepared, and have no row.", left_out, store.path)
+    is_stricter = parameters.isolated == "error" and store.parameters.isolated != "error"
     for (first, stop), some in zip(chunks, cuts, strict=True):
-        lacking, outputs = store.lacking(table, first, stop), []
-        for crystal, number in lacking.items():
+        failures, outputs = store.isolated(first, stop) if is_stricter else {}, []
+        failures = {crystal: f"{store.ids[crystal]}: {sentence}" for crystal, sentence in failures.items()}
+        for crystal, number in store.lacking(table, first, stop).items():
+            failures[crystal] = without_vector(store.ids[crystal], number)
             if not 0 <= number < len(table):
-                raise InputError(without_vector(store.ids[crystal], number))
+                raise InputError(failures[crystal])
         for batch in islice(batches, len(some)):
             with torch.inference_mode():  # on a GPU it is on its way while the next batch is put together
                 outputs.append(function(batch))
         if begun is not None:  # which the GPU has done by now
             yield _finished(store, begun, progress)
-        begun = _Begun(first, stop, outputs, lacking)
+        begun = _Begun(first, stop, outputs, failures)
     if begun is not None:
         yield _finished(store, begun, progress)
 
@@ -318,8 +326,8 @@ class _Begun(NamedTuple):
     first: int
     stop: int
     outputs: list[torch.Tensor]
-    lacking: dict[int, int]
-    """Crystals with an element that the model does not know."""
+    failures: dict[int, str]
+    """Sentences of crystals that have graphs, and no prediction."""
 
 
 def _finished(store: GraphStore, begun: _Begun, progress: Callable[[int], None] | None) -> Chunk:
@@ -328,10 +336,9 @@ def _finished(store: GraphStore, begun: _Begun, progress: Callable[[int], None] 
     with torch.inference_mode():
         values = torch.cat(begun.outputs).double().cpu().numpy()
     is_good = np.ones(count, dtype=bool)
-    for crystal, number in begun.lacking.items():
-        crystal -= begun.first
-        errors[crystal] = without_vector(names[crystal], number)
-        values[crystal], is_good[crystal] = np.nan, False
+    for crystal, sentence in begun.failures.items():
+        at = crystal - begun.first
+        errors[at], values[at], is_good[at] = sentence, np.nan, False
     _mark(values, np.flatnonzero(is_good), names, errors)
     if progress is not None:
         progress(begun.stop)

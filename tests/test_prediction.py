@@ -313,6 +313,24 @@ def test_a_store_is_predicted_as_its_structures(tmp_path, monkeypatch):
         sf.predict(model, GraphStore.from_graphs([graph, bad], ids=["a", "b"], parameters=store.parameters))
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_was_isolated_or_left_out_when_a_store_was_prepared(tmp_path, caplog, padded):
+    """As if its structures were predicted: in a store of those that were kept, a row with the same sentence."""
+    far = (np.diag([8.0, 8.0, 40.0]), np.array([[0, 0, 0], [0, 0, 0.5]]), [10, 29])  # each its own image alone
+    structures = [*crystals(3), (np.eye(3) * 30, np.zeros((1, 3)), [10]), far, *crystals(2)]
+    model = make_model()
+    model.metadata.graph = sf.GraphParameters(radius=7.0, padded=padded)
+    kept = sf.prepare(structures, tmp_path / "kept", replace(model.metadata.graph, isolated="keep"))
+    assert not sf.predict(model, kept, isolated="keep")["error"].notna().any()
+    found, expected = (sf.predict(model, x) for x in (kept, structures))
+    assert found["error"].notna().tolist() == [False] * 3 + [True] * 2 + [False] * 2
+    assert found["error"].tolist() == expected["error"].tolist() and "2 of 2 atoms" in found["error"][4]
+    assert np.array_equal(found["target"], expected["target"], equal_nan=True)
+    assert not caplog.text
+    strict = sf.prepare(structures, tmp_path / "strict", model.metadata.graph)
+    assert len(sf.predict(model, strict)) == 5 and "2 inputs" in caplog.text and "left out" in caplog.text
+
+
 def test_a_batch_of_a_store_is_on_its_way_before_the_next_is_put_together(tmp_path, monkeypatch):
     """And a chunk is waited for when the next one is on its way, so that a GPU does not stand still."""
     monkeypatch.setattr(prediction, "_CHUNK", 4)

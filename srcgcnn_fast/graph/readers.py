@@ -447,8 +447,7 @@ def _read_folder(folder: Path, wanted: list[str] | None, timeout: float, skip: i
     if table.is_file():
         names, items = _id_prop_items(table, wanted)
         return _select(_read_items(items, len(items), timeout, skip), names)
-    names = sorted(name for name in _file_names(folder) if _kind(name) and not name.startswith("."))
-    files = [folder / name for name in names if name != _ATOM_INIT]
+    files = [folder / name for name in sorted(_file_names(folder)) if _is_structures(name)]
     if not files:
         raise InputError(
             f"{folder} has no structure files; put CIF, POSCAR, extended XYZ, JSON or Parquet files there."
@@ -458,6 +457,15 @@ def _read_folder(folder: Path, wanted: list[str] | None, timeout: float, skip: i
             f"{folder} has no id_prop.csv and so no target {', '.join(wanted)}; add one with rows id,target."
         )
     return _select(_read_items((_Item(_stem(p), p) for p in files), len(files), timeout, skip), wanted)
+
+
+def is_read(folder: Path, name: str) -> bool:
+    """Does a file of that name decide what a folder's crystals are?"""
+    return name == "id_prop.csv" or (not (folder / "id_prop.csv").is_file() and _is_structures(name))
+
+
+def _is_structures(name: str) -> bool:
+    return bool(_kind(name)) and not name.startswith(".") and name != _ATOM_INIT
 
 
 def _check_atom_init(path: Path) -> None:
@@ -471,8 +479,7 @@ def _check_atom_init(path: Path) -> None:
 
 
 def _id_prop_items(table: Path, wanted: list[str] | None) -> tuple[list[str], list[_Item]]:
-    lines = enumerate(csv.reader(read_text(table).splitlines()), start=1)
-    rows = [(number, [x.strip() for x in row]) for number, row in lines if any(x.strip() for x in row)]
+    rows = [(number, row) for number, row in _csv_lines(table) if any(row)]
     if not rows:
         raise InputError(f"{table} is empty; write one row id,target for each structure.")
     if rows[0][1][0].lower() in ("id", "material_id", "cif_id", "name"):
@@ -486,6 +493,22 @@ def _id_prop_items(table: Path, wanted: list[str] | None) -> tuple[list[str], li
     keep = _chosen(names, wanted, str(table))
     present = _file_names(table.parent)
     return keep, [_id_prop_item(table, number, row, names, keep, present) for number, row in rows]
+
+
+def _csv_lines(table: Path) -> Iterator[tuple[int, list[str]]]:
+    """Number and cells of each line."""
+    reader, number = csv.reader(read_text(table).splitlines()), 0
+    try:
+        for row in reader:
+            number += 1
+            if reader.line_num > number:  # a row of several
+                raise csv.Error
+            yield number, [x.strip() for x in row]
+    except csv.Error as error:
+        number = max(number, 1)
+        raise InputError(
+            f'{table} has a quotation mark (") without its other one, in line {number} or the next; take it out.'
+        ) from error
 
 
 def files_elsewhere(folder: Path) -> list[Path]:
@@ -847,4 +870,4 @@ def _rows(column: Any) -> list[Any]:
 
 
 def _floats(column: Any) -> np.ndarray:
-    return column.cast("float64").to_numpy(zero_copy_only=False)
+    return column.cast("float64", safe=False).to_numpy(zero_copy_only=False)  # of long integers, the nearest

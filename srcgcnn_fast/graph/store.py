@@ -262,6 +262,26 @@ class GraphStore:
         crystals = first + np.searchsorted(begins[1:] - begins[0], rows, side="right")
         return dict(zip(crystals[::-1].tolist(), numbers[rows[::-1]].tolist(), strict=True))
 
+    def isolated(self, first: int = 0, stop: int | None = None) -> dict[int, str]:
+        """Crystals from ``first`` to ``stop`` - 1 with atoms without any neighbour, and the sentence about each."""
+        from .symmetry import isolated_failure
+
+        chosen = slice(first, len(self) + 1 if stop is None else stop + 1)
+        begins, edges = self._first["row"][chosen], self._first["edge"][chosen]
+        degree = self._arrays["degree"][begins[0] : begins[-1]]
+        is_alone = degree == 0
+        if self.parameters.padded:  # to full lists, of what is farther than the radius
+            at = edges[0] + np.cumsum(degree) - degree
+            is_alone[~is_alone] = self._arrays["distance"][at[~is_alone]] > self.parameters.radius
+        crystals = np.searchsorted(begins[1:] - begins[0], np.flatnonzero(is_alone), side="right")
+        found = {}
+        for crystal in np.unique(crystals).tolist():
+            graph = self[first + crystal]
+            atoms = is_alone[begins[crystal] - begins[0] : begins[crystal + 1] - begins[0]][graph.atom_class]
+            detail = np.array([atoms.sum(), atoms.argmax()])
+            found[first + crystal] = isolated_failure(detail, graph.numbers[graph.atom_class], self.parameters.radius)
+        return found
+
     @property
     def is_mixed(self) -> bool:
         """Whether some crystal has averaged sites, whose rows carry mixed built-in element vectors."""

@@ -352,6 +352,8 @@ def _check_numbers(targets: tuple[str, ...], seed: int, num_workers: int) -> Non
             f"The targets {', '.join(targets)} clash in tables of predictions, which have the columns id, error, and "
             "of each target NAME, NAME_predicted and NAME_std; rename one."
         )
+    if len(targets) > 1 and "scaled" in targets:
+        raise InputError("The mae_scaled of several targets ranks epochs, so none may be named scaled; rename it.")
     if seed < 0 or num_workers < 0:
         raise InputError(f"The seed {seed} and the number of workers {num_workers} must be 0 or more.")
     if num_workers > (most := 16 * (os.cpu_count() or 1)):

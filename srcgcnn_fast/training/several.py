@@ -19,7 +19,7 @@ from ..uncertainty import Ensemble, check_replaceable, save_ensemble
 from .calibration import calibrate
 from .data import GraphDataModule, Split
 from .evaluate import Evaluation, evaluate
-from .fit import FitResult, check_trainable, fit
+from .fit import FitResult, check_trainable, fit, has_begun
 from .module import Recipe
 
 Build = Callable[[GraphDataModule], CGCNN | SRCGCNN]
@@ -78,6 +78,8 @@ def cross_validate(
     directory, evaluations = Path(run_dir), []
     parts = [make_data(split) for split in folds]
     for data in parts:
+        if "fold" in data.targets:
+            raise InputError("The table of all folds' predictions has a column fold, so no target may; rename it.")
         check_trainable(build(data), data, recipe)  # every fold, before the first is trained
     for k, data in enumerate(parts):
         torch.manual_seed(seed)
@@ -153,8 +155,7 @@ def _run(
     resume: bool,
     options: dict[str, Any],
 ) -> FitResult:
-    begun = resume and (directory / "run.json").exists()
-    return fit(model, data, directory, recipe, seed=seed, resume=begun, **options)
+    return fit(model, data, directory, recipe, seed=seed, resume=resume and has_begun(directory), **options)
 
 
 def _write(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Path:

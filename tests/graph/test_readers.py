@@ -269,6 +269,20 @@ def test_the_id_of_a_row_or_an_entry(tmp_path: Path, given: list[str]) -> None:
         assert [(r.id, r.error, r.targets) for r in records] == [(name, None, {}) for name in expected]
 
 
+def test_long_integers_of_a_parquet_file_are_the_nearest_numbers(tmp_path: Path) -> None:
+    stamp = 1700000000000000001  # in nanoseconds
+    records = list(read_inputs(parquet(tmp_path / "t.parquet", gap=[1.0, 2.0], stamp=[stamp, 2])))
+    assert [r.targets["stamp"] for r in records] == [float(stamp), 2.0]
+
+
+def test_a_quotation_mark_alone_is_found(tmp_path: Path) -> None:
+    for rows in (3, 30_000):  # more than the csv module takes for one cell
+        (tmp_path / "id_prop.csv").write_text('id,gap\na,1\nb,"2\n' + "c,3\n" * rows)
+        with pytest.raises(InputError, match="quotation mark .* in line 3 or the next; take it out") as caught:
+            read_inputs(tmp_path)
+        assert len(str(caught.value)) < 300
+
+
 def test_parquet_rows_with_errors(tmp_path: Path) -> None:
     path = parquet(
         tmp_path / "t.parquet",

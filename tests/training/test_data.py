@@ -187,6 +187,11 @@ def test_bad_requests_are_sentences(alloys):
     for names in (["energy", "energy_std"], ["high", "energy", "high_predicted"], ["id"]):
         with pytest.raises(InputError, match=f"targets {', '.join(names)} clash in tables of predictions"):
             GraphDataModule(alloys, names)
+    energy = alloys.target_array(["energy"])[:, 0]
+    scaled = GraphStore.from_graphs(list(alloys), targets={"energy": energy, "scaled": energy})
+    with pytest.raises(InputError, match="none may be named scaled"):
+        GraphDataModule(scaled, ["energy", "scaled"])
+    GraphDataModule(scaled, "scaled")
     for wrong in ({"seed": -1}, {"num_workers": -1}):
         with pytest.raises(InputError, match="must be 0 or more"):
             GraphDataModule(alloys, "energy", **wrong)
