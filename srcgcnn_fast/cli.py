@@ -132,6 +132,7 @@ def train(arguments: argparse.Namespace) -> None:
     distributed.join()
     out, parameters = Path(arguments.out), _graph_parameters(arguments)
     default = init.metadata.graph if init else None
+    _check_place(arguments, out, parameters or default)
     sources = {"graphs": arguments.source, "graphs-val": arguments.val, "graphs-test": arguments.test}
 
     def stores() -> list[Any]:
@@ -223,6 +224,36 @@ def _check_combination(arguments: argparse.Namespace, init: Any) -> None:
         raise InputError("--freeze keeps what --init brings; give --init, or drop --freeze.")
 
 
+def _refuse_store(out: Path) -> None:
+    """Another may come in its place, with all that is there."""
+    from .graph.store import is_store
+
+    if is_store(out):
+        raise InputError(f"{out} is a store of graphs, which holds nothing else; choose another directory.")
+
+
+def _check_place(arguments: argparse.Namespace, out: Path, parameters: GraphParameters | None) -> None:
+    """What the directory of the run says against it, before graphs are prepared there."""
+    from dataclasses import asdict
+
+    from .graph import GraphParameters
+    from .graph.store import is_store
+    from .training.fit import check_free, check_same, has_begun
+
+    _refuse_store(out)
+    kinds = {"": "one model", "fold_0": "a cross-validation", "member_0": "an ensemble"}
+    own = "fold_0" if arguments.folds else "member_0" if arguments.members > 1 else ""
+    for name, kind in kinds.items():
+        if name != own and has_begun(out / name):
+            raise InputError(f"{out} holds the run of {kind}; choose another directory.")
+    if not arguments.resume:
+        return check_free(out / own)
+    if not out.exists():
+        raise InputError(f"There is no run to resume in {out}; start one without resume.")
+    if has_begun(out / own) and not is_store(arguments.source):
+        check_same(out / own, {"targets": arguments.target, "graph": asdict(parameters or GraphParameters())})
+
+
 def _given(arguments: argparse.Namespace, names: Sequence[str]) -> str:
     """Which of these options of train are not at their defaults; a config.yaml names them all."""
     parser = argparse.ArgumentParser()
@@ -236,9 +267,11 @@ def _train_one(build: Any, data: Any, out: Path, recipe: Any, options: dict[str,
 
     from .serialization import save_model
     from .training import calibrate, evaluate, fit
+    from .training.fit import has_begun
     from .uncertainty import MonteCarloDropout
 
     torch.manual_seed(options["seed"])
+    options["resume"] = options["resume"] and has_begun(out)  # or Ctrl-C came before that
     result = fit(build(data), data, out, recipe, **options)
     if _rank() > 0:
         return
@@ -364,30 +397,24 @@ def _write_config(arguments: argparse.Namespace, out: Path) -> None:
 
 
 def _with_file(words: Sequence[str]) -> argparse.Namespace:
-    """The options of train from a YAML file, and from the command line, which has the last word."""
-    from .errors import require
+    """The options of train from YAML files, and from the command line, which has the last word."""
+    from .options import with_files
 
-    jsonargparse = require("jsonargparse", "Reading options from a file", extra="train")
-    parser = jsonargparse.ArgumentParser(prog="srcgcnn-fast train", exit_on_error=False)
-    parser.add_argument("--config", action="config")
-    _add_train_options(parser)
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     files.add_argument("--config", action="append", default=[])
     found, others = files.parse_known_args(words)
-    try:
-        options = vars(parser.parse_args([*(f"--config={file}" for file in found.config), *others]))
-    except argparse.ArgumentError as error:
-        if "Unexpected config" in str(error):  # jsonargparse's word for what is empty, a list or a text
-            name = ", ".join(found.config) or "--config"
-            raise InputError(f"{name} holds no options; write a name and a value a line.") from error
-        raise InputError(f"{', '.join(found.config)}: {' '.join(str(error).split())}") from error
-    return argparse.Namespace(**{**options, "command": train, "debug": options.get("debug", False)})
+    if "" in found.config:
+        raise InputError("The argument config is an empty text; give the path of a YAML file, or leave it out.")
+    arguments = with_files(found.config, others, _add_train_options, "srcgcnn-fast train")
+    arguments.command = train
+    return arguments
 
 
 def compare(arguments: argparse.Namespace) -> None:
     from .training import compare
 
     targets = arguments.target or []
+    _refuse_store(Path(arguments.out))
     if arguments.study or len(targets) > 1 or arguments.seeds:
         return _compare_study(arguments, targets)
     if not targets:
@@ -489,6 +516,7 @@ def predict(arguments: argparse.Namespace) -> int:
         print(f"{rows:,} rows; written to {arguments.out}, a directory of Parquet files")
         return 0
     check_table(arguments.out)
+    _check_apart(arguments.input, Path(arguments.out))
     _check_writable(Path(arguments.out))
     predictor = load_predictor(arguments.model)
     for model in predictor.models if isinstance(predictor, Sampler) else [predictor]:
@@ -576,9 +604,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(function: Any, help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(function.__name__, help=help, description=help, formatter_class=_Help)
-        sub.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
+        sub = commands.add_parser(
+            function.__name__, help=help, description=help, formatter_class=_Help, allow_abbrev=False
+        )
         sub.set_defaults(command=function)
+        if function is not train:  # whose options have it
+            _add_debug(sub)
         return sub
 
     sub = command(demo, "Make a data set, train and compare both models on it, predict new crystals (two minutes).")
@@ -748,6 +779,18 @@ def _check_writable(path: Path) -> None:
         raise InputError(f"Cannot write {path}: {error.strerror}; choose a directory that you may write to.") from error
 
 
+def _check_apart(source: str, out: Path) -> None:
+    """Results do not replace what they follow from, nor are they read as such the next time."""
+    from .graph.readers import is_read
+    from .graph.store import is_store
+
+    given, place = Path(source).resolve(), out.resolve()
+    if place == given:
+        raise InputError(f"--out {out} is the input; give the table another name.")
+    if given == place.parent and (is_store(given) or is_read(given, place.name)):
+        raise InputError(f"--out {out} would be part of the input {source}; put the table elsewhere.")
+
+
 def _graph_parameters(arguments: argparse.Namespace) -> GraphParameters | None:
     """None where no option was given, so that a prepared store keeps its own."""
     from .graph.parameters import GraphParameters
@@ -763,8 +806,13 @@ def _graph_parameters(arguments: argparse.Namespace) -> GraphParameters | None:
     return GraphParameters(**given) if given else None
 
 
-def _add_train_options(parser: Any) -> None:
-    """Of train; for argparse and for jsonargparse, which has the same interface."""
+def _add_debug(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
+
+
+def _add_train_options(parser: argparse.ArgumentParser) -> None:
+    """Of train, whether words or a file give them."""
+    _add_debug(parser)
     _add_training_options(parser, batch_size="256", lr=3e-3, schedules=("one_cycle",))
     add = parser.add_argument
     add("--out", metavar="DIR", required=True, help="where to write the run: model, checkpoints, metrics")

@@ -23,6 +23,7 @@ from srcgcnn_fast.training.alloys import write_alloys
 
 TARGET = "formation_energy_per_atom"
 NARROW = "--atom-fea-len 8 --h-fea-len 8"
+WIDTHS = "atom_fea_len: 8\nh_fea_len: 8\n"
 ANGLES = ("alpha", "beta", "gamma")
 
 
@@ -145,6 +146,18 @@ def test_options_that_do_nothing_or_make_no_sense_are_refused_before_anything_is
     assert not (tmp_path / "run").exists()
 
 
+def test_a_config_file_takes_one_value_where_there_may_be_several_and_numbers_as_texts(source, tmp_path, capsys):
+    config, out = tmp_path / "c.yaml", tmp_path / "2024"
+    config.write_text(f"source: {source}\ntarget: {TARGET}\nfolds: 2\nepochs: 1\nlr_milestones: 100\n{WIDTHS}")
+    assert main(["train", "--config", str(config), "--out", str(out), "--debug"]) == 0
+    assert len(pd.read_csv(out / "folds.csv")) == 2
+    config.write_text(f"source: {source}\ntarget: {TARGET}\nepochs: 1\nfreeze: embedding\n{WIDTHS}")
+    assert "--freeze keeps what --init brings" in refused(capsys, "train", "--config", config, "--out", out)
+    with pytest.raises(SystemExit) as stopped:  # not an abbreviation that nobody reads
+        main(["train", "--conf", str(config), "--out", str(out)])
+    assert stopped.value.code == 2
+
+
 def test_a_config_file_holds_any_option_and_the_command_line_wins(trained, source, tmp_path, capsys):
     config = tmp_path / "c.yaml"
     config.write_text(f"source: {source}\ntarget: [{TARGET}]\nepochs: 2\nlr: 1e-3\nsplit: [0.5, 0.3, 0.2]\n")
@@ -161,10 +174,25 @@ def test_a_config_file_holds_any_option_and_the_command_line_wins(trained, sourc
     for text in ("", "# nothing\n", "- epochs\n"):
         config.write_text(text)
         assert refused(capsys, *argv).endswith("c.yaml holds no options; write a name and a value a line.")
-    assert "--config holds no options" in refused(capsys, "train", "--config", "")
-    for text, says in {"lrate: 3": "lrate", "lr: fast": "lr", "model: gcn": "model"}.items():
+    assert "config is an empty text" in refused(capsys, "train", "--config", "")
+    for text, says in {
+        "lrate: 3": "names the option lrate, which is none",
+        "epochs: fast": "epochs: invalid int value: 'fast'",
+        "model: gcn": "model: invalid choice: 'gcn'",
+        "padded: maybe": "has 'maybe' for padded, which is true or false",
+        "recurrent_layer_norm: 'false'": "has 'false' for recurrent_layer_norm",
+        "split: 0.8": "split: expected 3 arguments",
+        "class_weights: loud": "--class-weights takes two numbers or 'balanced', not loud",
+        "out: [a, b]": "has ['a', 'b'] for out; give one value",
+        "unit: yes": "has True for unit; give one value",
+        "lr: {fast: 1}": "give one value",
+        "lr: 1: 2": "is not YAML",
+    }.items():
         config.write_text(f"source: {source}\ntarget: [{TARGET}]\n{text}\n")
-        assert says in refused(capsys, *argv)
+        assert says in refused(capsys, "train", "--config", config, "--out", tmp_path / "none")
+    config.write_bytes("# 8 Å\nepochs: 1\n".encode("latin-1"))
+    assert "is not YAML" in refused(capsys, *argv)
+    assert not (tmp_path / "none").exists()
     assert "none.yaml" in refused(capsys, "train", "--config", tmp_path / "none.yaml")
 
 
@@ -612,3 +640,44 @@ def test_precision_is_part_of_the_run(trained, source, capsys):
     assert json.loads((trained / "run.json").read_text())["precision"] == "float32"
     argv = ["train", source, "--target", TARGET, "--epochs", "1", "--out", trained, "--atom-fea-len", "16", "--resume"]
     assert "precision (float32 before, bfloat16 now)" in refused(capsys, *argv, "--precision", "bfloat16")
+
+
+def test_a_table_of_predictions_is_neither_its_input_nor_a_part_of_it(trained, source, tmp_path, capsys):
+    folder, store = tmp_path / "cifs", tmp_path / "store"
+    folder.mkdir()
+    table = folder / "t.parquet"
+    shutil.copy(source, table)
+    shutil.copytree(trained / "graphs", store)
+    before = table.read_bytes()
+    predict = ("predict", trained / "model")
+    assert "is the input" in refused(capsys, *predict, table, "--out", folder / "." / "t.parquet")
+    for name, given in (("p.json", folder), ("id_prop.csv", folder), ("p.csv", store)):
+        assert "would be part of the input" in refused(capsys, *predict, given, "--out", given / name)
+    assert table.read_bytes() == before and [x.name for x in folder.iterdir()] == ["t.parquet"]
+    assert main([str(x) for x in (*predict, folder, "--out", folder / "predictions.csv")]) == 0
+
+
+def test_a_run_that_is_refused_leaves_the_graphs_of_the_one_that_is_there(trained, source, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    other, graphs = write_alloys(tmp_path / "other.parquet", 30, seed=1), run / "graphs" / "distance.npy"
+    before = graphs.read_bytes()
+    start = ("train", "--target", TARGET, *SMALL, "--out", run)
+    assert "already holds a run" in refused(capsys, *start, other)
+    assert "graph (" in refused(capsys, *start, source, "--resume", "--radius", "4")
+    assert "targets (" in refused(capsys, *start, source, "--resume", "--target", "volume")
+    for kind in ("--folds", "--members"):
+        assert "holds the run of one model" in refused(capsys, *start, source, kind, "2")
+    assert graphs.read_bytes() == before
+    assert "There is no run to resume" in refused(capsys, *start[:-1], tmp_path / "none", source, "--resume")
+    assert not (tmp_path / "none").exists()
+    for command in (("train", "--out", run / "graphs"), ("compare", "--out", run / "graphs")):
+        words = (command[0], source, "--target", TARGET, *command[1:])
+        assert "is a store of graphs" in refused(capsys, *words)
+
+
+def test_a_run_that_was_stopped_before_its_first_epoch_is_resumed_from_the_beginning(source, tmp_path):
+    words = ["train", str(source), "--target", TARGET, *SMALL, "--out", str(tmp_path)]
+    assert main(["prepare", str(source), str(tmp_path / "graphs"), "--target", TARGET]) == 0
+    assert main([*words, "--resume"]) == 0
+    assert (tmp_path / "model").is_dir()

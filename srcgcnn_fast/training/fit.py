@@ -189,26 +189,42 @@ def _claim(directory: Path, record: dict[str, Any], resume: bool) -> Path | None
     Returns the checkpoint to continue from, if there is one yet.
     """
     check_replaceable(directory / "model")  # or training would end where its model cannot be written
-    record = json.loads(json.dumps(record))
     file, checkpoint = directory / "run.json", directory / "last.ckpt"
     if not resume:
-        if checkpoint.exists():
-            raise InputError(f"{directory} already holds a run; resume it, or choose another directory.")
+        check_free(directory)
         _sweep(directory)
         with atomic_path(file) as temporary:
             temporary.write_text(json.dumps(record, indent=2) + "\n")
         return None
-    if not file.exists():
+    if not has_begun(directory):
         raise InputError(f"There is no run to resume in {directory}; start one without resume.")
-    before = json.loads(file.read_text())
-    for name in ("data_fingerprint", "graph_fingerprint"):
-        if name not in before:  # a run from before it was noted
-            record.pop(name)
-    changed = [f"{k} ({before.get(k)} before, {record[k]} now)" for k in record if before.get(k) != record[k]]
-    if changed:
-        raise InputError(f"The run in {directory} was started with other settings: {'; '.join(changed)}; use those.")
+    check_same(directory, record)
     _sweep(directory)
     return checkpoint if checkpoint.exists() else None
+
+
+def has_begun(directory: Path) -> bool:
+    """Is there a run to resume?"""
+    return (directory / "run.json").exists()
+
+
+def check_free(directory: Path) -> None:
+    """Raises InputError: a run is there already."""
+    if (directory / "last.ckpt").exists():
+        raise InputError(f"{directory} already holds a run; resume it, or choose another directory.")
+
+
+def check_same(directory: Path, record: dict[str, Any]) -> None:
+    """Raises InputError: the run that is there was started with other values of what ``record`` names."""
+    before, record = json.loads((directory / "run.json").read_text()), json.loads(json.dumps(record))
+    later = [name for name in ("data_fingerprint", "graph_fingerprint") if name not in before]  # than that run
+    changed = [
+        f"{name} ({before.get(name)} before, {value} now)"
+        for name, value in record.items()
+        if name not in later and before.get(name) != value
+    ]
+    if changed:
+        raise InputError(f"The run in {directory} was started with other settings: {'; '.join(changed)}; use those.")
 
 
 def _sweep(directory: Path) -> None:

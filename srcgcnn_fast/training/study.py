@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from .. import __version__
-from ..errors import InputError, require
+from ..errors import InputError
 from ..files import atomic_path
 from ..graph import GraphParameters
 from ..nn import CGCNN, SRCGCNN
 from ..ops.precision import NAMES as PRECISIONS
+from ..options import read_yaml
 from ..serialization import load_model
 from .data import GraphDataModule
 from .evaluate import evaluate
@@ -144,15 +145,11 @@ def read_study(path: str | os.PathLike[str]) -> Study:
     Raises:
         InputError: there is no such file, or it says something that is not known.
     """
-    yaml = require("yaml", "Reading a study", extra="train")
     file = BUILT_IN / f"{path}.yaml" if (BUILT_IN / f"{path}.yaml").is_file() else Path(path)
     if not file.is_file():
         names = ", ".join(sorted(p.stem for p in BUILT_IN.glob("*.yaml")))
         raise InputError(f"There is no study {path}; give a YAML file or one of: {names}.")
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise InputError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(file, "Reading a study")
     top = _mapping(file.name, content, ("title", "text", "targets", "seeds", "scored", "recipe", "sections"))
     sections = tuple(_section(top, section) for section in top.get("sections") or ())
     if not sections:
