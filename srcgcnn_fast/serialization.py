@@ -77,13 +77,14 @@ def load_model(path: str | os.PathLike[str]) -> CGCNN | SRCGCNN:
         InputError: there is none, or it is damaged, foreign, or of a later version.
     """
     path = Path(path)
-    if not path.is_file():
-        return read_directory(path, _load_directory)
-    if path.name in (_CONFIG, _WEIGHTS):
-        raise InputError(f"{path} is one file of a model; give its directory {path.parent}.")
-    from .interop.checkpoints import load_upstream_checkpoint
+    with torch.device("cpu"):  # whatever the default is
+        if not path.is_file():
+            return read_directory(path, _load_directory)
+        if path.name in (_CONFIG, _WEIGHTS):
+            raise InputError(f"{path} is one file of a model; give its directory {path.parent}.")
+        from .interop.checkpoints import load_upstream_checkpoint
 
-    return load_upstream_checkpoint(path)
+        return load_upstream_checkpoint(path)
 
 
 def _load_directory(path: Path) -> CGCNN | SRCGCNN:

@@ -14,6 +14,14 @@ from ..errors import InputError
 from .elements import element_features
 
 
+def outside_inference_mode(build: Callable[[], Any]) -> Any:
+    """What ``build`` makes, of tensors that training may keep as well."""
+    if not torch.is_inference_mode_enabled():
+        return build()
+    with torch.inference_mode(False), torch.no_grad():
+        return build()
+
+
 @dataclass(frozen=True)
 class CrystalGraph:
     """A crystal graph in CSR form: n rows (atoms, or symmetry classes of atoms) and e directed edges.
@@ -117,7 +125,7 @@ class GraphBatch:
         found = self.kept(key)
         if found is None:
             known = self._tensors(), self._versions()
-            found = build()
+            found = outside_inference_mode(build)
             if known[1] is not None:
                 self.cache[key] = found, *known
         return found

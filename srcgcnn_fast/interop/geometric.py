@@ -337,14 +337,14 @@ class _SummedMessages(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         h, weight, bias, features = ctx.saved_tensors
         batch: GraphBatch = ctx.batch
-        if torch.is_grad_enabled():  # to be differentiated again: through the formula
-            given = reference.edge_vectors(_plain_edges(batch, features), weight.shape[1] - 2 * h.shape[1], h.dtype)
-            message = _messages(h, h, weight, bias, batch.sender.long(), batch.receiver, given)
-            total = _aggregate(message, batch.receiver, h, "add")
-            inputs = [h, weight, bias, features]
-            wanted = [x for x, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
-            found = iter(torch.autograd.grad(total, wanted, grad, create_graph=True))  # type: ignore[arg-type]
-            return (*(next(found) if need else None for need in ctx.needs_input_grad[:4]), None)
+        if fused.is_again(grad):  # to be differentiated again: through the formula
+
+            def run(h: Tensor, weight: Tensor, bias: Tensor | None, features: Tensor | None) -> Tensor:
+                given = reference.edge_vectors(_plain_edges(batch, features), weight.shape[1] - 2 * h.shape[1], h.dtype)
+                message = _messages(h, h, weight, bias, batch.sender.long(), batch.receiver, given)
+                return _aggregate(message, batch.receiver, h, "add")
+
+            return *fused.gradients(run, [h, weight, bias, features], ctx.needs_input_grad[:4], grad), None
         layer, graph, moments, wide = _operands(h, weight, bias, features, batch)
         width, more = h.shape[1], layer.gamma2.shape[0] - h.shape[1]
         edge_grad = ctx.needs_input_grad[3]

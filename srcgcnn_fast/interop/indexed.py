@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..graph.batch import GraphBatch
+from ..graph.batch import GraphBatch, outside_inference_mode
 from .gaussians import distances_from_gaussians
 
 
@@ -43,7 +43,7 @@ class TensorCache:
         kept = entry[1].get(key)
         if kept is None or caller in kept.callers or not all(map(_is, tensors, kept.tensors)):
             known = [None if x is None else (weakref.ref(x), x._version) for x in tensors]
-            kept = entry[1][key] = _Kept(known, build(), set())
+            kept = entry[1][key] = _Kept(known, outside_inference_mode(build), set())
         kept.callers.add(caller)
         return kept.value
 

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import linear, softplus
 
 from ..graph import GraphBatch, GraphParameters
 from ..nn import SRCGCNN
-from ..ops.reference import Edges, edge_vectors
+from ..ops.reference import Edges, batch_norm, edge_vectors
 
 _BISECTIONS = 60  # of the radius: to the last bit
 
@@ -83,16 +83,12 @@ def weighted_convolve(
     edges = Edges(distance, None, batch.sender, batch.row_ptr, batch.crystal_ptr, p["dmin"], p["step"])
     e = edge_vectors(edges, p["nbr_fea_len"], h.dtype)
     recurrent = isinstance(model, SRCGCNN)
-    layers = (
-        [(model.shared_conv.fc_full, *norms) for norms in zip(model.recurrent_bn1s, model.recurrent_bn2s, strict=True)]
-        if recurrent
-        else [(conv.fc_full, conv.bn1, conv.bn2) for conv in model.convs]
-    )
     steps = []
-    for t, (linear, bn1, bn2) in enumerate(layers):
-        f, c = bn1(linear(torch.cat([h[receiver], h[sender], e], dim=1))).chunk(2, dim=1)
+    for t, layer in enumerate(model._layers()):
+        z = linear(torch.cat([h[receiver], h[sender], e], dim=1), layer.weight, layer.bias)
+        f, c = batch_norm(z, layer.bn1, weight[:, None]).chunk(2, dim=1)
         m = torch.zeros_like(h).index_add(0, receiver, weight[:, None] * torch.sigmoid(f) * softplus(c))
-        new = softplus(h + bn2(m))
+        new = softplus(h + batch_norm(m, layer.bn2, batch.weight[:, None]))
         if recurrent and model.recurrent_alpha is not None:
             gate = torch.sigmoid(model.recurrent_alpha[t])
             new = (1 - gate) * h + gate * new

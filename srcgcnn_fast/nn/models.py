@@ -31,9 +31,8 @@ def _positive(**values: int) -> None:
 
 def _is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     """Is it computed by its parameters alone, without anybody watching?"""
-    return type(module) is kind and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    watched = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return type(module) is kind and not watched and "forward" not in module.__dict__
 
 
 def _with_first(states: list[functional.BatchNorm]) -> list[functional.BatchNorm]:
@@ -104,9 +103,11 @@ class CrystalModel(nn.Module):
         table = torch.from_numpy(element_features().copy())
         if table.shape[1] != orig_atom_fea_len:  # the caller brings atom features, or sets a table of this width
             table = torch.zeros(table.shape[0], orig_atom_fea_len)
-        self.register_buffer("element_table", table, persistent=False)
         # The order of construction is the published programs', so that a seed gives the same weights.
         self.embedding = nn.Linear(orig_atom_fea_len, atom_fea_len)
+        made = self.embedding.weight
+        table = table.to(made.dtype) if made.is_meta else table.to(made)  # which a state_dict does not bring
+        self.register_buffer("element_table", table, persistent=False)
         self._build_convolutions()
         self.conv_to_fc = nn.Linear(atom_fea_len, h_fea_len)
         if n_h > 1:
@@ -447,8 +448,11 @@ class SRCGCNN(CrystalModel):
         stand_in_for(self.shared_conv, GatedConv)
         stand_in_for(shared, nn.Linear)
         states = batch_norm_states([*self.recurrent_bn1s, *self.recurrent_bn2s])  # type: ignore[list-item]
-        norms = zip(*(_with_first(x) for x in (states[: len(states) // 2], states[len(states) // 2 :])), strict=True)
-        return [functional.ConvParameters(shared.weight, shared.bias, *pair) for pair in norms]
+        steps = len(states) // 2
+        halves = [states[:steps], states[steps:]]
+        if self._hyperparameters["recurrent_shared_norms"]:
+            halves = [_with_first(half) for half in halves]
+        return [functional.ConvParameters(shared.weight, shared.bias, *pair) for pair in zip(*halves, strict=True)]
 
     def _is_stack(self) -> bool:
         return self.recurrent_norm is None and self.recurrent_alpha is None

@@ -120,6 +120,11 @@ def _check(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> 
             f"{name} must be a contiguous {dtype} CPU tensor of shape {shape}, "
             f"not {x.dtype} {tuple(x.shape)} on {x.device.type}{view}."
         )
+    if not x.data_ptr() and x.numel():
+        raise InputError(
+            f"{name} is a {type(x).__name__}, whose numbers the kernels cannot read; use plain tensors, or the backend "
+            "'reference'."
+        )
 
 
 def counted(name: str, ptr: Tensor) -> int:
@@ -178,7 +183,7 @@ def edge_shells(
     graph = Graph(distance, None, sender, row_ptr, crystal_ptr, None, None, None, 0.0, 1.0)
     edges = _Edges(graph, 1, distance.dtype, with_shells=False)
     shell_of, shell_distance = torch.empty_like(sender), torch.zeros_like(distance)
-    shell_count = torch.empty(edges.sizes[2], dtype=torch.int32)
+    shell_count = torch.empty(edges.sizes[2], dtype=torch.int32, device="cpu")
     _kernel("edge_shells", distance.dtype)(
         shell_of.data_ptr(),
         shell_distance.data_ptr(),
@@ -201,8 +206,8 @@ def edge_moments(row_weight: Tensor, graph: Graph, n_features: int) -> tuple[Ten
     _check("row_weight", row_weight, (n,), dtype)
     in_degree = torch.empty_like(row_weight)
     by_receiver, by_sender = (row_weight.new_empty(n, n_features) for _ in range(2))
-    total = torch.empty(n_features, dtype=torch.float64)
-    gram = torch.empty(n_features, n_features, dtype=torch.float64)
+    total = row_weight.new_empty(n_features, dtype=torch.float64)
+    gram = row_weight.new_empty(n_features, n_features, dtype=torch.float64)
     outputs = (in_degree, by_receiver, by_sender, total, gram)
     _kernel("edge_moments", dtype)(
         *(x.data_ptr() for x in outputs), row_weight.data_ptr(), *edges.arguments, torch.get_num_threads()
@@ -304,7 +309,7 @@ def conv(
     ]
     layer = layer._replace(mean1=used[0], var1=used[1], mean2=used[2], var2=used[3])
     arguments = _layer_arguments(layer, width, n_features, dtype)
-    out, m = (torch.empty(n_rows, width, dtype=dtype) for _ in range(2))
+    out, m = (h.new_empty(n_rows, width) for _ in range(2))
     _kernel("conv", dtype)(
         out.data_ptr(), m.data_ptr(), 0, features, *arguments, *_running_arguments(STILL, width, dtype),
         *edges.arguments, _moment_addresses(moments, edges, dtype, layer.train1), *_joint_arguments(ALONE, width),
@@ -501,8 +506,8 @@ def readout(h: Tensor, row_weight: Tensor, crystal_ptr: Tensor, layers: Sequence
     _check("h", h, (row_weight.shape[0], h.shape[1]), dtype)
     crystals = _crystals(row_weight, crystal_ptr, dtype)
     arguments = _dense_arguments("readout", layers, h.shape[1], dtype)
-    out = torch.empty(crystals[2], arguments[-1][3], dtype=dtype)
-    values = torch.empty(crystals[2], sum(-(-x[2] // lanes) * lanes for x in arguments), dtype=dtype)
+    out = h.new_empty(crystals[2], arguments[-1][3])
+    values = h.new_empty(crystals[2], sum(-(-x[2] // lanes) * lanes for x in arguments))
     _kernel("readout", dtype)(
         out.data_ptr(), values.data_ptr(), h.data_ptr(), *crystals, arguments, torch.get_num_threads()
     )
@@ -518,7 +523,7 @@ def readout_backward(
     arguments = _dense_arguments("readout", layers, width, dtype)
     _check("grad", grad, (crystals[2], arguments[-1][3]), dtype)
     _check("values", values, (crystals[2], values.shape[1]), dtype)
-    d_h = torch.empty(row_weight.shape[0], width, dtype=dtype)
+    d_h = grad.new_empty(row_weight.shape[0], width)
     gradients = [
         x for layer in layers for x in (torch.empty_like(layer.weight), layer.weight.new_empty(len(layer.weight)))
     ]
@@ -556,7 +561,7 @@ class NetworkParameters:
         edges = _Edges(graph, self.n_features, self.dtype, with_shells=graph.shell_of is not None)
         features = _features(h, species, edges.sizes[0], self.dtype)
         _check("row_weight", row_weight, (edges.sizes[0],), self.dtype)
-        out = torch.empty(edges.sizes[2], self.last[-1][3], dtype=self.dtype)
+        out = h.new_empty(edges.sizes[2], self.last[-1][3])
         _kernel("network", self.dtype)(
             out.data_ptr(), features, self.first, self.layers, self.norms, self.shared, *edges.arguments,
             row_weight.data_ptr(), self.last, self.width, torch.get_num_threads(),
@@ -589,7 +594,7 @@ def stack(h: Tensor, layers: Sequence[Layer], graph: Graph, species: Tensor | No
     features = _features(h, species, edges.sizes[0], h.dtype)
     arguments = [_layer_arguments(layer, width, n_features, h.dtype) for layer in layers]
     shared = all(layer.weight.data_ptr() == layers[0].weight.data_ptr() for layer in layers)
-    out = torch.empty(edges.sizes[0], width, dtype=h.dtype)
+    out = h.new_empty(edges.sizes[0], width)
     _kernel("stack", h.dtype)(
         out.data_ptr(), features, [a for a, _ in arguments], [n for _, n in arguments], shared, *edges.arguments,
         width, torch.get_num_threads(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -166,8 +167,10 @@ class _Convolutions(torch.autograd.Function):
         h, edge_values, statistics, block, *parameters = ctx.saved_tensors
         if grad is None:
             return (*none, *([None] * (2 + len(parameters))))
-        if torch.is_grad_enabled():
-            return (*none, *_differentiable(ctx, grad, h, edge_values, parameters))
+        if is_again(grad):
+            width = h.shape[1]
+            used = [x.split([2 * width, 2 * width, width, width]) for x in statistics]
+            return (*none, *_differentiable(ctx, grad, used, h, edge_values, parameters))
         of_h, edge_grad, *wanted = ctx.needs_input_grad[6:]
         joint = [] if ctx.shared is None else [ctx.shared.gradients]
         d_h, gradients, d_edge = cpu.convs_backward(
@@ -185,27 +188,55 @@ def _layers_of(parameters: Sequence[Tensor | None], norms: list[tuple[Any, ...]]
 def _differentiable(
     ctx: Any,
     grad: Tensor,
+    statistics: Sequence[Sequence[Tensor]],
     h: Tensor,
     edge_values: Tensor,
     parameters: list[Tensor | None],
     after: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Tensor | None]:
-    """The gradients once more, from operators that can be differentiated again. ``after``: what became of the rows."""
-    with torch.enable_grad():
+    """The gradients once more, from operators that can be differentiated again; within vmap from the formula.
+
+    ``statistics``: those used, of each layer. ``after``: what became of the rows.
+    """
+    slot = "distance" if ctx.graph.features is None else "features"
+
+    def run(h: Tensor, edge_values: Tensor, *parameters: Tensor | None) -> Tensor:
         x = h if ctx.species is None else h.index_select(0, ctx.species)
-        slot = "distance" if ctx.graph.features is None else "features"
         graph = ctx.graph._replace(**{slot: edge_values})
         for t, norm in enumerate(ctx.norms):
-            x = _ops.gated_conv(x, *parameters[6 * t : 6 * t + 6], *norm, *graph, *ctx.moments)[0]
-        if after is not None:
-            x = after(x)
-        inputs = [h, edge_values, *parameters]
-        wanted = [x for x, want in zip(inputs, ctx.needs_input_grad[6:], strict=True) if x is not None and want]
-        found = iter(torch.autograd.grad(x, wanted, grad, create_graph=True, allow_unused=True))
-    return [
-        next(found) if x is not None and want else None
-        for x, want in zip(inputs, ctx.needs_input_grad[6:], strict=True)
-    ]
+            layer = Layer(*parameters[6 * t : 6 * t + 6], *statistics[t], *norm[4:])  # type: ignore[arg-type]
+            if _is_batched(grad):
+                x = library.by_formula(x, layer, graph, ctx.moments.row_weight)
+            else:
+                x = _ops.gated_conv(x, *layer, *graph, *ctx.moments)[0]
+        return x if after is None else after(x)
+
+    return gradients(run, [h, edge_values, *parameters], ctx.needs_input_grad[6:], grad)
+
+
+def gradients(
+    run: Callable[..., Tensor], inputs: Sequence[Tensor | None], wanted: Sequence[bool], grad: Tensor
+) -> list[Tensor | None]:
+    """Those of ``run`` at its inputs, where wanted, to be differentiated again.
+
+    At each place apart: what is given twice, or follows from another input, does not count there.
+    """
+    with torch.enable_grad():
+        own = [None if x is None else x.view_as(x) for x in inputs]
+        at = [x is not None and want for x, want in zip(own, wanted, strict=True)]
+        places = [x for x, is_asked in zip(own, at, strict=True) if is_asked]
+        found = iter(torch.autograd.grad(run(*own), places, grad, create_graph=True, allow_unused=True))  # type: ignore[arg-type]
+    return [next(found) if is_asked else None for is_asked in at]
+
+
+def is_again(grad: Tensor) -> bool:
+    """Must a backward pass be one that can be differentiated, or is inside of vmap?"""
+    return torch.is_grad_enabled() or _is_batched(grad)
+
+
+def _is_batched(grad: Tensor) -> bool:
+    """Of vmap, or of ``torch.autograd.grad`` with ``is_grads_batched``."""
+    return registry._is_transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 class _SharedConvolutions(_Convolutions):
@@ -339,11 +370,12 @@ class _DeviceConvolutions(torch.autograd.Function):
         parameters, (sums, scales, *kept) = saved[: ctx.n_parameters], saved[ctx.n_parameters :]
         row_weight, crystal_ptr = ctx.moments.row_weight, ctx.graph.crystal_ptr
         n_features = parameters[0].shape[1] - 2 * h.shape[1]
-        if torch.is_grad_enabled():
+        if is_again(grad):
             if any(norm[-2] for norm in ctx.norms):
                 ctx.moments = moments(row_weight, ctx.graph, n_features)
             pool = (lambda x: CrystalMean.apply(x, row_weight, crystal_ptr)) if ctx.pooled else None
-            return (*none, *_differentiable(ctx, grad, h, edge_values, parameters, pool))
+            used = [kept[5 * t : 5 * t + 4] for t in range(len(ctx.norms))]
+            return (*none, *_differentiable(ctx, grad, used, h, edge_values, parameters, pool))
         edge_grad = ctx.needs_input_grad[7]
         layers = [Layer(*parameters[6 * t : 6 * t + 6], *norm) for t, norm in enumerate(ctx.norms)]
         if edge_grad:
@@ -502,16 +534,15 @@ class _Readout(torch.autograd.Function):
         h, values, *parameters = ctx.saved_tensors
         wanted = ctx.needs_input_grad[2:]
         row_weight, crystal_ptr = ctx.crystals
-        if torch.is_grad_enabled():
-            inputs = [h, *parameters]
-            with torch.enable_grad():
-                out = reference.readout(h, row_weight, crystal_ptr, _pairs(parameters))
-                given = [x for x, want in zip(inputs, wanted, strict=True) if x is not None and want]
-                found = iter(torch.autograd.grad(out, given, grad, create_graph=True))
-            pairs = zip(inputs, wanted, strict=True)
-            return None, None, *(next(found) if x is not None and want else None for x, want in pairs)
-        d_h, gradients = cpu.readout_backward(grad.contiguous(), values, row_weight, crystal_ptr, _pairs(parameters))
-        return None, None, *(g if want else None for g, want in zip([d_h, *gradients], wanted, strict=True))
+        if is_again(grad):
+            run = partial(_readout_formula, row_weight, crystal_ptr)
+            return None, None, *gradients(run, [h, *parameters], wanted, grad)
+        d_h, others = cpu.readout_backward(grad.contiguous(), values, row_weight, crystal_ptr, _pairs(parameters))
+        return None, None, *(g if want else None for g, want in zip([d_h, *others], wanted, strict=True))
+
+
+def _readout_formula(row_weight: Tensor, crystal_ptr: Tensor, h: Tensor, *parameters: Tensor | None) -> Tensor:
+    return reference.readout(h, row_weight, crystal_ptr, _pairs(parameters))
 
 
 def _pairs(parameters: Sequence[Tensor | None]) -> list[Dense]:
@@ -588,9 +619,12 @@ def network_parameters(
 def _lists(layers: list[Layer], shared: bool) -> tuple[Any, ...]:
     """Layers with fixed statistics as an operator takes them; ``shared``: they have one weight."""
     own = layers[:1] if shared else layers
+    biases = layers[:1] if shared and all(layer.bias is layers[0].bias for layer in layers) else layers
+    if all(layer.bias is None for layer in layers):
+        biases = []
     return (
         [layer.weight for layer in own],
-        [layer.bias for layer in own if layer.bias is not None],
+        [torch.zeros_like(layer.beta1) if layer.bias is None else layer.bias for layer in biases],
         [x for layer in layers for x in tuple(layer)[2:10]],
         [x for layer in layers for x in tuple(layer)[10:12]],
         shared,
@@ -608,7 +642,7 @@ def stack(
     width, more = h.shape[1], _missing(h)
     folded = [_layer(*layer, width, more) for layer in layers]
     if shared and more:  # widened once, so that it is one still
-        folded = [layer._replace(weight=folded[0].weight, bias=folded[0].bias) for layer in folded]
+        folded = [layer._replace(weight=folded[0].weight) for layer in folded]
     wide = pad(h, (0, more)) if more else h.contiguous()
     if _eager(h):
         out = cpu.stack(wide, folded, graph, species)

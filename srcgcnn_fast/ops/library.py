@@ -66,9 +66,15 @@ def _stack_layers(
     n_steps = len(eps) // 2
     layers = []
     for t in range(n_steps):
-        k = 0 if shared else t
-        bias = biases[k] if biases else None
-        fields: list[Any] = [weights[k], bias, *vectors[8 * t : 8 * t + 8], *eps[2 * t : 2 * t + 2], False, False]
+        bias = biases[min(t, len(biases) - 1)] if biases else None
+        fields: list[Any] = [
+            weights[0 if shared else t],
+            bias,
+            *vectors[8 * t : 8 * t + 8],
+            *eps[2 * t : 2 * t + 2],
+            False,
+            False,
+        ]
         layers.append(Layer(*fields))
     return layers
 
@@ -175,6 +181,18 @@ def _backward_conv(ctx: Any, grad: Tensor | None, *_unused: Any) -> tuple[Any, .
     return tuple(none)
 
 
+def by_formula(h: Tensor, layer: Layer, graph: Graph, row_weight: Tensor) -> Tensor:
+    """A convolution by the reference, which leaves running statistics as they are."""
+    edges = Edges(graph.distance, graph.features, *graph[2:5], graph.dmin, graph.step)
+    bn1 = BatchNorm(layer.gamma1, layer.beta1, None, None, True, 0.0, layer.eps1)
+    bn2 = BatchNorm(layer.gamma2, layer.beta2, None, None, True, 0.0, layer.eps2)
+    if not layer.train1:
+        bn1 = bn1._replace(training=False, running_mean=layer.mean1.detach(), running_var=layer.var1.detach())
+    if not layer.train2:
+        bn2 = bn2._replace(training=False, running_mean=layer.mean2.detach(), running_var=layer.var2.detach())
+    return reference.gated_conv(h, edges, row_weight, layer.weight, layer.bias, bn1, bn2)
+
+
 def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _Saved.put(ctx, inputs)
 
@@ -192,14 +210,9 @@ def _backward_second(ctx: Any, *upper: Tensor) -> tuple[Any, ...]:
         distance, features = graph.distance, graph.features
         if edge_grad:
             distance, features = (edge[0], None) if features is None else (distance, edge[0])
-        edges = Edges(distance, features, *graph[2:5], graph.dmin, graph.step)
-        bn1 = BatchNorm(gamma1, beta1, None, None, True, 0.0, layer.eps1)
-        bn2 = BatchNorm(gamma2, beta2, None, None, True, 0.0, layer.eps2)
-        if not layer.train1:
-            bn1 = bn1._replace(training=False, running_mean=layer.mean1.detach(), running_var=layer.var1.detach())
-        if not layer.train2:
-            bn2 = bn2._replace(training=False, running_mean=layer.mean2.detach(), running_var=layer.var2.detach())
-        out = reference.gated_conv(h, edges, moments.row_weight, weight, bias, bn1, bn2)
+        graph = graph._replace(distance=distance, features=features)
+        layer = Layer(weight, bias, gamma1, beta1, gamma2, beta2, *layer[6:])
+        out = by_formula(h, layer, graph, moments.row_weight)
         wanted = [x for x in leaves if x is not None]
         first = torch.autograd.grad(out, wanted, grad, create_graph=True)
         matching = [u for u, x in zip(upper, leaves, strict=False) if x is not None]

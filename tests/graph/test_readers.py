@@ -278,7 +278,7 @@ def test_long_integers_of_a_parquet_file_are_the_nearest_numbers(tmp_path: Path)
 def test_a_quotation_mark_alone_is_found(tmp_path: Path) -> None:
     for rows in (3, 30_000):  # more than the csv module takes for one cell
         (tmp_path / "id_prop.csv").write_text('id,gap\na,1\nb,"2\n' + "c,3\n" * rows)
-        with pytest.raises(InputError, match="quotation mark .* in line 3 or the next; take it out") as caught:
+        with pytest.raises(InputError, match=r"quotation mark .* in line 3 or the next; take it out") as caught:
             read_inputs(tmp_path)
         assert len(str(caught.value)) < 300
 

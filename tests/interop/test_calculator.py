@@ -22,6 +22,7 @@ from srcgcnn_fast.interop.calculator import CrystalCalculator
 MODELS = {
     "cgcnn": lambda: sf.CGCNN(2, 16, 8),
     "sr": lambda: sf.SRCGCNN(3, 16, 8, recurrent_layer_norm=True, recurrent_learnable_alpha=True),
+    "shared norms": lambda: sf.SRCGCNN(3, 16, 8, recurrent_shared_norms=True),
 }
 
 
@@ -97,10 +98,11 @@ def test_symmetry_leaves_no_force(atoms):
         assert np.abs(own.get_forces(atoms)).max() > 1e-3
 
 
+@pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("padded", [False, True])
-def test_smoothing_changes_nothing_in_short_rows_far_from_the_radius(padded):
+def test_smoothing_changes_nothing_in_short_rows_far_from_the_radius(kind, padded):
     atoms = ase.build.bulk("Si", cubic=True)  # 4 neighbours at 2.35 Å, the next at 3.84
-    own, smooth = (CrystalCalculator(model("cgcnn", 3.6, padded), smoothing=s) for s in (None, 1.0))
+    own, smooth = (CrystalCalculator(model(kind, 3.6, padded).double(), smoothing=s) for s in (None, 1.0))
     assert smooth.get_potential_energy(atoms) == pytest.approx(own.get_potential_energy(atoms), rel=1e-12)
     np.testing.assert_allclose(smooth.get_stress(atoms), own.get_stress(atoms), rtol=1e-9, atol=1e-14)
 

@@ -198,6 +198,19 @@ def test_gradients_against_differences(given):
         assert torch.autograd.gradgradcheck(lambda x, a: layer(x, index, a), inputs)
 
 
+def test_gradients_of_layers_in_a_row_to_be_differentiated_again():
+    """What both layers are given counts once in each."""
+    layer, (x, index, attr) = CGConv(5, 4).double(), graph()
+    index = index[:, index[1].argsort(stable=True)]  # no other order would let the edges pass as they are
+    leaves = [x.requires_grad_(), attr.requires_grad_(), *layer.parameters()]
+
+    def gradients(**options):
+        return torch.autograd.grad(layer(layer(x, index, attr), index, attr).square().sum(), leaves, **options)
+
+    for found, expected in zip(gradients(create_graph=True), gradients(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_a_geometric_network(published):
     pyg = pytest.importorskip("torch_geometric", reason="torch-geometric is not installed")
 

@@ -191,6 +191,108 @@ def test_convolutions_that_somebody_watches_are_called(make_batch, training):
         assert torch.equal(model(batch, return_steps=True)[0], model(batch))
 
 
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [(sf.CGCNN, "embedding"), (sf.CGCNN, "fc_out"), (sf.CGCNN, "convs.1"), (sf.SRCGCNN, "conv_to_fc")],
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_forward_that_somebody_replaced_is_called(make_batch, model_type, name, training):
+    torch.manual_seed(0)
+    batch, model = make_batch("weighted"), model_type(2, 8, 8).train(training)
+    part = model.get_submodule(name)
+    with torch.set_grad_enabled(training):
+        before = [model(batch) for _ in range(3)][-1]
+        part.forward = lambda *given, own=part.forward: own(*given) + 1
+        after = model(batch)
+        assert not torch.allclose(after, before)
+        if name == "fc_out":
+            torch.testing.assert_close(after, before + 1)
+        del part.forward
+        torch.testing.assert_close(model(batch), before)
+
+
+def test_a_norm_without_scale_among_others(make_batch):
+    """Shared norms alone take the first one's."""
+    torch.manual_seed(0)
+    batch, model = make_batch("weighted"), sf.SRCGCNN(2, 8, 8).eval()
+    nn.init.uniform_(model.recurrent_bn1s[0].weight, 2, 3)
+    expected = model(batch)  # the second's scale is still 1, its shift 0
+    model.recurrent_bn1s[1] = nn.BatchNorm1d(16, affine=False).eval()
+    torch.testing.assert_close(model(batch), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width", [16, 20])
+@pytest.mark.parametrize("biases", ["alike", "own", "some"])
+def test_layers_of_one_weight_keep_their_biases(make_batch, width, biases):
+    """Eagerly, and through the operators, as compiled code calls them."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            return function(*arguments, **keywords or {})
+
+    torch.manual_seed(0)
+    batch, model = make_batch("weighted"), sf.CGCNN(3, width, 8).eval()
+    linears = [conv.fc_full for conv in model.convs]
+    for linear in linears[1:]:
+        linear.weight = linears[0].weight
+        linear.bias = linears[0].bias if biases == "alike" else nn.Parameter(torch.randn(2 * width))
+    if biases == "some":
+        linears[1].bias = None
+    with sf.use_backend("reference"):
+        expected = model(batch)
+    torch.testing.assert_close(model(batch), expected)
+    with Watch():
+        found = model(batch)
+    torch.testing.assert_close(found, expected)
+
+
+def test_defaults_of_torch_do_not_matter(make_batch, tmp_path):
+    batch = make_batch("weighted")
+    torch.manual_seed(0)
+    model = sf.SRCGCNN(2, 8, 8)
+    expected = model.eval()(batch)
+    sf.save_model(model, tmp_path / "model")
+    with torch.device("meta"):  # whose memory nobody may touch, such as a GPU's
+        assert torch.equal(model(batch), expected)
+        with torch.no_grad():
+            torch.testing.assert_close(model(batch), expected)
+        model.train()(batch).sum().backward()
+        loaded = sf.load_model(tmp_path / "model")
+        assert sf.SRCGCNN(2, 8, 8).element_table.device.type == "cpu"  # no state_dict brings it
+    torch.testing.assert_close(loaded(make_batch("weighted")), expected)
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert sf.SRCGCNN(2, 8, 8)(batch).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_weights_without_memory_of_their_own_are_one_sentence(make_batch, grad):
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    model, batch = sf.SRCGCNN(2, 16, 8).eval(), make_batch("plain")
+    weight = model.shared_conv.fc_full.weight.data
+    model.shared_conv.fc_full.weight = nn.Parameter(TwoTensor(weight, weight.clone()))
+    with torch.set_grad_enabled(grad), pytest.raises(sf.InputError, match="weight is a TwoTensor, whose numbers"):
+        model(batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_of_inference_mode_trains(make_batch, dtype):
+    batch, model = make_batch("weighted"), sf.SRCGCNN(2, 8, 8).to(dtype)
+    with torch.inference_mode():
+        model.eval()(batch)
+        model.features(batch)
+        model.train()(batch)
+    out = model(batch).sum()
+    gradient = torch.autograd.grad(out, model.embedding.weight, create_graph=True)[0]
+    gradient.sum().backward()
+    assert torch.isfinite(model.embedding.weight.grad).all()
+
+
 def test_another_convolution_in_place_of_ours(make_batch):
     class Nothing(nn.Module):
         def forward(self, h, batch):

@@ -1,0 +1,102 @@
+"""Gradients of whole models: to be differentiated again, many at once, of parameters that several layers share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import srcgcnn_fast as sf
+
+SMALL = {"atom_fea_len": 16, "h_fea_len": 16, "n_h": 3}
+
+
+def tied() -> sf.CGCNN:
+    """Two places of one convolution, and of one layer of the head."""
+    model = sf.CGCNN(n_conv=2, **SMALL)
+    model.convs[1], model.fcs[1] = model.convs[0], model.fcs[0]
+    return model
+
+
+def watched() -> sf.CGCNN:
+    """Its convolutions are called one after the other."""
+    model = sf.CGCNN(n_conv=2, **SMALL)
+    model.convs[1].register_forward_hook(lambda module, given, out: None)
+    return model
+
+
+MODELS = {
+    "CGCNN": lambda: sf.CGCNN(**SMALL),
+    "tied": tied,
+    "watched": watched,
+    "SR-CGCNN": lambda: sf.SRCGCNN(**SMALL),
+    "shared norms": lambda: sf.SRCGCNN(recurrent_shared_norms=True, **SMALL),
+    "between steps": lambda: sf.SRCGCNN(recurrent_layer_norm=True, recurrent_learnable_alpha=True, **SMALL),
+}
+
+
+@pytest.fixture(params=MODELS)
+def model(request) -> sf.CGCNN | sf.SRCGCNN:
+    """In float64, with statistics and scales that are not those of the start."""
+    torch.manual_seed(0)
+    made = MODELS[request.param]().double()
+    with torch.no_grad():
+        for name, x in [*made.named_parameters(), *made.named_buffers()]:
+            if x.is_floating_point() and name != "element_table":
+                x.copy_(torch.rand_like(x) + 0.5 if name.endswith(("var", "bn1.weight", "bn2.weight")) else x)
+    return made
+
+
+def relative(found, expected) -> float:
+    pairs = [(x.detach(), y.detach()) for x, y in zip(found, expected, strict=True) if y is not None]
+    return max(float((x - y).norm() / y.norm().clamp_min(1e-8)) for x, y in pairs)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients_to_be_differentiated_again_are_the_gradients(model, make_batch, training):
+    """And their own gradients, of a penalty on them, are those of the reference."""
+    model.train(training)
+
+    def gradients(backend: str, create_graph: bool):
+        batch = make_batch("weighted")
+        batch.distance = batch.distance.double().requires_grad_(not training)
+        leaves = list({id(x): x for x in model.parameters()}.values()) + [batch.distance] * (not training)
+        with sf.use_backend(backend):
+            out = model(batch).square().sum()
+            first = torch.autograd.grad(out, leaves, create_graph=create_graph)
+            if not create_graph:
+                return first, None
+            penalty = sum(x.square().sum() for x in first)
+            return [x.detach() for x in first], torch.autograd.grad(penalty, leaves, allow_unused=True)
+
+    (plain, _), (again, second), (exact, exact_second) = (
+        gradients(*x) for x in (("cpu", False), ("cpu", True), ("reference", True))
+    )
+    limit = 1e-9 if training else 1e-12  # gradients at biases before a batch norm are zero but for rounding
+    large = [float(x.norm()) > 1e-6 * max(float(y.norm()) for y in exact) for x in exact]
+    assert sum(large) > 8
+    for found in (plain, again):
+        assert relative(*([x for x, keep in zip(each, large, strict=True) if keep] for each in (found, exact))) < limit
+    size = max(float(x.norm()) for x in exact_second if x is not None)
+    for x, y in zip(second, exact_second, strict=True):
+        assert (x is None) == (y is None)
+        assert x is None or float((x - y).norm()) < 1e-9 * size
+
+
+def test_statistics_that_moved_meanwhile_do_not_count(model, make_batch):
+    """Those of the forward pass do."""
+    batch, leaves = make_batch("weighted"), list(model.parameters())
+    batch.distance = batch.distance.double()
+    expected = torch.autograd.grad(model.eval()(batch).sum(), leaves)
+    out = model(batch).sum()
+    model.train()(batch)
+    assert relative(torch.autograd.grad(out, leaves, create_graph=True), expected) < 1e-9
+
+
+def test_many_gradients_at_once(model, make_batch):
+    batch = make_batch("ragged")
+    batch.distance = batch.distance.double().requires_grad_()
+    out = model.eval()(batch)[:, 0]
+    every = torch.eye(len(out), dtype=torch.float64)
+    (found,) = torch.autograd.grad(out, batch.distance, every, is_grads_batched=True, retain_graph=True)
+    expected = [torch.autograd.grad(out, batch.distance, x, retain_graph=True)[0] for x in every]
+    assert relative([found], [torch.stack(expected)]) < 1e-12
