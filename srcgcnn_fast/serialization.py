@@ -32,7 +32,8 @@ def save_model(model: CGCNN | SRCGCNN, directory: str | os.PathLike[str]) -> Pat
     """Write ``model`` to ``directory``, which appears whole or not at all; an earlier model there is replaced.
 
     Raises:
-        InputError: the model is of another type, ``directory`` holds anything but a model, or cannot be written.
+        InputError: the model is of another type or has other parameters than its hyperparameters say, ``directory``
+            holds anything but a model, or cannot be written.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps
     target = Path(directory).resolve()
@@ -40,6 +41,7 @@ def save_model(model: CGCNN | SRCGCNN, directory: str | os.PathLike[str]) -> Pat
         raise InputError(f"save_model writes CGCNN and SRCGCNN models, not {type(model).__name__}; give one of those.")
     check_replaceable(target)
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    _check_parts(model, tensors)
     built_in = _is_built_in(model.element_table)
     if not built_in:
         tensors["element_table"] = model.element_table.detach().cpu().contiguous().clone()
@@ -68,6 +70,19 @@ def save_model(model: CGCNN | SRCGCNN, directory: str | os.PathLike[str]) -> Pat
         ) from error
     _write_directory(target, {_WEIGHTS: weights, _CONFIG: text.encode()})
     return target
+
+
+def _check_parts(model: CGCNN | SRCGCNN, tensors: dict[str, torch.Tensor]) -> None:
+    """Is it what loading would build?"""
+    with torch.device("meta"):
+        usual = type(model)(**model.hyperparameters).state_dict()
+    shapes = ({name: tuple(x.shape) for name, x in of.items()} for of in (tensors, usual))
+    other = sorted({name for name, _ in set.symmetric_difference(*(set(x.items()) for x in shapes))})
+    if other:
+        raise InputError(
+            f"A {type(model).__name__} of these hyperparameters has not the same {', '.join(other[:3])}, so it could not "
+            "be loaded again; undo pruning and parametrizations (prune.remove), or save its state_dict."
+        )
 
 
 def load_model(path: str | os.PathLike[str]) -> CGCNN | SRCGCNN:

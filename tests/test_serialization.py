@@ -175,6 +175,27 @@ def test_what_cannot_be_saved(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("change", ["pruned", "parametrized", "wider"])
+def test_what_could_not_be_loaded_again_is_not_saved(change, tmp_path):
+    from torch.nn.utils import parametrizations, prune
+
+    model = SRCGCNN(2, 8, 8)
+    if change == "pruned":
+        prune.l1_unstructured(model.shared_conv.fc_full, "weight", 0.5)
+    elif change == "parametrized":
+        parametrizations.weight_norm(model.fc_out)
+    else:
+        model.conv_to_fc, model.fc_out = torch.nn.Linear(8, 16), torch.nn.Linear(16, 1)
+    state = torch.get_rng_state()
+    with pytest.raises(sf.InputError, match="so it could not be loaded again; undo pruning"):
+        sf.save_model(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    if change == "pruned":
+        prune.remove(model.shared_conv.fc_full, "weight")
+        sf.save_model(model, tmp_path / "model")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
 def test_unwritable_directory(tmp_path):
     tmp_path.chmod(0o500)
