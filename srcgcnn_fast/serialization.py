@@ -80,8 +80,8 @@ def _check_parts(model: CGCNN | SRCGCNN, tensors: dict[str, torch.Tensor]) -> No
     other = sorted({name for name, _ in set.symmetric_difference(*(set(x.items()) for x in shapes))})
     if other:
         raise InputError(
-            f"A {type(model).__name__} of these hyperparameters has not the same {', '.join(other[:3])}, so it could not "
-            "be loaded again; undo pruning and parametrizations (prune.remove), or save its state_dict."
+            f"A {type(model).__name__} of these hyperparameters has not the same {', '.join(other[:3])}, so it could "
+            "not be loaded again; undo pruning and parametrizations (prune.remove), or save its state_dict."
         )
 
 
