@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -762,9 +763,11 @@ def neighbor_list(
         )
     if not (np.isfinite(lattice).all() and np.isfinite(frac_coords).all() and np.abs(frac_coords).max(initial=0) < 1e9):
         raise InputError("A lattice or fractional coordinate is NaN, infinite or beyond 1e9; mend the coordinates.")
-    if not (0 < radius < math.inf) or (max_neighbors is not None and max_neighbors < 1):
+    is_count = max_neighbors is None or (isinstance(max_neighbors, Integral) and not isinstance(max_neighbors, bool))
+    if not (0 < radius < math.inf) or not is_count or (max_neighbors is not None and max_neighbors < 1):
         raise InputError(
-            f"radius = {radius} Å and max_neighbors = {max_neighbors} must be positive and finite; choose such values."
+            f"radius = {radius!r} Å must be positive and finite, and max_neighbors = {max_neighbors!r} a whole number "
+            "of at least 1, or None; choose such values."
         )
     n = len(numbers)
     if device is not None:

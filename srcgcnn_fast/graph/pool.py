@@ -17,22 +17,26 @@ from typing import Any
 from ..errors import InputError
 from .crystal import AnyCrystal
 
-_SERVE = "from srcgcnn_fast.graph.pool import serve; serve({limit})"
+# The working directory is not searched, whose files may have any names; what is printed must not reach the replies.
+_SERVE = (
+    "import sys; sys.path = [x for x in sys.path if x]; import os; replies = os.dup(1); os.dup2(2, 1); "
+    "from srcgcnn_fast.graph.pool import serve; serve({limit}, replies)"
+)
+_READY = b"\0ready\n"
 MEMORY_LIMIT = 4 * 2**30
 """Bytes that a process may take to read a file; where the system has such limits (Linux)."""
 
 
-def serve(limit: int) -> None:
+def serve(limit: int, output: int) -> None:
     """The loop of a worker: paths come in on stdin, a Crystal or the sentence of its error goes out for each."""
     from .cif import read_carefully
     from .quick_cif import gemmi_cif, read_quickly
 
     gemmi_cif()
     _limit_memory(limit)
-    replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a parser prints must not reach the replies
-    requests = sys.stdin.buffer
-    _send(replies, None)
+    replies, requests = os.fdopen(output, "wb"), sys.stdin.buffer
+    replies.write(_READY)
+    replies.flush()
     while True:
         try:
             paths = [Path(path) for path in pickle.load(requests)]
@@ -71,7 +75,8 @@ class _Worker:
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(x for x in sys.path if x), "OMP_NUM_THREADS": "1"}
+        places = [x or os.getcwd() for x in sys.path]  # where this process finds its modules
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-c", _SERVE.format(limit=MEMORY_LIMIT)],
             stdin=subprocess.PIPE,
@@ -83,10 +88,10 @@ class _Worker:
         threading.Thread(target=self._watch, daemon=True, name="time-limit-of-a-reader").start()
 
     def wait_until_ready(self) -> None:
-        try:
-            pickle.load(self.process.stdout)  # type: ignore[arg-type]
-        except (EOFError, OSError):
-            raise RuntimeError(f"A process that reads CIF files ended with status {self.process.wait()}.") from None
+        """Whatever was printed before its first line."""
+        lines = iter(self.process.stdout.readline, b"")  # type: ignore[union-attr]
+        if not any(line.endswith(_READY) for line in lines):
+            raise RuntimeError(f"A process that reads CIF files ended with status {self.process.wait()}.")
 
     def _watch(self) -> None:
         """End the process once a file is over its time."""

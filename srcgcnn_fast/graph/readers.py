@@ -13,7 +13,8 @@ import sqlite3
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -94,7 +95,7 @@ def _as_crystal(structure: Any, name: str | None) -> AnyCrystal:
     if _is_arrays(structure):
         lattice, frac_coords, numbers = structure
         return checked_crystal(lattice, frac_coords, numbers, name or "The crystal")
-    if hasattr(structure, "lattice") and hasattr(structure, "frac_coords"):
+    if _is_structure(structure):
         return from_pymatgen(structure, label)
     if hasattr(structure, "get_scaled_positions") and hasattr(structure, "cell"):
         return from_ase(structure, label)
@@ -179,6 +180,11 @@ def _records(source: Any, targets: Sequence[str] | None, timeout: float, skip: i
         if _kind(path) == "parquet":
             return _read_parquet(path, wanted, skip)
         return islice(_read_file(path, wanted), skip, None)
+    if hasattr(source, "columns") and hasattr(source, "iloc"):
+        raise InputError(
+            "A DataFrame is not read, since its columns may mean anything; give a dictionary id -> structure of it, or "
+            "the Parquet file."
+        )
     if _is_single(source):
         items, count = iter([_Item("0", source)]), 1
     elif isinstance(source, Mapping):
@@ -207,10 +213,15 @@ def _is_arrays(value: Any) -> bool:
         return False
 
 
+def _is_structure(value: Any) -> bool:
+    """pymatgen's; a row of a table may have columns of these names."""
+    return hasattr(value, "frac_coords") and hasattr(getattr(value, "lattice", None), "matrix")
+
+
 def _is_single(value: Any) -> bool:
     return (
         _is_arrays(value)
-        or (hasattr(value, "lattice") and hasattr(value, "frac_coords"))
+        or _is_structure(value)
         or (hasattr(value, "get_scaled_positions") and hasattr(value, "cell"))
         or (isinstance(value, Mapping) and "sites" in value and "lattice" in value)
     )
@@ -382,7 +393,7 @@ def _finish(item: _Item) -> Iterator[Record]:
     if item.error is not None:
         yield Record(item.id, None, item.targets, item.error)
     elif isinstance(item.value, Record):
-        yield item.value
+        yield replace(item.value, targets=dict(item.value.targets))  # the caller's own stays as it is
     elif isinstance(item.value, str | os.PathLike):
         yield from _file_records(item)
     else:
@@ -447,7 +458,7 @@ def _read_folder(folder: Path, wanted: list[str] | None, timeout: float, skip: i
     if table.is_file():
         names, items = _id_prop_items(table, wanted)
         return _select(_read_items(items, len(items), timeout, skip), names)
-    files = [folder / name for name in sorted(_file_names(folder)) if _is_structures(name)]
+    files = [folder / name for name in sorted(_file_names(folder)) if _may_hold_structures(name)]
     if not files:
         raise InputError(
             f"{folder} has no structure files; put CIF, POSCAR, extended XYZ, JSON or Parquet files there."
@@ -461,10 +472,10 @@ def _read_folder(folder: Path, wanted: list[str] | None, timeout: float, skip: i
 
 def is_read(folder: Path, name: str) -> bool:
     """Does a file of that name decide what a folder's crystals are?"""
-    return name == "id_prop.csv" or (not (folder / "id_prop.csv").is_file() and _is_structures(name))
+    return name == "id_prop.csv" or (not (folder / "id_prop.csv").is_file() and _may_hold_structures(name))
 
 
-def _is_structures(name: str) -> bool:
+def _may_hold_structures(name: str) -> bool:
     return bool(_kind(name)) and not name.startswith(".") and name != _ATOM_INIT
 
 
@@ -485,8 +496,7 @@ def _id_prop_items(table: Path, wanted: list[str] | None) -> tuple[list[str], li
     if rows[0][1][0].lower() in ("id", "material_id", "cif_id", "name"):
         names = rows.pop(0)[1][1:]
     else:
-        extra = max(len(row) for _, row in rows) - 1
-        names = ["target"] + [f"target_{i}" for i in range(2, extra + 1)] if extra else []
+        names = ["target"] if any(len(row) > 1 for _, row in rows) else []
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise InputError(f"{table} has {names.count(twice[0])} columns {twice[0]!r}; give each target its own name.")
@@ -503,7 +513,10 @@ def _csv_lines(table: Path) -> Iterator[tuple[int, list[str]]]:
             number += 1
             if reader.line_num > number:  # a row of several
                 raise csv.Error
-            yield number, [x.strip() for x in row]
+            cells = [x.strip() for x in row]
+            while len(cells) > 1 and not cells[-1]:  # as spreadsheets leave them
+                cells.pop()
+            yield number, cells
     except csv.Error as error:
         number = max(number, 1)
         raise InputError(
@@ -654,8 +667,11 @@ def _read_poscar(path: Path) -> AnyCrystal:
     for reason in reasons:
         logger.debug("%s: %s", path.name, reason)
     if any("false names" in reason or "cannot be determined" in reason for reason in reasons):
-        raise InputError(f"{path.name} does not name its elements; add the line of element symbols (VASP 5 format).")
+        raise InputError(_NO_ELEMENTS.format(path.name))
     return from_pymatgen(structure, path.name)
+
+
+_NO_ELEMENTS = "{} does not name its elements; add the line of element symbols (VASP 5 format)."
 
 
 def _with_positive_scale(text: str, name: str) -> str:
@@ -670,6 +686,10 @@ def _with_positive_scale(text: str, name: str) -> str:
         )
     if counts[0].isdigit():
         lines[6] = " ".join(counts)
+    elif elements[0].isdigit() and not counts[0].lower().startswith("s"):
+        flags = lines[7].split()[3:6]  # which pymatgen takes for fluorine and tritium
+        if len(flags) == 3 and all(re.fullmatch(r"\.?[TF](RUE|ALSE)?\.?", flag, re.I) for flag in flags):
+            raise InputError(_NO_ELEMENTS.format(name))
     scale = float(lines[1])
     if scale < 0:
         volume = abs(np.linalg.det([[float(x) for x in line.split()[:3]] for line in lines[2:5]]))
@@ -721,20 +741,38 @@ def _read_ase_database(path: Path) -> Iterator[Record]:
     connect = require("ase.db", "Reading ASE databases", extra="io").connect
     stem, count = _stem(path), 0
     try:
+        _check_ase_database(path)
         for row in connect(path, type="db", append=True).select():
-            count += 1
             info = {**row.key_value_pairs, **{k: row[k] for k in ("energy",) if k in row}}
             id = str(info.get("material_id", info.get("id", f"{stem}-{row.id}")))
             yield _record(id, _numbers_of(info), partial(_row_crystal, row, f"{id} ({path.name})"))
-    except sqlite3.Error as error:
-        yield Record(stem, None, {}, f"{path.name} is not an ASE database ({_one_line(error)}); write it again.")
+            count += 1
+    except Exception as error:  # SQLite's, or ASE's of whatever a row may hold
+        message = f"is not an ASE database ({_one_line(error)}); write it again."
+        if count:
+            reason = f"{type(error).__name__}: {_one_line(error)}"
+            message = f"cannot be read from row {count + 1} on ({reason}); correct that row."
+        yield Record(f"{stem}-{count + 1}" if count else stem, None, {}, f"{path.name} {message}")
         return
     if not count:
         yield Record(stem, None, {}, f"{path.name} has no rows; give an ASE database of structures.")
 
 
+def _check_ase_database(path: Path) -> None:
+    """ASE would write its tables into whatever database lacks them."""
+    with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
+        if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'systems'").fetchone():
+            raise sqlite3.DatabaseError("it has no table of systems")
+
+
 def _row_crystal(row: Any, name: str) -> Crystal:
-    return from_ase(row.toatoms(), name)
+    try:
+        atoms = row.toatoms()
+    except Exception as error:  # of a calculator or constraint that ASE does not know, for instance
+        raise InputError(
+            f"{name} cannot be read ({type(error).__name__}: {_one_line(error)}); write it again."
+        ) from error
+    return from_ase(atoms, name)
 
 
 def _read_json(path: Path) -> Iterator[Record]:
@@ -785,8 +823,10 @@ def _numbers_of(values: Mapping[str, Any]) -> dict[str, float]:
             continue
         if isinstance(value, bool | np.bool_):
             found[str(key)] = bool(value)
-        elif isinstance(value, int | float | np.integer | np.floating) and not math.isinf(value):
-            found[str(key)] = float(value)
+        elif isinstance(value, int | float | np.integer | np.floating):
+            with suppress(OverflowError):  # of whole numbers beyond all floats
+                if not math.isinf(value):
+                    found[str(key)] = float(value)
     return found
 
 

@@ -239,3 +239,9 @@ def test_without_a_cache_directory(monkeypatch, caplog):
 
 def _successor(x):
     return x + 1
+
+
+@pytest.mark.parametrize("count", [2.5, "3", True, 0])
+def test_a_number_of_neighbors_is_a_whole_one(count):
+    with pytest.raises(InputError, match="a whole number of at least 1, or None"):
+        neighbor_list(np.eye(3) * 4, [[0, 0, 0]], [29], 5.0, max_neighbors=count)

@@ -146,6 +146,9 @@ def test_ase_database(tmp_path: Path) -> None:
     assert "bad.db is not an ASE database" in only_error(tmp_path / "bad.db")
     with connect(tmp_path / "none.db"):
         pass
+    assert "none.db is not an ASE database" in only_error(tmp_path / "none.db")
+    with connect(tmp_path / "none.db") as rows:
+        del rows[rows.write(Atoms("H"))]
     assert "none.db has no rows" in only_error(tmp_path / "none.db")
 
 
@@ -267,6 +270,79 @@ def test_the_id_of_a_row_or_an_entry(tmp_path: Path, given: list[str]) -> None:
     for file in ("t.parquet", "t.json"):
         records = list(read_inputs(tmp_path / file))
         assert [(r.id, r.error, r.targets) for r in records] == [(name, None, {}) for name in expected]
+
+
+def test_a_database_that_is_not_of_ase_stays_as_it_is(tmp_path: Path) -> None:
+    import sqlite3
+
+    pytest.importorskip("ase", reason="ASE is not installed")
+    (tmp_path / "x.cif").write_text(cif())
+    (tmp_path / "empty.db").write_bytes(b"")
+    with sqlite3.connect(tmp_path / "a study #1.db") as other:
+        other.execute("CREATE TABLE studies (x)")
+    other.close()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    study, empty, good = read_inputs(tmp_path)
+    assert good.error is None and {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    for record in (study, empty):
+        assert "is not an ASE database (it has no table of systems); write it again" in record.error
+
+
+@pytest.mark.parametrize(
+    ("change", "errors"),
+    [
+        ("UPDATE information SET value = '3' WHERE name = 'version'", ["is not an ASE database"]),
+        ("UPDATE systems SET constraints = '[{\"name\": \"NoSuch\", \"kwargs\": {}}]' WHERE id = 2",
+         [None, "cannot be read (", None]),
+        ("UPDATE systems SET key_value_pairs = '{' WHERE id = 2", [None, "cannot be read from row 2 on ("]),
+        ("UPDATE systems SET positions = x'00' WHERE id = 2", [None, "cannot be read"]),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_in_an_ase_database_stops_nothing_else(tmp_path: Path, change: str, errors: list) -> None:
+    import sqlite3
+
+    build = pytest.importorskip("ase.build", reason="ASE is not installed")
+    from ase.db import connect
+
+    (tmp_path / "x.cif").write_text(cif())
+    with connect(tmp_path / "a.db") as rows:
+        for _ in range(3):
+            rows.write(build.bulk("Cu"), gap=1.0)
+    with sqlite3.connect(tmp_path / "a.db") as database:
+        database.execute(change)
+    database.close()
+    *found, good = read_inputs(tmp_path)
+    assert good.error is None
+    for record, says in zip(found, errors, strict=False):
+        assert (record.error is None) if says is None else (says in record.error)
+    assert len(found) >= len(errors)
+
+
+@pytest.mark.parametrize("flags", ["F F F", "T T T", "T F T", ".TRUE. .FALSE. .true."])
+def test_flags_of_a_poscar_without_elements_are_no_elements(tmp_path: Path, flags: str) -> None:
+    atoms = "".join(f"{x} {x} {x} {flags}\n" for x in (0, 0.3, 0.6))
+    (tmp_path / "POSCAR").write_text(f"c\n1.0\n4 0 0\n0 5 0\n0 0 6\n1 2\nDirect\n{atoms}")
+    (record,) = read_inputs(tmp_path / "POSCAR")
+    assert "POSCAR does not name its elements; add the line" in record.error
+
+
+def test_records_of_the_caller_stay_as_they_are() -> None:
+    given = [Record("a", Crystal(CELL, COORDS, NUMBERS), {"gap": 1.0, "energy": 2.0})]
+    for name in ("gap", "energy", "gap"):
+        (record,) = read_inputs(given, targets=[name])
+        assert list(record.targets) == [name] and record.error is None
+    assert given[0].targets == {"gap": 1.0, "energy": 2.0}
+
+
+def test_tables_of_pandas_and_numbers_beyond_all_floats() -> None:
+    pd = pytest.importorskip("pandas", reason="pandas is not installed")
+    frame = pd.DataFrame({"lattice": [CELL.ravel()], "frac_coords": [COORDS.ravel()], "atomic_numbers": [NUMBERS]})
+    with pytest.raises(InputError, match="A DataFrame is not read"):
+        read_inputs(frame)
+    with pytest.raises(InputError, match="The Series object is not a crystal"):
+        as_crystal(frame.iloc[0])
+    entry = {"structure": structure().as_dict(), "huge": 10**400, "gap": 1}
+    assert [record.targets for record in read_inputs([entry])] == [{"gap": 1.0}]
 
 
 def test_long_integers_of_a_parquet_file_are_the_nearest_numbers(tmp_path: Path) -> None:
@@ -450,6 +526,9 @@ def test_any_file_name_is_an_id(tmp_path: Path) -> None:
         ("a;1\nb;2\n", ["(row 1 of id_prop.csv) has no comma", "b;2 (row 2 of id_prop.csv) has no comma"]),
         ("a\t1\nb,2\n", ["has no comma; separate id and target by one", None]),
         ("id,gap\na,1,5\nb,2,\n", ["a (row 2 of id_prop.csv) has 3 cells where there are 2 columns", None]),
+        ("a,-1,25\nb,-2,5\n", ["a (row 1 of id_prop.csv) has 3 cells where there are 2 columns", "b (row 2 of"]),
+        ("a,1,5\nb,2\n", ["has 3 cells where there are 2 columns", None]),
+        ("a,1,\nb,2,,\n", [None, None]),
         ("a,1_000\nb,1e3\n", ["a (row 1 of id_prop.csv) has the target '1_000'", None]),
     ],
 )
@@ -459,6 +538,7 @@ def test_a_table_that_means_something_else(tmp_path: Path, text: str, errors: li
     (tmp_path / "id_prop.csv").write_text(text)
     for record, said in zip(read_inputs(tmp_path), errors, strict=True):
         assert (record.error is None) if said is None else (said in record.error)
+        assert len(record.targets) == 1 or said is not None
     (tmp_path / "id_prop.csv").write_text("id,gap,gap\na,1,2\n")
     with pytest.raises(InputError, match=r"has 2 columns 'gap'; give each target its own name"):
         read_inputs(tmp_path)
@@ -800,8 +880,25 @@ def test_a_file_that_never_ends_costs_its_time_limit(tmp_path: Path) -> None:
         pool.close()
 
 
+def test_files_of_the_working_directory_and_what_is_printed_at_the_start_do_not_reach_a_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("random", "copy", "pymatgen", "calendar"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(3)\n")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text("print('hello', end='', flush=True)\n")
+    (tmp_path / "x.cif").write_text(cif())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    pool = pool_module.CifPool(timeout=30.0, workers=1)
+    try:
+        assert isinstance(pool.submit([tmp_path / "x.cif"]).result()[0], Crystal)
+    finally:
+        pool.close()
+
+
 def test_a_reader_that_dies_is_an_error_of_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "_SERVE", "import pickle, sys; pickle.dump(None, sys.stdout.buffer)")
+    monkeypatch.setattr(pool_module, "_SERVE", r"import sys; sys.stdout.buffer.write(b'\0ready\n')")
     (tmp_path / "x.cif").write_text(cif())
     pool = pool_module.CifPool(timeout=10.0, workers=1)
     try:
