@@ -60,8 +60,17 @@ def read_text(path: Path) -> str:
             data = gzip.decompress(data)
         except zlib.error as error:
             raise gzip.BadGzipFile(str(error)) from error
-    is_wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return data.decode("utf-16" if is_wide else "utf-8-sig", errors="replace")
+    return data.decode(_encoding(data), errors="replace")
+
+
+def text_encoding(path: Path) -> str:
+    """That of a text file, by its first bytes."""
+    with open(path, "rb") as file:
+        return _encoding(file.read(2))
+
+
+def _encoding(data: bytes) -> str:
+    return "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
 def read_cif(path: Path) -> AnyCrystal:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, require
-from .cif import read_cif, read_text
+from .cif import read_cif, read_text, text_encoding
 from .crystal import (
     AnyCrystal,
     Crystal,
@@ -700,7 +700,9 @@ def _with_positive_scale(text: str, name: str) -> str:
 def _read_extxyz(path: Path) -> Iterator[Record]:
     stem = _stem(path)
     try:
-        with open(path, encoding="utf-8-sig", errors="replace") as file:  # ASE would take what follows an @ for frames
+        with open(
+            path, encoding=text_encoding(path), errors="replace"
+        ) as file:  # ASE would take what follows an @ for frames
             yield from _extxyz_frames(file, path, stem)
     except OSError as error:
         yield Record(stem, None, {}, f"{path.name} cannot be read ({_one_line(error)}); check the file.")
@@ -837,6 +839,8 @@ def _read_parquet(path: Path, wanted: list[str] | None, skip: int = 0) -> Iterat
     except Exception as error:
         raise InputError(f"{path.name} is not a Parquet file ({_one_line(error)}); export it again.") from error
     schema = table.schema_arrow
+    if twice := sorted({name for name in schema.names if schema.names.count(name) > 1}):
+        raise InputError(f"{path.name} has several columns {twice[0]!r}; give each its own name.")
     missing = [name for name in STRUCTURE_COLUMNS if name not in schema.names]
     if missing:
         raise InputError(f"{path.name} lacks the column {', '.join(missing)}; it has {', '.join(schema.names)}.")

@@ -326,6 +326,21 @@ def test_flags_of_a_poscar_without_elements_are_no_elements(tmp_path: Path, flag
     assert "POSCAR does not name its elements; add the line" in record.error
 
 
+def test_extended_xyz_in_utf_16_and_columns_of_one_name(tmp_path: Path) -> None:
+    from ase.io import write
+
+    atoms = Atoms(numbers=NUMBERS, cell=CELL, scaled_positions=COORDS, pbc=True)
+    write(tmp_path / "a.xyz", [atoms, atoms], format="extxyz")
+    (tmp_path / "a.xyz").write_text((tmp_path / "a.xyz").read_text(), encoding="utf-16")
+    assert [record.error for record in read_inputs(tmp_path / "a.xyz")] == [None, None]
+    pa, parquet = (pytest.importorskip(name, reason="pyarrow is missing") for name in ("pyarrow", "pyarrow.parquet"))
+    row = [[CELL.ravel()], [COORDS.ravel()], [NUMBERS], [1.0], [2.0]]
+    names = ["lattice", "frac_coords", "atomic_numbers", "gap", "gap"]
+    parquet.write_table(pa.table([pa.array(x) for x in row], names=names), tmp_path / "t.parquet")
+    with pytest.raises(InputError, match=r"t\.parquet has several columns 'gap'; give each its own name"):
+        read_inputs(tmp_path / "t.parquet")
+
+
 def test_records_of_the_caller_stay_as_they_are() -> None:
     given = [Record("a", Crystal(CELL, COORDS, NUMBERS), {"gap": 1.0, "energy": 2.0})]
     for name in ("gap", "energy", "gap"):
