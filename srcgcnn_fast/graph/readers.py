@@ -700,9 +700,8 @@ def _with_positive_scale(text: str, name: str) -> str:
 def _read_extxyz(path: Path) -> Iterator[Record]:
     stem = _stem(path)
     try:
-        with open(
-            path, encoding=text_encoding(path), errors="replace"
-        ) as file:  # ASE would take what follows an @ for frames
+        encoding = text_encoding(path)
+        with open(path, encoding=encoding, errors="replace") as file:  # ASE would take what follows an @ for frames
             yield from _extxyz_frames(file, path, stem)
     except OSError as error:
         yield Record(stem, None, {}, f"{path.name} cannot be read ({_one_line(error)}); check the file.")
