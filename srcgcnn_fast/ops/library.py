@@ -198,14 +198,19 @@ def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _backward_second(ctx: Any, *upper: Tensor) -> tuple[Any, ...]:
-    """Second derivatives are rare: they go through the reference formula."""
+    """Second derivatives are rare: they go through the reference formula, and so do those of higher order."""
+    is_again = torch.is_grad_enabled()
+
+    def leaf(x: Tensor) -> Tensor:
+        return x.view_as(x) if is_again and x.requires_grad else x.detach().requires_grad_()
+
     grad, h, _m, *arguments = _Saved.get(ctx)
     layer, graph, moments = _split(tuple(arguments))
     edge_grad = arguments[-1]
     first_inputs = [h, *layer[:6]] + ([graph.distance if graph.features is None else graph.features] * edge_grad)
     with torch.enable_grad():
-        grad = grad.detach().requires_grad_()
-        leaves: list[Any] = [None if x is None else x.detach().requires_grad_() for x in first_inputs]
+        grad = leaf(grad)
+        leaves: list[Any] = [None if x is None else leaf(x) for x in first_inputs]
         h, weight, bias, gamma1, beta1, gamma2, beta2, *edge = leaves
         distance, features = graph.distance, graph.features
         if edge_grad:
@@ -216,7 +221,7 @@ def _backward_second(ctx: Any, *upper: Tensor) -> tuple[Any, ...]:
         wanted = [x for x in leaves if x is not None]
         first = torch.autograd.grad(out, wanted, grad, create_graph=True)
         matching = [u for u, x in zip(upper, leaves, strict=False) if x is not None]
-        second = torch.autograd.grad(first, [grad, *wanted], matching, allow_unused=True)
+        second = torch.autograd.grad(first, [grad, *wanted], matching, create_graph=is_again, allow_unused=True)
     given = iter(second[1:])
     by_leaf = [None if x is None else next(given) for x in leaves]
     none: list[Tensor | None] = [None] * (3 + len(arguments))
