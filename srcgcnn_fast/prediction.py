@@ -279,8 +279,8 @@ def _of_store(
     batches = _store_batches(store, every, device, _distance_dtype(model), _AHEAD if device.type == "cuda" else 0)
     begun: _Begun | None = None
     table = model.element_table.cpu()  # once, since the copy waits for the GPU
-    if left_out := len(store.rejected):
-        logger.warning("%d inputs of %s were left out when it was prepared, and have no row.", left_out, store.path)
+    if store.n_rejected:
+        logger.warning("%d inputs of %s were left out when it was prepared, with no row.", store.n_rejected, store.path)
     is_stricter = parameters.isolated == "error" and store.parameters.isolated != "error"
     for (first, stop), some in zip(chunks, cuts, strict=True):
         failures, outputs = store.isolated(first, stop) if is_stricter else {}, []

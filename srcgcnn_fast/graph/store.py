@@ -191,6 +191,11 @@ class GraphStore:
                 f"{self.path} is damaged or was replaced ({REJECTED} is not as it was); open or prepare it again."
             ) from error
 
+    @property
+    def n_rejected(self) -> int:
+        """Inputs that have no graph."""
+        return self._info.rejected
+
     def verify(self) -> None:
         """Read everything and compare it with the checksums taken when it was written.
 
