@@ -160,7 +160,7 @@ def train(arguments: argparse.Namespace) -> None:
     options |= {name: getattr(arguments, name) for name in ("accelerator", "precision", "captured")}
     options["logger"] = "tensorboard" if arguments.tensorboard else arguments.logger
     if arguments.folds:
-        found = cross_validate(build, data_of, _folds(arguments, store), out, recipe, **options)
+        found = cross_validate(build, data_of, _folds(arguments, store, init), out, recipe, **options)
         for name, (mean, std) in found.scores.items():
             print(f"{name}: {mean:.4g} ± {std:.2g} ({len(found.evaluations)} folds)")
         print(f"scores of each fold in {out / 'folds.csv'}, every crystal in {out / 'predictions.csv'}")
@@ -215,8 +215,7 @@ def _check_combination(arguments: argparse.Namespace, init: Any) -> None:
             raise InputError(f"{given} would change nothing without --{option} {value}; give that, or drop it.")
     if (given := _given(arguments, ("split_column",))) and not arguments.split_file:
         raise InputError(f"{given} is a column of --split-file; give that, or drop it.")
-    is_class = arguments.classification or (init is not None and init.hyperparameters["classification"])
-    if is_class and (given := _given(arguments, ("loss", "unit"))):
+    if _is_classifier(arguments, init) and (given := _given(arguments, ("loss", "unit"))):
         raise InputError(
             f"A classifier has a loss of its own, and a class no unit: {given} would change nothing; drop it."
         )
@@ -370,7 +369,11 @@ def _build(arguments: argparse.Namespace, init: Any, data: Any) -> CGCNN | SRCGC
     )
 
 
-def _folds(arguments: argparse.Namespace, store: Any) -> list[Any]:
+def _is_classifier(arguments: argparse.Namespace, init: Any) -> bool:
+    return arguments.classification or (init is not None and init.hyperparameters["classification"])
+
+
+def _folds(arguments: argparse.Namespace, store: Any, init: Any) -> list[Any]:
     import numpy as np
 
     from .training import k_folds, matbench_folds
@@ -379,7 +382,7 @@ def _folds(arguments: argparse.Namespace, store: Any) -> list[Any]:
         return matbench_folds(store, arguments.folds, arguments.seed)
     values = store.target_array(arguments.target)
     usable = np.flatnonzero(np.isfinite(values).any(axis=1))
-    labels = values[usable, 0] if arguments.classification else None
+    labels = values[usable, 0] if _is_classifier(arguments, init) else None
     return k_folds(usable, int(arguments.folds), arguments.seed, labels=labels)
 
 

@@ -22,6 +22,7 @@ from .files import atomic_path
 from .graph import GraphBatch, GraphStore, Record, build_graphs, collate, open_store, read_inputs
 from .graph.elements import MIXES_BUILT_IN, element_features, without_vector
 from .graph.store import is_store
+from .nn.models import in_eval_mode
 from .uncertainty import MonteCarloDropout, Sampler, load_predictor
 
 if TYPE_CHECKING:
@@ -149,10 +150,7 @@ def run_over(
     ids: list[str] = []
     errors: list[str | None] = []
     values: list[np.ndarray] = []
-    training = [each.training for each in models]
-    for each in models:
-        each.eval()
-    try:
+    with in_eval_mode(models):
         if (store := _as_store(inputs)) is not None:
             chunks = _of_store(model, function, store, parameters, batch_atoms, progress, device)
         else:
@@ -164,9 +162,6 @@ def run_over(
             ids += names
             values.append(found)
             errors += failures
-    finally:
-        for each, mode in zip(models, training, strict=True):
-            each.train(mode)
     return ids, np.concatenate(values) if values else np.empty((0, width)), errors
 
 

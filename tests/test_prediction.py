@@ -89,6 +89,9 @@ def test_mode_is_kept_and_eval_is_used():
     frame = sf.predict(model, inputs)
     assert model.training and all(m.training for m in model.modules())
     assert int(model.convs[0].bn1.num_batches_tracked) == 0
+    model.convs.eval()  # as frozen parts are, whose statistics must not move
+    sf.predict(model, inputs)
+    assert model.training and not any(m.training for m in model.convs.modules())
     model.eval()
     assert sf.predict(model, inputs).equals(frame) and not model.training
 

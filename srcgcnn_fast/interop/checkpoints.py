@@ -122,12 +122,13 @@ def save_upstream_checkpoint(model: CGCNN | SRCGCNN, path: str | os.PathLike[str
     table = model.element_table.detach().cpu().float().numpy()
     if table.any() and not np.array_equal(table, element_features()):
         args[_OURS]["element_table"] = table.tolist()
-    best = metadata.extra.get("best_epoch", {})
-    score = best.get("val_auc", 0.0) if options["classification"] else best.get("val_mae", _NO_ERROR_YET)
+    best = metadata.extra.get("best_epoch", {})  # of our training, which comes after that of a file
+    before = metadata.extra.get("best_mae_error", 0.0 if options["classification"] else _NO_ERROR_YET)
+    score = best.get("val_auc" if options["classification"] else "val_mae", before)
     checkpoint = {
-        "epoch": int(metadata.extra.get("epoch", best.get("epoch", 0))),
+        "epoch": int(best.get("epoch", metadata.extra.get("epoch", 0))),
         "state_dict": {name: value.detach().cpu() for name, value in model.state_dict().items()},
-        "best_mae_error": float(metadata.extra.get("best_mae_error", score)),
+        "best_mae_error": float(score),
         "normalizer": {"mean": metadata.mean[0], "std": metadata.std[0]},
         "args": args,
     }

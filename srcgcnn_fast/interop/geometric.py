@@ -234,7 +234,7 @@ def _batch(edges: Tensor, graph: _Graph, features: Tensor | None, dtype: torch.d
 
     if features is not None and features.requires_grad and torch.is_grad_enabled():
         return build()
-    batch: GraphBatch = _cache.get((edges, features), ("batch", dtype), caller, build)
+    batch: GraphBatch = _cache.get((edges, features), ("batch", dtype, len(graph.row_ptr)), caller, build)
     return batch
 
 

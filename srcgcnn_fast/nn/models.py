@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import Any
 
@@ -39,6 +40,19 @@ def _with_first(states: list[functional.BatchNorm]) -> list[functional.BatchNorm
     """Norms without scale and shift take the first one's."""
     first = states[0]
     return [s if s.weight is not None else s._replace(weight=first.weight, bias=first.bias) for s in states]
+
+
+@contextmanager
+def in_eval_mode(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Afterwards every part of them has the mode that it had."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @lru_cache(64)

@@ -101,6 +101,8 @@ def batch_norm_states(norms: Iterable[nn.BatchNorm1d | nn.SyncBatchNorm]) -> lis
     norms = list(norms)
     for norm in norms:
         stand_in_for(norm, *_NORMS)
+    if len({id(norm) for norm in norms}) < len(norms):  # each place of one norm counts a batch of its own
+        return [state for norm in norms for state in batch_norm_states([norm])]
     counts = [norm._buffers["num_batches_tracked"] for norm in norms if _tracks(norm)]
     if counts := [count for count in counts if count is not None]:
         torch._foreach_add_(counts, 1)

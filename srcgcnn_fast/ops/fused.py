@@ -158,13 +158,15 @@ class _Convolutions(torch.autograd.Function):
         ctx.graph, ctx.moments, ctx.species, ctx.norms, ctx.shared = graph, moments, species, norms, shared
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(h, edge_values, statistics, block, *parameters)
+        ctx.n_parameters = len(parameters)
+        ctx.save_for_backward(h, edge_values, statistics, block, *parameters, *_watched(graph, moments, species))
         return out, statistics
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
         none: list[Any] = [None] * 6
         h, edge_values, statistics, block, *parameters = ctx.saved_tensors
+        parameters = parameters[: ctx.n_parameters]
         if grad is None:
             return (*none, *([None] * (2 + len(parameters))))
         if is_again(grad):
@@ -179,6 +181,16 @@ class _Convolutions(torch.autograd.Function):
         )  # fmt: skip
         found = (g if want else None for g, want in zip(gradients, wanted, strict=True))
         return (*none, d_h if of_h else None, d_edge, *found)
+
+
+def _watched(graph: Graph, moments: Moments, species: Tensor | None) -> list[Tensor]:
+    """What a backward pass reads besides, so that autograd says so if it was written to meanwhile."""
+    return _written_to(species, moments.row_weight, graph.sender, graph.row_ptr, graph.crystal_ptr)
+
+
+def _written_to(*tensors: Tensor | None) -> list[Tensor]:
+    """Those of which autograd counts what is written to them."""
+    return [x for x in tensors if x is not None and not x.is_inference()]
 
 
 def _layers_of(parameters: Sequence[Tensor | None], norms: list[tuple[Any, ...]]) -> list[Layer]:
@@ -360,14 +372,17 @@ class _DeviceConvolutions(torch.autograd.Function):
         row_weight, in_degree, _, _, e_sum, gram = moments  # those in between led to the Gram matrices, and are large
         ctx.moments = Moments(row_weight, in_degree, None, None, e_sum, gram)
         ctx.n_parameters = len(parameters)
-        ctx.save_for_backward(h, edge_values, *parameters, *messages, *kept)
+        watched = _watched(graph, moments, species)
+        ctx.n_kept = 2 + len(kept)
+        ctx.save_for_backward(h, edge_values, *parameters, *messages, *kept, *watched)
         return cuda_conv.crystal_mean(x, row_weight, graph.crystal_ptr) if pooled else x
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         none: list[Any] = [None] * 6
         h, edge_values, *saved = ctx.saved_tensors
-        parameters, (sums, scales, *kept) = saved[: ctx.n_parameters], saved[ctx.n_parameters :]
+        parameters, of_forward = saved[: ctx.n_parameters], saved[ctx.n_parameters :]
+        sums, scales, *kept = of_forward[: ctx.n_kept]
         row_weight, crystal_ptr = ctx.moments.row_weight, ctx.graph.crystal_ptr
         n_features = parameters[0].shape[1] - 2 * h.shape[1]
         if is_again(grad):
@@ -526,12 +541,14 @@ class _Readout(torch.autograd.Function):
         layers = _pairs(parameters)
         out, values = cpu.readout(h, row_weight, crystal_ptr, layers)
         ctx.crystals = row_weight, crystal_ptr
-        ctx.save_for_backward(h, values, *parameters)
+        ctx.n_parameters = len(parameters)
+        ctx.save_for_backward(h, values, *parameters, *_written_to(row_weight, crystal_ptr))
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, values, *parameters = ctx.saved_tensors
+        parameters = parameters[: ctx.n_parameters]
         wanted = ctx.needs_input_grad[2:]
         row_weight, crystal_ptr = ctx.crystals
         if is_again(grad):

@@ -14,6 +14,7 @@ import torch
 from ..errors import InputError
 from ..files import atomic_path
 from ..nn import CGCNN, SRCGCNN
+from ..nn.models import in_eval_mode
 from ..uncertainty import Sampler
 from .data import GraphDataModule
 from .metrics import classification_metrics, regression_metrics
@@ -59,16 +60,10 @@ def evaluate(model: CGCNN | SRCGCNN | Sampler, data: GraphDataModule, part: str 
     models = model.models if isinstance(model, Sampler) else [model]
     _check(models[0], data, part)
     device = next(models[0].parameters()).device
-    training = [each.training for each in models]
-    for each in models:
-        each.eval()
     loader = data.loader(part)
     loader.device = device
-    try:
+    with in_eval_mode(models):
         batches: list[Any] = [model.predict(graphs.to(device)) for graphs, _, _ in loader]
-    finally:
-        for each, mode in zip(models, training, strict=True):
-            each.train(mode)
     std = None
     if isinstance(model, Sampler):
         std = torch.cat([spread for _, spread in batches]).double().cpu().numpy()

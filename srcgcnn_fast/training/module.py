@@ -170,6 +170,7 @@ class TrainingModule(pl.LightningModule):
         self.register_buffer("target_mean", torch.tensor(mean, dtype=torch.float32))
         self.register_buffer("target_std", torch.tensor(std, dtype=torch.float32))
         self.register_buffer("class_weight", self._class_weight(given), persistent=False)
+        model.train()  # which Lightning leaves to others, and a loaded model is not
         self._frozen, self._stopped = _freeze(model, recipe.freeze)
         extra = {name: value for name, value in model.metadata.extra.items() if name != DROPOUT_SCALE}
         model.metadata = ModelMetadata(data.targets, data.units, tuple(mean), tuple(std), data.graph_parameters, extra)

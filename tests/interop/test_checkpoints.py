@@ -323,3 +323,11 @@ def test_what_the_published_programs_cannot_express_is_not_written(tmp_path):
         with pytest.raises(InputError, match="Cannot write"):
             save_upstream_checkpoint(model, tmp_path / "x.pth.tar")
     assert not (tmp_path / "x.pth.tar").exists()
+
+
+def test_the_epoch_of_our_own_training_is_written(tmp_path):
+    """Not that of the file which it began from."""
+    model = load_upstream_checkpoint(write(make_checkpoint(), tmp_path / "a.pth.tar"))
+    model.metadata.extra["best_epoch"] = {"epoch": 3, "val_mae": 0.125}
+    path = save_upstream_checkpoint(model, tmp_path / "b.pth.tar")
+    assert load_upstream_checkpoint(path).metadata.extra == {"epoch": 3, "best_mae_error": 0.125}

@@ -211,6 +211,12 @@ def test_gradients_of_layers_in_a_row_to_be_differentiated_again():
         torch.testing.assert_close(found, expected)
 
 
+def test_more_nodes_with_the_same_edges():
+    layers, (x, index, attr) = [CGConv(5, 4) for _ in range(2)], graph()
+    more = torch.cat([layers[0](x.float(), index, attr.float()), torch.ones(3, 5)])
+    assert layers[1](more, index, attr.float()).shape == more.shape
+
+
 def test_a_geometric_network(published):
     pyg = pytest.importorskip("torch_geometric", reason="torch-geometric is not installed")
 

@@ -106,3 +106,22 @@ def test_many_gradients_at_once(model, make_batch):
     (found,) = torch.autograd.grad(out, batch.distance, every, is_grads_batched=True, retain_graph=True)
     expected = [torch.autograd.grad(out, batch.distance, x, retain_graph=True)[0] for x in every]
     assert relative([found], [torch.stack(expected)]) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["weighted", "large"])
+@pytest.mark.parametrize("field", ["numbers", "weight", "sender", "distance"])
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_written_to_before_the_backward_pass_does_not_count(model, make_batch, kind, field, training):
+    """PyTorch says that it was, or the gradients are right."""
+    model, batch = model.float().train(training), make_batch(kind)
+    leaves = list(model.parameters())
+    expected = torch.autograd.grad(model(batch).sum(), leaves)
+    out = model(batch).sum()
+    getattr(batch, field)[::2] = 3
+    try:
+        found = torch.autograd.grad(out, leaves)
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+    else:
+        size = max(float(x.norm()) for x in expected)
+        assert all(float((x - y).norm()) < 1e-4 * size for x, y in zip(found, expected, strict=True))

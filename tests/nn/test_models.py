@@ -293,6 +293,22 @@ def test_a_batch_of_inference_mode_trains(make_batch, dtype):
     assert torch.isfinite(model.embedding.weight.grad).all()
 
 
+def test_places_of_one_norm_without_momentum_count_one_by_one(make_batch):
+    """As if the modules were called one after the other."""
+    torch.manual_seed(0)
+    batch = make_batch("weighted")
+    model = sf.CGCNN(3, 8, 8).double()
+    model.convs[1] = model.convs[2] = model.convs[0]
+    model.convs[0].bn2.momentum = model.convs[0].bn1.momentum = None
+    other = copy.deepcopy(model)
+    h = other.embed(batch)
+    for conv in other.convs:
+        h = conv(h, batch)
+    model(batch)
+    for name, found in model.named_buffers():
+        torch.testing.assert_close(found, other.get_buffer(name))
+
+
 def test_another_convolution_in_place_of_ours(make_batch):
     class Nothing(nn.Module):
         def forward(self, h, batch):

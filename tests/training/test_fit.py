@@ -69,6 +69,38 @@ def test_training_beats_the_mean(alloys, tmp_path):
     assert evaluation.metrics["mae"] == pytest.approx(np.abs(evaluation.predicted - evaluation.target).mean())
 
 
+def test_a_loaded_model_trains_as_a_new_one(alloys, tmp_path):
+    """In training mode, which loading does not give it, nor an earlier run or one that failed with frozen parts."""
+    data, recipe = GraphDataModule(alloys, "energy", batch_size=32), Recipe(epochs=1)
+    torch.manual_seed(0)
+    model = CGCNN(n_conv=2, atom_fea_len=8, h_fea_len=8, dropout=0.5)
+    expected = fit(copy.deepcopy(model), data, tmp_path / "new", recipe, accelerator="cpu").history[0]["train_loss"]
+    copied = copy.deepcopy(model).eval()
+    assert fit(copied, data, tmp_path / "eval", recipe, accelerator="cpu").history[0]["train_loss"] == expected
+    counts = [int(copied.convs[0].bn1.num_batches_tracked)]
+    fit(copied, data, tmp_path / "again", recipe, accelerator="cpu")
+    with pytest.raises(RuntimeError, match="stopped"):
+        frozen = Recipe(epochs=2, freeze=("convolutions",))
+        fit(copied, data, tmp_path / "fails", frozen, callbacks=[StopIn(1)], accelerator="cpu")
+    fit(copied, data, tmp_path / "after", recipe, accelerator="cpu")
+    counts.append(int(copied.convs[0].bn1.num_batches_tracked))
+    assert counts == [4, 12]
+
+
+def test_scoring_meanwhile_leaves_frozen_statistics_as_they_are(alloys, tmp_path):
+    class Score(pl.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            evaluate(module.model, data, "test")
+
+    data = GraphDataModule(alloys, "energy", batch_size=32)
+    torch.manual_seed(0)
+    model = CGCNN(n_conv=2, atom_fea_len=8, h_fea_len=8)
+    before = model.convs[0].bn1.running_mean.clone()
+    recipe = Recipe(epochs=3, freeze=("convolutions",))
+    fit(model, data, tmp_path, recipe, callbacks=[Score()], accelerator="cpu")
+    assert torch.equal(model.convs[0].bn1.running_mean, before)
+
+
 def test_the_best_epoch_is_kept_not_the_last(alloys, tmp_path):
     result = run(alloys, tmp_path, recipe=Recipe(epochs=6, lr=0.05, schedule="constant"))
     assert result.best["val_mae"] < 0.99 * result.history[-1]["val_mae"]
