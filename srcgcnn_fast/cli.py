@@ -132,7 +132,7 @@ def train(arguments: argparse.Namespace) -> None:
     distributed.join()
     out, parameters = Path(arguments.out), _graph_parameters(arguments)
     default = init.metadata.graph if init else None
-    _check_place(arguments, out, parameters or default)
+    distributed.on_rank_zero(_check_place, arguments, out, parameters or default)
     sources = {"graphs": arguments.source, "graphs-val": arguments.val, "graphs-test": arguments.test}
 
     def stores() -> list[Any]:

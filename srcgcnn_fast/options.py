@@ -1,4 +1,8 @@
-"""Options of a command from YAML files, in place of words of its command line."""
+"""Options of a command from YAML files, in place of words of its command line.
+
+argparse checks both alike. jsonargparse, which read them before, passed on what YAML makes of a value: a number for a
+text, one text for a list.
+"""
 
 from __future__ import annotations
 

@@ -246,6 +246,32 @@ def test_dropout_without_values_to_calibrate_with_is_a_warning(source, tmp_path,
     assert "dropout_scale" not in load_model(tmp_path / "run" / "model").metadata.extra
 
 
+def test_folds_of_a_classifier_to_start_from_are_stratified(trained, source, tmp_path, monkeypatch):
+    """As with --classification: labels decide."""
+    from srcgcnn_fast.training import several, splits
+
+    data, given = with_classes(tmp_path, source), []
+    argv = ["train", str(data), "--target", "stable", "--epochs", "1", "--out"]
+    assert main([*argv, str(tmp_path / "first"), "--classification", *NARROW.split()]) == 0
+    monkeypatch.setattr(several, "fit", None)  # the folds are made before
+
+    def noted(*arguments, **options):
+        given.append(options["labels"])
+        return splits.k_folds(*arguments, **options)
+
+    monkeypatch.setattr("srcgcnn_fast.training.k_folds", noted)
+    with pytest.raises(TypeError):
+        main([*argv, str(tmp_path / "cv"), "--folds", "2", "--init", str(tmp_path / "first" / "model")])
+    assert given[0].sum() == 20
+
+
+def test_a_target_named_fold_has_no_folds(source, tmp_path, capsys):
+    frame = pd.read_parquet(source).rename(columns={TARGET: "fold"})
+    frame.to_parquet(tmp_path / "f.parquet")
+    argv = ("train", tmp_path / "f.parquet", "--target", "fold", *SMALL, "--out", tmp_path / "cv")
+    assert "has a column fold, so no target may; rename it" in refused(capsys, *argv, "--folds", "2")
+
+
 def test_folds_and_split_files(source, tmp_path, capsys):
     common = ["train", str(source), "--target", TARGET, *SMALL]
     assert main([*common, "--folds", "2", "--out", str(tmp_path / "cv")]) == 0

@@ -53,7 +53,7 @@ class Frozen:
         self._containers = [module._modules for module in modules if module._modules or module is model]
         self._hooks = [module.__dict__[name] for module in linears for name in _HOOKS]
         self._linears = list(linears)
-        self._own_names = [module.__dict__ for module in linears]
+        self._attributes = [module.__dict__ for module in linears]
         self._tensors = [x for x in self._found if isinstance(x, Tensor)]
         self._layout = self._now()
 
@@ -68,7 +68,7 @@ class Frozen:
             same
             and all(own[name] is value for name, value in self._own.items())
             and not any(self._hooks)
-            and not any("forward" in names for names in self._own_names)  # that somebody replaced
+            and not any("forward" in attributes for attributes in self._attributes)  # that somebody replaced
             and self._now() == self._layout
         ):
             self.was_used = True

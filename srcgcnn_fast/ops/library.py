@@ -66,15 +66,9 @@ def _stack_layers(
     n_steps = len(eps) // 2
     layers = []
     for t in range(n_steps):
+        weight = weights[0 if shared else t]
         bias = biases[min(t, len(biases) - 1)] if biases else None
-        fields: list[Any] = [
-            weights[0 if shared else t],
-            bias,
-            *vectors[8 * t : 8 * t + 8],
-            *eps[2 * t : 2 * t + 2],
-            False,
-            False,
-        ]
+        fields: list[Any] = [weight, bias, *vectors[8 * t : 8 * t + 8], *eps[2 * t : 2 * t + 2], False, False]
         layers.append(Layer(*fields))
     return layers
 
