@@ -213,6 +213,9 @@ def _check_combination(arguments: argparse.Namespace, init: Any) -> None:
     for names, option, value in _IDLE:
         if getattr(arguments, option) != value and (given := _given(arguments, names)):
             raise InputError(f"{given} would change nothing without --{option} {value}; give that, or drop it.")
+    other = next((name for name in ("folds", "split_file", "val") if getattr(arguments, name)), None)
+    if other and (given := _given(arguments, ("split",))):
+        raise InputError(f"{given} would change nothing beside --{other.replace('_', '-')}; give one of them.")
     if (given := _given(arguments, ("split_column",))) and not arguments.split_file:
         raise InputError(f"{given} is a column of --split-file; give that, or drop it.")
     if _is_classifier(arguments, init) and (given := _given(arguments, ("loss", "unit"))):
@@ -868,7 +871,7 @@ def _add_training_options(
     text = "target column to learn, repeatable" + ("" if is_study else "; a crystal may lack some")
     parser.add_argument("--target", metavar="NAME", action="append", required=not is_study, help=text)
     parser.add_argument("--unit", help="of the target, for tables and plots; known for the usual names")
-    parser.add_argument("--val", metavar="SOURCE", help="separate validation set; --split is then unused")
+    parser.add_argument("--val", metavar="SOURCE", help="separate validation set, in place of --split")
     parser.add_argument("--test", metavar="SOURCE", help="separate test set; needs --val")
     parser.add_argument(
         "--split",

@@ -103,7 +103,8 @@ def test_train_writes_a_run(trained, source, capsys):
     "options",
     [
         NARROW,
-        f"{NARROW} --full-graph --split .7 .2 .1 --seed 3 --optimizer adamw --schedule one_cycle --ema .9 --dropout .2",
+        f"{NARROW} --full-graph --split .7 .2 .1 --seed 3 --optimizer adamw --ema .9 --dropout .2",
+        f"{NARROW} --schedule one_cycle --batch-size 9",
         f"{NARROW} --model cgcnn --n-conv 2 --schedule multistep --lr-milestones 2 --batch-rows 99",
         f"{NARROW} --target stable --classification --class-weights 1 2 --split 0.5 0.3 0.2",
         "--init {model} --freeze embedding --loss mae",
@@ -132,6 +133,9 @@ def test_a_run_of_the_command_line_repeats_from_its_file(trained, source, tmp_pa
         ("--batch-size 256 --batch-rows 99", "--batch-rows stands in place of --batch-size; give one of them"),
         ("--tensorboard --logger wandb", "are two logs, and a run has one; give one of them"),
         ("--split-column part", "--split-column is a column of --split-file"),
+        ("--split .5 .3 .2 --folds 3", "--split would change nothing beside --folds; give one of them"),
+        ("--split .5 .3 .2 --split-file f.csv", "--split would change nothing beside --split-file"),
+        ("--split .5 .3 .2 --val v.parquet", "--split would change nothing beside --val"),
         ("--init {model} --model cgcnn --n-conv 2", "fixes the network, so --model and --n-conv would change nothing"),
         ("--init {model} --n-recurrent-steps 4", "--n-recurrent-steps would change nothing; drop"),
         ("--init {model} --atom-fea-len 16 --h-fea-len 16 --n-h 2", "--atom-fea-len and --h-fea-len and --n-h would"),
@@ -205,7 +209,8 @@ def tables(tmp_path: Path, source: Path) -> Path:
     return tmp_path / "two.parquet"
 
 
-SMALL = ("--epochs", "1", "--atom-fea-len", "8", "--h-fea-len", "8", "--split", "0.5", "0.3", "0.2")
+SHORT = ("--epochs", "1", *NARROW.split())
+SMALL = (*SHORT, "--split", "0.5", "0.3", "0.2")
 
 
 def test_two_targets_and_an_ensemble(source, tmp_path, capsys):
@@ -240,7 +245,7 @@ def test_dropout_without_values_to_calibrate_with_is_a_warning(source, tmp_path,
     frame["rare"] = frame[TARGET].where(np.arange(40) < 20)
     frame.assign(split=["train"] * 25 + ["val"] * 15).to_parquet(tmp_path / "t.parquet")
     table, out = str(tmp_path / "t.parquet"), str(tmp_path / "run")
-    argv = ["train", table, "--target", TARGET, "--target", "rare", *SMALL, "--dropout", "0.2", "--out", out]
+    argv = ["train", table, "--target", TARGET, "--target", "rare", *SHORT, "--dropout", "0.2", "--out", out]
     assert main([*argv, "--split-file", table]) == 0
     assert "predictions of rare cannot be calibrated" in caplog.text
     assert "dropout_scale" not in load_model(tmp_path / "run" / "model").metadata.extra
@@ -268,12 +273,12 @@ def test_folds_of_a_classifier_to_start_from_are_stratified(trained, source, tmp
 def test_a_target_named_fold_has_no_folds(source, tmp_path, capsys):
     frame = pd.read_parquet(source).rename(columns={TARGET: "fold"})
     frame.to_parquet(tmp_path / "f.parquet")
-    argv = ("train", tmp_path / "f.parquet", "--target", "fold", *SMALL, "--out", tmp_path / "cv")
+    argv = ("train", tmp_path / "f.parquet", "--target", "fold", *SHORT, "--out", tmp_path / "cv")
     assert "has a column fold, so no target may; rename it" in refused(capsys, *argv, "--folds", "2")
 
 
 def test_folds_and_split_files(source, tmp_path, capsys):
-    common = ["train", str(source), "--target", TARGET, *SMALL]
+    common = ["train", str(source), "--target", TARGET, *SHORT]
     assert main([*common, "--folds", "2", "--out", str(tmp_path / "cv")]) == 0
     assert "(2 folds)" in capsys.readouterr().out
     assert len(pd.read_csv(tmp_path / "cv" / "predictions.csv")) == 40
@@ -688,7 +693,7 @@ def test_a_run_that_is_refused_leaves_the_graphs_of_the_one_that_is_there(traine
     shutil.copytree(trained, run)
     other, graphs = write_alloys(tmp_path / "other.parquet", 30, seed=1), run / "graphs" / "distance.npy"
     before = graphs.read_bytes()
-    start = ("train", "--target", TARGET, *SMALL, "--out", run)
+    start = ("train", "--target", TARGET, *SHORT, "--out", run)
     assert "already holds a run" in refused(capsys, *start, other)
     assert "graph (" in refused(capsys, *start, source, "--resume", "--radius", "4")
     assert "targets (" in refused(capsys, *start, source, "--resume", "--target", "volume")

@@ -47,6 +47,8 @@ STRUCTURE_COLUMNS = ("lattice", "frac_coords", "atomic_numbers")
 ID_COLUMNS = ("material_id", "id")
 """What a table or an entry calls its crystals by: the first that it has."""
 _NOT_TARGETS = {*STRUCTURE_COLUMNS, *ID_COLUMNS, "formula", "n_sites", "structure"}
+_PANDAS_INDEX = re.compile(r"__index_level_\d+__$")
+"""What pandas calls the rows' numbers in a Parquet file."""
 _ATOM_INIT = "atom_init.json"
 _ATOMIC_NUMBERS = {symbol: number for number, symbol in enumerate(ELEMENT_SYMBOLS) if symbol} | {"D": 1}
 _MAX_READERS = 16
@@ -850,7 +852,8 @@ def _read_parquet(path: Path, wanted: list[str] | None, skip: int = 0) -> Iterat
     if text:
         kind = schema.field(text[0]).type
         raise InputError(f"{path.name} has the column {text[0]} of type {kind}, which is no target; give numbers.")
-    keep = _chosen([name for name in numeric if name not in _NOT_TARGETS], wanted, path.name)
+    names = [name for name in numeric if name not in _NOT_TARGETS and not _PANDAS_INDEX.match(name)]
+    keep = _chosen(names, wanted, path.name)
     id_column = next((name for name in ID_COLUMNS if name in schema.names), None)
     return _parquet_records(table, path.name, keep, id_column, skip)
 

@@ -230,7 +230,9 @@ class GraphStore:
         return int(self._first["edge"][-1])
 
     def __getitem__(self, index: int) -> CrystalGraph:
-        """Raises IndexError outside of -n to n - 1."""
+        """Raises IndexError outside of -n to n - 1, InputError for what is no whole number."""
+        if not hasattr(index, "__index__"):
+            raise InputError(f"A store gives one crystal by its number, not by {index!r}; GraphStore.batch takes many.")
         if not -len(self) <= index < len(self):
             raise IndexError(f"There is no crystal {index} in a store of {len(self)}.")
         i = int(index) % len(self)

@@ -352,6 +352,8 @@ class TrainingModule(pl.LightningModule):
             return [optimizer], [schedules.MultiStepLR(optimizer, list(recipe.milestones), recipe.gamma)]
         if recipe.schedule == "one_cycle":
             steps = int(self.trainer.estimated_stepping_batches)
+            if steps == 1:
+                raise InputError("A run of a single step has no cycle; train longer, or choose another schedule.")
             peaks = [group["lr"] for group in optimizer.param_groups]
             # PyTorch divides by the steps before the peak less one: a warm-up of exactly one step begins at the peak.
             share = recipe.warmup * (1 - 1e-9) if recipe.warmup * steps == 1 else recipe.warmup

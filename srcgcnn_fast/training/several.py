@@ -122,6 +122,8 @@ def train_ensemble(
         )
     directory, order, trained = Path(run_dir), data.seed, []
     check_replaceable(directory / "model")
+    if resume and has_begun(directory / f"member_{members}"):
+        raise InputError(f"{directory} holds more than {members} members; ask for as many as there are, or more.")
     try:
         for k in range(members):
             data.seed = order + k

@@ -341,6 +341,14 @@ def test_extended_xyz_in_utf_16_and_columns_of_one_name(tmp_path: Path) -> None:
         read_inputs(tmp_path / "t.parquet")
 
 
+def test_the_row_numbers_of_pandas_are_no_target(tmp_path: Path) -> None:
+    pd = pytest.importorskip("pandas", reason="pandas is missing")
+    row = {"lattice": CELL.ravel().tolist(), "frac_coords": COORDS.ravel().tolist(), "atomic_numbers": NUMBERS}
+    row["gap"] = 1.0
+    pd.DataFrame([row, row], index=[4, 2]).to_parquet(tmp_path / "t.parquet")
+    assert [record.targets for record in read_inputs(tmp_path / "t.parquet")] == [{"gap": 1.0}] * 2
+
+
 def test_records_of_the_caller_stay_as_they_are() -> None:
     given = [Record("a", Crystal(CELL, COORDS, NUMBERS), {"gap": 1.0, "energy": 2.0})]
     for name in ("gap", "energy", "gap"):

@@ -213,6 +213,9 @@ def test_bad_indices(tmp_path: Path) -> None:
             store.batch(indices)
     with pytest.raises(IndexError, match="There is no crystal 3"):
         store[3]
+    for index in (slice(2), "quartz", 1.0):
+        with pytest.raises(InputError, match=r"one crystal by its number, not by .*; GraphStore\.batch takes many"):
+            store[index]
     assert len(list(store)) == 3
     with pytest.raises(InputError, match="has no target gap; it has none"):
         store.target_array(["gap"])

@@ -180,6 +180,12 @@ def test_one_cycle_whose_warm_up_is_one_step(alloys, tmp_path):
     assert all(np.diff([row["lr"] for row in history]) < 0)
 
 
+def test_one_cycle_of_a_single_step_is_refused(alloys, tmp_path):
+    """Its rate is that of the end."""
+    with pytest.raises(InputError, match="A run of a single step has no cycle; train longer"):
+        run(alloys, tmp_path, recipe=Recipe(epochs=1, schedule="one_cycle"), batch_size=256)
+
+
 def test_weight_decay_spares_biases_and_norms(alloys):
     module = TrainingModule(SRCGCNN(), GraphDataModule(alloys, "energy"), MODERN)
     module.trainer = pl.Trainer(logger=False, enable_checkpointing=False)

@@ -184,13 +184,17 @@ def test_a_trained_ensemble_is_calibrated_on_validation(trained, tmp_path):
 def test_what_cannot_be_calibrated_is_said_before_anything_is_trained(alloys, tmp_path):
     has = np.isfinite(alloys.target_array(["volume"])[:, 0])
     split = Split(np.flatnonzero(has)[:80], np.flatnonzero(~has), [])
+    source, whole = model(), GraphDataModule(alloys, "energy", batch_size=128)
     data = GraphDataModule(alloys, ["energy", "volume"], split=split)
     build = lambda _: CGCNN(1, 8, 8, n_targets=2)  # noqa: E731
     with pytest.raises(InputError, match="No validation crystal has a value of volume"):
         train_ensemble(build, data, tmp_path / "run", Recipe(epochs=1), members=2, accelerator="cpu")
     with pytest.raises(InputError, match="ensemble of 1 has no spread"):
         train_ensemble(build, data, tmp_path / "run", Recipe(epochs=1), members=1, accelerator="cpu")
-    source, whole = model(), GraphDataModule(alloys, "energy", batch_size=128)
+    (tmp_path / "three" / "member_2").mkdir(parents=True)
+    (tmp_path / "three" / "member_2" / "run.json").write_text("{}")
+    with pytest.raises(InputError, match="holds more than 2 members; ask for as many as there are, or more"):
+        train_ensemble(build, whole, tmp_path / "three", Recipe(epochs=1), members=2, resume=True, accelerator="cpu")
     with pytest.raises(InputError, match="the same single batch"):
         train_ensemble(lambda d: fine_tuned(source, d), whole, tmp_path / "run", Recipe(epochs=1), accelerator="cpu")
     assert not (tmp_path / "run").exists()
