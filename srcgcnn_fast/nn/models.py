@@ -55,6 +55,12 @@ def in_eval_mode(models: Sequence[nn.Module]) -> Iterator[None]:
             module.training = training
 
 
+def _element_table(width: int) -> Tensor:
+    """The built-in one; nothing for another width, whose model is given a table, or batches with atom features."""
+    table = torch.from_numpy(element_features().copy())
+    return table if table.shape[1] == width else torch.zeros(table.shape[0], width)
+
+
 @lru_cache(64)
 def _vectors(std: tuple[float, ...], mean: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """Both, which to copy anew would let every call wait for the GPU."""
@@ -114,12 +120,9 @@ class CrystalModel(nn.Module):
             tuple(f"target_{k}" if n_targets > 1 else "target" for k in range(n_targets)),
             *((x,) * n_targets for x in ("", 0.0, 1.0)),  # type: ignore[arg-type]
         )
-        table = torch.from_numpy(element_features().copy())
-        if table.shape[1] != orig_atom_fea_len:  # the caller brings atom features, or sets a table of this width
-            table = torch.zeros(table.shape[0], orig_atom_fea_len)
         # The order of construction is the published programs', so that a seed gives the same weights.
         self.embedding = nn.Linear(orig_atom_fea_len, atom_fea_len)
-        made = self.embedding.weight
+        made, table = self.embedding.weight, _element_table(orig_atom_fea_len)
         table = table.to(made.dtype) if made.is_meta else table.to(made)  # which a state_dict does not bring
         self.register_buffer("element_table", table, persistent=False)
         self._build_convolutions()
@@ -129,6 +132,13 @@ class CrystalModel(nn.Module):
         self.fc_out = nn.Linear(h_fea_len, 2 if classification else n_targets)
         rate = dropout if dropout is not None else 0.5 * classification
         self.dropout = nn.Dropout(rate) if rate else None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CrystalModel:
+        had_none, table = any(p.is_meta for p in self.parameters()), self.element_table
+        super()._apply(fn, recurse)
+        if had_none and not self.element_table.is_meta:  # to_empty, for a state_dict to fill
+            self.element_table.copy_(_element_table(table.shape[1]) if table.is_meta else table)
+        return self
 
     def _build_convolutions(self) -> None:
         raise NotImplementedError

@@ -261,6 +261,11 @@ def test_defaults_of_torch_do_not_matter(make_batch, tmp_path):
         model.train()(batch).sum().backward()
         loaded = sf.load_model(tmp_path / "model")
         assert sf.SRCGCNN(2, 8, 8).element_table.device.type == "cpu"  # no state_dict brings it
+        on_meta = sf.SRCGCNN(2, 8, 8)
+    for empty in (on_meta, sf.SRCGCNN(2, 8, 8).to("meta"), torch.nn.Sequential(sf.SRCGCNN(2, 8, 8).to("meta"))):
+        filled = empty.to_empty(device="cpu").eval()
+        (filled[0] if isinstance(filled, torch.nn.Sequential) else filled).load_state_dict(model.state_dict())
+        assert torch.equal(filled(batch), model.eval()(batch))
     torch.testing.assert_close(loaded(make_batch("weighted")), expected)
     try:
         torch.set_default_dtype(torch.float64)
