@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -34,14 +35,12 @@ def use_precision(name: str) -> Iterator[None]:
     global _bfloat16
     if name not in NAMES:
         raise InputError(f"There is no precision {name!r}; choose one of {', '.join(NAMES)}.")
-    before = _bfloat16, tf32_is_allowed()
-    _bfloat16 = name == "bfloat16"
-    _allow_tf32(name != "float32")
+    before, _bfloat16 = _bfloat16, name == "bfloat16"
     try:
-        yield
+        with _tf32(name != "float32"):
+            yield
     finally:
-        _bfloat16 = before[0]
-        _allow_tf32(before[1])
+        _bfloat16 = before
 
 
 def bfloat16_is_allowed() -> bool:
@@ -58,10 +57,31 @@ def tf32_is_allowed() -> bool:
         return bool(matmul.fp32_precision == "tf32")
 
 
-def _allow_tf32(allowed: bool) -> None:
-    matmul = torch.backends.cuda.matmul
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Allow it on GPUs, or not, through the older name of PyTorch's setting where that can be read.
+
+    Which raises an error as soon as older and newer names (``fp32_precision``, of PyTorch 2.9) disagree.
+    """
+    gpu: Any = torch.backends.cuda.matmul
+    cpu: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    before = [(x, x.fp32_precision) for x in (gpu, cpu) if hasattr(x, "fp32_precision")]
     try:
-        _ = matmul.allow_tf32
-        matmul.allow_tf32 = allowed
+        name = torch.get_float32_matmul_precision()
     except RuntimeError:
-        matmul.fp32_precision = "tf32" if allowed else "ieee"
+        name = ""
+    if name:
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+        for place, _ in before[1:]:
+            place.fp32_precision = "ieee"  # which the older name also sets
+    else:
+        gpu.fp32_precision = "tf32" if allowed else "ieee"
+    try:
+        yield
+    finally:
+        if name:
+            torch.set_float32_matmul_precision(name)
+        for place, value in before:
+            place.fp32_precision = "none"  # as the setting for everything
+            if place.fp32_precision != value:
+                place.fp32_precision = value

@@ -153,7 +153,7 @@ class Transposed(NamedTuple):
     """(N + 1,) int32, edges of each sender."""
 
 
-_transposed: dict[int, tuple[Any, Any, Transposed]] = {}
+_transposed: dict[int, tuple[Any, Any, tuple[int, int], Transposed]] = {}
 _of_step: dict[tuple[int, int], tuple[Tensor, Tensor, Transposed]] | None = None
 
 
@@ -184,12 +184,12 @@ def transposed(graph: Graph, build: Callable[[Tensor, Tensor], Transposed] | Non
         if edges not in _of_step:
             _of_step[edges] = sender, row_ptr, build(sender, row_ptr)
         return _of_step[edges][2]
-    key, version = id(sender), (sender._version, row_ptr._version, id(row_ptr))
+    key, version = id(sender), (sender._version, row_ptr._version)
     found = _transposed.get(key)
-    if found is None or found[0]() is not sender or found[1] != version:
-        found = (weakref.ref(sender, lambda _: _transposed.pop(key, None)), version, build(sender, row_ptr))
-        _transposed[key] = found
-    return found[2]
+    if found is None or found[0]() is not sender or found[1]() is not row_ptr or found[2] != version:
+        alive = weakref.ref(sender, lambda _: _transposed.pop(key, None))
+        found = _transposed[key] = alive, weakref.ref(row_ptr), version, build(sender, row_ptr)
+    return found[3]
 
 
 def forget(sender: Tensor) -> None:

@@ -138,6 +138,23 @@ def test_bfloat16_rows_and_filter_are_what_is_rounded():
 def test_use_precision_sets_and_restores_what_pytorch_reads():
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_tf32
+    given = torch.get_float32_matmul_precision()
+    for name in ("high", "medium", "highest"):  # Lightning asks within fit, and PyTorch refuses what does not agree
+        torch.set_float32_matmul_precision(name)
+        for ours, expected in (("float32", "highest"), ("tf32", "high")):
+            with sf.use_precision(ours):
+                assert torch.get_float32_matmul_precision() == expected
+            assert torch.get_float32_matmul_precision() == name
+    torch.set_float32_matmul_precision(given)
+    if hasattr(matmul, "fp32_precision"):
+        try:
+            matmul.fp32_precision = "tf32"
+            for name in ("float32", "tf32"):
+                with sf.use_precision(name):
+                    assert precision.tf32_is_allowed() == (name == "tf32")
+                assert matmul.fp32_precision == "tf32"
+        finally:
+            matmul.fp32_precision = "none"
     with sf.use_precision("bfloat16"):
         assert matmul.allow_tf32 and precision.bfloat16_is_allowed() and backend._precision() == "tf32"
         with sf.use_precision("float32"):
@@ -343,6 +360,12 @@ def test_the_transposed_index_follows_its_graph():
     assert torch.equal(first.edge.long(), expected)
     assert torch.equal(first.receiver.long(), reference.receivers(Edges(*graph[:5]))[expected])
     assert torch.equal(first.col_ptr.diff().long(), torch.bincount(graph.sender, minlength=35))
+    sender = torch.tensor([0, 1, 2, 0, 1, 2], dtype=torch.int32)
+    for rows in [[0, 2, 4, 6], [0, 1, 2, 6]] * 50:  # which take the place in memory of those that are gone
+        row_ptr = torch.tensor(rows, dtype=torch.int32)
+        found = backend.transposed(graph._replace(sender=sender, row_ptr=row_ptr))
+        assert torch.equal(found.receiver, backend._transpose(sender, row_ptr).receiver)
+        del row_ptr
     graph.sender[0] = (graph.sender[0] + 1) % 35
     assert not torch.equal(backend.transposed(graph).edge, first.edge)
     gc.collect()  # else what earlier tests left might go meanwhile
