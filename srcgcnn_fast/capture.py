@@ -74,10 +74,10 @@ class CapturedModel:
         self._streams, self._turn = _Streams(self.device), Lock()
         weakref.finalize(self, self._streams.wait).atexit = False
         self._graphs: OrderedDict[tuple[int, ...], _Captured] = OrderedDict()
-        self._last_map = model.fc_out._parameters
+        self._parts: dict[str, Any] = model._modules
         self._address = model.fc_out.weight.data_ptr()
         self._units: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
-        n = len(model.metadata.std)
+        n = len(model.fc_out.weight)
         self._std, self._mean = (torch.empty(n, dtype=model.fc_out.weight.dtype, device=self.device) for _ in range(2))
 
     def __call__(self, batch: GraphBatch) -> Tensor:
@@ -85,7 +85,7 @@ class CapturedModel:
         model = self.model
         if model.training:
             raise InputError("A captured model predicts only; call model.eval() first.")
-        if self._last_map["weight"].data_ptr() != self._address:  # type: ignore[union-attr]
+        if self._parts["fc_out"]._parameters["weight"].data_ptr() != self._address:
             raise InputError("The model has moved, and its CUDA graphs have not; make a new CapturedModel.")
         if _DEVICE == "cuda" and torch.cuda.current_device() != self.device.index:
             with torch.cuda.device(self.device):
@@ -93,8 +93,8 @@ class CapturedModel:
         with self._turn:
             stream = self._streams.follow()
             metadata, n_crystals = model.metadata, batch.crystal_ptr.numel() - 1
-            if self._units != (units := (metadata.std, metadata.mean)):
-                self._set_units(*units)
+            if self._units != (metadata.std, metadata.mean) and not model.classification:
+                self._set_units(*model._units(len(self._std)))
             atoms, edges = batch.atom_features, batch.edge_features
             key = (
                 *_sizes(batch.numbers.numel(), batch.sender.numel(), n_crystals),
@@ -204,6 +204,10 @@ def _recorded(run: Callable[[], Tensor], aside: Any, stream: Any) -> tuple[Calla
     return graph.replay, out
 
 
+_SETTINGS = ("momentum", "eps", "p")
+"""Of norms and dropout, numbers that a graph holds."""
+
+
 class CapturedTraining:
     """``model(batch)`` in training on a GPU: two CUDA graphs for each size of batch, captured at its first use.
 
@@ -245,15 +249,16 @@ class CapturedTraining:
         model = self.model
         if not model.training:
             raise InputError("Captured training trains only; call model.train() first, or the model itself.")
-        if batch.num_rows < 2 or batch.num_edges < 2:  # which a model may refuse
+        modules = list(model.modules())
+        held = [x for module in modules for x in module._parameters.values() if x is not None]
+        parameters = list({id(x): x for x in held if x.requires_grad}.values())
+        if not parameters or batch.num_rows < 2 or batch.num_edges < 2:  # which a model may refuse
             alone: Tensor = model(batch.to(self.device))
             return alone
-        modules = list(model.modules())
-        held = (x for module in modules for x in module._parameters.values() if x is not None and x.requires_grad)
-        parameters = list({id(x): x for x in held}.values())
         widths = [-1 if x is None else x.shape[1] for x in (batch.atom_features, batch.edge_features)]
-        modes = tuple(module.training for module in modules)
-        key = (sizes(batch, _OF_TRAINING), *widths, tuple(map(Tensor.data_ptr, parameters)), modes)
+        addresses = tuple((x.data_ptr(), x.requires_grad) for x in held)
+        settings = tuple((module.training, *map(module.__dict__.get, _SETTINGS)) for module in modules)
+        key = (sizes(batch, _OF_TRAINING), *widths, addresses, settings)
         with torch.cuda.device(self.device) if _DEVICE == "cuda" else nullcontext():
             if (step := self._graphs.get(key)) is None:
                 step = self._graphs[key] = self._capture(batch, parameters)

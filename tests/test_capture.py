@@ -147,6 +147,9 @@ def test_units_and_weights_are_those_of_the_moment(replayed, make_batch):
             torch.testing.assert_close(captured(batch), model.predict(batch), rtol=2e-5, atol=2e-6)
     torch.testing.assert_close(captured(batch), model.predict(batch).detach(), rtol=2e-5, atol=2e-6)
     assert replayed == [1]
+    model.metadata.std, model.metadata.mean = (1.0, 2.0), (0.0, 0.0)
+    with pytest.raises(sf.InputError, match="The metadata has 2 targets for 1 outputs"):
+        captured(batch)
     with pytest.raises(sf.InputError, match="A captured model predicts only"):
         CapturedModel(model.train())(batch)
 
@@ -160,6 +163,9 @@ def test_a_model_that_moved_is_refused(replayed, make_batch):
     captured(batch)
     with pytest.raises(sf.InputError, match="has moved, and its CUDA graphs have not; make a new CapturedModel"):
         model.double() and captured(batch)
+    model.float().fc_out = torch.nn.Linear(*model.fc_out.weight.shape[::-1])
+    with pytest.raises(sf.InputError, match="has moved, and its CUDA graphs have not"):
+        captured(batch)
 
 
 def test_the_last_graphs_are_kept(replayed, monkeypatch, make_batch):

@@ -313,6 +313,13 @@ class CrystalModel(nn.Module):
         out = self._head(features, kept)
         return self.in_units(log_softmax(out, dim=1) if self.classification else out)
 
+    def _units(self, n_outputs: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Deviation and mean of each target."""
+        std, mean = self.metadata.std, self.metadata.mean
+        if len(std) != n_outputs:
+            raise InputError(f"The metadata has {len(std)} targets for {n_outputs} outputs; give it one for each.")
+        return std, mean
+
     def in_units(self, out: Tensor) -> Tensor:
         """What ``predict`` makes of the network's outputs.
 
@@ -321,9 +328,7 @@ class CrystalModel(nn.Module):
         """
         if self.classification:
             return out[:, 1:].exp()
-        std, mean = self.metadata.std, self.metadata.mean
-        if len(std) != out.shape[1]:
-            raise InputError(f"The metadata has {len(std)} targets for {out.shape[1]} outputs; give it one for each.")
+        std, mean = self._units(out.shape[1])
         if len(std) == 1:  # numbers go along with the kernels, tensors are copied first
             return out * std[0] + mean[0]
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():

@@ -530,7 +530,7 @@ def test_the_index_of_a_warm_up_is_not_kept(pretend_gpu, replayed, monkeypatch, 
 
 
 def test_captured_training_follows_what_is_frozen_or_replaced(pretend_gpu, replayed, monkeypatch, make_batch):
-    """Norms that stop, weights that stop, a parameter at another address: each has a graph of its own."""
+    """Norms that stop, weights that stop, a parameter at another address, other settings: each has its own graph."""
     monkeypatch.setattr(registry, "select", lambda *_a, **_k: "cuda")
     model, batch = small_model(torch.float32, sf.SRCGCNN, 20), make_batch("weighted")
     call = capture.CapturedTraining(model)
@@ -539,6 +539,8 @@ def test_captured_training_follows_what_is_frozen_or_replaced(pretend_gpu, repla
         lambda: model.recurrent_bn1s[0].eval(),
         lambda: model.embedding.requires_grad_(False),
         lambda: setattr(model.fc_out, "weight", torch.nn.Parameter(2 * model.fc_out.weight.detach())),
+        lambda: setattr(model.embedding.weight, "data", 2 * model.embedding.weight.detach()),  # which is frozen
+        lambda: setattr(model.recurrent_bn2s[0], "momentum", 0.5),
     ):
         change()
         batch.cache.clear()
@@ -552,7 +554,10 @@ def test_captured_training_follows_what_is_frozen_or_replaced(pretend_gpu, repla
             found.append([out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
         for expected, ours in zip(*found, strict=True):
             torch.testing.assert_close(ours, expected, rtol=2e-4, atol=2e-5)
-    assert replayed == [4]
+    assert replayed == [6]
+    model.requires_grad_(False)
+    batch.cache.clear()
+    assert torch.equal(call(batch), model(batch)) and replayed == [6]
 
 
 def test_features_that_are_formed_again_have_the_bits_of_those_that_left():
