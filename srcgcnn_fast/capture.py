@@ -475,7 +475,7 @@ class StaticBatch:
 def _kernels(device: torch.device) -> Any:
     """The compiled functions; None where Triton or the reference computes."""
     is_cuda = device.type == "cuda" and registry.forced_backend() in (None, "cuda")
-    return cuda.native() if is_cuda and registry.cuda_problem() is None else None
+    return cuda.native() if is_cuda and registry.cuda_problem(device.index) is None else None
 
 
 def _parts(batch: GraphBatch, rows: int, weight: float) -> tuple[tuple[str, int, float], ...]:

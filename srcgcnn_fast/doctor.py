@@ -50,16 +50,15 @@ def report() -> str:
     lines += [f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"]
     lines += ["", "packages"] + [f"  {name:12s} {_version(name)}" for name in _PACKAGES]
     lines += ["", "backends"]
-    for status in registry.backends().values():
+    backends = registry.backends()
+    for status in backends.values():
         state = "usable" if status.available else "built, not usable" if status.built else "not built"
         lines.append(f"  {status.name:12s} {state:18s} {status.reason}")
     chosen = registry.forced_backend() or ("cpu" if core is not None else "reference")
     lines.append(f"  CPU tensors take: {chosen}")
     if torch.cuda.is_available():
-        trains = "triton" if registry.triton_problem() is None else "reference"
-        infers = "cuda" if registry.cuda_problem() is None else trains
-        fits = registry.forced_backend() or f"{infers} for inference, {trains} for training"
-        lines.append(f"  CUDA tensors take: {fits} (float32; other types: reference)")
+        fastest = next(name for name in ("cuda", "triton", "reference") if backends[name].available)
+        lines.append(f"  CUDA tensors take: {registry.forced_backend() or fastest} (float32; other types: reference)")
     if core is not None:
         lines += ["", "compiled kernels"]
         lines += [f"  compiler     {core.compiler}", f"  CUDA         {core.cuda}"]

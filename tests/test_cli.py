@@ -431,6 +431,18 @@ def test_doctor(capsys):
     assert "reference" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("fastest", ["cuda", "triton", "reference"])
+def test_doctor_names_what_cuda_tensors_take(monkeypatch, fastest):
+    from srcgcnn_fast import doctor
+    from srcgcnn_fast.ops import registry
+
+    order = ("cuda", "triton", "reference", "cpu")
+    known = {name: registry.BackendStatus(name, True, k >= order.index(fastest), "") for k, name in enumerate(order)}
+    monkeypatch.setattr(registry, "backends", lambda: known)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert f"  CUDA tensors take: {fastest} (float32; other types: reference)" in doctor.report().splitlines()
+
+
 def test_bad_input_is_one_sentence(trained, source, tmp_path, capsys):
     out = tmp_path / "out"
     assert TARGET in refused(capsys, "train", source, "--target", "mass", "--out", out)

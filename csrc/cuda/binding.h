@@ -25,10 +25,14 @@ inline std::tuple<int, int> cuda_versions() {
   return {driver, runtime};
 }
 
-// Why there are no kernels for the current device; empty if there are.
+// Why there are no kernels for the current device; empty if there are. Throws what may pass, such as a lack of memory.
 inline std::string cuda_image_problem() {
   const char* error = srcgcnn_cuda_image_64();
-  return error ? error : "";
+  if (!error) return "";
+  for (auto lasting : {cudaErrorNoKernelImageForDevice, cudaErrorInvalidDeviceFunction, cudaErrorUnsupportedPtxVersion})
+    if (std::string(error) == cudaGetErrorString(lasting)) return error;
+  raise_if(error);
+  return "";
 }
 
 struct StackFunctions {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -59,9 +59,9 @@ def backends() -> dict[str, BackendStatus]:
         threads = f"{torch.get_num_threads()} threads" if core.openmp else "1 thread, built without OpenMP"
         cpu = BackendStatus("cpu", True, True, f"C++, SIMD level {core.simd_level()}, {threads}")
     built = core is not None and not core.cuda.startswith("not built")
-    no_cuda = cuda_problem()
+    no_cuda = _now(cuda_problem)
     with_cuda = "compiled, float32 on CUDA tensors"
-    no_triton = triton_problem()
+    no_triton = _now(triton_problem)
     with_triton = "float32 on CUDA tensors"
     return {
         "reference": BackendStatus("reference", True, True, "plain PyTorch, any device and dtype"),
@@ -71,15 +71,26 @@ def backends() -> dict[str, BackendStatus]:
     }
 
 
-def cuda_problem() -> str | None:
-    """Why the CUDA backend cannot run on this machine's current GPU; None if it can."""
+def _now(problem: Callable[[], str | None]) -> str | None:
+    try:
+        return problem()
+    except RuntimeError as error:
+        return f"CUDA does not start ({str(error).splitlines()[0]})"
+
+
+def cuda_problem(device: int | None = None) -> str | None:
+    """Why the CUDA backend cannot run on that GPU, or the current one; None if it can.
+
+    Raises:
+        RuntimeError: CUDA does not start, as in the child of a process that has used it, or on a GPU without memory.
+    """
     if core is None:
         return core_problem
     if core.cuda.startswith("not built"):
         return f"the CUDA kernels were {core.cuda}"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    return _device_problem(torch.cuda.current_device())
+    return _device_problem(torch.cuda.current_device() if device is None else device)
 
 
 @cache
@@ -102,9 +113,11 @@ def _device_problem(device: int) -> str | None:
     )
 
 
-def triton_problem() -> str | None:
-    """Why the Triton backend cannot run on this machine's current GPU; None if it can."""
-    return _triton_problem()
+def triton_problem(device: int | None = None) -> str | None:
+    """Why the Triton backend cannot run on that GPU, or the current one; None if it can. Raises: as cuda_problem."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return _triton_problem(torch.cuda.current_device() if device is None else device)
 
 
 # What torch.compiler.assume_constant_result sets, which imports all of torch._dynamo.
@@ -113,10 +126,8 @@ cuda_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
-def _triton_problem() -> str | None:
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    major, minor = torch.cuda.get_device_capability()
+def _triton_problem(device: int) -> str | None:
+    major, minor = torch.cuda.get_device_capability(device)
     if major < 8 and torch.version.hip is None:
         return f"Triton needs a GPU of compute capability 8.0 or newer, and this one has {major}.{minor}"
     from . import triton  # which imports this module
@@ -145,15 +156,13 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def _require(name: str) -> None:
-    problem = {"cuda": cuda_problem, "triton": triton_problem}.get(name)
-    if problem is not None and problem() is None:  # a call on a GPU asks several times
-        return
-    known = backends()
-    if name not in known:
-        raise InputError(f"There is no backend {name!r}; choose one of {', '.join(known)}.")
-    if not known[name].available:
-        raise InputError(f"Backend {name!r} cannot run here: {known[name].reason}.")
+def _require(name: str, device: int | None = None) -> None:
+    if name not in NAMES:
+        raise InputError(f"There is no backend {name!r}; choose one of {', '.join(NAMES)}.")
+    on_gpu = {"cuda": cuda_problem, "triton": triton_problem}.get(name)
+    problem = on_gpu(device) if on_gpu else core_problem if name == "cpu" else None
+    if problem:
+        raise InputError(f"Backend {name!r} cannot run here: {problem}.")
 
 
 def forced_backend() -> str | None:
@@ -179,14 +188,14 @@ def select(
     if forced == "reference":
         return forced
     if forced not in (None, "cpu"):
-        _require(forced)  # type: ignore[arg-type]
+        _require(forced, h.device.index)  # type: ignore[arg-type]
     device = h.device.type
     name = {"cpu": "cpu", "cuda": "triton"}.get(device, "reference")
     no_cuda = None
     if device == "cuda" and forced in (None, "cuda"):
         no_cuda = _cuda_refusal(h, inference, width)
         name = "cuda" if no_cuda is None or forced else name
-    reason = no_cuda if name == "cuda" else _refusal(device, h.dtype)
+    reason = no_cuda if name == "cuda" else _refusal(h)
     if _is_transformed():
         reason = "torch.func transforms and forward-mode derivatives go through the reference"
     elif edge_statistics_grad:
@@ -223,9 +232,11 @@ def _is_transformed() -> bool:
     return bool(torch._C._functorch.peek_interpreter_stack()) or torch.autograd.forward_ad._current_level >= 0
 
 
-def _refusal(device: str, dtype: torch.dtype) -> str | None:
+def _refusal(h: torch.Tensor) -> str | None:
+    device, dtype = h.device.type, h.dtype
     if device == "cuda":
-        return triton_problem() or (None if dtype == torch.float32 else f"the Triton kernels take float32, not {dtype}")
+        no_type = None if dtype == torch.float32 else f"the Triton kernels take float32, not {dtype}"
+        return triton_problem(h.device.index) or no_type
     if device != "cpu":
         return f"tensors on {device!r} have no compiled backend in this version"
     if dtype not in (torch.float32, torch.float64):
@@ -238,7 +249,7 @@ def _cuda_refusal(h: torch.Tensor, inference: bool, width: int | None = None) ->
         return f"the CUDA kernels take float32, not {h.dtype}"
     if inference and (features := width or h.shape[1]) > MOST_FEATURES:
         return f"the CUDA kernels take up to {MOST_FEATURES} features in inference, not {features}"
-    return cuda_problem()
+    return cuda_problem(h.device.index)
 
 
 def trains_compiled(h: torch.Tensor) -> bool:

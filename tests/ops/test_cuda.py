@@ -243,24 +243,24 @@ def test_the_choice_of_a_backend(monkeypatch):
     )
     said: list[tuple[str, str]] = []
     monkeypatch.setattr(registry, "_say_once", lambda reason, instead="reference": said.append((reason, instead)))
-    monkeypatch.setattr(registry, "triton_problem", lambda: None)
-    monkeypatch.setattr(registry, "cuda_problem", lambda: None)
+    monkeypatch.setattr(registry, "triton_problem", lambda *_: None)
+    monkeypatch.setattr(registry, "cuda_problem", lambda *_: None)
     assert registry.select(like(), inference=True) == "cuda"
     assert registry.select(like()) == "cuda" and registry.select(like(width=500)) == "cuda" and not said
     assert registry.select(like(width=129), inference=True) == "triton"
     assert "up to 128 features in inference, not 129" in said[-1][0] and said[-1][1] == "Triton"
     assert registry.select(like(torch.float64), inference=True) == "reference" and said[-1][1] == "reference"
-    monkeypatch.setattr(registry, "cuda_problem", lambda: "the driver is too old")
+    monkeypatch.setattr(registry, "cuda_problem", lambda *_: "the driver is too old")
     assert registry.select(like(), inference=True) == "triton" and said[-1] == ("the driver is too old", "Triton")
     said.clear()
     assert registry.select(like()) == "triton" and said[-1] == ("the driver is too old", "Triton")
-    monkeypatch.setattr(registry, "triton_problem", lambda: "there is no Triton")
+    monkeypatch.setattr(registry, "triton_problem", lambda *_: "there is no Triton")
     assert registry.select(like(), inference=True) == "reference" and said[-1] == ("there is no Triton", "reference")
-    monkeypatch.setattr(registry, "_require", lambda name: None)
+    monkeypatch.setattr(registry, "_require", lambda *_: None)
     monkeypatch.setenv("SRCGCNN_FAST_BACKEND", "cuda")
     with pytest.raises(sf.InputError, match="cannot take this input: the driver is too old"):
         registry.select(like(), inference=True)
-    monkeypatch.setattr(registry, "cuda_problem", lambda: None)
+    monkeypatch.setattr(registry, "cuda_problem", lambda *_: None)
     assert registry.select(like(), inference=True) == "cuda"
     assert registry.select(like()) == "cuda"
     with pytest.raises(sf.InputError, match="exist in the reference only"):
@@ -373,7 +373,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
         registry._device_problem.cache_clear()
 
-    monkeypatch.setattr(registry, "triton_problem", lambda: None)
+    monkeypatch.setattr(registry, "triton_problem", lambda *_: None)
     yield pretend
     registry._device_problem.cache_clear()
 
@@ -402,6 +402,52 @@ def test_kernels_that_were_not_built_for_the_gpu_say_how_to_build_them(machine):
         "the kernels were not built for NVIDIA RTX A4000, sm_86 (no kernel image is available for execution on the "
         "device); reinstall with -C cmake.define.CMAKE_CUDA_ARCHITECTURES=86"
     )
+
+
+def on_gpu(index: int) -> types.SimpleNamespace:
+    return types.SimpleNamespace(device=torch.device("cuda", index), dtype=torch.float32, shape=(5, 64))
+
+
+def test_the_gpu_of_a_tensor_decides_not_the_current_one(machine, monkeypatch):
+    """Of two, the first is too old for both backends."""
+    monkeypatch.undo()
+    machine(13000, 13000)
+    capability, current = [(7, 5), (9, 0)], [0]
+
+    @contextlib.contextmanager
+    def device(index):
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(registry.core, "cuda_image_problem", lambda: "" if current[0] else "no kernel image")
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda k: capability[k])
+    registry._triton_problem.cache_clear()
+    for _ in range(2):
+        assert registry.select(on_gpu(1), inference=True) == "cuda" and registry.trains_compiled(on_gpu(1))
+        assert registry.select(on_gpu(0), inference=True) == "reference" and not registry.trains_compiled(on_gpu(0))
+    assert "has 7.5" in registry.triton_problem() and "has 7.5" not in str(registry.triton_problem(1))
+    with pytest.raises(sf.InputError, match="not built for NVIDIA"), sf.use_backend("cuda"):
+        pass
+    registry._triton_problem.cache_clear()
+
+
+def test_an_error_that_passes_is_not_kept_and_leaves_the_other_backends_alone(machine, monkeypatch):
+    machine(13000, 13000)
+
+    def fails(*_):
+        raise RuntimeError("CUDA: out of memory\nhere")
+
+    with monkeypatch.context() as full:
+        full.setattr(registry.core, "cuda_image_problem", fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            registry.select(on_gpu(0), inference=True)
+        assert sf.backends()["cuda"].reason == "CUDA does not start (CUDA: out of memory)"
+    assert registry.cuda_problem() is None
+    monkeypatch.setattr(torch.cuda, "current_device", fails)  # as in the child of a process that has used CUDA
+    with sf.use_backend("reference"), sf.use_backend("cpu"):
+        assert not sf.backends()["cuda"].available
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -961,7 +961,7 @@ def test_who_trains(monkeypatch):
         device=torch.device("cuda"), dtype=dtype, shape=(5, width)
     )
     assert not registry.trains_compiled(like()) or torch.cuda.is_available()
-    monkeypatch.setattr(registry, "cuda_problem", lambda: None)
+    monkeypatch.setattr(registry, "cuda_problem", lambda *_: None)
     assert registry.trains_compiled(like())
     assert not registry.trains_compiled(like(torch.float64))
     for name, expected in (("cuda", backend), ("triton", triton), ("reference", triton)):

@@ -354,8 +354,8 @@ def test_the_choice_for_a_network(make_batch, monkeypatch):
         device, contiguous = torch.device("cuda"), lambda: True
         return types.SimpleNamespace(device=device, dtype=torch.float32, shape=(5, width), is_contiguous=contiguous)
 
-    monkeypatch.setattr(registry, "triton_problem", lambda: None)
-    monkeypatch.setattr(registry, "cuda_problem", lambda: None)
+    monkeypatch.setattr(registry, "triton_problem", lambda *_: None)
+    monkeypatch.setattr(registry, "cuda_problem", lambda *_: None)
     assert registry.select(like(200), inference=True, width=64) == "cuda"
     assert registry.select(like(92), inference=True, width=129) == "triton"
     layer = Dense(torch.zeros(64, 92), None)
@@ -389,8 +389,8 @@ class Exported(torch.nn.Module):
 @pytest.mark.parametrize(("model_type", "width"), [(sf.CGCNN, 20), (sf.SRCGCNN, 64)])
 def test_an_exported_network_of_cuda_tensors_is_one_operator(make_batch, monkeypatch, model_type, width):
     monkeypatch.undo()
-    monkeypatch.setattr(registry, "triton_problem", lambda: None)
-    monkeypatch.setattr(registry, "cuda_problem", lambda: None)
+    monkeypatch.setattr(registry, "triton_problem", lambda *_: None)
+    monkeypatch.setattr(registry, "cuda_problem", lambda *_: None)
     names = ("numbers", "weight", "sender", "distance", "row_ptr", "crystal_ptr", "atom_class")
     batch, mode = make_batch("weighted"), FakeTensorMode(allow_non_fake_inputs=True)
     given = tuple(fake_on_cuda(mode, getattr(batch, name)) for name in names)
@@ -418,7 +418,7 @@ def test_dynamo_traces_cuda_tensors_without_a_break(make_batch, monkeypatch, mod
     """A whole network in inference, and the convolutions of one that trains, as CPU builds of torch trace no more."""
     monkeypatch.undo()
     for name in ("triton_problem", "cuda_problem"):
-        answer = types.FunctionType((lambda: None).__code__, {})
+        answer = types.FunctionType((lambda _: None).__code__, {})
         answer._dynamo_marked_constant = True
         monkeypatch.setattr(registry, name, answer)
     torch._dynamo.reset()

@@ -178,11 +178,11 @@ def test_offsets_beyond_two_to_the_31(library):
 
 def test_the_kernels_serve_where_they_are_the_backend(monkeypatch):
     here = torch.device("cuda", 0)
-    monkeypatch.setattr(registry, "cuda_problem", lambda: None)
+    monkeypatch.setattr(registry, "cuda_problem", lambda *_: None)
     monkeypatch.setattr(cuda, "native", lambda: "kernels")
     assert capture._kernels(here) == "kernels" and capture._kernels(CPU) is None
     monkeypatch.setenv("SRCGCNN_FAST_BACKEND", "triton")
     assert capture._kernels(here) is None
     monkeypatch.setenv("SRCGCNN_FAST_BACKEND", "cuda")
-    monkeypatch.setattr(registry, "cuda_problem", lambda: "no driver")
+    monkeypatch.setattr(registry, "cuda_problem", lambda *_: "no driver")
     assert capture._kernels(here) is None

@@ -289,7 +289,7 @@ def test_offsets_beyond_two_to_the_31(monkeypatch, given):
 def test_export_records_the_operators_for_cuda_tensors(make_batch, monkeypatch):
     """On CUDA tensors without values, which need no GPU; tests/gpu has whole models and runs what is exported."""
     monkeypatch.undo()
-    monkeypatch.setattr(registry, "triton_problem", lambda: None)
+    monkeypatch.setattr(registry, "triton_problem", lambda *_: None)
     names = ("numbers", "weight", "sender", "distance", "row_ptr", "crystal_ptr", "atom_class")
     batch, mode = make_batch("weighted"), FakeTensorMode(allow_non_fake_inputs=True)
     fake = lambda x: FakeTensor(mode, x.detach().to("meta"), torch.device("cuda:0"))  # noqa: E731
@@ -415,8 +415,8 @@ def test_a_missing_triton_is_refused_with_the_mend(monkeypatch):
 def test_the_choice_of_a_backend(monkeypatch):
     """What a call on a CUDA tensor takes, on a machine that need not have a GPU."""
     like = lambda dtype: types.SimpleNamespace(device=torch.device("cuda"), dtype=dtype)  # noqa: E731
-    monkeypatch.setattr(registry, "triton_problem", lambda: None)
-    monkeypatch.setattr(registry, "cuda_problem", lambda: "the CUDA kernels were not built")
+    monkeypatch.setattr(registry, "triton_problem", lambda *_: None)
+    monkeypatch.setattr(registry, "cuda_problem", lambda *_: "the CUDA kernels were not built")
     monkeypatch.setattr(registry, "_say_once", lambda reason, instead="reference": said.append(reason))
     said: list[str] = []
     assert registry.select(like(torch.float32)) == "triton"
@@ -425,7 +425,7 @@ def test_the_choice_of_a_backend(monkeypatch):
     assert registry.select(like(torch.float64)) == "reference"
     assert registry.select(like(torch.float32), edge_statistics_grad=True) == "reference"
     assert len(said) == 2 and "float32" in said[0]
-    monkeypatch.setattr(registry, "triton_problem", lambda: "Triton 3.2 is too old")
+    monkeypatch.setattr(registry, "triton_problem", lambda *_: "Triton 3.2 is too old")
     assert registry.select(like(torch.float32)) == "reference"
     assert said[2] == "Triton 3.2 is too old"
     monkeypatch.setenv("SRCGCNN_FAST_BACKEND", "cpu")
