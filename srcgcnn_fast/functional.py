@@ -526,16 +526,12 @@ def _check_weight(h: Tensor, width: int, weight: Tensor, n_given: int | None) ->
 
 def _check(h: Tensor, batch: GraphBatch, layer: ConvParameters) -> None:
     _check_weight(h, h.shape[1], layer.weight, None if batch.edge_features is None else batch.edge_features.shape[1])
-    single_edge = (
-        layer.bn1.training and layer.bn1.group is None and batch.num_edges <= 1 and _at_most_one(batch, batch.num_edges)
-    )
-    single_row = (
-        layer.bn2.training and layer.bn2.group is None and batch.num_rows <= 1 and _at_most_one(batch, batch.num_rows)
-    )
-    if single_edge or single_row:
+    alone = [norm.training and norm.group is None for norm in (layer.bn1, layer.bn2)]
+    single_edge = alone[0] and batch.num_edges <= 1 and _at_most_one(batch, batch.receiver)
+    if single_edge or (alone[1] and batch.num_rows <= 1 and _at_most_one(batch)):
         raise InputError("Batch norm cannot train on a single atom or edge; use larger batches, or model.eval().")
 
 
-def _at_most_one(batch: GraphBatch, count: int) -> bool:
-    """Do the given ``count`` (0 or 1) rows or edges stand for at most one atom or edge of the full cell?"""
-    return count == 0 or torch.compiler.is_compiling() or float(batch.weight.max()) <= 1
+def _at_most_one(batch: GraphBatch, rows: Tensor | None = None) -> bool:
+    """Do all rows, or these, stand for at most one atom or edge of the full cell?"""
+    return torch.compiler.is_compiling() or float((batch.weight if rows is None else batch.weight[rows]).sum()) <= 1

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PLAN = "shards.json"
+_PLAN, _MODEL = "_shards.json", "_model"  # which readers of Parquet data sets pass over
 SHARD_ROWS = 50_000
 
 
@@ -92,8 +92,8 @@ def predict_shards(
     graph = loaded.metadata.graph
     graph = replace(graph, isolated=isolated or graph.isolated, disorder=disorder or graph.disorder)
     folder = Path(out).absolute()
-    weights = sha256()
-    for name, value in loaded.state_dict().items():
+    weights = sha256(json.dumps([type(loaded).__name__, loaded.hyperparameters], sort_keys=True).encode())
+    for name, value in [*loaded.state_dict().items(), ("element_table", loaded.element_table)]:
         weights.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     metadata = [list(loaded.metadata.targets), list(loaded.metadata.mean), list(loaded.metadata.std)]
     _claim(folder, shards, {"model": [weights.hexdigest(), *metadata], "graph": asdict(graph)})
@@ -101,7 +101,7 @@ def predict_shards(
     if isinstance(model, str | os.PathLike):
         place = Path(model).absolute()
     else:
-        place = folder / "model"
+        place = folder / _MODEL
         save_model(model, place)
     missing = [shard for shard in shards if not (folder / f"{shard.name}.parquet").exists()]
     _run(

@@ -132,6 +132,14 @@ def test_single_atoms_train_only_with_company(make_batch):
         conv(torch.rand(1, 8), batch)
     batch.weight.fill_(4)  # four equivalent atoms: their statistics exist
     assert torch.isfinite(conv(torch.rand(1, 8), batch)).all()
+    integers = {"numbers": [8, 9], "sender": [1], "row_ptr": [0, 1, 1], "crystal_ptr": [0, 2], "atom_class": [0, 1]}
+    fields = {name: torch.tensor(values, dtype=torch.int32) for name, values in integers.items()}
+    fields |= {"distance": torch.tensor([2.0]), "weight": torch.tensor([1.0, 5.0])}  # no edge into the heavier row
+    with pytest.raises(sf.InputError, match="single atom or edge"):
+        conv(torch.rand(2, 8), sf.GraphBatch(**fields))
+    fields["weight"] = fields["weight"].flip(0)
+    assert torch.isfinite(conv(torch.rand(2, 8), sf.GraphBatch(**fields))).all()
+    assert all(torch.isfinite(x).all() for x in conv.buffers())
 
 
 @pytest.mark.parametrize(

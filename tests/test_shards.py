@@ -116,8 +116,14 @@ def test_an_interrupted_prediction_goes_on(folder: Path, tmp_path: Path, monkeyp
     assert first == [0, 1, 2] and second == [3, 4, 5, 6, 7, 8, 9]
     assert_is_prediction(result(out), folder)
     assert in_this_process(monkeypatch) == [] and sf.predict_shards(model(), folder, out, rows=9) == 71
-    with pytest.raises(InputError, match="result of another call"):
-        sf.predict_shards(model(), folder, out, rows=10)
+    assert len(pandas.read_parquet(out)) == 71  # as one data set
+    others = sf.CGCNN(1, 8, 8, step=0.3), model()  # the same weights, to other distances and elements
+    others[0].load_state_dict(model().state_dict())
+    others[0].metadata.targets = ("gap",)
+    others[1].element_table = 2 * others[1].element_table
+    for other, rows in ((model(), 10), (others[0], 9), (others[1], 9)):
+        with pytest.raises(InputError, match="result of another call"):
+            sf.predict_shards(other, folder, out, rows=rows)
     with pytest.raises(InputError, match="holds something else"):
         sf.predict_shards(model(), folder, folder, rows=9)
 

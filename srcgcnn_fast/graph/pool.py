@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -32,6 +33,7 @@ def serve(limit: int, output: int) -> None:
     from .cif import read_carefully
     from .quick_cif import gemmi_cif, read_quickly
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the other side, which may go on
     gemmi_cif()
     _limit_memory(limit)
     replies, requests = os.fdopen(output, "wb"), sys.stdin.buffer

@@ -319,8 +319,8 @@ class _SummedMessages(torch.autograd.Function):
     """m_i = sum_j sigmoid(z_ij[:F]) softplus(z_ij[F:]).
 
     The operator computes softplus(h + bn2(m)) after bn1(z). Both norms are the identity here; m is one of its outputs.
-    Backward, the derivative of the outer softplus is 1 where its argument is large, so the operator is given 64 - h in
-    place of m, and the residual path is taken off.
+    Backward, the derivative of the outer softplus is 1 where its argument is large, so the operator is given
+    64 + 2 |h| in place of m, at least 64 with any h, and the residual path is taken off.
     """
 
     @staticmethod
@@ -349,7 +349,7 @@ class _SummedMessages(torch.autograd.Function):
         width, more = h.shape[1], layer.gamma2.shape[0] - h.shape[1]
         edge_grad = ctx.needs_input_grad[3]
         dh, dw, db, *_, edge = torch.ops.srcgcnn_fast.gated_conv_backward(
-            wide(grad), wide(h), 64 - wide(h), *layer, *graph, *moments, edge_grad
+            wide(grad), wide(h), 64 + 2 * wide(h).abs(), *layer, *graph, *moments, edge_grad
         )
         if more:
             dw = dw.reshape(2, width + more, -1)[:, :width].flatten(0, 1)

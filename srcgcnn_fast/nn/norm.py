@@ -56,8 +56,7 @@ def process_group(norm: nn.Module) -> Any:
     """The processes that share the batch statistics of ``norm`` now; None if this one is alone."""
     if not isinstance(norm, (SynchronizedBatchNorm1d, nn.SyncBatchNorm)):  # torch 2.6 traces no union
         return None
-    uses_batch = norm.training or norm.running_mean is None
-    if not (uses_batch and dist.is_available() and dist.is_initialized()):
+    if not (norm.training and dist.is_available() and dist.is_initialized()):
         return None
     group = getattr(norm, "process_group", None) or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None

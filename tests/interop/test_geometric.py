@@ -94,6 +94,19 @@ def operator_calls(monkeypatch):
     pytest.skip("no compiled backend on this machine")
 
 
+@pytest.mark.parametrize("size", [1e9, 3e9, 1e30])
+def test_gradients_of_large_features_that_no_gate_sees(operator_calls, size):
+    other = theirs(16, 4).float()
+    with torch.no_grad():
+        for linear in (other.lin_f, other.lin_s):
+            linear.weight[:, [3, 19]] = 0
+    x, *edges = (a.float() if a.is_floating_point() else a for a in graph(channels=16, dim=4))
+    x[:, 3] = size
+    found = outcome(sf.accelerate(copy.deepcopy(other)), x, *edges)
+    for mine, expected in zip(found, outcome(other, x, *edges), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_what_the_compiled_operator_computes(operator_calls):
     for aggr, expected in (("add", 1), ("mean", 2), ("max", 2)):
         CGConv(16, 4, aggr=aggr).double()(*graph(channels=16))

@@ -233,6 +233,16 @@ def group_of_one(monkeypatch):
     dist.destroy_process_group()
 
 
+def test_norms_of_the_batch_are_not_shared_in_evaluation(monkeypatch):
+    """As torch.nn.SyncBatchNorm: one process may evaluate alone."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda _: 2)
+    shared = torch.nn.BatchNorm1d(3, track_running_stats=False)
+    synchronize_batch_norm(shared)
+    shared.process_group = "both"
+    assert norm.process_group(shared) == "both" and norm.process_group(shared.eval()) is None
+
+
 @pytest.mark.skipif(not sf.backends()["cpu"].available, reason="needs the compiled kernels")
 def test_kernels_that_exchange_with_themselves(group_of_one, monkeypatch):
     model, shares, _ = two_processes.case("CGCNN")
