@@ -498,7 +498,7 @@ def prepare(
         parameters: how a crystal becomes a graph; ``GraphParameters()`` by default.
         targets: names of the targets to keep, by default all that the source has.
         append: add to the store that is there, whose parameters hold; a source that it holds already is not added
-            again. Whoever has the store open keeps the old one.
+            again, and refused where it has changed since. Whoever has the store open keeps the old one.
         progress: True for a progress bar, or a function that is told the number of inputs done so far.
 
     Raises:
@@ -549,6 +549,11 @@ def _plan(
             logger.info("%s is in %s already.", source, folder)
             return _Plan(held.parameters, earlier, done=held)
         if earlier is not None and part is not None:
+            if part["source"] in [other["source"] for other in earlier["parts"]]:
+                raise InputError(
+                    f"{source} is in {folder} already and has changed since; prepare the whole again, or append the "
+                    "new crystals alone, from another path."
+                )
             key = _key(held.parameters, targets, [*earlier["parts"], part])
         return _Plan(held.parameters, key, (len(held), held._info.rejected))
     parameters = parameters or GraphParameters()

@@ -496,6 +496,9 @@ def test_appending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):  # the second time it is there
         store = prepare(second, path, append=True)
         assert store.ids == [f"c{i}" for i in (*range(6), *range(9))]
+    table(first, 7)
+    with pytest.raises(InputError, match=r"a\.parquet is in .*store already and has changed since; prepare the whole"):
+        prepare(first, path, append=True)
     store = prepare([*records(3), Record("last", crystal(5), {"mass": 5.0})], path, append=True)
     store.verify()
     assert len(store) == 19 and [id for id, _ in store.rejected] == ["bad"]
