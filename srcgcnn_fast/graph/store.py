@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 _CHUNK_ATOMS = 100_000
 _CHUNK_CRYSTALS = 8192
+_IDS = 4096
+"""Names that are read together."""
 _COUNTS = ("row_count", "edge_count", "atom_count", "mixed_count", "id_size")
 _OPTIONAL = ("atom_features", "edge_features")  # in memory only
 _NOTHING = np.zeros(0, np.float32)
@@ -66,10 +68,14 @@ class _Ids(Sequence[str]):
     """n names out of one array of text, of the store at ``where``; equal to a list of the same."""
 
     def __init__(self, size: np.ndarray, text: np.ndarray, where: Path | None) -> None:
-        self._end, self._text, self._where = np.cumsum(size, dtype=np.int64), text, where
+        self._end, self._text, self._where = np.cumsum(size, dtype=np.int64), np.asarray(text), where
 
     def __len__(self) -> int:
         return len(self._end)
+
+    def __iter__(self) -> Iterator[str]:
+        for begin in range(0, len(self), _IDS):
+            yield from self[begin : begin + _IDS]
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):

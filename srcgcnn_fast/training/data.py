@@ -242,7 +242,7 @@ class GraphDataModule(pl.LightningDataModule):
     def ids(self, part: str) -> list[str]:
         """Names of the crystals of one part, in the order of its indices."""
         dataset, indices = self.parts[part]
-        return [dataset.store.ids[i] for i in indices]
+        return _ids(dataset.store, indices)
 
     def fingerprint(self) -> str:
         """A hash of names, targets and sizes of the crystals of each part, in order."""
@@ -320,6 +320,11 @@ def _opened(store: Any) -> GraphStore:
     if isinstance(store, str | os.PathLike):
         return open_store(store)
     raise InputError(f"A {type(store).__name__} is no store; give one that prepare made, or its path.")
+
+
+def _ids(store: GraphStore, indices: np.ndarray) -> list[str]:
+    names = list(store.ids)  # one by one they take several times longer
+    return [names[i] for i in indices.tolist()]
 
 
 def _dataset(store: GraphStore, targets: Sequence[str]) -> GraphDataset:

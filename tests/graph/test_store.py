@@ -577,12 +577,15 @@ def test_a_pickled_store_is_no_other(tmp_path: Path) -> None:
         pickle.loads(data)
 
 
-def test_checksums_and_names(tmp_path: Path) -> None:
+def test_checksums_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "_IDS", 2)
     names = ["a", "", "Brückmann", "超", "a"]
     store = prepare([Record(name, crystal(i)) for i, name in enumerate(names)], tmp_path / "store")
     assert store.ids == names and store.ids[-2:] == names[-2:] and store.ids != names[:4]
     for cut in (slice(0, 2), slice(1, 3), slice(0, None), slice(3, 1), slice(None, None, 2), slice(None, None, -1)):
         assert store.ids[cut] == names[cut]
+    monkeypatch.setattr(type(store.ids), "_decoded", lambda *_: "one by one")
+    assert list(GraphStore.from_graphs(graphs(5)).ids) == ["0", "1", "2", "3", "4"]
     store.verify()
     set_bytes(tmp_path / "store", "distance.npy", np.load(tmp_path / "store" / "distance.npy") + 1)
     with pytest.raises(InputError, match=r"damaged .distance.npy has another checksum"):
