@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from itertools import compress
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -185,7 +186,7 @@ class GraphDataModule(pl.LightningDataModule):
         num_workers: processes that assemble batches ahead; 0 assembles in the training process.
 
     Crystals without any of the targets are left out and counted in the log; one of several that is missing is NaN.
-    What is trained on and also validates or tests is counted, too, in several stores by id and graph.
+    What is trained on and also validates or tests is counted, too, another crystal of the same id and graph included.
 
     Raises:
         InputError: a store does not exist, there is no target, one does not exist or is named twice, too few crystals
@@ -385,15 +386,31 @@ def _warn_of_overlap(parts: dict[str, Part]) -> None:
 
 
 def _shared(part: Part, train: Part) -> int:
-    """Crystals that both hold; of two stores those with the same id and the same graph."""
-    if part.dataset is train.dataset:
-        return len(np.intersect1d(part.indices, train.indices))
-    ours, theirs = part.dataset.store, train.dataset.store
-    place = {theirs.ids[i]: i for i in train.indices}
-    alike = ((i, place[name]) for i in part.indices if (name := ours.ids[i]) in place)
-    alike = ((i, k) for i, k in alike if ours.row_counts[i] == theirs.row_counts[k])
-    graphs = ((ours[i], theirs[k]) for i, k in alike)
-    return sum(np.array_equal(a.numbers, b.numbers) and np.array_equal(a.distance, b.distance) for a, b in graphs)
+    """Crystals of ``part`` that are trained on: the same one, or another with the same id and the same graph."""
+    store, other = part.dataset.store, train.dataset.store
+    ours, theirs = np.zeros(len(store), bool), np.zeros(len(other), bool)
+    ours[part.indices], theirs[train.indices] = True, True
+    same = int((ours & theirs).sum()) if store is other else 0
+    if store is other:
+        ours &= ~theirs
+    both = set(_named(store, ours)).intersection(_named(other, theirs))
+    if not both:
+        return same
+    graphs = set(_contents(other, theirs, both))
+    return same + sum(content in graphs for content in _contents(store, ours, both))
+
+
+def _named(store: GraphStore, chosen: np.ndarray) -> Iterator[tuple[str, int]]:
+    """Id and rows of each chosen crystal."""
+    return zip(compress(store.ids, chosen), store.row_counts[chosen].tolist(), strict=True)
+
+
+def _contents(store: GraphStore, chosen: np.ndarray, names: set[tuple[str, int]]) -> Iterator[tuple[str, int]]:
+    """Id and hash of the graph of each chosen crystal of these names."""
+    for i, name in zip(np.flatnonzero(chosen).tolist(), _named(store, chosen), strict=True):
+        if name in names:
+            graph = store[i]
+            yield name[0], hash((graph.numbers.tobytes(), graph.distance.astype(np.float32).tobytes()))
 
 
 def _check_parts(parts: dict[str, Part]) -> None:

@@ -156,8 +156,15 @@ def test_what_is_trained_on_and_scored_too_is_counted(alloys, caplog):
         some = [alloys[i] for i in (*range(5), *range(104, 4, -1))]  # others may have the same ids
         other = GraphStore.from_graphs(some, targets={"energy": np.zeros(len(some))})
         GraphDataModule(alloys, "energy", val_store=other, test_store=alloys)
-    assert "5 val crystals are also trained on" in caplog.text
-    assert "160 test crystals are also trained on" in caplog.text
+        assert "5 val crystals are also trained on" in caplog.text
+        assert "160 test crystals are also trained on" in caplog.text
+        caplog.clear()
+        twice = [*some[:60], some[2], some[70]]  # two of one id, one of them with the graph of the first
+        ids = [*map(str, range(60)), "2", "3"]
+        other = GraphStore.from_graphs(twice, ids=ids, targets={"energy": np.zeros(62)})
+        GraphDataModule(other, "energy", split=Split(np.arange(50), np.arange(49, 62), np.arange(60, 62)))
+    assert "2 val crystals are also trained on" in caplog.text
+    assert "1 test crystals are also trained on" in caplog.text
 
 
 def test_bad_requests_are_sentences(alloys):
