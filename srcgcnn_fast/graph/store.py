@@ -22,7 +22,7 @@ from .batch import CrystalGraph, GraphBatch, with_element_vectors
 from .elements import element_features
 from .packing import Packer, Packing, check_sizes
 from .parameters import GraphParameters
-from .readers import Record, files_elsewhere, read_inputs
+from .readers import Record, _kind, files_elsewhere, read_inputs
 from .store_writer import (
     DTYPES,
     FORMAT,
@@ -35,7 +35,6 @@ from .store_writer import (
     checksum,
     copy_store,
     id_arrays,
-    is_lock,
     mixture_arrays,
     workplace,
 )
@@ -681,10 +680,10 @@ def _source_key(source: Any) -> dict[str, Any] | None:
     if not isinstance(source, str | os.PathLike) or not Path(source).exists():
         return None
     root = Path(source).resolve()
-    with os.scandir(root if root.is_dir() else root.parent) as entries:
-        held = [e for e in entries if e.is_file() and (root.is_dir() or e.name == root.name) and not is_lock(e.name)]
-    found: list[tuple[str, Any]] = sorted((e.name, e) for e in held)
+    found: list[tuple[str, Any]] = [(root.name, root)]
     if root.is_dir():
+        with os.scandir(root) as entries:
+            found = sorted((e.name, e) for e in entries if e.is_file() and (e.name == "id_prop.csv" or _kind(e.name)))
         found += [(str(path), path) for path in files_elsewhere(root)]
     stamps = [(name, entry.stat().st_size, entry.stat().st_mtime_ns) for name, entry in found]
     return {"source": str(root), "files": len(stamps), "stamps": sha256(repr(stamps).encode()).hexdigest()}

@@ -127,11 +127,6 @@ def _refusal(folder: Path, error: OSError) -> InputError:
     return InputError(f"Cannot write {folder}: {error.strerror or error}; choose a directory that you may write to.")
 
 
-def is_lock(name: str) -> bool:
-    """Is this a file that :func:`alone` makes, or has left where a process was killed?"""
-    return name.startswith(".") and name.endswith(_LOCK)
-
-
 @contextmanager
 def workplace(folder: Path, key: dict[str, Any] | None) -> Iterator[Path]:
     """A directory beside ``folder`` that replaces it on success; for a writer :func:`alone`.

@@ -532,10 +532,16 @@ def test_a_file_below_the_folder_has_changed(tmp_path: Path) -> None:
         write(tmp_path / "data" / "part" / "a.cif", bulk(element))
         store = prepare(tmp_path / "data", tmp_path / "data" / "store")
         assert store[0].numbers.tolist() == [number]
-    (tmp_path / "data" / ".store.lock").touch()  # of a process that was killed: no change of the source
+    for name in (".store.lock", "nohup.out", "notes.txt"):  # of a process that was killed, and others: no crystals
+        (tmp_path / "data" / name).write_text("more")
     seen: list[int] = []
     prepare(tmp_path / "data", tmp_path / "data" / "store", progress=seen.append)
     assert not seen
+    write(tmp_path / "data" / ".b.cif", bulk("Ni"))  # not read without id_prop.csv
+    (tmp_path / "data" / "id_prop.csv").write_text("part/a,1\n.b,2\n")
+    assert len(prepare(tmp_path / "data", tmp_path / "data" / "store")) == 2
+    write(tmp_path / "data" / ".b.cif", bulk("Au"))
+    assert prepare(tmp_path / "data", tmp_path / "data" / "store")[1].numbers.tolist() == [79]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs links")
