@@ -90,7 +90,8 @@ def _rows(path: Path, column: str) -> Iterable[tuple[str, str]]:
             return [(str(name), part) for part, names in parts.items() for name in names]
         if path.suffix == ".parquet":
             pandas = require("pandas", "Reading a Parquet file", extra="io")
-            table = pandas.read_parquet(path).astype(object)
+            table = pandas.read_parquet(path)
+            table = (table.reset_index() if table.index.name in ID_COLUMNS else table).astype(object)
             header, rows = list(table.columns), table.where(table.notna(), "").to_dict("records")
         else:
             with open(path, newline="", encoding="utf-8-sig") as file:

@@ -42,15 +42,16 @@ def test_a_file_of_a_spreadsheet_begins_with_a_mark(alloys, tmp_path, kind):
         assert getattr(read_split(path, alloys), part).tolist() == list(indices)
 
 
-@pytest.mark.parametrize("kind", ["csv", "parquet", "json"])
+@pytest.mark.parametrize("kind", ["csv", "parquet", "index", "json"])
 def test_a_file_gives_the_ids_of_each_part(alloys, tmp_path, kind, caplog):
-    path, frame = tmp_path / f"split.{kind}", table(alloys)
+    path, frame = tmp_path / f"split.{kind.replace('index', 'parquet')}", table(alloys)
     if kind == "csv":
         frame.rename(columns={"split": "fold", "id": "material_id"}).to_csv(path, index=False)
-    elif kind == "parquet":
+    elif kind in ("parquet", "index"):
         frame = pd.concat([frame, pd.DataFrame({"id": [alloys.ids[155]], "split": [None]})])
         frame["material_id"], frame["id"] = frame["id"], "as a data set calls its crystals by the former"
-        frame.rename(columns={"split": "fold"}).to_parquet(path)
+        frame = frame.rename(columns={"split": "fold"})
+        (frame.set_index("material_id") if kind == "index" else frame).to_parquet(path)
     else:
         path.write_text(json.dumps({part: [alloys.ids[i] for i in indices] for part, indices in PARTS.items()}))
     with caplog.at_level(logging.WARNING):
