@@ -176,7 +176,7 @@ class GraphDataModule(pl.LightningDataModule):
     Args:
         store: crystals to split, or the training set where ``val_store`` is given; a store or its path.
         targets: names of the target columns.
-        split: fractions (train, val, test) drawn by ``seed``, or the indices themselves.
+        split: fractions (train, val, test) drawn by ``seed``, or the indices themselves, a list or array for each part.
         batch_size: crystals per batch.
         batch_rows: graph rows per batch instead; bounds the memory where sizes differ much.
         val_store: a separate validation set; ``split`` is then unused.
@@ -198,7 +198,7 @@ class GraphDataModule(pl.LightningDataModule):
         store: GraphStore | str | os.PathLike[str],
         targets: str | Sequence[str],
         *,
-        split: Sequence[float] | Split = (0.8, 0.1, 0.1),
+        split: Sequence[Any] = (0.8, 0.1, 0.1),
         batch_size: int = 256,
         batch_rows: int | None = None,
         val_store: GraphStore | str | os.PathLike[str] | None = None,
@@ -224,8 +224,9 @@ class GraphDataModule(pl.LightningDataModule):
             raise InputError("A test store was given without a validation store; give both, or one store to split.")
         whole = _dataset(store, self.targets)
         if val_store is None:
-            parts = split if isinstance(split, Split) else random_split(whole.usable(), split, seed)
-            self.parts = {name: Part(whole, _indices(name, part)) for name, part in parts._asdict().items()}
+            is_given = isinstance(split, Split) or (len(split) == 3 and all(np.ndim(part) for part in split))
+            parts = zip(Split._fields, split if is_given else random_split(whole.usable(), split, seed), strict=True)
+            self.parts = {name: Part(whole, _indices(name, part)) for name, part in parts}
         else:
             datasets = {"train": whole, "val": _dataset(val_store, self.targets)}
             datasets["test"] = _dataset(test_store, self.targets) if test_store else datasets["val"]

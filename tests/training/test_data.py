@@ -131,8 +131,9 @@ def test_explicit_indices_and_separate_stores(alloys):
     split = Split(np.arange(100), np.arange(100, 130), np.arange(130, 160))
     data = GraphDataModule(alloys, "energy", split=split)
     assert np.array_equal(data.parts["test"].indices, split.test)
-    lists = GraphDataModule(alloys, "energy", split=Split([3, 1], [2], [])).parts
-    assert [part.indices.tolist() for part in lists.values()] == [[3, 1], [2], []]
+    for lists in (Split([3, 1], [2], []), ([3, 1], np.array([2]), [])):
+        parts = GraphDataModule(alloys, "energy", split=lists).parts
+        assert [part.indices.tolist() for part in parts.values()] == [[3, 1], [2], []]
     apart = GraphDataModule(alloys, "energy", val_store=alloys)
     assert [len(apart.parts[p].indices) for p in ("train", "val", "test")] == [160, 160, 0]
 
