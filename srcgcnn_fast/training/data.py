@@ -279,10 +279,10 @@ class GraphDataModule(pl.LightningDataModule):
                 )
 
     def loader(self, part: str, shuffle: bool = False) -> Batches:
-        """Batches of ``part`` ("train", "val" or "test"), all of them in this process."""
+        """Batches of ``part`` ("train", "val" or "test"), all of them in this process; shuffled, those of epoch 0."""
         return self._loader(part, shuffle, 0, 1)
 
-    def _loader(self, part: str, shuffle: bool, rank: int, world_size: int) -> Batches:
+    def _loader(self, part: str, shuffle: bool, rank: int, world_size: int, epoch: int = 0) -> Batches:
         dataset, indices = self.parts[part]
         sampler = EpochSampler(
             indices,
@@ -295,8 +295,7 @@ class GraphDataModule(pl.LightningDataModule):
             rank=rank,
             world_size=world_size,
         )
-        if shuffle and self.trainer is not None:  # workers take their first batches before Lightning sets the epoch
-            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
+        sampler.set_epoch(epoch)
         return Batches(
             dataset,
             batch_size=None,  # the sampler yields whole batches
@@ -307,7 +306,10 @@ class GraphDataModule(pl.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader[Item]:
-        return self._loader("train", True, *place(self.trainer))
+        epoch = 0
+        if self.trainer is not None:  # workers take their first batches before Lightning sets the epoch
+            epoch = self.trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+        return self._loader("train", True, *place(self.trainer), epoch)
 
     def val_dataloader(self) -> DataLoader[Item]:
         return self._loader("val", False, *place(self.trainer))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_a_batch_of_any_size_is_all_crystals(size):
     assert sorted(batch) == [0, 1, 2]
 
 
-def test_order_depends_on_seed_and_epoch_alone():
+def test_order_depends_on_seed_and_epoch_alone(alloys):
     def order(seed: int, epoch: int) -> np.ndarray:
         sampler = EpochSampler(np.arange(50), np.ones(50, int), batch_size=8, shuffle=True, seed=seed)
         sampler.set_epoch(epoch)
@@ -73,6 +74,11 @@ def test_order_depends_on_seed_and_epoch_alone():
     assert np.array_equal(order(0, 2), order(0, 2))
     assert not np.array_equal(order(0, 2), order(0, 3))
     assert not np.array_equal(order(0, 2), order(1, 2))
+    data = GraphDataModule(alloys, "energy")
+    progress = SimpleNamespace(current=SimpleNamespace(processed=3))
+    data.trainer = SimpleNamespace(fit_loop=SimpleNamespace(epoch_progress=progress), global_rank=0, world_size=1)
+    assert data.train_dataloader().sampler.epoch == 3  # as a run that is resumed goes on
+    assert data.loader("train", shuffle=True).sampler.epoch == 0  # whatever was trained before
 
 
 def test_buckets_hold_crystals_of_similar_size():
