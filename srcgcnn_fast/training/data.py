@@ -43,6 +43,8 @@ class Split(NamedTuple):
 def random_split(indices: np.ndarray, fractions: Sequence[float], seed: int) -> Split:
     """Shuffle ``indices`` by ``seed`` and cut them into (train, val, test) by ``fractions``.
 
+    Of four or more, each part with a fraction above 0 gets at least one.
+
     Raises:
         InputError: the fractions are not three numbers in 0…1 that sum to at most 1.
     """
@@ -52,6 +54,10 @@ def random_split(indices: np.ndarray, fractions: Sequence[float], seed: int) -> 
         )
     order = np.random.default_rng(seed).permutation(np.asarray(indices, dtype=np.int64))
     cuts = np.rint(np.cumsum(fractions) * len(order)).astype(int)
+    if len(order) >= 4:  # of three, two must be trained on
+        least = np.cumsum(np.greater(fractions, 0))
+        cuts = np.maximum.accumulate(np.maximum(cuts - least, 0)) + least
+        cuts = np.minimum(cuts, len(order) - least[-1] + least)
     return Split(order[: cuts[0]], order[cuts[0] : cuts[1]], order[cuts[1] : cuts[2]])
 
 

@@ -27,6 +27,22 @@ def test_split_is_disjoint_complete_and_seeded():
     assert not np.array_equal(parts.train, other.train)
 
 
+def test_each_part_of_a_small_set_that_is_asked_for_has_a_crystal():
+    def sizes(n: int, *fractions: float) -> list[int]:
+        parts = random_split(np.arange(n), fractions, 0)
+        order = np.random.default_rng(0).permutation(n)
+        assert np.array_equal(np.concatenate(parts), order[: sum(map(len, parts))])
+        return [len(part) for part in parts]
+
+    found = [sizes(n, 0.8, 0.1, 0.1) for n in range(3, 13)]
+    small = [[2, 1, 0], [2, 1, 1], [3, 1, 1], [4, 1, 1], [5, 1, 1]]  # two are trained on
+    assert found == [*small, [6, 1, 1], [7, 1, 1], [8, 1, 1], [9, 1, 1], [10, 1, 1]]
+    for n in range(13, 200):
+        cuts = np.rint(np.cumsum((0.8, 0.1, 0.1)) * n).astype(int).tolist()
+        assert sizes(n, 0.8, 0.1, 0.1) == [cuts[0], cuts[1] - cuts[0], cuts[2] - cuts[1]]
+    assert [sizes(5, 1, 0, 0), sizes(5, 0.9, 0, 0.1), sizes(4, 0.1, 0.1, 0.1)] == [[5, 0, 0], [4, 0, 1], [1, 1, 1]]
+
+
 @pytest.mark.parametrize("fractions", [(0.8, 0.2), (0.8, 0.3, 0.1), (1.1, -0.1, 0.0), (0.8, float("nan"), 0.1)])
 def test_bad_fractions_are_refused(fractions):
     with pytest.raises(InputError, match="fractions"):
