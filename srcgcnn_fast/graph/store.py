@@ -57,7 +57,7 @@ class StoreInfo:
     parameters: GraphParameters = field(default_factory=GraphParameters)
     targets: list[str] = field(default_factory=list)
     key: dict[str, Any] | None = None
-    """What the graphs were made from; None for objects in memory."""
+    """What the graphs were made from; None for objects in memory alone, which beside files are a part that is None."""
     rejected: int = 0
     checksums: dict[str, int] = field(default_factory=dict)
     """CRC-32 of the values of each array."""
@@ -548,29 +548,28 @@ def _plan(
         held = open_store(folder)
         if parameters not in (None, held.parameters):
             raise InputError(f"{folder} was prepared with {held.parameters}; append with the same, or leave them out.")
-        earlier, key = held._info.key, None
-        if earlier is not None and part in earlier["parts"]:
+        parts = held._info.key["parts"] if held._info.key else [None]
+        key = _key(held.parameters, targets, [*parts, part])
+        if part is not None and part in parts:
             held.target_array(targets or ())  # which it must have
             logger.info("%s is in %s already.", source, folder)
-            return _Plan(held.parameters, earlier, done=held)
-        if earlier is not None and part is not None:
-            if part["source"] in [other["source"] for other in earlier["parts"]]:
-                raise InputError(
-                    f"{source} is in {folder} already and has changed since; prepare the whole again, or append the "
-                    "new crystals alone, from another path."
-                )
-            key = _key(held.parameters, targets, [*earlier["parts"], part])
+            return _Plan(held.parameters, key, done=held)
+        if part is not None and part["source"] in [other["source"] for other in parts if other]:
+            raise InputError(
+                f"{source} is in {folder} already and has changed since; prepare the whole again, or append the "
+                "new crystals alone, from another path."
+            )
         return _Plan(held.parameters, key, (len(held), held._info.rejected))
     parameters = parameters or GraphParameters()
-    key = None if part is None else _key(parameters, targets, [part])
-    if there is not None and key is not None and there.get("key") == key:
+    whole = None if part is None else _key(parameters, targets, [part])
+    if there is not None and whole is not None and there.get("key") == whole:
         try:
             store = open_store(folder)
             logger.info("%s is prepared already: %d crystals.", folder, len(store))
-            return _Plan(parameters, key, done=store)
+            return _Plan(parameters, whole, done=store)
         except InputError as error:
-            return _Plan(parameters, key, damage=error)
-    return _Plan(parameters, key)
+            return _Plan(parameters, whole, damage=error)
+    return _Plan(parameters, whole)
 
 
 def _prepare(
@@ -586,7 +585,8 @@ def _prepare(
     parameters, key, before = plan[:3]
     if plan.damage is not None:
         logger.warning("Preparing again: %s", plan.damage)
-    with workplace(folder, key) as scratch:
+    may_resume = key is not None and None not in key["parts"]  # objects in memory may be others the next time
+    with workplace(folder, key if may_resume else None) as scratch:
         if append and not (scratch / PROGRESS).exists():
             copy_store(folder, scratch, key)
         writer = StoreWriter(scratch, key)

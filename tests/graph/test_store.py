@@ -502,6 +502,14 @@ def test_appending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = prepare([*records(3), Record("last", crystal(5), {"mass": 5.0})], path, append=True)
     store.verify()
     assert len(store) == 19 and [id for id, _ in store.rejected] == ["bad"]
+    for source, size in ((second, 19), (records(1)[:1], 20), (records(1)[:1], 21), (second, 21)):  # that is still known
+        assert len(prepare(source, tmp_path / "store", append=True)) == size
+    for start in (records(2)[:2], records(1)[:1]):  # an interrupted append does not go on beside other objects
+        prepare(start, tmp_path / "objects")
+        interrupt(second, tmp_path / "objects", after=6, append=True)
+    for _ in range(2):
+        assert len(prepare(second, tmp_path / "objects", append=True)) == 10
+    assert len(prepare(second, tmp_path / "objects")) == 9
     assert np.isnan(store.targets["mass"][:18]).all() and store.targets["mass"][18] == 5.0
     assert store.targets["gap"][:15].tolist() == [*range(6), *range(9)]
     for i, seed in ((0, 0), (6, 0), (14, 8), (18, 5)):
