@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -67,16 +68,21 @@ def cross_validate(
     """Train one model a fold, from the same seed, in ``run_dir/fold_0``, …; score each on the crystals it never saw.
 
     Args:
-        make_data: the data module of a split.
+        build: makes an untrained model for a data module, such as ``lambda data: CGCNN()``; it is called after the
+            seed is set.
+        make_data: makes the data module of a split.
         folds: from :func:`k_folds` or :func:`matbench_folds`.
         resume: go on with what an interrupted call left.
         options: others of :func:`fit`.
 
     Raises:
-        InputError: as :func:`fit`.
+        InputError: as :func:`fit`; or there are no folds, or ``build`` does not make a new model at each call.
     """
     directory, evaluations = Path(run_dir), []
     parts = [make_data(split) for split in folds]
+    if not parts:
+        raise InputError("There are no folds to train on; k_folds makes them.")
+    _check_build(build, parts[0])
     for data in parts:
         if "fold" in data.targets:
             raise InputError("The table of all folds' predictions has a column fold, so no target may; rename it.")
@@ -106,12 +112,19 @@ def train_ensemble(
     The seed decides initial weights and order of the batches. ``run_dir`` receives the run of each (``member_0``, …)
     and, at the end, ``model`` with the ensemble, whose standard deviation covers 68.3 % of the validation errors.
 
+    Args:
+        build: makes an untrained model for ``data``, such as ``lambda data: CGCNN()``; it is called after the seed is
+            set.
+        resume: go on with what an interrupted call left.
+        options: others of :func:`fit`.
+
     Raises:
         InputError: as :func:`fit`; or there are fewer than two members, a target that no validation crystal has, or
-            nothing in which members would differ.
+            nothing in which members would differ, or ``build`` does not make a new model at each call.
     """
     if members < 2:
         raise InputError(f"An ensemble of {members} has no spread; train at least two models.")
+    _check_build(build, data)
     for name, column in zip(data.targets, data.target_values("val").T, strict=True):
         if np.isnan(column).all():
             raise InputError(f"No validation crystal has a value of {name} to calibrate with; split otherwise.")
@@ -136,6 +149,19 @@ def train_ensemble(
     calibrate(ensemble, data)
     save_ensemble(ensemble, directory / "model")
     return ensemble
+
+
+def _check_build(build: Build, data: GraphDataModule) -> None:
+    """Is it called with the data, and makes a new model each time?"""
+    mend = "give a function that makes a model for the data, such as lambda data: CGCNN()."
+    if isinstance(build, type | torch.nn.Module) or not callable(build):
+        raise InputError(f"build is a {type(build).__name__}; {mend}")
+    try:
+        inspect.signature(build).bind(data)
+    except TypeError as error:
+        raise InputError(f"build cannot be called with the data module ({error}); {mend}") from None
+    if build(data) is build(data):  # which would learn from one run to the next
+        raise InputError(f"build gives the same model at each call; {mend}")
 
 
 def _start_alike(build: Build, data: GraphDataModule, seed: int) -> bool:

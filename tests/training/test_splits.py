@@ -22,6 +22,7 @@ from srcgcnn_fast.training import (
     k_folds,
     matbench_folds,
     read_split,
+    train_ensemble,
 )
 
 PARTS = {"train": range(0, 100), "val": range(100, 120), "test": range(120, 150)}
@@ -183,3 +184,22 @@ def test_a_fold_that_cannot_train_is_found_before_the_first_is_trained(alloys, t
     with pytest.raises(InputError, match="one class only"):
         cross_validate(lambda _: SRCGCNN(1, 8, 8, classification=True), make_data, folds, tmp_path / "cv")
     assert not (tmp_path / "cv").exists()
+
+
+def test_what_makes_no_model_for_each_run_is_refused(alloys, tmp_path):
+    made, data = SRCGCNN(1, 8, 8), GraphDataModule(alloys, "energy")
+    make_data = lambda split: GraphDataModule(alloys, "energy", split=split)  # noqa: E731
+    faults = {
+        "build is a SRCGCNN; give a function that": made,
+        "build is a type": SRCGCNN,
+        "build cannot be called with the data": lambda: made,
+        "gives the same model": lambda data: made,
+    }
+    for fault, build in faults.items():
+        with pytest.raises(InputError, match=fault):
+            cross_validate(build, make_data, k_folds(np.arange(60), 3), tmp_path / "run")
+        with pytest.raises(InputError, match=fault):
+            train_ensemble(build, data, tmp_path / "run")
+    with pytest.raises(InputError, match="no folds to train on; k_folds makes them"):
+        cross_validate(lambda data: SRCGCNN(1, 8, 8), make_data, [], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
