@@ -123,7 +123,7 @@ def prepare_shards(
     path: str | os.PathLike[str],
     parameters: GraphParameters | None = None,
     *,
-    targets: Sequence[str] | None = None,
+    targets: str | Sequence[str] | None = None,
     workers: int = 2,
     rows: int = SHARD_ROWS,
 ) -> GraphStore:
@@ -137,6 +137,7 @@ def prepare_shards(
             something else.
     """
     parameters = parameters or GraphParameters()
+    targets = [targets] if isinstance(targets, str) else targets
     target, names = Path(path).absolute(), list(targets) if targets is not None else None
     folder, shards = target.parent / f"{target.name}.parts", _shards(source, rows, names)
     existing(target)  # rather than after all the work

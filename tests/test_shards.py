@@ -194,7 +194,7 @@ def test_shards_without_a_target_or_a_crystal_are_kept(
     assert list(store.ids) == list(whole.ids) and store.rejected == whole.rejected and len(store) == 60
     assert list(store.targets) == ["e", "gap"] and int(np.isfinite(store.targets["e"]).sum()) == 26
     with pytest.raises(InputError, match=r"None of the 3 inputs .* became a graph; a.*no target mass; it has gap, e"):
-        sf.prepare_shards(folder, tmp_path / "u", targets=["mass"], rows=9)
+        sf.prepare_shards(folder, tmp_path / "u", targets="mass", rows=9)
 
 
 def test_joined_stores_keep_targets_apart(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def _as_crystal(structure: Any, name: str | None) -> AnyCrystal:
 def read_inputs(
     source: Any,
     *,
-    targets: Sequence[str] | None = None,
+    targets: str | Sequence[str] | None = None,
     timeout: float = 60.0,
     skip: int = 0,
     disorder: str = "error",
@@ -125,7 +125,7 @@ def read_inputs(
             with ``id_prop.csv`` (rows ``id,target``, files ``id.cif``; a first row ``id,name,...`` names the targets)
             or without (every structure file, by name); one object that :func:`as_crystal` takes, an iterable of them,
             or a dictionary id -> object. Records of several files have the ids that each file alone gives them.
-        targets: names of the targets to keep, by default all numbers that the source has. A blank is NaN.
+        targets: names of the targets to keep, or one name; by default all numbers that the source has. A blank is NaN.
         timeout: seconds for one CIF file of a folder or an iterable. What gemmi does not read in a moment is read
             in a child process that is ended after this time, or beyond 4 GiB of memory (Linux); a single file is
             read in this process without a limit.
@@ -139,7 +139,8 @@ def read_inputs(
     if not timeout > 0:
         raise InputError(f"timeout is {timeout}; give a positive number of seconds.")
     check_policy(disorder)
-    return _settled(_records(source, targets, timeout, skip), disorder)
+    wanted = [targets] if isinstance(targets, str) else targets
+    return _settled(_records(source, wanted, timeout, skip), disorder)
 
 
 def _settled(records: Iterator[Record], disorder: str) -> Iterator[Record]:

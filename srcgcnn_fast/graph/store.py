@@ -367,12 +367,13 @@ class GraphStore:
             )
         return chosen.astype(np.int64) if least >= 0 else chosen.astype(np.int64) % len(self)
 
-    def target_array(self, names: Sequence[str]) -> np.ndarray:
-        """(n, len(names)) float64, NaN where a crystal has no value.
+    def target_array(self, names: str | Sequence[str]) -> np.ndarray:
+        """(n, len(names)) float64, NaN where a crystal has no value; a text is one name.
 
         Raises:
             InputError: the store has no such target.
         """
+        names = [names] if isinstance(names, str) else names
         for name in names:
             if name not in self.targets:
                 has = ", ".join(self.targets) or "none"
@@ -486,7 +487,7 @@ def prepare(
     path: str | os.PathLike[str],
     parameters: GraphParameters | None = None,
     *,
-    targets: Sequence[str] | None = None,
+    targets: str | Sequence[str] | None = None,
     append: bool = False,
     progress: bool | Callable[[int], None] | None = None,
 ) -> GraphStore:
@@ -501,7 +502,7 @@ def prepare(
         source: whatever :func:`srcgcnn_fast.graph.readers.read_inputs` takes.
         path: the directory of the store.
         parameters: how a crystal becomes a graph; ``GraphParameters()`` by default.
-        targets: names of the targets to keep, by default all that the source has.
+        targets: names of the targets to keep, or one name; by default all that the source has.
         append: add to the store that is there, whose parameters hold; a source that it holds already is not added
             again, and refused where it has changed since. Whoever has the store open keeps the old one.
         progress: True for a progress bar, or a function that is told the number of inputs done so far.
@@ -512,6 +513,7 @@ def prepare(
     """
     folder = Path(path).resolve()  # where a link leads to, which stays
     part = _source_key(source)
+    targets = [targets] if isinstance(targets, str) else targets
     plan = _plan(folder, source, part, parameters, targets, append)
     if plan.done is not None:
         return plan.done

@@ -62,7 +62,7 @@ class Recipe:
     validates and keeps an exponential moving average of the weights. ``gradient_clip`` bounds the norm of the gradient.
     ``patience`` ends the run after so many epochs without a better one. ``class_weights`` multiplies the loss of
     crystals of class 0 and 1; "balanced" gives both classes the same share. ``freeze`` keeps parts ("embedding",
-    "convolutions", "head") as they are, running statistics of their batch norms included.
+    "convolutions", "head"), or one, as they are, running statistics of their batch norms included.
     """
 
     epochs: int = 30
@@ -116,6 +116,7 @@ class Recipe:
         if self.patience is not None and self.patience < 1:
             raise InputError(f"A patience of {self.patience} epochs stops at once; ask for at least 1.")
         _check_class_weights(self.class_weights)
+        object.__setattr__(self, "freeze", self.freeze if isinstance(self.freeze, tuple) else (self.freeze,))
         for part in self.freeze:
             _one_of("frozen part", part, tuple(PARTS))
 

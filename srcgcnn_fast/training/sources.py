@@ -23,7 +23,7 @@ def prepared(
     parameters: GraphParameters | None = None,
     progress: bool = False,
     *,
-    targets: Sequence[str] | None = None,
+    targets: str | Sequence[str] | None = None,
     default: GraphParameters | None = None,
 ) -> GraphStore:
     """The store of ``source``; what is not prepared yet is prepared into ``path``, and found there the next time.

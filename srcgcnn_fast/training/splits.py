@@ -35,14 +35,14 @@ _MATBENCH_SEED = 18012019
 
 
 def read_split(
-    path: str | os.PathLike[str], store: GraphStore, targets: Sequence[str] = (), column: str = "split"
+    path: str | os.PathLike[str], store: GraphStore, targets: str | Sequence[str] = (), column: str = "split"
 ) -> Split:
     """The split of ``store`` that a file gives by the crystals' ids.
 
     Args:
         path: a CSV or Parquet table with the ids in ``material_id`` or ``id`` and "train", "val" or "test" in
             ``column``; it may be the data set itself. Or a JSON file, {"train": [ids], "val": [ids], "test": [ids]}.
-        targets: crystals of the store that have none of these are left out.
+        targets: names; crystals of the store that have none of these are left out.
         column: of the table.
 
     Crystals that the file leaves blank or does not name are left out, and ids that the store does not hold (what has

@@ -250,7 +250,8 @@ def test_parquet(tmp_path: Path) -> None:
     assert records[0].targets == {"gap": 1.0, "energy": 3.0}
     assert math.isnan(records[1].targets["gap"])
     assert_same(records[1].crystal)
-    assert [r.targets for r in read_inputs(path, targets=["energy"])] == [{"energy": 3.0}, {"energy": 4.0}]
+    for targets in (["energy"], "energy"):
+        assert [r.targets for r in read_inputs(path, targets=targets)] == [{"energy": 3.0}, {"energy": 4.0}]
     assert [r.targets for r in read_inputs(path, targets=())] == [{}, {}]
     with pytest.raises(InputError, match=r"t\.parquet has no target mass; it has gap, energy"):
         read_inputs(path, targets=["mass"])

@@ -78,6 +78,7 @@ def test_round_trip(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.isnan(again.targets["e"]), np.arange(12) % 4 != 0)
         table = again.target_array(["e", "gap"])
         assert table.shape == (12, 2) and table.dtype == np.float64 and table[4].tolist() == [-4.0, 4.0]
+        np.testing.assert_array_equal(again.target_array("gap"), table[:, 1:])
         for index, expected in enumerate(graphs()):
             assert_same_graph(again[index], expected)
         np.testing.assert_array_equal(again.row_counts, [g.n_rows for g in graphs()])
@@ -346,7 +347,7 @@ def test_the_same_source_is_prepared_once(tmp_path: Path, caplog: pytest.LogCapt
     second = stamp(parameters=GraphParameters(max_neighbors=5))
     assert second != first and open_store(path).parameters.max_neighbors == 5
     third = stamp(targets=["gap"])
-    assert third != second
+    assert third != second and stamp(targets="gap") == third
     table(source, 7)
     stamp(targets=["gap"])
     assert len(open_store(path)) == 7

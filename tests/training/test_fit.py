@@ -494,7 +494,8 @@ def test_bad_requests_are_sentences(alloys, tmp_path):
     with pytest.raises(InputError, match="patience of 0"):
         Recipe(patience=0)
     with pytest.raises(InputError, match="frozen part 'pooling'"):
-        Recipe(freeze=("pooling",))
+        Recipe(freeze="pooling")
+    assert Recipe(freeze="head") == Recipe(freeze=["head"]) == Recipe(freeze=("head",))
     with pytest.raises(InputError, match="class weights"):
         Recipe(class_weights=(1.0, -1.0))
     with pytest.raises(InputError, match="for a classifier"):
