@@ -89,9 +89,7 @@ class EpochSampler(DistributedSampler[np.ndarray]):  # or Lightning would share 
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        wanted = batch_size if batch_rows is None else batch_rows
-        if wanted < 1:
-            raise InputError(f"A batch cannot hold {wanted} crystals or rows; ask for at least 1.")
+        _check_batch(batch_size, batch_rows)
         if min(len(indices), batch_size) < world_size > 1:
             raise InputError(
                 f"{world_size} processes cannot share {len(indices)} crystals in batches of {batch_size}; "
@@ -176,6 +174,11 @@ class Part(NamedTuple):
     indices: np.ndarray
 
 
+class _Parts(dict[str, Part]):
+    def __missing__(self, name: object) -> Part:
+        raise InputError(f"There is no part {name!r}; choose among {', '.join(self)}.")
+
+
 class GraphDataModule(pl.LightningDataModule):
     """Training, validation and test batches (GraphBatch, target (B, T), index (B,)) of one store or of three.
 
@@ -215,15 +218,16 @@ class GraphDataModule(pl.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        self.targets = (targets,) if isinstance(targets, str) else tuple(targets)
+        self.targets = (targets,) if isinstance(targets, str | None) else tuple(targets)
         _check_numbers(self.targets, seed, num_workers)
+        _check_batch(batch_size, batch_rows)
         units = (units,) if isinstance(units, str) and units else units
         self.units = tuple(units or (KNOWN_UNITS.get(name, "") for name in self.targets))
         store = _opened(store)
         val_store, test_store = (s if s is None else _opened(s) for s in (val_store, test_store))
         self.graph_parameters = store.parameters
         self.batch_size, self.batch_rows, self.seed = map(as_python, (batch_size, batch_rows, seed))
-        self.length_buckets = length_buckets
+        self.length_buckets = as_python(length_buckets)
         self.num_workers = num_workers
         _check_same_graphs(store, val_store, test_store)
         if val_store is None and test_store is not None:
@@ -239,6 +243,7 @@ class GraphDataModule(pl.LightningDataModule):
             self.parts = {name: Part(dataset, dataset.usable()) for name, dataset in datasets.items()}
             if test_store is None:
                 self.parts["test"] = Part(whole, whole.usable()[:0])
+        self.parts = _Parts(self.parts)
         _check_parts(self.parts)
         _warn_of_overlap(self.parts)
 
@@ -356,6 +361,12 @@ def _check_same_graphs(store: GraphStore, *others: GraphStore | None) -> None:
             )
 
 
+def _check_batch(batch_size: int, batch_rows: int | None) -> None:
+    wanted = batch_size if batch_rows is None else batch_rows
+    if not isinstance(wanted, int | np.integer) or wanted < 1:
+        raise InputError(f"A batch cannot hold {wanted} crystals or rows; give a whole number of at least 1.")
+
+
 def _check_numbers(targets: tuple[str, ...], seed: int, num_workers: int) -> None:
     if not targets:
         raise InputError("There is no target to learn; name at least one.")
@@ -369,8 +380,8 @@ def _check_numbers(targets: tuple[str, ...], seed: int, num_workers: int) -> Non
         )
     if len(targets) > 1 and "scaled" in targets:
         raise InputError("The mae_scaled of several targets ranks epochs, so none may be named scaled; rename it.")
-    if seed < 0 or num_workers < 0:
-        raise InputError(f"The seed {seed} and the number of workers {num_workers} must be 0 or more.")
+    if not all(isinstance(number, int | np.integer) and number >= 0 for number in (seed, num_workers)):
+        raise InputError(f"The seed {seed} and the number of workers {num_workers} must be whole numbers of 0 or more.")
     if num_workers > (most := 16 * (os.cpu_count() or 1)):
         raise InputError(f"{num_workers} workers are too many for this machine; give at most {most} (0 is often best).")
 

@@ -78,8 +78,6 @@ def evaluate(model: CGCNN | SRCGCNN | Sampler, data: GraphDataModule, part: str 
 
 
 def _check(model: CGCNN | SRCGCNN, data: GraphDataModule, part: str) -> None:
-    if part not in data.parts:
-        raise InputError(f"There is no part {part!r}; choose among {', '.join(data.parts)}.")
     if not len(data.parts[part].indices):
         raise InputError(f"There are no {part} crystals to score; choose another part, or another split.")
     known = model.metadata.targets

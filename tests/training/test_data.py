@@ -222,13 +222,21 @@ def test_bad_requests_are_sentences(alloys):
     with pytest.raises(InputError, match="none may be named scaled"):
         GraphDataModule(scaled, ["energy", "scaled"])
     GraphDataModule(scaled, "scaled")
-    for wrong in ({"seed": -1}, {"num_workers": -1}):
-        with pytest.raises(InputError, match="must be 0 or more"):
+    for wrong in ({"seed": -1}, {"seed": 1.5}, {"seed": None}, {"num_workers": -1}):
+        with pytest.raises(InputError, match="must be whole numbers of 0 or more"):
             GraphDataModule(alloys, "energy", **wrong)
+    with pytest.raises(InputError, match="has no target None; it has energy, high, volume"):
+        GraphDataModule(alloys, None)
     with pytest.raises(InputError, match="at least 2 crystals"):
         GraphDataModule(alloys, "energy", split=(1.0, 0.0, 0.0))
-    with pytest.raises(InputError, match="at least 1"):
-        GraphDataModule(alloys, "energy", batch_size=0).train_dataloader()
+    for wrong in ({"batch_size": 0}, {"batch_size": 64.0}, {"batch_rows": "64"}):
+        with pytest.raises(InputError, match="give a whole number of at least 1"):
+            GraphDataModule(alloys, "energy", **wrong)
+    data = GraphDataModule(alloys, "energy", length_buckets=np.True_)
+    assert data.length_buckets is True  # as run.json takes it
+    for ask in (data.loader, data.ids, data.target_values):
+        with pytest.raises(InputError, match="There is no part 'validation'; choose among train, val, test"):
+            ask("validation")
 
 
 def test_one_unit_is_not_its_letters(alloys):
