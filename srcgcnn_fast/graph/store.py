@@ -512,6 +512,8 @@ def prepare(
             holds something else than a store, or another process prepares the same one.
     """
     folder = Path(path).resolve()  # where a link leads to, which stays
+    if not isinstance(parameters, GraphParameters | None):
+        raise InputError(f"parameters is {parameters!r}; give GraphParameters(radius=6.0), for instance.")
     part = _source_key(source)
     targets = [targets] if isinstance(targets, str) else targets
     plan = _plan(folder, source, part, parameters, targets, append)

@@ -286,6 +286,9 @@ def test_nothing_usable(tmp_path: Path) -> None:
         prepare([], tmp_path / "store")
     with pytest.raises(InputError, match=r"gone\.parquet does not exist"):
         prepare(tmp_path / "gone.parquet", tmp_path / "store")
+    for wrong in (6.0, {"radius": 6.0}):
+        with pytest.raises(InputError, match=r"parameters is .*6\.0.*; give GraphParameters\(radius="):
+            prepare(records(), tmp_path / "store", wrong)
     with pytest.raises(InputError, match="graph; c0 has no target mass; it has gap, e"):
         prepare(records(), tmp_path / "store", targets=["mass"])
     assert listing(tmp_path) == []
