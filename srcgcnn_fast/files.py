@@ -89,7 +89,7 @@ def replace_directory(new: Path, target: Path) -> None:
 
 def restore(path: str | os.PathLike[str]) -> None:
     """Put back the directory that a process killed within :func:`replace_directory` left aside, if one did."""
-    if Path(path).exists():
+    if os.path.exists(path):
         return
     with suppress(OSError, ValueError, RuntimeError):  # none was aside, another process has put one there, or no path
         target = Path(path).resolve()

@@ -215,6 +215,8 @@ def test_bad_arguments():
         sf.predict(model, [])
     with pytest.raises(sf.InputError, match="no model"):
         sf.predict("absent_model", [])
+    with pytest.raises(sf.InputError, match="A text of several lines is no path"):
+        sf.predict(make_model(), "data_x\n" * 1000)
     with pytest.raises(sf.InputError, match="not a DataParallel; give the model that it holds"):
         sf.predict(torch.nn.DataParallel(make_model()), [])
 

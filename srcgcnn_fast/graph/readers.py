@@ -89,7 +89,7 @@ def as_crystal(structure: Any, name: str | None = None, disorder: str = "error")
 
 def _as_crystal(structure: Any, name: str | None) -> AnyCrystal:
     if isinstance(structure, str | os.PathLike):
-        return _only_crystal(Path(structure))
+        return _only_crystal(_path(structure))
     if isinstance(structure, MixedCrystal):
         return structure
     kind = type(structure).__name__
@@ -173,10 +173,10 @@ def _writable(text: str) -> str:
 def _records(source: Any, targets: Sequence[str] | None, timeout: float, skip: int) -> Iterator[Record]:
     wanted = list(targets) if targets is not None else None
     if isinstance(source, str | os.PathLike):
-        path = Path(source)
+        path = _path(source)
         if source == "":  # which Path takes for the current folder
             raise InputError("The path of the structures is an empty text; give that of a file or folder.")
-        if not path.exists():
+        if not os.path.exists(path):
             raise InputError(f"{path} does not exist; give the path of a structure file or folder.")
         if path.is_dir():
             return _read_folder(path, wanted, timeout, skip)
@@ -200,6 +200,15 @@ def _records(source: Any, targets: Sequence[str] | None, timeout: float, skip: i
             f"A {type(source).__name__} holds no crystals; give a path, a structure, or an iterable of structures."
         )
     return _select(_read_items(items, count, timeout, skip), wanted)
+
+
+def _path(text: str | os.PathLike[str]) -> Path:
+    """Raises InputError: it is what a file holds."""
+    if "\n" in str(text) and not os.path.exists(text):
+        raise InputError(
+            "A text of several lines is no path; write it to a file, or give pymatgen's Structure.from_str(…)."
+        )
+    return Path(text)
 
 
 # ---- objects
@@ -264,7 +273,7 @@ def _from_dictionary(value: Mapping[str, Any], name: str) -> AnyCrystal:
 
 
 def _only_crystal(path: Path) -> AnyCrystal:
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputError(f"{path} does not exist; give the path of a structure file.")
     if path.is_dir():
         raise InputError(f"{path} is a folder; give the path of one structure file.")
@@ -290,7 +299,8 @@ class _Item:
 
 
 def _default_id(value: Any, index: int) -> str:
-    return _stem(Path(value)) if isinstance(value, str | os.PathLike) else str(index)
+    is_path = isinstance(value, str | os.PathLike) and "\n" not in str(value)
+    return _stem(Path(value)) if is_path else str(index)
 
 
 def _read_items(items: Iterable[_Item], count: int, timeout: float, skip: int = 0) -> Iterator[Record]:
@@ -427,10 +437,10 @@ def _json_or_none(text: str) -> Any:
 
 
 def _file_records(item: _Item) -> Iterator[Record]:
-    path = Path(item.value)
     try:
-        if not path.is_file():
-            state = "is no file" if path.exists() else "does not exist"
+        path = _path(item.value)
+        if not os.path.isfile(path):
+            state = "is no file" if os.path.exists(path) else "does not exist"
             raise InputError(f"{path} {state}; give the path of a structure file.")
         records = list(_read_file(path, None))
     except InputError as error:

@@ -422,7 +422,7 @@ def is_store(path: str | os.PathLike[str]) -> bool:
     try:
         return bool(_read_metadata(folder))
     except InputError:
-        return (folder / "row_count.npy").is_file()
+        return os.path.isfile(folder / "row_count.npy")
 
 
 def _opened(folder: Path) -> GraphStore:
@@ -454,7 +454,7 @@ def _opened(folder: Path) -> GraphStore:
 
 
 def _read_metadata(folder: Path) -> dict[str, Any]:
-    if not folder.exists():
+    if not os.path.exists(folder):
         raise InputError(f"{folder} does not exist; write a store there with prepare.")
     try:
         metadata = json.loads((folder / METADATA).read_text(encoding="utf-8"))
@@ -681,7 +681,7 @@ def _key(parameters: GraphParameters, targets: Sequence[str] | None, parts: list
 
 
 def _source_key(source: Any) -> dict[str, Any] | None:
-    if not isinstance(source, str | os.PathLike) or not Path(source).exists():
+    if not isinstance(source, str | os.PathLike) or not os.path.exists(source):
         return None
     root = Path(source).resolve()
     found: list[tuple[str, Any]] = [(root.name, root)]

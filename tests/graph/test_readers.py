@@ -599,6 +599,14 @@ def test_missing_and_empty_sources(tmp_path: Path) -> None:
         read_inputs(tmp_path)
     with pytest.raises(InputError, match="A int holds no crystals"):
         read_inputs(3)
+    text = "data_x\n" * 1000  # longer than any path
+    for read in (read_inputs, as_crystal):
+        with pytest.raises(InputError, match=r"^A text of several lines is no path; .* Structure\.from_str\(…\)\.$"):
+            read(text)
+    (record,) = read_inputs([text])
+    assert record.id == "0" and record.error.startswith("A text of several lines is no path")
+    (tmp_path / "two\nlines.cif").write_text(cif())
+    assert len(as_crystal(tmp_path / "two\nlines.cif").numbers) == 2
 
 
 def test_one_bad_input_leaves_the_others(tmp_path: Path) -> None:

@@ -286,6 +286,8 @@ def test_nothing_usable(tmp_path: Path) -> None:
         prepare([], tmp_path / "store")
     with pytest.raises(InputError, match=r"gone\.parquet does not exist"):
         prepare(tmp_path / "gone.parquet", tmp_path / "store")
+    with pytest.raises(InputError, match="A text of several lines is no path"):
+        prepare("data_x\n" * 1000, tmp_path / "store")
     for wrong in (6.0, {"radius": 6.0}):
         with pytest.raises(InputError, match=r"parameters is .*6\.0.*; give GraphParameters\(radius="):
             prepare(records(), tmp_path / "store", wrong)
