@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -152,7 +153,7 @@ def to_pyg(batch: GraphBatch) -> dict[str, Tensor]:
 
 
 def from_pyg(data: Any) -> GraphBatch:
-    """The batch of a PyTorch Geometric ``Data`` or ``Batch`` (or of any object with such attributes).
+    """The batch of a PyTorch Geometric ``Data`` or ``Batch`` (or of anything with such attributes, or keys).
 
     Read are: ``edge_index`` (2, E), sender first; atoms from ``z`` (N,) or, as features, from ``x`` (N, A); edges
     from distances ``edge_weight`` (E,) in Å (or an ``edge_attr`` with one column), or, as features, from
@@ -161,6 +162,7 @@ def from_pyg(data: Any) -> GraphBatch:
     Raises:
         InputError: something needed is absent, or the graph contradicts itself.
     """
+    data = SimpleNamespace(**data) if isinstance(data, Mapping) else data
     index = getattr(data, "edge_index", None)
     if index is None:
         raise InputError("The graph has no edge_index; give a PyTorch Geometric Data object.")

@@ -99,7 +99,7 @@ def test_expanding_the_quotient_keeps_the_output(kind, make_batch):
 def test_pyg_round_trip(kind, make_batch):
     batch = make_batch(kind)
     data = SimpleNamespace(**to_pyg(batch))
-    again, full = from_pyg(data), expand_quotient(batch)
+    again, full = from_pyg(to_pyg(batch)), expand_quotient(batch)
     for name in ("numbers", "sender", "distance", "row_ptr", "crystal_ptr", "weight"):
         assert torch.equal(getattr(again, name), getattr(full, name)), name
     shuffled = torch.randperm(full.num_edges, generator=torch.Generator().manual_seed(0))
