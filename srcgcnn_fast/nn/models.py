@@ -30,6 +30,11 @@ def _positive(**values: int) -> None:
             raise InputError(f"{name} must be at least 1, not {value}.")
 
 
+def _check_batch(batch: Any) -> None:
+    if not isinstance(batch, GraphBatch):
+        raise InputError(f"A model takes a GraphBatch, not a {type(batch).__name__}; collate([graph, …]) makes one.")
+
+
 def _is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     """Is it computed by its parameters alone, without anybody watching?"""
     watched = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
@@ -178,6 +183,7 @@ class CrystalModel(nn.Module):
 
     def embed(self, batch: GraphBatch) -> Tensor:
         """(N, F): the embedded element vector, or atom features, of every row."""
+        _check_batch(batch)
         h, species = self._embed(batch)
         return h if species is None else lookup(h, species)
 
@@ -203,6 +209,7 @@ class CrystalModel(nn.Module):
 
     def features(self, batch: GraphBatch) -> Tensor:
         """The pooled crystal vector, (B, F): a descriptor of the crystal."""
+        _check_batch(batch)
         if self._is_stack() and _is_plain(self.embedding):
             return self._network(batch, [])
         return functional.crystal_mean(self._convolve(*self._embed(batch), batch)[0], batch)
@@ -212,10 +219,7 @@ class CrystalModel(nn.Module):
 
         With ``return_steps`` also the list of (N, F) features after each convolution.
         """
-        if not isinstance(batch, GraphBatch):
-            raise InputError(
-                f"A model takes a GraphBatch, not a {type(batch).__name__}; collate([graph, …]) makes one."
-            )
+        _check_batch(batch)
         if not return_steps and (network := self._frozen_network()) is not None and network.takes(batch):
             out = network(batch)
             return log_softmax(out, dim=1) if self.classification else out

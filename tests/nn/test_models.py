@@ -93,8 +93,9 @@ def test_multiple_targets_and_units(make_batch):
     torch.testing.assert_close(
         model.predict(batch), model(batch) * torch.tensor([3.0, 0.5]) + torch.tensor([1.0, -2.0])
     )
-    with pytest.raises(sf.InputError, match="takes a GraphBatch, not a list"):
-        model.predict([batch])
+    for call in (model.predict, model.features, model.embed):
+        with pytest.raises(sf.InputError, match="takes a GraphBatch, not a list"):
+            call([batch])
     with pytest.raises(sf.InputError, match="one unit, mean and std per target"):
         sf.ModelMetadata(("a", "b"), ("eV",), (0.0, 0.0), (1.0, 1.0))
     for count in (1, 3):  # which would be stretched over the outputs, or the outputs over them
