@@ -175,6 +175,11 @@ def _read_bytes(file: Path, model: Path) -> bytes:
 
 def check_replaceable(target: Path) -> None:
     """Only an empty directory or a model of ours, with nothing beside it, is ever replaced."""
+    if target.name.endswith(".pth.tar"):
+        raise InputError(
+            f"{target} is the name of a published checkpoint, which interop.save_upstream_checkpoint writes; give "
+            "save_model another."
+        )
     if not target.exists():
         return
     if not target.is_dir():

@@ -164,6 +164,9 @@ def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(sf.InputError, match="Linear"):
         sf.save_model(torch.nn.Linear(2, 2), tmp_path / "m")
     model = make_model()
+    with pytest.raises(sf.InputError, match=r"m\.pth\.tar is the name of a published checkpoint.*save_upstream_checkp"):
+        sf.save_model(model, tmp_path / "m.pth.tar")
+    assert not (tmp_path / "m.pth.tar").exists()
     for value in (float("nan"), {1, 2}):
         model.metadata.extra["value"] = value
         with pytest.raises(sf.InputError, match="JSON"):
