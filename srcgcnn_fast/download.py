@@ -48,8 +48,8 @@ def download(
     path: str | os.PathLike[str],
     *,
     dataset: str | None = None,
-    targets: Sequence[str] = (),
-    chemsys: Sequence[str] = (),
+    targets: str | Sequence[str] = (),
+    chemsys: str | Sequence[str] = (),
     limit: int | None = None,
 ) -> Download:
     """Fetch crystals and write them to the Parquet file ``path``, whole or not at all.
@@ -61,8 +61,8 @@ def download(
         source: "mp" (Materials Project by ``mp-api``; the key is in the environment variable MP_API_KEY), "matbench"
             (by ``matminer``, where its data are; ids are matbench's) or "jarvis" (by ``jarvis-tools``).
         dataset: a matbench task such as "matbench_mp_e_form", or a JARVIS set (default "dft_3d").
-        targets: fields of the database; by default formation energy and band gap ("mp", "jarvis"), or the task's.
-        chemsys: chemical systems such as "Li-Fe-O" or "Si-*", only for "mp".
+        targets: fields of the database, or one; by default formation energy and band gap, of "matbench" the task's.
+        chemsys: chemical systems such as "Li-Fe-O" or "Si-*", or one, only for "mp".
         limit: most crystals.
 
     Raises:
@@ -79,9 +79,10 @@ def download(
         raise InputError(f"A limit of {limit} crystals leaves none; ask for at least 1.")
     if source == "mp" and dataset:
         raise InputError(f"The Materials Project is one data set; leave out {dataset}, or choose by chemical system.")
+    targets, chemsys = ([x] if isinstance(x, str) else list(x) for x in (targets, chemsys))  # a text is one
     pandas = require("pandas", "Writing a Parquet file", extra="io")
     with atomic_path(out) as temporary:  # first of all, because a place that cannot be written is known before the work
-        names, rows = _SOURCES[source](dataset, list(targets), list(chemsys), limit)
+        names, rows = _SOURCES[source](dataset, targets, chemsys, limit)
         columns, skipped = _columns(rows, names, limit)
         if not columns["material_id"]:
             raise InputError(f"{source} gave no crystal" + (f"; the first problem: {skipped[0]}" if skipped else "."))

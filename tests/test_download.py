@@ -83,6 +83,8 @@ def test_the_materials_project_becomes_a_table_that_prepare_reads(materials_proj
     assert np.reshape(table["lattice"][1], (3, 3)) == pytest.approx(COPPER.lattice.matrix)
     store = prepare(tmp_path / "mp.parquet", tmp_path / "store")
     assert store.n_atoms == 9 and set(store.targets) == {"formation_energy_per_atom", "band_gap"}
+    assert download("mp", tmp_path / "mp.parquet", chemsys="Na-Cl", targets="band_gap").targets == ("band_gap",)
+    assert materials_project.asked[-1][1]["chemsys"] == ["Na-Cl"]
 
 
 def test_what_the_materials_project_lacks_is_one_sentence(materials_project, monkeypatch, tmp_path):
