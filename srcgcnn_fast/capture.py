@@ -372,8 +372,8 @@ def sizes(batch: GraphBatch, parts: int = 2) -> Sizes:
 
 @lru_cache(4096)
 def _sizes(n_rows: int, n_edges: int, n_crystals: int, parts: int = 2) -> Sizes:
-    rows = _next_size(n_rows + 1, parts)
     degree = max(1, -(-n_edges // max(1, n_rows)))
+    rows = _next_size(n_rows + max(1, -(-(n_rows * degree - n_edges) // (4 * degree))), parts)  # else one has all edges
     return Sizes(rows, rows * degree, _next_size(n_crystals + 1, parts))
 
 

@@ -28,6 +28,10 @@ def test_sizes_are_few_and_hold_what_they_must(make_batch):
         rows, edges, crystals = sizes(batch)
         assert batch.num_rows < rows < 1.5 * batch.num_rows + 3 and batch.num_crystals < crystals
         assert batch.num_edges <= edges <= rows * (batch.num_edges / batch.num_rows + 1)
+    for n, e in ((4095, 164_000), (4095, 4095 * 12), (65_535, 65_535 * 40 + 3), (7, 50), (1, 3), (0, 0), (100, 0)):
+        for parts in (2, 8):
+            rows, edges, _ = capture._sizes(n, e, 1, parts)
+            assert n < rows and e <= edges and edges - e <= 5 * (rows - n) * (edges // rows)
 
 
 @pytest.mark.parametrize("features", [False, True])

@@ -206,6 +206,7 @@ class Call:
         return (*found, h.new_empty(0) if dy is None else dy)
 
 
+@triton.without_autocast
 def edge_gradient(dy: Tensor, layer: Layer, var1: Tensor, graph: Graph) -> Tensor:
     """Gradient of the features (E, K), or of the distances (E,), from that at y."""
     a = layer.gamma1 * torch.rsqrt(var1 + layer.eps1)
@@ -253,7 +254,8 @@ def lookup(table: Tensor, species: Tensor) -> Tensor:
 
 def sum_by_species(x: Tensor, species: Tensor, count: int) -> Tensor:
     """As ``triton.sum_by_species``; ``species`` beyond the table have no part in it."""
-    (n, width), programs = x.shape, _programs(len(x))
+    n, width = x.shape
+    programs = min(_programs(n), max(8, 4 * n // max(1, count)))  # each of which has a table of its own
     if n == 0:
         return x.new_zeros(count, width)
     out, parts = x.new_empty(count, width), x.new_empty(programs, count, width)

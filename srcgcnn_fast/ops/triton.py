@@ -11,9 +11,9 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, wraps
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -482,6 +482,24 @@ def _of_rows(h: Tensor, species: Tensor | None) -> Tensor:
     return torch.where(known[:, None], h[species.long() * known], float("nan"))
 
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def without_autocast(function: _F) -> _F:
+    """``function``, whose products would be of halves in a backward pass under autocast."""
+
+    @wraps(function)
+    def run(x: Tensor, *arguments: Any) -> Any:
+        device = x.device.type
+        if not torch.is_autocast_enabled(device):
+            return function(x, *arguments)
+        with torch.autocast(device, enabled=False):
+            return function(x, *arguments)
+
+    return cast(_F, run)
+
+
+@without_autocast
 def sum_by_species(x: Tensor, species: Tensor, count: int) -> Tensor:
     """(N, F) -> (count, F): the sum of the rows of each species, with the same bits in every run.
 
@@ -529,6 +547,7 @@ def _edge_gradient(dz: Tensor, layer: Layer, graph: Graph, width: int) -> Tensor
     return (de * torch.exp(-(x**2)) * x).sum(1).mul_(-2 / graph.step)
 
 
+@without_autocast
 def conv_backward(
     grad: Tensor,
     h: Tensor,

@@ -161,6 +161,18 @@ def arguments(problem: Problem) -> tuple[torch.Tensor, Layer, Graph, Moments]:
     return h, problem.layer((False, False)), graph, problem.moments(graph, False)
 
 
+def backward_under_autocast(problem: Problem) -> None:
+    """The bits of the gradients are those of a backward pass outside of it."""
+    h, layer, graph, moments = arguments(problem)
+    m = problem.backend.conv(h, layer, graph, moments)[1]
+    found = []
+    for enabled in (False, True):
+        with torch.autocast(h.device.type, torch.bfloat16, enabled=enabled):
+            upstream = problem.upstream.float().to(h.device)
+            found.append(problem.backend.conv_backward(upstream, h, m, layer, graph, moments, True))
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
 def moments_of_the_edges(problem: Problem) -> None:
     in_degree, by_receiver, by_sender, total, gram = problem.moments(problem.graph(), True)[1:]
     expected = reference.edge_moments(problem.row_weight, problem.edges, problem.n_features, torch.float64)

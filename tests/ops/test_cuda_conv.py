@@ -91,6 +91,10 @@ def test_convolution(kind, training):
     compare([Problem(kind, 16, 41, seed=seed) for seed in seeds], training)
 
 
+def test_backward_under_autocast():
+    convolution.backward_under_autocast(Problem("isolated", 16, 41))
+
+
 @pytest.mark.parametrize("training", TRAINING[:2], ids=["train", "eval"])
 def test_on_the_tensor_cores_of_ampere(training_library, training):
     training_library.tensor_cores("Ampere")

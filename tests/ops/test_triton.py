@@ -129,6 +129,11 @@ def test_bfloat16_storage(monkeypatch, features, dot):
 
 
 @runs
+def test_backward_under_autocast():
+    convolution.backward_under_autocast(Problem("isolated", 16, 41))
+
+
+@runs
 def test_bfloat16_rows_and_filter_are_what_is_rounded():
     with sf.use_precision("bfloat16"):
         linear = convolution.rounded_rows(Problem("weighted", 16, 41, seed=6))
