@@ -107,8 +107,7 @@ def fit(
     distributed.join()
     recipe = recipe or Recipe()
     directory = Path(run_dir)
-    module = TrainingModule(model, data, recipe, seed, captured=captured)
-    try:
+    with _in_training(model, data, recipe, seed, captured) as module:
         monitor = _monitor(module, data)
         record = _record(module, data) | {"precision": precision}
         checkpoint = distributed.on_rank_zero(_claim, directory, record, resume)
@@ -145,15 +144,29 @@ def fit(
         model.metadata.extra |= {"training": _record(module, data), "best_epoch": scores}
         distributed.on_rank_zero(save_model, model, directory / "model")
         return FitResult(model, files.history, files.best, time.perf_counter() - started, directory)
-    finally:
-        module.thaw()  # or a model whose training was interrupted would keep its frozen parts, whatever comes next
 
 
 def check_trainable(model: CGCNN | SRCGCNN, data: GraphDataModule, recipe: Recipe | None) -> None:
     """Raises InputError: ``data`` cannot train ``model``, or not choose an epoch."""
-    module = TrainingModule(model, data, recipe or Recipe())
-    module.thaw()
-    _monitor(module, data)
+    with _in_training(model, data, recipe or Recipe()) as module:
+        _monitor(module, data)
+
+
+@contextmanager
+def _in_training(
+    model: CGCNN | SRCGCNN, data: GraphDataModule, recipe: Recipe, seed: int = 0, captured: bool = False
+) -> Iterator[TrainingModule]:
+    """Frozen parts learn again afterwards, whatever came between; a model that was not trained is as it was."""
+    metadata, modes = model.metadata, [(part, part.training) for part in model.modules()]
+    module = TrainingModule(model, data, recipe, seed, captured=captured)
+    try:
+        yield module
+    finally:
+        module.thaw()
+        if not module.has_begun:
+            model.metadata = metadata
+            for part, training in modes:
+                part.training = training
 
 
 def _monitor(module: TrainingModule, data: GraphDataModule) -> str:

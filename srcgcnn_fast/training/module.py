@@ -175,6 +175,8 @@ class TrainingModule(pl.LightningModule):
         self._frozen, self._stopped = _freeze(model, recipe.freeze)
         extra = {name: value for name, value in model.metadata.extra.items() if name != DROPOUT_SCALE}
         model.metadata = ModelMetadata(data.targets, data.units, tuple(mean), tuple(std), data.graph_parameters, extra)
+        self.has_begun = False
+        """To train, or to load a checkpoint."""
         self.save_hyperparameters(
             {"model": type(model).__name__, "hyperparameters": model.hyperparameters, **asdict(recipe), "seed": seed}
         )
@@ -245,9 +247,13 @@ class TrainingModule(pl.LightningModule):
             return batch
         return graphs.to(device, non_blocking=True), target.to(device, non_blocking=True), index
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.has_begun = True
+
     def on_train_start(self) -> None:
         if self.captured:
             self._captured = CapturedTraining(self.model)
+        self.has_begun = True
         for loader in (self.trainer.train_dataloader, self.trainer.val_dataloaders):
             if isinstance(loader, Batches):
                 loader.device = self.device

@@ -10,6 +10,7 @@ import logging
 import math
 import random
 import sys
+from contextlib import nullcontext
 
 import lightning.pytorch as pl
 import numpy as np
@@ -20,6 +21,7 @@ from srcgcnn_fast import CGCNN, SRCGCNN, InputError, load_model
 from srcgcnn_fast.graph import GraphStore
 from srcgcnn_fast.training import GraphDataModule, Recipe, Split, TrainingModule, evaluate, fit
 from srcgcnn_fast.training.callbacks import RunFiles, write_table
+from srcgcnn_fast.training.fit import check_trainable
 from srcgcnn_fast.training.module import _Losses, normalizer
 from srcgcnn_fast.training.optimizers import make_optimizer
 
@@ -416,6 +418,32 @@ def test_a_run_is_never_overwritten_nor_continued_with_other_settings(alloys, tm
     with pytest.raises(InputError, match=r"lr \(0\.005 before, 0\.001 now\)"):
         run(alloys, tmp_path, recipe=Recipe(epochs=1, lr=1e-3), resume=True)
     assert json.loads((tmp_path / "run.json").read_text())["model"] == "SRCGCNN"
+
+
+def test_a_refused_call_leaves_the_model_as_it_was(alloys, tmp_path):
+    one_class = np.flatnonzero(alloys.targets["high"] == 0)
+    poor = GraphDataModule(alloys, "high", split=Split(np.arange(100), one_class[:9], one_class[9:]))
+    data, single = GraphDataModule(alloys, "energy", batch_size=32), GraphDataModule(alloys, "energy", batch_size=128)
+    frozen, cycle = Recipe(epochs=1, freeze=("convolutions",)), Recipe(epochs=1, schedule="one_cycle")
+    regressor = fit(CGCNN(1, 8, 8), data, tmp_path / "run", Recipe(epochs=1), accelerator="cpu").model
+    regressor.convs[0].train()
+    classifier = CGCNN(1, 8, 8, classification=True).eval()
+    refused = [
+        ("already holds a run", regressor, lambda: fit(regressor, single, tmp_path / "run", frozen)),
+        ("no run to resume", regressor, lambda: fit(regressor, single, tmp_path / "none", resume=True)),
+        ("logger 'paper'", regressor, lambda: fit(regressor, single, tmp_path / "log", frozen, logger="paper")),
+        ("single step", regressor, lambda: fit(regressor, single, tmp_path / "step", cycle, accelerator="cpu")),
+        ("one class only", classifier, lambda: fit(classifier, poor, tmp_path / "class")),
+        ("one class only", classifier, lambda: check_trainable(classifier, poor, frozen)),
+        (None, regressor, lambda: check_trainable(regressor, single, frozen)),
+    ]
+    for says, model, call in refused:
+        before = model.metadata, copy.deepcopy(model.metadata), [part.training for part in model.modules()]
+        with pytest.raises(InputError, match=says) if says else nullcontext():
+            call()
+        assert model.metadata is before[0] and model.metadata == before[1]
+        assert [part.training for part in model.modules()] == before[2]
+        assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_run_is_not_continued_with_other_crystals(alloys, tmp_path):
