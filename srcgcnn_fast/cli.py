@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns 0, 1 if all inputs failed (bench: numbers were wrong), 2 for bad input, 130 for Ctrl-C,
-    141 if nobody reads what it prints any more.
+    141 if nobody reads what it prints any more, 143 for SIGTERM.
 
     Errors are one sentence on stderr.
     """
@@ -72,12 +72,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         mend = "make room, and give the command again" if is_full else "check its permissions"
         print(f"error: {where}{os.strerror(number)}; {mend}.", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code != 143:
+            raise
+        what, status = ("terminated", 143) if isinstance(stop, SystemExit) else ("interrupted", 130)
         hints = {train: "; --resume continues after the last whole epoch"}
         hints[compare] = "; with --study or --seeds the same command goes on where it stopped"
         hint = hints.get(arguments.command, "")
-        print(f"interrupted{hint}", file=sys.stderr)
-        return 130
+        if _rank() == 0:
+            print(f"{what}{hint}", file=sys.stderr)
+        return status
 
 
 def _is_shared() -> bool:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ..errors import InputError, require
 from ..files import atomic_path, sweep
@@ -96,6 +97,7 @@ def fit(
     Raises:
         InputError: ``run_dir`` holds another run, there is nothing to resume, no GPU to train on, ``captured`` is not
             possible, or the loss is no longer finite.
+        SystemExit: 143, after SIGTERM; the run can be resumed.
     """
     seed = as_python(seed)
     if not 0 <= seed < 2**32:
@@ -133,7 +135,7 @@ def fit(
                 profiler=_NoProfiler(),
                 default_root_dir=directory,
             )
-            with _ctrl_c():
+            with _signals():
                 trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
         # A process that was killed between the last checkpoint and this table left an old one.
         distributed.on_rank_zero(files.write)
@@ -332,11 +334,13 @@ def _random_numbers(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _ctrl_c() -> Iterator[None]:
-    """Lightning turns Ctrl-C into exit(1) and leaves it ignored; hand the KeyboardInterrupt to the caller."""
+def _signals() -> Iterator[None]:
+    """Lightning turns Ctrl-C into exit(1) and leaves it ignored, and SIGTERM into exit(0); hand on what it was."""
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
+    except SIGTERMException:
+        raise SystemExit(128 + signal.SIGTERM) from None
     except SystemExit as stop:
         if not isinstance(stop.__context__, KeyboardInterrupt):
             raise

@@ -81,7 +81,7 @@ def compare_study(
     Runs are kept in ``out_dir/runs`` by what decides them (model, recipe, precision, seed, graphs, data, version), so
     that an interrupted study goes on where it stopped, in the middle of a run, too, and a changed one does only what is
     new.
-    The report is written anew after every section, and after Ctrl-C with what there is.
+    The report is written anew after every section, and after Ctrl-C or SIGTERM with what there is.
 
     Args:
         source: anything that ``prepare`` reads, a prepared store or its path.
@@ -110,7 +110,7 @@ def compare_study(
         for number, finished in enumerate(run_study(study, data, runs, tell, accelerator)):
             results[number] = finished
             write_report(study, results, data, out, command)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         results = [(section, kept_runs(section, data, runs)) for section in study.sections]
         write_report(study, results, data, out, command)
         raise

@@ -1,18 +1,22 @@
-"""A run that is killed with SIGKILL, wherever, and resumed ends with the bits of one that was left alone."""
+"""A run that is killed with SIGKILL, wherever, and resumed ends with the bits of one that was left alone; SIGTERM is
+told."""
 
 from __future__ import annotations
 
 import csv
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from srcgcnn_fast.graph import GraphStore
+from srcgcnn_fast.graph import GraphStore, prepare
+from srcgcnn_fast.training.alloys import write_alloys
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL and fork are POSIX")
 
@@ -184,3 +188,28 @@ def test_killed_again_and_again_at_any_moment(alloys, tmp_path):
     kills = killed(alloys, tmp_path, "times")
     assert sum(kills) > 12
     assert assert_same(tmp_path) == len(kills)
+
+
+@pytest.mark.parametrize(
+    ("command", "begun", "says"),
+    [
+        (["train"], "o/last.ckpt", "terminated; --resume continues after the last whole epoch"),
+        (["compare", "--seeds", "0"], "o/runs/*/last.ckpt", "terminated; with --study or --seeds the same command"),
+    ],
+    ids=["train", "study"],
+)
+def test_sigterm_is_told(tmp_path, command, begun, says):
+    prepare(write_alloys(tmp_path / "a.parquet", 40), tmp_path / "graphs")
+    argv = [command[0], "graphs", *command[1:], "--out", "o", "--target", "formation_energy_per_atom"]
+    argv += ["--epochs", "100000", "--atom-fea-len", "8", "--h-fea-len", "8", "--accelerator", "cpu"]
+    call = [sys.executable, "-m", "srcgcnn_fast.cli", *argv]
+    with subprocess.Popen(call, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not list(tmp_path.glob(begun)):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        error = process.communicate(timeout=300)[1]
+    assert process.returncode == 143 and says in error and "Traceback" not in error
+    if command == ["train"]:
+        assert not (tmp_path / "o" / "model").exists()
+    else:
+        assert "2 of 2 runs of this section are still missing." in (tmp_path / "o" / "report.md").read_text()
