@@ -35,19 +35,37 @@ def save_model(model: CGCNN | SRCGCNN, directory: str | os.PathLike[str]) -> Pat
         InputError: the model is of another type or has other parameters than its hyperparameters say, ``directory``
             holds anything but a model, or cannot be written.
     """
+    check_savable(model)
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps
     target = Path(directory).resolve()
-    if type(model) not in _MODELS.values():
-        raise InputError(f"save_model writes CGCNN and SRCGCNN models, not {type(model).__name__}; give one of those.")
     check_replaceable(target)
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    _check_parts(model, tensors)
-    built_in = _is_built_in(model.element_table)
-    if not built_in:
+    if not _is_built_in(model.element_table):
         tensors["element_table"] = model.element_table.detach().cpu().contiguous().clone()
     weights = save(tensors)
+    config = _config(model) | {"weights_sha256": hashlib.sha256(weights).hexdigest()}
+    text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+    _write_directory(target, {_WEIGHTS: weights, _CONFIG: text.encode()})
+    return target
+
+
+def check_savable(model: CGCNN | SRCGCNN) -> None:
+    """Raises InputError: :func:`save_model` could not write the model, wherever."""
+    model = getattr(model, "_orig_mod", model)
+    if type(model) not in _MODELS.values():
+        raise InputError(f"save_model writes CGCNN and SRCGCNN models, not {type(model).__name__}; give one of those.")
+    _check_parts(model)
+    try:
+        json.dumps(_config(model), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"The model's metadata must be finite JSON values, or it could not be saved ({error}); change them."
+        ) from error
+
+
+def _config(model: CGCNN | SRCGCNN) -> dict[str, Any]:
     metadata = model.metadata
-    config = {
+    return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "package_version": __version__,
@@ -58,25 +76,16 @@ def save_model(model: CGCNN | SRCGCNN, directory: str | os.PathLike[str]) -> Pat
         "units": list(metadata.units),
         "normalizer": {"mean": list(metadata.mean), "std": list(metadata.std)},
         "graph": asdict(metadata.graph),
-        "element_table": _BUILT_IN_TABLE if built_in else "element_table",
-        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "element_table": _BUILT_IN_TABLE if _is_built_in(model.element_table) else "element_table",
         "extra": metadata.extra,
     }
-    try:
-        text = json.dumps(config, indent=2, allow_nan=False) + "\n"
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"Cannot write {target}: the model's metadata must be finite JSON values ({error})."
-        ) from error
-    _write_directory(target, {_WEIGHTS: weights, _CONFIG: text.encode()})
-    return target
 
 
-def _check_parts(model: CGCNN | SRCGCNN, tensors: dict[str, torch.Tensor]) -> None:
+def _check_parts(model: CGCNN | SRCGCNN) -> None:
     """Is it what loading would build?"""
     with torch.device("meta"):
         usual = type(model)(**model.hyperparameters).state_dict()
-    shapes = ({name: tuple(x.shape) for name, x in of.items()} for of in (tensors, usual))
+    shapes = ({name: tuple(x.shape) for name, x in of.items()} for of in (model.state_dict(), usual))
     other = sorted({name for name, _ in set.symmetric_difference(*(set(x.items()) for x in shapes))})
     if other:
         raise InputError(

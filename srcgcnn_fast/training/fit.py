@@ -30,7 +30,7 @@ from ..files import atomic_path, sweep
 from ..graph.parameters import as_python
 from ..nn import CGCNN, SRCGCNN, synchronize_batch_norm
 from ..ops.precision import use_precision
-from ..serialization import check_replaceable, save_model
+from ..serialization import check_replaceable, check_savable, save_model
 from . import distributed
 from .averaging import ExponentialAverage
 from .callbacks import RunBar, RunFiles
@@ -96,7 +96,7 @@ def fit(
 
     Raises:
         InputError: ``run_dir`` holds another run, there is nothing to resume, no GPU to train on, ``captured`` is not
-            possible, or the loss is no longer finite.
+            possible, ``model`` could not be saved, or the loss is no longer finite.
         SystemExit: 143, after SIGTERM; the run can be resumed.
     """
     seed = as_python(seed)
@@ -149,7 +149,7 @@ def fit(
 
 
 def check_trainable(model: CGCNN | SRCGCNN, data: GraphDataModule, recipe: Recipe | None) -> None:
-    """Raises InputError: ``data`` cannot train ``model``, or not choose an epoch."""
+    """Raises InputError: ``data`` cannot train ``model``, or not choose an epoch, or it could not be saved."""
     with _in_training(model, data, recipe or Recipe()) as module:
         _monitor(module, data)
 
@@ -162,6 +162,7 @@ def _in_training(
     metadata, modes = model.metadata, [(part, part.training) for part in model.modules()]
     module = TrainingModule(model, data, recipe, seed, captured=captured)
     try:
+        check_savable(model)  # or training would end where its model cannot be written
         yield module
     finally:
         module.thaw()

@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+import torch.nn.utils.prune
 
 from srcgcnn_fast import CGCNN, SRCGCNN, InputError, load_model
 from srcgcnn_fast.graph import GraphStore
@@ -444,6 +445,23 @@ def test_a_refused_call_leaves_the_model_as_it_was(alloys, tmp_path):
         assert model.metadata is before[0] and model.metadata == before[1]
         assert [part.training for part in model.modules()] == before[2]
         assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_model_that_could_not_be_saved_is_not_trained(alloys, tmp_path):
+    class Own(SRCGCNN):
+        pass
+
+    single, missing, pruned = (SRCGCNN(2, 8, 8) for _ in range(3))
+    single.metadata.extra["error"], missing.metadata.extra["error"] = np.float32(2.0), math.nan
+    torch.nn.utils.prune.l1_unstructured(pruned.conv_to_fc, "weight", 0.5)
+    says = ["not Own", "must be finite JSON values", "must be finite JSON values", "undo pruning"]
+    for model, message in zip((Own(2, 8, 8), single, missing, pruned), says, strict=True):
+        data = GraphDataModule(alloys, "energy", batch_size=32)
+        with pytest.raises(InputError, match=message):
+            fit(model, data, tmp_path / "run", Recipe(epochs=1), accelerator="cpu")
+        with pytest.raises(InputError, match=message):
+            check_trainable(model, data, Recipe())
+        assert not (tmp_path / "run").exists() and model.metadata.targets == ("target",)
 
 
 def test_a_run_is_not_continued_with_other_crystals(alloys, tmp_path):
