@@ -56,7 +56,8 @@ def check_classes(labels: np.ndarray) -> None:
 def classification_metrics(probability: Tensor, label: Tensor) -> dict[str, float]:
     """Accuracy, precision, recall and F1 at P(class 1) = ½, and the area under the ROC curve.
 
-    ``probability`` (n,) is P(class 1) and ``label`` (n,) is 0 or 1. The area is NaN where one class is absent.
+    ``probability`` (n,) is P(class 1) and ``label`` (n,) is 0 or 1. The area is NaN where one class is absent,
+    and every score where a probability is.
 
     Raises:
         InputError: a label is something else.
@@ -64,6 +65,8 @@ def classification_metrics(probability: Tensor, label: Tensor) -> dict[str, floa
     functional = require("torchmetrics.functional.classification", "Scoring", extra="train")
     check_classes(label.cpu().numpy())
     probability, label = probability.cpu().double().flatten(), label.cpu().long().flatten()
+    if not probability.isfinite().all():  # of which torchmetrics would make other numbers than probabilities
+        return dict.fromkeys(("accuracy", "precision", "recall", "f1", "auc"), math.nan)
     both = len(torch.unique(label)) == 2
     return {
         "accuracy": float(functional.binary_accuracy(probability, label)),

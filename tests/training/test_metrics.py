@@ -41,5 +41,7 @@ def test_classification():
     ranked = classification_metrics(torch.tensor([0.1, 0.4, 0.35, 0.8]), torch.tensor([0, 0, 1, 1]))
     assert ranked["auc"] == pytest.approx(0.75)
     assert math.isnan(classification_metrics(torch.tensor([0.2, 0.7]), torch.tensor([1, 1]))["auc"])
+    unknown = classification_metrics(torch.tensor([0.9, math.nan, 0.3, 0.6]), torch.tensor([1, 1, 0, 0]))
+    assert unknown.keys() == scores.keys() and all(map(math.isnan, unknown.values()))
     with pytest.raises(InputError, match=r"must be 0 or 1 for every crystal; this one has 0\.7, too"):
         classification_metrics(torch.tensor([0.2, 0.7]), torch.tensor([0.0, 0.7]))
