@@ -29,6 +29,7 @@ from .sources import Source, prepared
 
 MIN_CRYSTALS = 20
 SMALL_SET = 10_000
+FILES = ("compare.md", "compare.json", "parity.png", "learning_curves.png")
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,8 @@ def compare(
     widths["nbr_fea_len"] = data.graph_parameters.n_gaussians()
 
     _check_replaceable(out / "cgcnn", out / "sr_cgcnn")
+    for name in FILES:  # those of an earlier comparison, whose runs go now
+        (out / name).unlink(missing_ok=True)
 
     def contestant(name: str, directory: str, build: Callable[..., CGCNN | SRCGCNN], **depth: int) -> Contestant:
         shutil.rmtree(out / directory, ignore_errors=True)  # the run of an earlier comparison

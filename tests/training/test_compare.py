@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -11,10 +12,8 @@ from srcgcnn_fast import InputError, predict
 from srcgcnn_fast.graph import GraphStore
 from srcgcnn_fast.training import compare
 from srcgcnn_fast.training.alloys import write_alloys
-from srcgcnn_fast.training.compare import _markdown
+from srcgcnn_fast.training.compare import FILES, _markdown
 from srcgcnn_fast.training.demo import cache_directory, demo
-
-FILES = ("compare.md", "compare.json", "parity.png", "learning_curves.png")
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +77,18 @@ def test_a_directory_that_is_no_run_is_not_removed(alloys, tmp_path):
     (tmp_path / "cgcnn").write_text("mine")
     with pytest.raises(InputError, match="cgcnn is a file, not a run"):
         compare(alloys, "energy", out_dir=tmp_path, epochs=1)
+
+
+def test_no_table_stays_beside_other_runs(alloys, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    for name in (*FILES, "notes.md"):
+        (tmp_path / name).write_text("of an earlier comparison")
+    monkeypatch.setattr(sys.modules["srcgcnn_fast.training.compare"], "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compare(alloys, "energy", out_dir=tmp_path, epochs=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.md"]
 
 
 def test_too_few_crystals_are_refused(alloys, tmp_path):
