@@ -290,7 +290,8 @@ def _train_one(build: Any, data: Any, out: Path, recipe: Any, options: dict[str,
             logging.getLogger(__name__).warning("%s", error)
         else:
             save_model(result.model, out / "model")
-            _tell_calibration(sampler, evaluate(sampler, data, _scored(data)), out)
+            if _scored(data) == "test":  # the validation crystals set the scale
+                _tell_calibration(sampler, evaluate(sampler, data, "test"), out)
     print(f"best epoch {result.best['epoch']} of {len(result.history)}, {result.seconds:.1f} s")
     print(f"epochs in {out / 'metrics.csv'}")
 
@@ -312,7 +313,7 @@ def _tell_scores(model: Any, data: Any, out: Path) -> None:
         unit = ""
     print(f"{part}: {scores} ({unit}{len(evaluation.ids):,} crystals)")
     print(f"model in {out / 'model'}, predictions in {table}")
-    if isinstance(model, Sampler):
+    if isinstance(model, Sampler) and part == "test":
         _tell_calibration(model, evaluation, out)
 
 

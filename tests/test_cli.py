@@ -238,6 +238,11 @@ def test_dropout_is_left_on_for_a_spread(source, tmp_path, capsys):
     extra = json.loads((out / "model" / "config.json").read_text())["extra"]
     assert extra["dropout_scale"][0] > 0
     assert "within one standard deviation" in capsys.readouterr().out and (out / "calibration.png").exists()
+    for name, more in (("dropout", ["--dropout", "0.2"]), ("ensemble", ["--members", "2"])):
+        out = tmp_path / name  # the validation crystals, which set the scale, would prove nothing
+        argv = ["train", str(source), "--target", TARGET, *SHORT, "--split", "0.6", "0.4", "0", *more]
+        assert main([*argv, "--out", str(out)]) == 0
+        assert "standard deviation" not in capsys.readouterr().out and not (out / "calibration.png").exists()
 
 
 def test_dropout_without_values_to_calibrate_with_is_a_warning(source, tmp_path, caplog):
