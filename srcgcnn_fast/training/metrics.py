@@ -63,8 +63,9 @@ def classification_metrics(probability: Tensor, label: Tensor) -> dict[str, floa
         InputError: a label is something else.
     """
     functional = require("torchmetrics.functional.classification", "Scoring", extra="train")
-    check_classes(label.cpu().numpy())
-    probability, label = probability.cpu().double().flatten(), label.cpu().long().flatten()
+    probability, label = (x.cpu().double().flatten() for x in (probability, label))
+    check_classes(label.numpy())
+    label = label.long()
     if not probability.isfinite().all():  # of which torchmetrics would make other numbers than probabilities
         return dict.fromkeys(("accuracy", "precision", "recall", "f1", "auc"), math.nan)
     both = len(torch.unique(label)) == 2

@@ -402,8 +402,10 @@ class _Losses:
     def sums(self) -> tuple[float, int]:
         """Of all crystals' losses, added in float32 one batch after the other, and their number."""
         self._join()
+        losses = torch.cat(self._joined)
+        losses = losses.to(torch.promote_types(losses.dtype, torch.float32))  # NumPy has no bfloat16
         added = np.float32(0)
-        for loss, count in zip(torch.cat(self._joined).cpu().numpy(), self._counts, strict=True):
+        for loss, count in zip(losses.cpu().numpy(), self._counts, strict=True):
             added += loss * np.float32(count)
         return float(added), sum(self._counts)
 

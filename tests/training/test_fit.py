@@ -497,6 +497,21 @@ def test_an_epoch_without_validation_is_timed(alloys):
     assert 0 < trainer.callback_metrics["seconds"] < 60
 
 
+@pytest.mark.parametrize("target", ["energy", "high"])
+def test_a_trainer_of_ones_own_in_bfloat16_alone(alloys, target):
+    data, found = GraphDataModule(alloys, target, batch_size=32), []
+    for precision in ("32-true", "bf16-true"):
+        torch.manual_seed(0)
+        model = CGCNN(1, 8, 8, classification=target == "high", dropout=0.0)
+        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+        trainer = pl.Trainer(max_epochs=1, precision=precision, accelerator="cpu", **quiet)
+        trainer.fit(TrainingModule(model, data, Recipe(epochs=1, lr=1e-3)), data)
+        found.append(trainer.callback_metrics)
+    score = "val_accuracy" if target == "high" else "val_mae"
+    for name in ("train_loss", score):
+        assert float(found[1][name]) == pytest.approx(float(found[0][name]), rel=0.05)
+
+
 def test_divergence_is_a_sentence(alloys, tmp_path):
     with pytest.raises(InputError, match="lower learning rate"):
         run(alloys, tmp_path, recipe=Recipe(epochs=3, lr=1e30, optimizer="sgd"))
