@@ -223,12 +223,12 @@ def _introduction(
         _list(lines),
         _paragraph(
             f"{len(distinct)} run(s), {hours:.2f} h of training in all, on {', '.join(machines) or 'nothing yet'}. "
-            "Splits, the order of the batches, schedule and epochs are the same for all variants of a section; a seed "
-            "decides initial weights and order. Each run is scored with the weights of its best validation epoch. "
-            "± is the standard deviation over seeds. A difference is paired, crystal by crystal and seed by seed; its "
-            "95 % interval is a bootstrap over both. Seconds are those of the training part of an epoch, the median "
-            "over epochs, as found: other work on the machine makes them longer. Memory is the peak of the process, or "
-            "of the GPU."
+            'All have the same split; what else the variants of a section share stands after "All". A seed decides '
+            "initial weights and, with the batch size, the batches and their order. Each run is scored with the "
+            "weights of its best validation epoch. ± is the standard deviation over seeds. A difference is paired, "
+            "crystal by crystal and seed by seed; its 95 % interval is a bootstrap over both. Seconds are those of "
+            "the training part of an epoch, the median over epochs, as found: other work on the machine makes them "
+            "longer. Memory is the peak of the process, or of the GPU."
         ),
         _paragraph("This report is made by"),
         _code(command),

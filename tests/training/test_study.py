@@ -150,6 +150,7 @@ def test_the_report_holds_everything(finished):
     for part in ("srcgcnn-fast compare x --y 'a b'", "test MAE, eV/atom", "difference to CGCNN [95 %]", "peak memory"):
         assert part in text
     assert "missing" not in text
+    assert "* All: epochs 2, lr 0.003" in text and "schedule and epochs are the same" not in text  # recipes may differ
     images = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
     assert len(images) == 6 and all((finished / name).read_bytes().startswith(b"\x89PNG") for name in images)
     sources = re.findall(r'src="([^"]*)"', page)
