@@ -95,7 +95,8 @@ def compare_study(
         accelerator: "cpu", "gpu", or "auto" for what Lightning finds; it does not decide which runs are kept.
 
     Raises:
-        InputError: a target does not exist, too few crystals have it, or a variant cannot be built.
+        InputError: a target does not exist, too few crystals have it, a variant cannot be built, or the loss of a run
+            is no longer finite (after the other runs and the report).
     """
     out = Path(out_dir)
     sources = {"graphs": source, "graphs-val": val_source, "graphs-test": test_source}

@@ -27,7 +27,7 @@ from ..options import read_yaml
 from ..serialization import load_model
 from .data import GraphDataModule
 from .evaluate import evaluate
-from .fit import FitResult, fit
+from .fit import FitResult, fit, has_begun
 from .metrics import decimals
 from .module import Recipe
 
@@ -293,25 +293,34 @@ def run_study(
     tell: Callable[[str], None] | None = None,
     accelerator: str = "auto",
 ) -> Iterator[tuple[Section, Runs]]:
-    """Do what is not done yet, section by section; yields each section with its runs when it is complete.
+    """Do what is not done yet, section by section; yields each section with its runs when all were tried.
 
     Args:
         data: one for each target of the study, with the same parts for all seeds.
         directory: where runs are kept; a study that shares some with another finds them there.
         tell: receives one line a run: its error and the time left.
         accelerator: where to train, as for :func:`fit`; a run that is done elsewhere is not done again.
+
+    Raises:
+        InputError: a run failed, which stops no other, or could not begin.
     """
     total = sum(len(list(section.runs())) for section in study.sections)
-    done, spent, trained = 0, 0.0, 0
+    done, spent, trained, failed = 0, 0.0, 0, []
     for section in study.sections:
         runs: Runs = {}
         for target, seed, variant in section.runs():
             started = time.perf_counter()
             place, is_new = find(variant, data[target], directory, seed)
-            runs[target, seed, variant.name] = result = run(
-                variant, data[target], place, seed, section.scored, accelerator
-            )
             done += 1
+            try:
+                result = run(variant, data[target], place, seed, section.scored, accelerator)
+            except InputError as error:
+                if not has_begun(place):  # it says what stands against all
+                    raise
+                failed.append(f"{variant.name}, {target}, seed {seed}: {error}")
+                logger.warning("%s", failed[-1])
+                continue
+            runs[target, seed, variant.name] = result
             if is_new:
                 trained, spent = trained + 1, spent + time.perf_counter() - started
             if tell is not None:
@@ -322,6 +331,8 @@ def run_study(
                     f"{section.scored} MAE {mae:.{decimals(mae)}f}{left if is_new else ', as before'}"
                 )
         yield section, runs
+    if failed:
+        raise InputError(f"{len(failed)} of {total} runs failed, at first {failed[0]}")
 
 
 def kept_runs(section: Section, data: Mapping[str, GraphDataModule], directory: Path) -> Runs:

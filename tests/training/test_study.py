@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -256,6 +257,20 @@ def test_an_interrupted_study_goes_on_where_it_stopped(alloys, finished, tmp_pat
     assert [{k: v for k, v in row.items() if k not in timing} for row in again] == [
         {k: v for k, v in row.items() if k not in timing} for row in whole
     ]
+
+
+def test_a_run_that_fails_is_named_and_stops_no_other(alloys, finished, tmp_path):
+    plan = small_study(seeds=(0,), targets=("energy",))
+    (section,) = plan.sections
+    wild = Variant("wild", "sr-cgcnn", SMALL, Recipe(epochs=2, lr=1e30, optimizer="sgd"), 32)
+    plan = dataclasses.replace(plan, sections=(dataclasses.replace(section, variants=(wild, *section.variants)),))
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    told = []
+    with pytest.raises(InputError, match=r"^1 of 3 runs failed, at first wild, energy, seed 0: The training loss is"):
+        compare_study(plan, alloys, tmp_path, tell=told.append)
+    assert [line[:3] for line in told] == ["2/3", "3/3"]
+    text = (tmp_path / "report.md").read_text()
+    assert "1 of 3 runs of this section are still missing." in text and "| CGCNN |" in text and "| SR |" in text
 
 
 def test_settings_are_chosen_without_the_test_crystals(alloys, tmp_path):
