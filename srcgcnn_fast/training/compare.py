@@ -16,7 +16,7 @@ import torch
 from .. import __version__
 from ..errors import InputError
 from ..files import atomic_path
-from ..graph.parameters import GraphParameters
+from ..graph.parameters import GraphParameters, as_python
 from ..graph.store import GraphStore
 from ..nn import CGCNN, SRCGCNN
 from .data import GraphDataModule
@@ -142,6 +142,13 @@ def compare(
         InputError: the target does not exist or fewer than 20 crystals have it, or ``out_dir`` holds other files where
             the runs go.
     """
+    if not isinstance(target, str):
+        raise InputError("compare takes one target, by its name; compare_study takes several.")
+    seed, batch_size, split = (
+        as_python(seed),
+        as_python(batch_size),
+        (float(split[0]), float(split[1]), float(split[2])),
+    )
     out = Path(out_dir)
     sources = {"graphs": source, "graphs-val": val_source, "graphs-test": test_source}
     stores = [

@@ -134,7 +134,8 @@ class TrainingModule(pl.LightningModule):
     Args:
         model: a CGCNN or SRCGCNN.
         data: what it will be trained on; its training targets alone set the normaliser.
-        recipe: optimiser, schedule and epochs.
+        recipe: optimiser, schedule and epochs; ``ema``, ``patience`` and ``gradient_clip`` are what :func:`fit` does,
+            and a Trainer of one's own by arguments and callbacks of its own.
         seed: of the dropout, epoch by epoch.
         captured: by CUDA graphs (:class:`srcgcnn_fast.CapturedTraining`).
 
@@ -249,6 +250,19 @@ class TrainingModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.has_begun = True
+
+    def on_fit_start(self) -> None:
+        from .callbacks import RunFiles
+
+        if any(isinstance(callback, RunFiles) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            return
+        left = [name for name in ("ema", "patience") if getattr(self.recipe, name) is not None]
+        if self.recipe.gradient_clip is not None and self.trainer.gradient_clip_val is None:
+            left.append("gradient_clip")
+        if left:
+            logger.warning(
+                "fit does the recipe's %s, and this Trainer does not; give it callbacks.", " and ".join(left)
+            )
 
     def on_train_start(self) -> None:
         if self.captured:

@@ -497,6 +497,19 @@ def test_an_epoch_without_validation_is_timed(alloys):
     assert 0 < trainer.callback_metrics["seconds"] < 60
 
 
+def test_a_trainer_of_ones_own_says_what_of_the_recipe_is_left_to_it(alloys, tmp_path, caplog):
+    data = GraphDataModule(alloys, "energy", batch_size=64)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    recipe = Recipe(epochs=1, ema=0.9, patience=2, gradient_clip=1.0)
+    run(alloys, tmp_path, recipe=recipe)
+    assert "the recipe's" not in caplog.text
+    for clip, left in ((None, "ema and patience and gradient_clip"), (1.0, "ema and patience")):
+        caplog.clear()
+        trainer = pl.Trainer(max_epochs=1, accelerator="cpu", gradient_clip_val=clip, **quiet)
+        trainer.fit(TrainingModule(CGCNN(1, 8, 8), data, recipe), data)
+        assert f"fit does the recipe's {left}, and this Trainer does not" in caplog.text
+
+
 @pytest.mark.parametrize("target", ["energy", "high"])
 def test_a_trainer_of_ones_own_in_bfloat16_alone(alloys, target):
     data, found = GraphDataModule(alloys, target, batch_size=32), []
