@@ -16,9 +16,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, islice
+from io import StringIO
+from itertools import chain, dropwhile, islice, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -692,7 +693,12 @@ def _with_positive_scale(text: str, name: str) -> str:
     stands for a volume, by which it multiplies Cartesian coordinates.
     """
     lines = text.splitlines()
-    elements, counts = (re.split("[#!]", line)[0].split() for line in lines[5:7])
+    rows = [re.split("[#!]", line)[0].split() for line in lines[5:]]
+    elements, counts = rows[:2]
+    counted = takewhile(_are_whole, dropwhile(lambda row: not _are_whole(row), rows))
+    n_atoms = sum(int(x) for row in counted for x in row)
+    if n_atoms > len(lines):  # for each of which pymatgen would make room
+        raise InputError(f"{name} has {len(lines)} lines for {n_atoms} atoms; correct the numbers of atoms.")
     if counts[0].isdigit() and len(elements) != len(counts):
         raise InputError(
             f"{name} has {len(elements)} elements and {len(counts)} numbers of atoms; correct either line."
@@ -710,39 +716,52 @@ def _with_positive_scale(text: str, name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _are_whole(row: list[str]) -> bool:
+    return bool(row) and all(x.isdecimal() for x in row)
+
+
 def _read_extxyz(path: Path) -> Iterator[Record]:
     stem = _stem(path)
     try:
         encoding = text_encoding(path)
-        with open(path, encoding=encoding, errors="replace") as file:  # ASE would take what follows an @ for frames
-            yield from _extxyz_frames(file, path, stem)
+        with open(path, encoding=encoding, errors="replace") as file:
+            frames = _extxyz_frames(file, path.name)
+            first = list(islice(frames, 2))
+            for index, frame in enumerate(chain(first, frames)):
+                id = stem if len(first) == 1 else f"{stem}-{index}"
+                yield Record(id, None, {}, frame) if isinstance(frame, str) else _frame(frame, id, path.name)
     except OSError as error:
         yield Record(stem, None, {}, f"{path.name} cannot be read ({_one_line(error)}); check the file.")
 
 
-def _extxyz_frames(file: Any, path: Path, stem: str) -> Iterator[Record]:
-    frames = require("ase.io", "Reading extended XYZ files", extra="io").iread(file, index=":", format="extxyz")
-    index, previous = 0, None
-    while True:
-        try:
-            atoms = next(frames, None)
-        except Exception as error:  # ASE cannot find the next frame after a broken one
-            reason = f"{type(error).__name__}: {_one_line(error)}"
-            message = f"{path.name} cannot be read from frame {index + 1} on ({reason}); correct that frame."
-            if previous is not None:
-                yield _frame(previous, f"{stem}-{index - 1}", path.name)
-            yield Record(f"{stem}-{index}" if index else stem, None, {}, message)
+def _extxyz_frames(file: TextIO, name: str) -> Iterator[Any]:
+    """The Atoms of each frame, or why there are none. ASE is given one frame at a time: it would read as many lines as
+    a damaged first line asks for, and end at a frame that it cannot read.
+    """
+    read = require("ase.io.extxyz", "Reading extended XYZ files", extra="io").read_xyz
+    index, line = 0, file.readline()
+    while line.strip():
+        index += 1
+        if not re.fullmatch(r"\d{1,18}", line.strip()):
+            reason = f"its first line {_one_line(line)[:40]!r} is no number of atoms"
+            yield f"{name} cannot be read from frame {index} on ({reason}); correct that frame."
             return
-        if previous is not None:
-            yield _frame(previous, stem if index == 1 and atoms is None else f"{stem}-{index - 1}", path.name)
-        if atoms is None:
-            break
-        index, previous = index + 1, atoms
-    if file.read().strip():
-        message = f"{path.name} has a blank line after frame {index}, where ASE stops; remove it."
-        yield Record(f"{stem}-{index}", None, {}, message)
+        lines = [line, *islice(file, int(line) + 1)]
+        if len(lines) < int(line) + 2:
+            reason = f"the file ends before its {int(line)} atoms"
+            yield f"{name} cannot be read from frame {index} on ({reason}); correct that frame."
+            return
+        while (line := file.readline()).lstrip().startswith("VEC"):  # vectors of the cell behind the atoms
+            lines.append(line)
+        try:
+            yield next(read(StringIO("".join(lines)), 0))
+        except Exception as error:  # ASE's, of whatever a line may hold
+            reason = f"{type(error).__name__}: {_one_line(error)}"
+            yield f"Frame {index} of {name} cannot be read ({reason}); correct it."
+    if any(line.strip() for line in file):
+        yield f"{name} has a blank line after frame {index}, where the format ends; remove it."
     elif index == 0:
-        yield Record(stem, None, {}, f"{path.name} has no frames; give a file in extended XYZ format.")
+        yield f"{name} has no frames; give a file in extended XYZ format."
 
 
 def _frame(atoms: Any, id: str, where: str) -> Record:

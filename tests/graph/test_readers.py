@@ -203,10 +203,20 @@ def test_extended_xyz_with_a_broken_frame(tmp_path: Path) -> None:
     atoms = Atoms(numbers=NUMBERS, cell=CELL, scaled_positions=COORDS, pbc=True)
     write(tmp_path / "x.extxyz", [atoms, atoms])
     text = (tmp_path / "x.extxyz").read_text()
-    (tmp_path / "x.extxyz").write_text(text + "three\nLattice=\n")
+    (tmp_path / "x.extxyz").write_text(text.replace("Ti", "Xx", 1) + text + "three\nLattice=\n" + text)
     records = list(read_inputs(tmp_path / "x.extxyz"))
-    assert records[-1].crystal is None
-    assert "x.extxyz cannot be read from frame" in records[-1].error
+    assert [(r.id, r.error is None) for r in records] == [(f"x-{k}", k in (1, 2, 3)) for k in range(5)]
+    assert "Frame 1 of x.extxyz cannot be read (KeyError: 'Xx')" in records[0].error
+    assert "x.extxyz cannot be read from frame 5 on (its first line 'three' is no number" in records[4].error
+
+
+@pytest.mark.parametrize("count", ["20231105123456", "9" * 40, "4", "-1", "1.0"])
+def test_extended_xyz_with_a_wrong_number_of_atoms(tmp_path: Path, count: str) -> None:
+    """ASE would read as many lines."""
+    frame = '1\nLattice="4 0 0 0 4 0 0 0 4" Properties=species:S:1:pos:R:3\nNa 0 0 0\n'
+    (tmp_path / "x.xyz").write_text(frame + count + frame[1:])
+    good, bad = read_inputs(tmp_path / "x.xyz")
+    assert good.error is None and "x.xyz cannot be read from frame 2 on (" in bad.error
 
 
 @pytest.mark.parametrize("zipped", [False, True])
@@ -869,6 +879,10 @@ def test_poscar_of_a_volume_and_with_wrong_counts(tmp_path: Path) -> None:
     for comment in ("# of each", "! of each"):
         (tmp_path / "comment.vasp").write_text("\n".join([*lines[:6], f"{lines[6]} {comment}", *lines[7:]]))
         np.testing.assert_allclose(as_crystal(tmp_path / "comment.vasp").frac_coords, COORDS, atol=1e-5)
+    several = [*lines[:5], "Sr", "Ti O", "1", "1 50000000", *lines[7:]]  # as VASP writes more than 20 groups
+    for wrong in (several, [*lines[:6], "1 1 50000000", *lines[7:]], [*lines[:5], "1 1 50000000", *lines[7:]]):
+        (tmp_path / "counts.vasp").write_text("\n".join(wrong))
+        assert f"counts.vasp has {len(wrong)} lines for 50000002 atoms" in only_error(tmp_path / "counts.vasp")
     lines[5] += " Xe"
     (tmp_path / "counts.vasp").write_text("\n".join(lines))
     assert "has 4 elements and 3 numbers of atoms" in only_error(tmp_path / "counts.vasp")
