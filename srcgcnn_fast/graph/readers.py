@@ -50,6 +50,9 @@ ID_COLUMNS = ("material_id", "id")
 _NOT_TARGETS = {*STRUCTURE_COLUMNS, *ID_COLUMNS, "formula", "n_sites", "structure"}
 _PANDAS_INDEX = re.compile(r"__index_level_\d+__$")
 """What pandas calls the rows' numbers in a Parquet file."""
+_PAIR = re.compile(r"""(\w+)\s*=\s*("(?:\\.|[^"\\])*"|'[^']*'|\{[^}]*\}|\[[^]]*\]|\S+)""")
+"""A name and its value in the second line of a frame of extended XYZ."""
+_DEUTERIUM = re.compile(r"(?<!\S)[Dd](?!\S)")
 _ATOM_INIT = "atom_init.json"
 _ATOMIC_NUMBERS = {symbol: number for number, symbol in enumerate(ELEMENT_SYMBOLS) if symbol} | {"D": 1}
 _MAX_READERS = 16
@@ -753,8 +756,9 @@ def _extxyz_frames(file: TextIO, name: str) -> Iterator[Any]:
             return
         while (line := file.readline()).lstrip().startswith("VEC"):  # vectors of the cell behind the atoms
             lines.append(line)
+        text = "".join([*lines[:2], *(_DEUTERIUM.sub("H", atom) for atom in lines[2:])])
         try:
-            yield next(read(StringIO("".join(lines)), 0))
+            yield next(read(StringIO(text), 0, _extxyz_info))
         except Exception as error:  # ASE's, of whatever a line may hold
             reason = f"{type(error).__name__}: {_one_line(error)}"
             yield f"Frame {index} of {name} cannot be read ({reason}); correct it."
@@ -762,6 +766,18 @@ def _extxyz_frames(file: TextIO, name: str) -> Iterator[Any]:
         yield f"{name} has a blank line after frame {index}, where the format ends; remove it."
     elif index == 0:
         yield f"{name} has no frames; give a file in extended XYZ format."
+
+
+def _extxyz_info(line: str) -> dict[str, Any]:
+    """As ASE reads it, but an id that looks like a number or a truth value (001, 7e3, T) as it is written."""
+    info = require("ase.io.extxyz", "Reading extended XYZ files", extra="io").key_val_str_to_dict(line)
+    written = dict(_PAIR.findall(line))
+    for key in ID_COLUMNS:
+        if not isinstance(info.get(key, ""), str):
+            info[key] = written.get(key, "").strip("\"'{}[]")
+            if not info[key]:
+                del info[key]
+    return info
 
 
 def _frame(atoms: Any, id: str, where: str) -> Record:

@@ -107,10 +107,15 @@ def test_objects_and_arrays() -> None:
     assert_same(crystals(iter([atoms]))[0])
 
 
-def test_oxidation_states_and_deuterium() -> None:
+def test_oxidation_states_and_deuterium(tmp_path: Path) -> None:
     decorated = Structure(CELL, ["Sr2+", "Ti4+", "O2-"], COORDS)
     assert_same(as_crystal(decorated))
     assert as_crystal(Structure(CELL, ["D", "D+", "O"], COORDS)).numbers.tolist() == [1, 1, 8]
+    lattice = 'Lattice="4 0 0 0 4 0 0 0 4"'
+    text = f"2\n{lattice} D=1\nD 0 0 0\nO 1 1 1\n1\n{lattice} Properties=pos:R:3:species:S:1\n0 0 0 D\n"
+    (tmp_path / "x.xyz").write_text(text)
+    first, second = read_inputs(tmp_path / "x.xyz")
+    assert (first.crystal.numbers.tolist(), first.targets, second.crystal.numbers.tolist()) == ([1, 8], {"D": 1.0}, [1])
 
 
 @pytest.mark.parametrize("name", ["made.cif", "made.cif.gz", "POSCAR", "CONTCAR_1", "made.vasp", "made.json"])
@@ -195,6 +200,16 @@ def test_extended_xyz_of_frames_that_ase_would_leave_out(tmp_path: Path) -> None
     (tmp_path / "y.extxyz").write_text(frame + "\n" + frame)
     first, second = read_inputs(tmp_path / "y.extxyz")
     assert first.error is None and "y.extxyz has a blank line after frame 1" in second.error
+
+
+def test_ids_of_extended_xyz_stay_as_they_are_written(tmp_path: Path) -> None:
+    frame = '1\nLattice="4 0 0 0 4 0 0 0 4" Properties=species:S:1:pos:R:3 note="a \\" id=3" {}\nNa 0 0 0\n'
+    ids = ["001", "1_2", "12", "7e3", "T", "mp-5", '"0 1"', "'02'", '"a\\"b"']
+    unnamed = ["material_id", 'material_id=""', "y=1"]
+    text = "".join(frame.format(x) for x in [*(f"y=1 material_id={x}" for x in ids), *unnamed, "id = 08"])
+    (tmp_path / "x.extxyz").write_text(text)
+    found = [record.id for record in read_inputs(tmp_path / "x.extxyz")]
+    assert found == ["001", "1_2", "12", "7e3", "T", "mp-5", "0 1", "02", 'a"b', "x-9", "x-10", "x-11", "08"]
 
 
 def test_extended_xyz_with_a_broken_frame(tmp_path: Path) -> None:
