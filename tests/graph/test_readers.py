@@ -16,6 +16,7 @@ import pytest
 from srcgcnn_fast.errors import InputError
 from srcgcnn_fast.graph import pool as pool_module
 from srcgcnn_fast.graph import prepare
+from srcgcnn_fast.graph import readers as readers_module
 from srcgcnn_fast.graph.elements import element_features
 from srcgcnn_fast.graph.readers import Crystal, Record, as_crystal, read_inputs
 
@@ -280,6 +281,17 @@ def test_parquet(tmp_path: Path) -> None:
     assert [r.targets for r in read_inputs(path, targets=())] == [{}, {}]
     with pytest.raises(InputError, match=r"t\.parquet has no target mass; it has gap, energy"):
         read_inputs(path, targets=["mass"])
+
+
+def test_a_parquet_file_in_a_folder_is_read_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, original = [], readers_module._parquet_record
+    monkeypatch.setattr(readers_module, "_parquet_record", lambda *given: rows.append(given) or original(*given))
+    pd.concat([pd.read_parquet(parquet(tmp_path / "t.parquet"))] * 5).to_parquet(tmp_path / "t.parquet")
+    for skip in (0, 4):
+        rows.clear()
+        assert next(read_inputs(tmp_path, skip=skip)).id == "mp-1"
+        assert len(rows) <= skip + 2
+    assert len(list(read_inputs(tmp_path, skip=4))) == 6
 
 
 @pytest.mark.parametrize("given", [["id"], ["id", "material_id"], []])
