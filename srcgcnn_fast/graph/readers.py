@@ -195,9 +195,10 @@ def _records(source: Any, targets: Sequence[str] | None, timeout: float, skip: i
     if _is_single(source):
         items, count = iter([_Item("0", source)]), 1
     elif isinstance(source, Mapping):
-        items, count = (_Item(str(key), value, is_named=True) for key, value in source.items()), len(source)
+        items = (_Item(str(key), value, is_named=True, wanted=wanted) for key, value in source.items())
+        count = len(source)
     elif isinstance(source, Iterable):
-        items = (_Item(_default_id(value, index), value) for index, value in enumerate(source))
+        items = (_Item(_default_id(value, index), value, wanted=wanted) for index, value in enumerate(source))
         count = len(source) if isinstance(source, Sequence) else -1
     else:
         raise InputError(
@@ -300,6 +301,8 @@ class _Item:
     error: str | None = None
     is_named: bool = False
     """Has the source given the id, before that which a file holds?"""
+    wanted: list[str] | None = None
+    """Targets to read from a Parquet file: what is true or false is one by name, as alone."""
 
 
 def _default_id(value: Any, index: int) -> str:
@@ -311,9 +314,12 @@ def _read_items(items: Iterable[_Item], count: int, timeout: float, skip: int = 
     """Records in the order of the ``count`` (-1: unknown) items; many CIF files are read by other processes, too."""
     items = iter(items)
     while skip > 0 and (item := next(items, None)) is not None:
-        held = [None] if item.error is not None or _kind(item.value) in ("cif", "poscar") else list(_finish(item))
-        yield from (record for record in held[skip:] if record is not None)
-        skip -= len(held)
+        if item.error is not None or _kind(item.value) in ("cif", "poscar"):
+            skip -= 1
+        else:
+            records = _finish(item)
+            skip -= sum(1 for _ in islice(records, skip))
+            yield from records
     if count == 1:
         for item in items:
             yield from _finish(item)
@@ -446,12 +452,14 @@ def _file_records(item: _Item) -> Iterator[Record]:
         if not os.path.isfile(path):
             state = "is no file" if os.path.exists(path) else "does not exist"
             raise InputError(f"{path} {state}; give the path of a structure file.")
-        records = list(_read_file(path, None))
+        is_table = _kind(path) == "parquet"
+        records = _read_parquet(path, item.wanted, is_part=True) if is_table else _read_file(path, None)
+        first = list(islice(records, 2))
     except InputError as error:
         yield Record(item.id, None, item.targets, str(error))
         return
-    for record in records:
-        if item.is_named and len(records) == 1:
+    for record in chain(first, records):
+        if item.is_named and len(first) == 1:
             record.id = item.id
         record.targets.update(item.targets)
         yield record
@@ -484,7 +492,8 @@ def _read_folder(folder: Path, wanted: list[str] | None, timeout: float, skip: i
         raise InputError(
             f"{folder} has no id_prop.csv and so no target {', '.join(wanted)}; add one with rows id,target."
         )
-    return _select(_read_items((_Item(_stem(p), p) for p in files), len(files), timeout, skip), wanted)
+    found = (_Item(_stem(p), p, wanted=wanted) for p in files)
+    return _select(_read_items(found, len(files), timeout, skip), wanted)
 
 
 def is_read(folder: Path, name: str) -> bool:
@@ -879,7 +888,8 @@ def _numbers_of(values: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def _read_parquet(path: Path, wanted: list[str] | None, skip: int = 0) -> Iterator[Record]:
+def _read_parquet(path: Path, wanted: list[str] | None, skip: int = 0, *, is_part: bool = False) -> Iterator[Record]:
+    """Rows with the wanted targets; one file of several may lack some of them, but not all."""
     parquet = require("pyarrow.parquet", "Reading Parquet files", extra="io")
     try:
         table = parquet.ParquetFile(path)
@@ -899,6 +909,8 @@ def _read_parquet(path: Path, wanted: list[str] | None, skip: int = 0) -> Iterat
         kind = schema.field(text[0]).type
         raise InputError(f"{path.name} has the column {text[0]} of type {kind}, which is no target; give numbers.")
     names = [name for name in numeric if name not in _NOT_TARGETS and not _PANDAS_INDEX.match(name)]
+    if is_part and wanted:
+        wanted = [name for name in wanted if name in names] or wanted
     keep = _chosen(names, wanted, path.name)
     id_column = next((name for name in ID_COLUMNS if name in schema.names), None)
     return _parquet_records(table, path.name, keep, id_column, skip)

@@ -465,6 +465,23 @@ def test_true_and_false_are_a_target_by_name(tmp_path: Path) -> None:
         assert [record.targets for record in read_inputs(tmp_path / name)] == [{}, {}]
 
 
+def test_targets_of_a_parquet_file_are_the_same_in_a_folder_or_a_list(tmp_path: Path) -> None:
+    """What is true, false or blank, and infinite numbers elsewhere; of a file without the target as of a shard."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    columns = {"gap": [1.0, 2.0], "flag": [True, None], "mass": [math.inf, 1.0]}
+    path = parquet(folder / "t.parquet", **columns)
+    for wanted in (["flag"], ["gap"], ["gap", "flag"], None, ()):
+        alone = [(r.id, repr(r.targets), r.error) for r in read_inputs(path, targets=wanted)]
+        assert alone[0][2] is None or wanted is None
+        for source in (folder, [path]):
+            assert [(r.id, repr(r.targets), r.error) for r in read_inputs(source, targets=wanted)] == alone
+    parquet(folder / "u.parquet", gap=[3.0, 4.0])
+    assert [r.error for r in read_inputs(folder, targets=["gap", "flag"])] == [None] * 4
+    *_, last = records = list(read_inputs(folder, targets=["flag"]))
+    assert (len(records), last.id, last.error) == (3, "u", "u.parquet has no target flag; it has gap.")
+
+
 def test_damaged_files_are_rows(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
