@@ -241,7 +241,19 @@ def _is_single(value: Any) -> bool:
         or _is_structure(value)
         or (hasattr(value, "get_scaled_positions") and hasattr(value, "cell"))
         or (isinstance(value, Mapping) and "sites" in value and "lattice" in value)
+        or _is_entry(value)
     )
+
+
+def _is_entry(value: Any) -> bool:
+    """A dictionary of a ``structure`` and what is known of it, as of the Materials Project; not one id -> structure."""
+    if not isinstance(value, Mapping) or "structure" not in value:
+        return False
+    held = value["structure"]
+    if not (_is_structure(held) or (isinstance(held, Mapping) and "sites" in held)):
+        return False
+    others = (x for key, x in value.items() if key != "structure")
+    return any(not (_is_single(x) or _kind(x) or (isinstance(x, Mapping) and "structure" in x)) for x in others)
 
 
 def _plain_dictionary(value: Mapping[str, Any], name: str) -> Crystal | None:
@@ -843,7 +855,7 @@ def _read_json(path: Path) -> Iterator[Record]:
     except (OSError, EOFError, gzip.BadGzipFile, ValueError, RecursionError) as error:
         yield Record(stem, None, {}, f"{path.name} is not a JSON file ({_one_line(error)}); export it again.")
         return
-    if isinstance(content, Mapping) and "sites" in content:
+    if isinstance(content, Mapping) and ("sites" in content or _is_entry(content)):
         entries: Iterable[tuple[str, Any]] = [(stem, content)]
     elif isinstance(content, Mapping) and {"columns", "data"} <= content.keys():
         entries = _matbench_entries(content, stem)

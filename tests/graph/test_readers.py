@@ -242,6 +242,9 @@ def test_json_collections(tmp_path: Path, zipped: bool) -> None:
         "list": ([made, made], ["list-0", "list-1"], {}),
         "dict": ({"a": made, "b": made}, ["a", "b"], {}),
         "rows": ([{"id": "q", "structure": made, "gap": 1, "flag": True}], ["q"], {"gap": 1.0}),
+        "entry": ({"material_id": "mp-1", "structure": made, "gap": 1.5, "x": None}, ["mp-1"], {"gap": 1.5}),
+        "unnamed": ({"structure": made, "energy": -1.0, "data": {}}, ["unnamed"], {"energy": -1.0}),
+        "ids": ({"structure": made, "other": made}, ["structure", "other"], {}),
         "text": ([{"material_id": "mp-1", "structure": json.dumps(made), "gap": 2.5}], ["mp-1"], {"gap": 2.5}),
     }
     for name, (content, ids, targets) in forms.items():
@@ -682,6 +685,11 @@ def test_targets_of_objects() -> None:
     assert next(read_inputs([atoms], targets=["gap"])).targets == {"gap": 1.5}
     rows = [{"id": "x", "structure": structure(), "gap": 2.0}]
     assert [(r.id, r.targets, r.error) for r in read_inputs(rows)] == [("x", {"gap": 2.0}, None)]
+    for made in (structure(), structure().as_dict()):
+        entry = {"id": "x", "structure": made, "gap": 2.0}
+        assert [(r.id, r.targets, r.error) for r in read_inputs(entry)] == [("x", {"gap": 2.0}, None)]
+        several = {"structure": made, "b": {"structure": made}, "c": Atoms(), "d": "d.cif"}
+        assert [r.id for r in read_inputs(several)] == list(several)
     assert "0 has no target gap; it has none" in only_error([structure()], targets=["gap"])
 
 
