@@ -427,13 +427,16 @@ def _groups(items: Iterable[_Item]) -> Iterator[tuple[bool, list[_Item]]]:
 def _finish(item: _Item) -> Iterator[Record]:
     if item.error is not None:
         yield Record(item.id, None, item.targets, item.error)
-    elif isinstance(item.value, Record):
-        yield replace(item.value, targets=dict(item.value.targets))  # the caller's own stays as it is
     elif isinstance(item.value, str | os.PathLike):
         yield from _file_records(item)
     else:
-        record = _entry_record(item.id, item.value, f"Structure {item.id}")
-        record.targets.update(item.targets)
+        if isinstance(item.value, Record):
+            record = replace(item.value, targets=dict(item.value.targets))  # the caller's own stays as it is
+        else:
+            record = _entry_record(item.id, item.value, f"Structure {item.id}")
+            record.targets.update(item.targets)
+        if item.is_named:
+            record.id = item.id
         yield record
 
 

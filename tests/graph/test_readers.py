@@ -688,8 +688,9 @@ def test_targets_of_objects() -> None:
     for made in (structure(), structure().as_dict()):
         entry = {"id": "x", "structure": made, "gap": 2.0}
         assert [(r.id, r.targets, r.error) for r in read_inputs(entry)] == [("x", {"gap": 2.0}, None)]
-        several = {"structure": made, "b": {"structure": made}, "c": Atoms(), "d": "d.cif"}
+        several = {"structure": made, "b": {"structure": made, "id": "x"}, "c": Atoms(), "d": "d.cif"}
         assert [r.id for r in read_inputs(several)] == list(several)
+    assert [r.id for r in read_inputs({"k": Record("x")})] == ["k"]
     assert "0 has no target gap; it has none" in only_error([structure()], targets=["gap"])
 
 
