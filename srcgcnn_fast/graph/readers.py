@@ -941,7 +941,7 @@ def _parquet_records(table: Any, where: str, keep: list[str], id_column: str | N
             continue
         held = {name: _rows(batch.column(name)) for name in STRUCTURE_COLUMNS}
         targets = np.array([_floats(batch.column(name)) for name in keep]).reshape(len(keep), len(batch)).T
-        ids = batch.column(id_column).to_pylist() if id_column else [None] * len(batch)
+        ids = _ids(batch.column(id_column)) if id_column else [None] * len(batch)
         for i, given in enumerate(ids):
             id = str(given) if given is not None else f"{stem}-{row + i}"
             arrays = [held[name][i] for name in STRUCTURE_COLUMNS]
@@ -975,6 +975,15 @@ def _parquet_record(id: str, name: str, arrays: list[Any], targets: dict[str, fl
             return Record(id, None, targets, f"{name} has the {target} {value}; give a finite number or a blank.")
     lattice, frac_coords, numbers = arrays
     return _record(id, targets, lambda: checked_crystal(lattice, frac_coords, numbers, name))
+
+
+def _ids(column: Any) -> list[Any]:
+    """Bytes that are not UTF-8 are written as ``\\xe9``."""
+    try:
+        given = column.to_pylist()
+    except UnicodeDecodeError:
+        given = column.cast("large_string").cast("large_binary").to_pylist()
+    return [x.decode("utf-8", "backslashreplace") if isinstance(x, bytes) else x for x in given]
 
 
 def _rows(column: Any) -> list[Any]:

@@ -297,6 +297,15 @@ def test_a_parquet_file_in_a_folder_is_read_row_by_row(tmp_path: Path, monkeypat
     assert len(list(read_inputs(tmp_path, skip=4))) == 6
 
 
+def test_any_bytes_are_an_id_of_a_parquet_file(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is missing")
+    ends = pa.py_buffer(np.array([0, 4, 8], np.int32).tobytes())
+    ids = pa.StringArray.from_buffers(2, ends, pa.py_buffer(b"mp-1caf\xe9"))
+    for column in (ids, ids.cast("large_string"), ids.dictionary_encode(), ids.cast("binary")):
+        records = list(read_inputs(parquet(tmp_path / "t.parquet", material_id=column)))
+        assert [(r.id, r.error) for r in records] == [("mp-1", None), (r"caf\xe9", None)]
+
+
 @pytest.mark.parametrize("given", [["id"], ["id", "material_id"], []])
 def test_the_id_of_a_row_or_an_entry(tmp_path: Path, given: list[str]) -> None:
     """material_id, else id, else after the file; in every kind of file."""
