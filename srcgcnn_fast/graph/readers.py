@@ -927,12 +927,12 @@ def _read_parquet(path: Path, wanted: list[str] | None, skip: int = 0, *, is_par
     if is_part and wanted:
         wanted = [name for name in wanted if name in names] or wanted
     keep = _chosen(names, wanted, path.name)
-    id_column = next((name for name in ID_COLUMNS if name in schema.names), None)
-    return _parquet_records(table, path.name, keep, id_column, skip)
+    id_columns = [name for name in ID_COLUMNS if name in schema.names]
+    return _parquet_records(table, path.name, keep, id_columns, skip)
 
 
-def _parquet_records(table: Any, where: str, keep: list[str], id_column: str | None, skip: int) -> Iterator[Record]:
-    columns = [*([id_column] if id_column else []), *STRUCTURE_COLUMNS, *keep]
+def _parquet_records(table: Any, where: str, keep: list[str], id_columns: list[str], skip: int) -> Iterator[Record]:
+    columns = [*id_columns, *STRUCTURE_COLUMNS, *keep]
     stem = _stem(Path(where))
     for row, end, batch in _parquet_batches(table, columns, skip):
         if isinstance(batch, Exception):
@@ -941,9 +941,9 @@ def _parquet_records(table: Any, where: str, keep: list[str], id_column: str | N
             continue
         held = {name: _rows(batch.column(name)) for name in STRUCTURE_COLUMNS}
         targets = np.array([_floats(batch.column(name)) for name in keep]).reshape(len(keep), len(batch)).T
-        ids = _ids(batch.column(id_column)) if id_column else [None] * len(batch)
-        for i, given in enumerate(ids):
-            id = str(given) if given is not None else f"{stem}-{row + i}"
+        ids = [_ids(batch.column(name)) for name in id_columns]
+        for i in range(len(batch)):
+            id = next((str(given[i]) for given in ids if given[i] is not None), f"{stem}-{row + i}")
             arrays = [held[name][i] for name in STRUCTURE_COLUMNS]
             values = dict(zip(keep, targets[i].tolist(), strict=True))
             yield _parquet_record(id, f"{id} (row {row + i + 1} of {where})", arrays, values)
