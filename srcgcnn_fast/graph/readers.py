@@ -314,7 +314,7 @@ class _Item:
     is_named: bool = False
     """Has the source given the id, before that which a file holds?"""
     wanted: list[str] | None = None
-    """Targets to read from a Parquet file: what is true or false is one by name, as alone."""
+    """Targets to read from a file: what is true or false is one by name, as alone."""
 
 
 def _default_id(value: Any, index: int) -> str:
@@ -467,8 +467,7 @@ def _file_records(item: _Item) -> Iterator[Record]:
         if not os.path.isfile(path):
             state = "is no file" if os.path.exists(path) else "does not exist"
             raise InputError(f"{path} {state}; give the path of a structure file.")
-        is_table = _kind(path) == "parquet"
-        records = _read_parquet(path, item.wanted, is_part=True) if is_table else _read_file(path, None)
+        records = _read_file(path, item.wanted, is_part=True)
         first = list(islice(records, 2))
     except InputError as error:
         yield Record(item.id, None, item.targets, str(error))
@@ -654,16 +653,16 @@ def _stem(path: Path) -> str:
     return stem if stem and known else name
 
 
-def _read_file(path: Path, wanted: list[str] | None) -> Iterator[Record]:
+def _read_file(path: Path, wanted: list[str] | None, *, is_part: bool = False) -> Iterator[Record]:
     kind = _kind(path)
     if kind is None:
         raise InputError(
             f"{path.name} is of no known kind; name it *.cif, POSCAR, *.vasp, *.extxyz, *.json(.gz), *.db or *.parquet."
         )
     if kind == "parquet":
-        return _read_parquet(path, wanted)
+        return _read_parquet(path, wanted, is_part=is_part)
     if kind in ("cif", "poscar"):
-        _chosen([], wanted, path.name)
+        _chosen([], None if is_part else wanted, path.name)
         read = read_cif if kind == "cif" else _read_poscar
         return iter([_record(_stem(path), {}, lambda: read(path))])
     read_many = {"json": _read_json, "extxyz": _read_extxyz, "ase": _read_ase_database}[kind]

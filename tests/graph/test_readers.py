@@ -480,6 +480,7 @@ def test_true_and_false_are_a_target_by_name(tmp_path: Path) -> None:
         found = [record.targets for record in read_inputs(tmp_path / name, targets=["is_metal"])]
         assert found == [{"is_metal": 1.0}, {"is_metal": 0.0}]
         assert all(isinstance(x, float) for targets in found for x in targets.values())
+        assert [record.targets for record in read_inputs([tmp_path / name], targets=["is_metal"])] == found
         assert [record.targets for record in read_inputs(tmp_path / name)] == [{}, {}]
 
 
