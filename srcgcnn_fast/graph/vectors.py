@@ -364,9 +364,12 @@ def write_images(code, atom, start, first, taken, sender, place, shift, translat
     """image[3 (edge + p) + k] of the first ``taken`` candidates p of an atom; ``start`` is its crystal's first atom.
 
     It is translation[4 place + k] - shift[4 (start + sender) + k] + shift[4 atom + k] in 32 bits. Atoms count from the
-    first one of the search. One number behind the last is written, too.
+    first one of the search. Four numbers are stored at a time, so the one behind the last is put back: its row may be
+    there already.
     """
     own = shift.load(code.mul(atom, _long(4)), 4)
+    behind = code.gep(image.data, [code.mul(code.add(edge, taken), _long(3))])
+    kept = code.load(behind, typ=_INT)
     with cgutils.for_range(code.builder, taken, intp=_LONG) as loop:
         at = code.add(first, loop.index)
         other = code.add(start, code.sext(_load_int(code, sender, at, 0), _LONG))
@@ -374,6 +377,7 @@ def write_images(code, atom, start, first, taken, sender, place, shift, translat
         moved = code.trunc(code.sub(own, shift.load(code.mul(other, _long(4)), 4)), ir.VectorType(_INT, 4))
         moved = code.add(moved, translation.load(code.mul(cell, _long(4)), 4))
         image.store(code.mul(code.add(edge, loop.index), _long(3)), moved)
+    code.store(kept, behind)
 
 
 @_instruction(types.int64)

@@ -140,6 +140,18 @@ def test_large_cell_against_kd_tree(n, count, device):
             assert np.array_equal(np.sort(found.sender[mine]), np.sort(senders))
 
 
+@pytest.mark.parametrize("count", [16, 32, None])
+def test_images_of_rows_that_are_full(count):
+    """Rows in memory are not in the order of the atoms: their radii end at different times."""
+    rng = np.random.default_rng(13)
+    for _ in range(300):
+        n = int(rng.integers(3, 30))
+        lattice, frac = np.diag(rng.uniform(4, 12, 3)), rng.random((n, 3))
+        found = neighbor_list(lattice, frac, np.full(n, 6), 8.0, count)
+        vector = (frac[found.sender] + found.image - frac[found.receiver]) @ lattice
+        assert np.allclose(np.linalg.norm(vector, axis=1), found.distance, rtol=0, atol=2e-9)
+
+
 @pytest.mark.parametrize("slack", [1e-5, 0.4])
 def test_candidates_hold_the_whole_tied_shell(slack):
     """Among them all that lie within ``slack`` of the last neighbour, wherever the first radius ended."""
