@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, require
-from .cif_symmetry import check_operations, check_setting, is_operation, is_p1, stated_symmetry
+from .cif_symmetry import check_group, check_operations, check_setting, is_operation, is_p1, stated_symmetry
 from .crystal import AnyCrystal, Crystal, _one_line, from_pymatgen
 from .elements import ELEMENT_SYMBOLS
 
@@ -158,6 +158,9 @@ def _parse(text: str, name: str) -> AnyCrystal:
             raise
         crystal = merged
     check_operations(operations, crystal, name)
+    if listed and not is_magnetic and not _is_counted(items):
+        names, number = _space_group(items)
+        check_group(operations, [*names, number] if number else names, name)
     return crystal
 
 

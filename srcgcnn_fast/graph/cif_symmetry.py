@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,54 @@ def check_setting(operations: Iterable[Any], names: Sequence[str], number: str, 
         raise InputError(
             f"{name} gives the space group {', '.join([*names, number]).strip(', ')} without symmetry operations, "
             "which leaves its setting (axes, origin, centring) open; add _symmetry_equiv_pos_as_xyz."
+        )
+
+
+@lru_cache(4096)
+def group_number(text: str) -> int | None:
+    """Of a space group's Hermann-Mauguin symbol, number or ("Hall …") Hall symbol, where gemmi knows it.
+
+    None for P1, too, which many programs write whatever the operations.
+    """
+    import gemmi
+
+    symbol = text.removeprefix("Hall ")
+    if is_p1(symbol):
+        return None
+    if text.isdigit():
+        return int(text) or None
+    if symbol == text:
+        group = gemmi.find_spacegroup_by_name(text)
+    else:
+        try:
+            group = gemmi.find_spacegroup_by_ops(gemmi.symops_from_hall(symbol))
+        except RuntimeError:
+            return None
+    return group.number if group else None
+
+
+def check_group(operations: Iterable[Any], stated: Sequence[str], name: str) -> None:
+    """Operations must be those of the space group that stands beside them, in any setting.
+
+    What gemmi does not know, be it operations or symbols, contradicts nothing.
+
+    Raises:
+        InputError: they are another group's.
+    """
+    try:
+        import gemmi
+    except ImportError:
+        return
+    listed = []
+    for operation in {_rounded(x.rotation_matrix, x.translation_vector) for x in operations}:
+        listed.append(gemmi.Op())
+        listed[-1].rot = [[gemmi.Op.DEN * int(x) for x in operation[k : k + 3]] for k in (0, 3, 6)]
+        listed[-1].tran = [int(x) for x in operation[9:]]
+    group = gemmi.find_spacegroup_by_ops(gemmi.GroupOps(listed))
+    if group and any(group_number(text) not in (None, group.number) for text in stated):
+        raise InputError(
+            f"{name} names the space group {', '.join(stated)} but lists the symmetry operations of {group.hm}, "
+            f"{group.number}; list all of its operations, or correct the name."
         )
 
 

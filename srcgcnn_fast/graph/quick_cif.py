@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import InputError
 from .cif import COORDINATES, HALL, HERMANN_MAUGUIN, INT_NUMBERS, NUMBER, check_formula, parse_formula, read_text
-from .cif_symmetry import fits, is_group, is_p1, stated_symmetry
+from .cif_symmetry import fits, group_number, is_group, is_p1, stated_symmetry
 from .crystal import Crystal, checked_crystal
 from .elements import ELEMENT_SYMBOLS
 
@@ -190,19 +190,26 @@ def _operations(cif: Any, block: Any, text: str) -> tuple[np.ndarray, np.ndarray
     if len(columns) > 1:
         raise _Doubt
     texts = ["".join(cif.as_string(value).lower().split()) for value in columns[0]]
+    named = {
+        tag: cif.as_string(text) for tag in (*HERMANN_MAUGUIN, *HALL, *INT_NUMBERS) if (text := block.find_value(tag))
+    }
     if all(text in _IDENTITY for text in texts):
-        named = [block.find_value(tag) for tag in (*HERMANN_MAUGUIN, *HALL, *INT_NUMBERS)]
-        if not all(is_p1(cif.as_string(text)) for text in named if text):
+        if not all(is_p1(text) for text in named.values()):
             raise _Doubt
         return None
     if not all(_OPERATION.fullmatch(text) for text in texts):
         raise _Doubt
-    return _matrices(tuple(texts))
+    rotations, translations, group = _matrices(tuple(texts))
+    stated = [group_number(f"Hall {text}" if tag in HALL else text) for tag, text in named.items()]
+    if group and not {None, group}.issuperset(stated):
+        raise _Doubt
+    return rotations, translations
 
 
 @cache
-def _matrices(texts: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-    from gemmi import Op
+def _matrices(texts: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray, int | None]:
+    """Rotations, translations and, where their setting is tabulated, the number of their space group."""
+    from gemmi import GroupOps, Op, find_spacegroup_by_ops
 
     operations = [Op(text) for text in texts]
     if len({operation.triplet() for operation in operations}) != len(operations):
@@ -211,7 +218,8 @@ def _matrices(texts: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
     translations = np.array([operation.tran for operation in operations])
     if not (np.abs(np.abs(np.linalg.det(rotations)) - 1) < 1e-9).all() or not is_group(rotations, translations, Op.DEN):
         raise _Doubt
-    return rotations, translations / Op.DEN
+    group = find_spacegroup_by_ops(GroupOps(operations))
+    return rotations, translations / Op.DEN, group.number if group else None
 
 
 def _check_apart(coords: np.ndarray) -> None:

@@ -102,7 +102,9 @@ def test_doubtful_symmetry_is_left_to_pymatgen(tmp_path: Path) -> None:
     assert assert_same(write(tmp_path / "x.cif", text))
     tag, p1 = "_symmetry_equiv_pos_as_xyz", text[: text.index("loop_")] + text[text.index("loop_\n_atom") :]
     assert assert_same(write(tmp_path / "x.cif", p1.replace("'F made'", "'P 1'")))
+    assert assert_same(write(tmp_path / "x.cif", text.replace("'F made'", "'F -1'\n_symmetry_Int_Tables_number 2")))
     for changed in (
+        text.replace("'F made'", "'F m -3 m'"),
         text.replace(tag, "_symmetry_equiv.pos_as_xyz").replace("'F made'", "?"),
         text.replace(tag, "_space_group_symop.magn_operation_xyz").replace("'F made'", "?"),
         text.replace("_b 5.64", "_b 5.94").replace("-x,-y,-z\n", "y,-x,z\n"),  # does not fit the cell

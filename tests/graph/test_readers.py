@@ -792,6 +792,15 @@ def test_bad_objects() -> None:
         (cif(GENERAL, operations="-x,-y,-z"), "no whole group"),
         (cif(GENERAL, "loop_ _space_group_symop_operation_xyz x,y,z -x,-y,-z"), "two lists of symmetry operations"),
         (cif(GENERAL, operations=THREEFOLD), "do not fit its cell"),
+        (
+            IN_DOUBT.replace("'P 1'", "'F m -3 m'"),
+            "names the space group F m -3 m but lists the symmetry operations of P",
+        ),
+        (
+            IN_DOUBT.replace("'P 1'", "?\n_space_group_IT_number 225"),
+            "space group 225 but lists the symmetry operations",
+        ),
+        (IN_DOUBT.replace("'P 1'", "?\n_space_group_name_Hall '-F 4 2 3'"), "Hall -F 4 2 3 but lists the symmetry"),
         (cif("Cs1 Cs .333 .667 .3 1", operations=THREEFOLD).replace("gamma 90", "gamma 120"), "0.0042 Å apart"),
         (cif("Cs1 Cs .333 .667 .3 .4", operations=THREEFOLD).replace("gamma 90", "gamma 120"), "0.0042 Å apart"),
         (cif("Cs1 Cs 0 0 0 1\nCl1 Cl .5 .5 .5 -1"), "occupancy -1 below 0"),
@@ -861,6 +870,9 @@ def test_bad_cif(tmp_path: Path, text: str, said: str) -> None:
         cif(items="_chemical_formula_sum CsCl").replace("'P 1'", "Pm-3m").replace("occupancy", "symmetry_multiplicity"),
         cif(CSCL.replace("Cs1 Cs", "CS1 CS")).replace("'P 1'", "'p 1'"),
         WITHOUT_OPERATIONS.replace("'P 1'", "?\n_symmetry_Int_Tables_number 221"),
+        IN_DOUBT.replace("'P 1'", "P-1\n_symmetry_Int_Tables_number 2\n_space_group_name_Hall '-P 1'"),
+        IN_DOUBT.replace("'P 1'", "'P made'\n_symmetry_Int_Tables_number 0"),
+        IN_DOUBT.replace("'P 1'", "'F m -3 m'\n_chemical_formula_sum 'Cl Cs'\n_cell_formula_units_Z 1"),
     ],
 )
 def test_good_cif(tmp_path: Path, text: str) -> None:
