@@ -110,7 +110,7 @@ def _crystal(cif: Any, text: str, name: str) -> Crystal:
     formula = cif.as_string(block.find_value("_chemical_formula_sum") or "")
     if operations is None:
         coords = coords - np.floor(coords)
-        _check_apart(coords)
+        _check_apart(coords, 2 * _SITE_TOLERANCE)
     else:
         if not fits(operations[0], lattice):
             raise _Doubt
@@ -222,17 +222,21 @@ def _matrices(texts: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray, int | Non
     return rotations, translations / Op.DEN, group.number if group else None
 
 
-def _check_apart(coords: np.ndarray) -> None:
-    """No two sites within pymatgen's tolerance; sorted along one direction, only neighbours need to be looked at."""
-    along = (coords - 0.123456) % 1.0 @ _DIRECTION
+def _check_apart(coords: np.ndarray, tolerance: float) -> None:
+    """No two sites so near on every axis; sorted along one direction, only neighbours need to be looked at."""
+    coords = (coords - 0.123456) % 1.0  # few sites are at the edge then
+    if (coords < tolerance).any():
+        for k in range(3):
+            coords = np.concatenate([coords, coords[coords[:, k] < tolerance] + np.eye(3)[k]])
+    along = coords @ _DIRECTION
     order = np.argsort(along)
     along = along[order]
     for step in range(1, len(along)):
-        close = np.flatnonzero(along[step:] - along[:-step] < 4 * _SITE_TOLERANCE)
+        close = np.flatnonzero(along[step:] - along[:-step] < 2.33 * tolerance)
         if not len(close):
             return
-        apart = coords[order[close + step]] - coords[order[close]]
-        if (np.abs(apart - np.rint(apart)) < 2 * _SITE_TOLERANCE).all(axis=1).any():
+        apart = np.abs(coords[order[close + step]] - coords[order[close]])
+        if (apart < tolerance).all(axis=1).any():
             raise _Doubt
 
 
@@ -261,10 +265,5 @@ def _expanded(
         kept.append(own[first])
         kept_numbers += [number] * len(first)
     atoms = np.concatenate(kept)
-    orbit = np.repeat(np.arange(len(kept)), [len(x) for x in kept])
-    site = np.array([x[0] for x in kept])
-    apart = atoms[:, None] - site
-    near = np.abs(apart - np.rint(apart)).max(axis=2) < 10 * _SITE_TOLERANCE
-    if (near & (orbit[:, None] != np.arange(len(kept)))).any():
-        raise _Doubt
+    _check_apart(atoms, 10 * _SITE_TOLERANCE)
     return atoms, kept_numbers

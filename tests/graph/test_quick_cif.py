@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -113,8 +114,24 @@ def test_doubtful_symmetry_is_left_to_pymatgen(tmp_path: Path) -> None:
         "data_global\n_space_group_IT_number 225\n" + p1.replace("'F made'", "?"),
         p1.replace("'F made'", "?\n_cell_modulation_dimension 1"),
         p1.replace("'F made'", "?").replace("_occupancy", "_calc_flag").replace("1\n", "dum\n"),
+        p1.replace("'F made'", "?").replace("0.1 0.2 0.3", "0.12345 0 0").replace("0.6 0.7 0.8", "0.12346 0 0"),
     ):
         assert changed not in (text, p1) and read_quickly(write(tmp_path / "x.cif", changed)) is None
+
+
+def test_memory_of_a_large_cell_with_symmetry(tmp_path: Path) -> None:
+    grid = np.stack(np.meshgrid(*[np.arange(12)] * 3, indexing="ij"), -1).reshape(-1, 3)
+    coords = (grid + np.random.default_rng(0).uniform(0.1, 0.4, grid.shape)) / 12
+    sites = "\n".join(f"C{i} C {x:.6f} {y:.6f} {z:.6f} 1" for i, (x, y, z) in enumerate(coords))
+    head = ROCK_SALT[: ROCK_SALT.index("x,y+1/2")].replace("'Cl Na'", "C") + "-x,-y,-z\n"
+    text = head.replace("5.64", "30").replace("units_Z 4", "units_Z ?") + ROCK_SALT[ROCK_SALT.index("loop_\n_atom") :]
+    path = write(tmp_path / "x.cif", text.format(sites=sites))
+    tracemalloc.start()
+    crystal = read_quickly(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert crystal is not None and len(crystal.numbers) == 2 * len(grid)
+    assert peak < 20e6  # bytes; all pairs at once took 431 MB
 
 
 def test_hard_cases(data_dir: Path) -> None:
