@@ -48,7 +48,7 @@ _LOOP = re.compile(r"(?<!\S)loop_(?!\S)", re.IGNORECASE)
 _FOREIGN = re.compile(r"[^\x00-\x7f]")  # pymatgen drops such characters, and a minus sign may be among them
 _LETTERS = re.compile(r"[A-Za-z]*")
 _FORMULA_TOLERANCE = 0.01
-"""Relative; published formulas round."""
+"""Relative; published formulas round. Of one atom where they give whole numbers."""
 
 
 def read_text(path: Path) -> str:
@@ -419,5 +419,10 @@ def _is_multiple(expected: dict[int, float], z: float) -> bool:
 
 
 def _agrees(found: Counter[int], expected: dict[int, float], factor: float, *, skip_hydrogen: bool) -> bool:
-    elements = (set(found) | set(expected)) - ({1} if skip_hydrogen else set())
-    return all(abs(found[e] - expected.get(e, 0.0) * factor) <= _FORMULA_TOLERANCE * max(found[e], 1) for e in elements)
+    for e in (set(found) | set(expected)) - ({1} if skip_hydrogen else set()):
+        amount = expected.get(e, 0.0)
+        is_whole = amount == round(amount) and abs(found[e] - round(found[e])) < 1e-3
+        room = _FORMULA_TOLERANCE * (1 if is_whole else max(found[e], 1))
+        if abs(found[e] - amount * factor) > room:
+            return False
+    return True

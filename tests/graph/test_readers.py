@@ -63,6 +63,7 @@ WITHOUT_OPERATIONS = cif().replace("loop_\n_symmetry_equiv_pos_as_xyz\n'x, y, z'
 
 UNNAMED = WITHOUT_OPERATIONS.replace("'P 1'", "?")
 BY_NAME = WITHOUT_OPERATIONS.replace(CSCL, GENERAL)
+MANY = "\n".join(f"X{i} {'N' if i < 99 else 'C'} {i // 20 / 10} {i % 20 / 20} 0 1" for i in range(199))
 IN_DOUBT = cif(operations="'x, y, z'\n'-x, -y, -z'")
 """Symmetry without a formula to compare with: gemmi leaves it to pymatgen."""
 
@@ -778,6 +779,8 @@ def test_bad_objects() -> None:
         (cif(items="_chemical_formula_sum 'Cs Cl2'"), "contradicts itself"),
         (cif(items="_chemical_formula_sum 'Rb Cl'"), "contradicts itself"),
         (cif(items="_chemical_formula_sum 'Cs Cl'\n_cell_formula_units_Z 4"), "contradicts itself"),
+        (cif(MANY, items="_chemical_formula_sum 'C101 N99'\n_cell_formula_units_Z 1"), "C100 N99 in the cell"),
+        (cif(MANY, items="_chemical_formula_sum 'C N'"), "C100 N99 in the cell"),
         (cif(items="_chemical_formula_sum 'Cs Cl H4'"), "0 of 4 of Cs Cl H4 are listed"),
         (cif(CSCL + "\nH1 H .2 .3 .4 1", "_chemical_formula_sum 'Cs Cl D4'"), "1 of 4 of Cs Cl D4 are listed"),
         (cif(operations="unreadable"), "has the symmetry operation 'unreadable'"),
