@@ -47,6 +47,8 @@ _TAG = re.compile(r"(?<!\S)_\S+")
 _LOOP = re.compile(r"(?<!\S)loop_(?!\S)", re.IGNORECASE)
 _FOREIGN = re.compile(r"[^\x00-\x7f]")  # pymatgen drops such characters, and a minus sign may be among them
 _LETTERS = re.compile(r"[A-Za-z]*")
+_WORD = re.compile(r"'[^']*'|\"[^\"]*\"|\S+")
+_DECIMAL = re.compile(r"\d*\.\d*")
 _FORMULA_TOLERANCE = 0.01
 """Relative; published formulas round. Of one atom where they give whole numbers."""
 
@@ -109,7 +111,7 @@ def read_carefully(path: Path) -> AnyCrystal:
 def _parse(text: str, name: str) -> AnyCrystal:
     from pymatgen.io.cif import CifParser
 
-    block, stated = _structure_block(text, name), stated_symmetry(text)
+    block, stated = _with_fractions(_structure_block(text, name)), stated_symmetry(text)
     if stated is None and not any(tag in block for tag in _OPERATIONS):
         block += (
             "loop_\n_symmetry_equiv_pos_as_xyz\n'x, y, z'\n"  # which pymatgen makes three projections of, until 2024
@@ -208,6 +210,20 @@ def _structure_block(text: str, name: str) -> str:
     if not any(_is_tag(line, COORDINATES[0]) for line in kept):
         raise InputError(f"{name} has no atoms (its atom-site loop has no rows); give at least one site.")
     return "\n".join(kept) + "\n"
+
+
+def _with_fractions(block: str) -> str:
+    """Decimals in symmetry operations as the fractions that they round: pymatgen takes 0.3333 at its word."""
+
+    def fraction(match: re.Match[str]) -> str:
+        parts = round(24 * float(match[0]))
+        return f"{parts}/24" if abs(float(match[0]) - parts / 24) < 1e-3 else match[0]
+
+    def settled(match: re.Match[str]) -> str:
+        return _DECIMAL.sub(fraction, match[0]) if is_operation(match[0].strip("'\"")) else match[0]
+
+    lines = block.splitlines(keepends=True)
+    return "".join(_WORD.sub(settled, line) if "." in line and line.count(",") > 1 else line for line in lines)
 
 
 def _is_tag(line: str, tag: str) -> bool:

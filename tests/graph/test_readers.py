@@ -921,6 +921,16 @@ def test_coordinates_near_a_third_stay_as_written_without_symmetry(tmp_path: Pat
     assert as_crystal(tmp_path / "sym.cif").frac_coords[0, 0] == pytest.approx(1 / 3, abs=1e-12)
 
 
+def test_rounded_translations_of_operations_are_fractions(tmp_path: Path) -> None:
+    operations = "1 x,y,z\n2 '-y, x-y, Z+0.3333'\n3 -x+y,-x,.667+z"
+    text = cif(GENERAL, operations=operations).replace(
+        "_symmetry_equiv", "_symmetry_equiv_pos_site_id\n_symmetry_equiv"
+    )
+    (tmp_path / "x.cif").write_text(text.replace("gamma 90", "gamma 120"))
+    heights = np.sort(as_crystal(tmp_path / "x.cif").frac_coords[:, 2])
+    np.testing.assert_allclose(heights, [0.3, 0.3 + 1 / 3, 0.3 + 2 / 3], rtol=0, atol=1e-12)
+
+
 def test_images_of_a_rounded_special_position_are_one_atom(tmp_path: Path) -> None:
     sites, operations = "Cs1 Cs 0.4999 0 0 1\nCl1 Cl 0 0.5 0.5 1", "'x, y, z'\n'-x, y, z'"
     formula = "_chemical_formula_sum 'Cs Cl'\n_cell_formula_units_Z 1"
