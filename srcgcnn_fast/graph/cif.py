@@ -16,7 +16,15 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, require
-from .cif_symmetry import check_group, check_operations, check_setting, is_operation, is_p1, stated_symmetry
+from .cif_symmetry import (
+    check_group,
+    check_operations,
+    check_setting,
+    is_operation,
+    is_p1,
+    settled_operations,
+    stated_symmetry,
+)
 from .crystal import AnyCrystal, Crystal, _one_line, from_pymatgen
 from .elements import ELEMENT_SYMBOLS
 
@@ -130,7 +138,7 @@ def _parse(text: str, name: str) -> AnyCrystal:
     reasons = [_one_line(w.message) for w in caught]
     for reason in reasons:
         logger.debug("%s: %s", name, reason)
-    listed = {len(_column(items, tag)) for tag in _OPERATIONS if tag in items}
+    listed = [_column(items, tag) for tag in _OPERATIONS if tag in items]
     if not listed:
         if any("Defaulting to P1" in reason or "No magnetic symmetry" in reason for reason in reasons):
             raise InputError(
@@ -138,9 +146,9 @@ def _parse(text: str, name: str) -> AnyCrystal:
             )
         if not is_magnetic:
             check_setting(operations, *_space_group(items), structure.lattice.matrix, name)
-    elif is_magnetic and len(operations) == 1 < max(listed):
+    elif is_magnetic and len(operations) == 1 < max(map(len, listed)):
         raise InputError(f"{name} has magnetic moments but no magnetic symmetry operations; remove the moments.")
-    elif len(listed) > 1:
+    elif len({settled_operations(texts) for texts in listed}) > 1:
         raise InputError(f"{name} has two lists of symmetry operations that differ; keep one.")
     elif len(operations) == 1 and not _is_counted(items):
         names, number = _space_group(items)

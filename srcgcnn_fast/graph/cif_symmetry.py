@@ -90,7 +90,7 @@ def check_setting(operations: Iterable[Any], names: Sequence[str], number: str, 
     entries = [x for x in SpaceGroup.SYMM_OPS if "(" not in x["universal_h_m"]]  # with it: of no table
     named = [x for x in entries if wanted & {re.sub(r"[\s_]", "", str(x[key])) for key in keys}]
     held = [x for x in (named if names else entries) if number in ("", str(x["number"]))]
-    settings = {_settled_operations(x["symops"]) for x in held}
+    settings = {settled_operations(x["symops"]) for x in held}
     fitting = {x for x in settings if fits(np.array([operation[:9] for operation in x]).reshape(-1, 3, 3), lattice)}
     used = frozenset(_rounded(x.rotation_matrix, x.translation_vector) for x in operations)
     has_origins = any(x["universal_h_m"].endswith((":1", ":2")) for x in held) and ":" not in "".join(names)
@@ -149,7 +149,8 @@ def check_group(operations: Iterable[Any], stated: Sequence[str], name: str) -> 
         )
 
 
-def _settled_operations(texts: Sequence[str]) -> frozenset[tuple[float, ...]]:
+def settled_operations(texts: Sequence[str]) -> frozenset[tuple[float, ...]]:
+    """What operations are, however they are written and sorted."""
     from pymatgen.core.operations import SymmOp
 
     found = [SymmOp.from_xyz_str(text) for text in texts]

@@ -794,6 +794,7 @@ def test_bad_objects() -> None:
         (cif(GENERAL, operations="x,y,z\n-x,-y,z\n-x,-y,-z"), "no whole group"),
         (cif(GENERAL, operations="-x,-y,-z"), "no whole group"),
         (cif(GENERAL, "loop_ _space_group_symop_operation_xyz x,y,z -x,-y,-z"), "two lists of symmetry operations"),
+        (IN_DOUBT + "loop_ _space_group_symop_operation_xyz x,y,z x,-y,-z", "two lists of symmetry operations"),
         (cif(GENERAL, operations=THREEFOLD), "do not fit its cell"),
         (
             IN_DOUBT.replace("'P 1'", "'F m -3 m'"),
@@ -874,6 +875,7 @@ def test_bad_cif(tmp_path: Path, text: str, said: str) -> None:
         cif(CSCL.replace("Cs1 Cs", "CS1 CS")).replace("'P 1'", "'p 1'"),
         WITHOUT_OPERATIONS.replace("'P 1'", "?\n_symmetry_Int_Tables_number 221"),
         IN_DOUBT.replace("'P 1'", "P-1\n_symmetry_Int_Tables_number 2\n_space_group_name_Hall '-P 1'"),
+        IN_DOUBT + "loop_ _space_group_symop_operation_xyz '-X, -Y, -Z' +x,y+1,z",
         IN_DOUBT.replace("'P 1'", "'P made'\n_symmetry_Int_Tables_number 0"),
         IN_DOUBT.replace("'P 1'", "'F m -3 m'\n_chemical_formula_sum 'Cl Cs'\n_cell_formula_units_Z 1"),
     ],
