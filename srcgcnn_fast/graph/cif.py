@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import logging
+import math
 import re
 import warnings
 import zlib
@@ -295,6 +296,11 @@ def _check_items(items: dict[str, Any], name: str) -> None:
     for tag in _CELL:
         if not NUMBER.fullmatch(str(items.get(tag, "?"))):
             raise InputError(f"{name} has no usable cell ({tag} is {items.get(tag, 'missing')}); give all six numbers.")
+        most = 180.0 if "angle" in tag else math.inf
+        if not 0 < float(items[tag].partition("(")[0]) < most:
+            raise InputError(
+                f"{name} has no usable cell ({tag} is {items[tag]}); lengths are above 0 Å, angles between 0 and 180°."
+            )
     columns = {tag: _column(items, tag) for tag in ("_atom_site_label", "_atom_site_type_symbol")}
     labels = columns["_atom_site_label"]
     if not labels:
