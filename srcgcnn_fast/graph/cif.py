@@ -10,6 +10,7 @@ import re
 import warnings
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from .cif_symmetry import (
     settled_operations,
     stated_symmetry,
 )
-from .crystal import AnyCrystal, Crystal, _one_line, from_pymatgen
+from .crystal import OCCUPANCY_TOLERANCE, AnyCrystal, Crystal, _one_line, from_pymatgen
 from .elements import ELEMENT_SYMBOLS
 
 logger = logging.getLogger(__name__)
@@ -54,10 +55,12 @@ _TAGS = {
 """Tags as pymatgen and the checks here know them; in a file, capitals count for nothing, and points are underscores."""
 _TAG = re.compile(r"(?<!\S)_\S+")
 _LOOP = re.compile(r"(?<!\S)loop_(?!\S)", re.IGNORECASE)
+_SITE_TOLERANCE = 1e-4  # pymatgen's
 _FOREIGN = re.compile(r"[^\x00-\x7f]")  # pymatgen drops such characters, and a minus sign may be among them
 _LETTERS = re.compile(r"[A-Za-z]*")
 _WORD = re.compile(r"'[^']*'|\"[^\"]*\"|\S+")
 _DECIMAL = re.compile(r"\d*\.\d*")
+_MOST_OCCUPIED = 1 + OCCUPANCY_TOLERANCE + 1e-9  # a sum may be rounded
 _FORMULA_TOLERANCE = 0.01
 """Relative; published formulas round. Of one atom where they give whole numbers."""
 
@@ -117,9 +120,19 @@ def read_carefully(path: Path) -> AnyCrystal:
         ) from error
 
 
-def _parse(text: str, name: str) -> AnyCrystal:
+def _parser(block: str, **tolerances: float) -> Any:
+    """pymatgen's parser of a data block, for which an occupancy of "." is 1 and not 0."""
     from pymatgen.io.cif import CifParser
 
+    parser = CifParser.from_str(block, occupancy_tolerance=_MOST_OCCUPIED, check_cif=False, **tolerances)
+    for items in parser.as_dict().values():
+        occupancies = items.get("_atom_site_occupancy")
+        if isinstance(occupancies, list):  # the parser's own
+            occupancies[:] = ["1" if x == "." else x for x in occupancies]
+    return parser
+
+
+def _parse(text: str, name: str) -> AnyCrystal:
     block, stated = _with_fractions(_structure_block(text, name)), stated_symmetry(text)
     if stated is None and not any(tag in block for tag in _OPERATIONS):
         block += (
@@ -128,14 +141,19 @@ def _parse(text: str, name: str) -> AnyCrystal:
     snap = 0.0 if _only_identity(block) else 1e-4  # pymatgen's snapping to thirds serves symmetry alone
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        parser = CifParser.from_str(block, frac_tolerance=snap, check_cif=False)
+        parser = _parser(block, frac_tolerance=snap)
         items: dict[str, Any] = next(iter(parser.as_dict().values()), {})
         _check_items(items, name)
         # pymatgen drops rows of other loops, too, where it takes such a symbol apart
-        if any("Pauling" in warning for warning in parser.warnings):  # type: ignore[attr-defined]
+        if any("Pauling" in warning for warning in parser.warnings):
             raise InputError(f"{name} mixes elements in a type symbol ('0.8Nb + 0.2Zr'); write a row for each of them.")
-        structure = parser.parse_structures(primitive=False, on_error="raise")[0]
-    operations, is_magnetic = parser.symmetry_operations, parser.feature_flags["magcif"]  # type: ignore[attr-defined]
+        try:
+            structure = parser.parse_structures(primitive=False, on_error="raise")[0]
+        except ValueError as error:
+            if "exceeded tolerance" in str(error):
+                _check_shared_sites(items, parser.symmetry_operations, name)
+            raise
+    operations, is_magnetic = parser.symmetry_operations, parser.feature_flags["magcif"]
     reasons = [_one_line(w.message) for w in caught]
     for reason in reasons:
         logger.debug("%s: %s", name, reason)
@@ -177,12 +195,10 @@ def _parse(text: str, name: str) -> AnyCrystal:
 
 def _merged_further(block: str, items: dict[str, Any], name: str) -> AnyCrystal | None:
     """Read again, merging images that rounded coordinates keep apart; None where the formula still disagrees."""
-    from pymatgen.io.cif import CifParser
-
     for tolerance in (1e-3, 1e-2):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            parser = CifParser.from_str(block, site_tolerance=tolerance, check_cif=False)
+            parser = _parser(block, site_tolerance=tolerance)
             try:
                 crystal = from_pymatgen(parser.parse_structures(primitive=False, on_error="raise")[0], name)
                 check_formula(items, _content(crystal), name)
@@ -320,7 +336,7 @@ def _check_items(items: dict[str, Any], name: str) -> None:
     for label, value in zip(labels, occupancies, strict=False):
         if value != "?" and not NUMBER.fullmatch(value):
             raise InputError(f"{name} has the occupancy {value!r} at site {label}; give 1 for a full site.")
-        if value != "?" and float(value.split("(")[0]) > 1 + 1e-6:
+        if value != "?" and float(value.split("(")[0]) > _MOST_OCCUPIED:
             raise InputError(f"{name} has the occupancy {value} above 1 at site {label}; correct it.")
         if value.startswith("-"):
             raise InputError(f"{name} has the occupancy {value} below 0 at site {label}; correct it.")
@@ -338,6 +354,23 @@ def _check_items(items: dict[str, Any], name: str) -> None:
         raise InputError(f"{name} has dummy sites (_atom_site_calc_flag is dum); remove them.")
     if any(NUMBER.fullmatch(x) and float(x) for x in _column(items, "_atom_site_attached_hydrogens")):
         raise _no_hydrogen(name, "_atom_site_attached_hydrogens counts some")
+
+
+def _check_shared_sites(items: dict[str, Any], operations: Sequence[Any], name: str) -> None:
+    """pymatgen does not say which site holds more than one atom."""
+    coords = np.array([[float(x.partition("(")[0]) for x in _column(items, tag)] for tag in COORDINATES]).T
+    labels = _column(items, "_atom_site_label")
+    shares = [1.0 if x == "?" else float(x.partition("(")[0]) for x in _column(items, "_atom_site_occupancy")]
+    for i, site in enumerate(coords):
+        apart = coords[i:] - np.array([x.operate(site) for x in operations])[:, None]
+        near = (np.abs(apart - np.rint(apart)) < _SITE_TOLERANCE).all(axis=2).any(axis=0)
+        held = i + np.flatnonzero(near)
+        total = sum(shares[k] for k in held) if shares else len(held)
+        if total > _MOST_OCCUPIED:
+            raise InputError(
+                f"Two atoms are on one site: {', '.join(labels[k] for k in held)} of {name}, whose occupancies add up "
+                f"to {total:g}; remove one of them, or correct their occupancies."
+            )
 
 
 def _column(items: dict[str, Any], tag: str) -> list[str]:
