@@ -58,6 +58,8 @@ _LOOP = re.compile(r"(?<!\S)loop_(?!\S)", re.IGNORECASE)
 _SITE_TOLERANCE = 1e-4  # pymatgen's
 _FOREIGN = re.compile(r"[^\x00-\x7f]")  # pymatgen drops such characters, and a minus sign may be among them
 _LETTERS = re.compile(r"[A-Za-z]*")
+_AMOUNT = re.compile(r"([A-Z][a-z]?)(\d+\.?\d*|\.\d+)?\s*")
+_CAPITALS = re.compile(r"(?=([A-Z]{2}))")
 _WORD = re.compile(r"'[^']*'|\"[^\"]*\"|\S+")
 _DECIMAL = re.compile(r"\d*\.\d*")
 _MOST_OCCUPIED = 1 + OCCUPANCY_TOLERANCE + 1e-9  # a sum may be rounded
@@ -460,15 +462,20 @@ def check_formula(items: dict[str, Any], found: Counter[int], name: str) -> None
 
 @lru_cache(4096)
 def parse_formula(formula: str) -> dict[int, float]:
-    """Atomic number -> amount of a CIF formula sum ('Al2 Ca3 O12 Si3'); empty where it is written otherwise."""
+    """Atomic number -> amount of a formula sum ('Al2 Ca3 O12 Si3', or 'CaCO3'); empty where it is written otherwise."""
+    formula = formula.strip()
+    if formula.isupper() and any(pair.title() in ELEMENT_SYMBOLS for pair in _CAPITALS.findall(formula)):
+        return {}  # CO: cobalt, or carbon and oxygen
     amounts: dict[int, float] = {}
-    for token in formula.split():
-        match = re.fullmatch(r"([A-Z][a-z]?)(\d+\.?\d*|\.\d+)?", token)
-        symbol = "H" if match and match[1] in ("D", "T") else match[1] if match else ""
-        if not match or symbol not in ELEMENT_SYMBOLS[1:]:
+    end = 0
+    for match in _AMOUNT.finditer(formula):
+        symbol = "H" if match[1] in ("D", "T") else match[1]
+        if match.start() != end or symbol not in ELEMENT_SYMBOLS[1:]:
             return {}
-        number = ELEMENT_SYMBOLS.index(symbol)
+        number, end = ELEMENT_SYMBOLS.index(symbol), match.end()
         amounts[number] = amounts.get(number, 0.0) + float(match[2] or 1)
+    if end != len(formula):
+        return {}
     return {number: amount for number, amount in amounts.items() if amount > 0}
 
 

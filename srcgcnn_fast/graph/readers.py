@@ -127,16 +127,10 @@ def read_inputs(
             ``.json.gz``; also matbench's tables), ASE database (``.db``) or Parquet file (columns ``material_id``
             or ``id``, ``lattice`` (9), ``frac_coords`` (3n), ``atomic_numbers`` (n), and numbers as targets); a folder
             with ``id_prop.csv`` (rows ``id,target``, files ``id.cif``; a first row ``id,name,...`` names the targets)
-<<<<<<< ours
-            or without (every structure file, by name); one object that :func:`as_crystal` takes, an iterable of them,
-            or a dictionary id -> object. Records of several files have the ids that each file alone gives them.
-        targets: names of the targets to keep, or one name; by default all numbers that the source has. A blank is NaN.
-=======
             or without (every structure file, by name); one object that :func:`as_crystal` takes, or a dictionary of
             such a ``structure`` with its id and numbers; an iterable of them, or a dictionary id -> object. Records of
             several files have the ids that each file alone gives them.
-        targets: names of the targets to keep, by default all numbers that the source has. A blank is NaN.
->>>>>>> theirs
+        targets: names of the targets to keep, or one name; by default all numbers that the source has. A blank is NaN.
         timeout: seconds for one CIF file of a folder or an iterable. What gemmi does not read in a moment is read
             in a child process that is ended after this time, or beyond 4 GiB of memory (Linux); a single file is
             read in this process without a limit.

@@ -17,6 +17,7 @@ from srcgcnn_fast.errors import InputError
 from srcgcnn_fast.graph import pool as pool_module
 from srcgcnn_fast.graph import prepare
 from srcgcnn_fast.graph import readers as readers_module
+from srcgcnn_fast.graph.cif import parse_formula
 from srcgcnn_fast.graph.elements import element_features
 from srcgcnn_fast.graph.readers import Crystal, Record, as_crystal, read_inputs
 
@@ -781,6 +782,7 @@ def test_bad_objects() -> None:
         (cif() + cif(), "has 2 structures"),
         (cif(items="_chemical_formula_sum 'Cs Cl2'"), "contradicts itself"),
         (cif(items="_chemical_formula_sum 'Rb Cl'"), "contradicts itself"),
+        (cif(items="_chemical_formula_sum CsBr"), "its formula says CsBr;"),
         (cif(items="_chemical_formula_sum 'Cs Cl'\n_cell_formula_units_Z 4"), "contradicts itself"),
         (cif(MANY, items="_chemical_formula_sum 'C101 N99'\n_cell_formula_units_Z 1"), "C100 N99 in the cell"),
         (cif(MANY, items="_chemical_formula_sum 'C N'"), "C100 N99 in the cell"),
@@ -926,6 +928,15 @@ def test_coordinates_near_a_third_stay_as_written_without_symmetry(tmp_path: Pat
     (tmp_path / "sym.cif").write_text(cif("Cs1 Cs 0.33332 0 0 1", operations="'x, y, z'\n'x, -y, -z'"))
     assert as_crystal(tmp_path / "p1.cif").frac_coords[0, 0] == 0.33332
     assert as_crystal(tmp_path / "sym.cif").frac_coords[0, 0] == pytest.approx(1 / 3, abs=1e-12)
+
+
+def test_formulas_with_and_without_blanks() -> None:
+    assert (
+        parse_formula("Na2SO4") == parse_formula(" O4 S Na2 ") == parse_formula("Na2 S.5O4S0.5") == {11: 2, 16: 1, 8: 4}
+    )
+    assert parse_formula("D2O") == parse_formula("H2 O") and parse_formula("CoO") == parse_formula("Co O")
+    for text in ("CO", "CO2", "Na2(SO4)", "NaXx", "Na 2", "na Cl", "Na+ Cl-", "?", "", "NaCl*H2O", "Na1.5.5.5Cl."):
+        assert parse_formula(text) == {}
 
 
 def test_rounded_translations_of_operations_are_fractions(tmp_path: Path) -> None:
