@@ -58,7 +58,10 @@ def gemmi_cif() -> Any:
     try:
         from gemmi import cif
     except ImportError:
-        logger.warning('CIF files are read many times faster with gemmi: python -m pip install "srcgcnn_fast[io]"')
+        logger.warning(
+            "CIF files are read many times faster with gemmi, and symmetry operations compared with the space group "
+            'that a file names: python -m pip install "srcgcnn_fast[io]"'
+        )
         return None
     return cif
 
