@@ -144,11 +144,8 @@ def compare(
     """
     if not isinstance(target, str):
         raise InputError("compare takes one target, by its name; compare_study takes several.")
-    seed, batch_size, split = (
-        as_python(seed),
-        as_python(batch_size),
-        (float(split[0]), float(split[1]), float(split[2])),
-    )
+    seed, batch_size = as_python(seed), as_python(batch_size)
+    split = (float(split[0]), float(split[1]), float(split[2]))
     out = Path(out_dir)
     sources = {"graphs": source, "graphs-val": val_source, "graphs-test": test_source}
     stores = [
