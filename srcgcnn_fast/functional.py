@@ -159,15 +159,12 @@ def crystal_mean(atom_fea: Tensor, batch: GraphBatch) -> Tensor:
     _check_features(atom_fea, batch, None)
     traced = torch.compiler.is_compiling() or registry._is_transformed()
     if traced or atom_fea.dtype not in (torch.float32, torch.float64):
-        weight = batch.weight.to(atom_fea.dtype)[:, None]
-        atoms = weight.new_zeros(batch.num_crystals, 1).index_add(0, batch.atom_crystal, weight)
-        total = atom_fea.new_zeros(batch.num_crystals, atom_fea.shape[1])
-        return total.index_add(0, batch.atom_crystal, weight * atom_fea) / atoms
+        return reference.crystal_mean(atom_fea, batch.weight, batch.crystal_ptr)
     mean: Tensor
     if fused.runs_compiled(atom_fea):
         mean = fused.CrystalMean.apply(atom_fea.contiguous(), batch.weight.to(atom_fea.dtype), batch.crystal_ptr)
         return mean
-    shares = batch.cached(("shares", atom_fea.dtype), lambda: _shares(batch, atom_fea.dtype))
+    shares = batch.cached("shares", lambda: _shares(batch))
     mean = _CrystalMean.apply(atom_fea, *shares, batch.atom_crystal)
     return mean
 
@@ -338,12 +335,10 @@ def is_plain(device: torch.device) -> bool:
     )
 
 
-def _shares(batch: GraphBatch, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _shares(batch: GraphBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Number of each row, first row of each crystal (B + 1), and the share of each row in its crystal's mean (N)."""
-    crystal, weight = batch.atom_crystal, batch.weight.to(dtype)
-    atoms = weight.new_zeros(batch.num_crystals).index_add(0, crystal, weight)
     rows = torch.arange(batch.num_rows, device=batch.device)
-    return rows, batch.crystal_ptr.long(), weight / atoms.index_select(0, crystal)
+    return rows, batch.crystal_ptr.long(), reference.shares(batch.weight, batch.atom_crystal, batch.num_crystals)
 
 
 class _CrystalMean(torch.autograd.Function):
@@ -352,12 +347,12 @@ class _CrystalMean(torch.autograd.Function):
     @staticmethod
     def forward(h: Tensor, rows: Tensor, first: Tensor, share: Tensor, crystal: Tensor) -> Tensor:
         return torch.nn.functional.embedding_bag(
-            rows, h, first, mode="sum", per_sample_weights=share, include_last_offset=True
-        )
+            rows, h.to(share.dtype), first, mode="sum", per_sample_weights=share, include_last_offset=True
+        ).to(h.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.share, ctx.crystal = inputs[3:]
+        ctx.share, ctx.crystal = inputs[3].to(output.dtype), inputs[4]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

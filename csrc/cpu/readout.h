@@ -145,16 +145,29 @@ class PackedReadout {
   const int n;
 };
 
-// Mean over the atoms of one crystal of rows (n, F), each counting row_weight times; the end of `to` is padding.
+template <class T>
+double atoms_of(const T* row_weight, int64_t n) {
+  double atoms = 0;
+  for (int64_t i = 0; i < n; ++i) atoms += row_weight[i];
+  return atoms;
+}
+
+// Mean over the atoms of one crystal of rows (n, F), each counting row_weight times; the end of `to` is padding. In
+// double: the rounding errors of a float sum over a large supercell, whose rows are equal, all have one sign.
 template <class T>
 void mean_of(T* to, const T* rows, const T* row_weight, int64_t n, int F) {
-  T atoms = 0;
-  for (int64_t i = 0; i < n; ++i) atoms += row_weight[i];
-  for (int c = 0; c < rounded_up<T>(F); ++c) to[c] = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const T w = row_weight[i] / atoms;
-    for (int c = 0; c < F; ++c) to[c] += w * rows[i * F + c];
+  constexpr int kBlock = 64;
+  const double atoms = n ? atoms_of(row_weight, n) : 1;
+  for (int c = 0; c < F; c += kBlock) {
+    const int width = F - c < kBlock ? F - c : kBlock;
+    double sum[kBlock] = {};
+    for (int64_t i = 0; i < n; ++i) {
+      const double w = row_weight[i];
+      for (int k = 0; k < width; ++k) sum[k] += w * rows[i * F + c + k];
+    }
+    for (int k = 0; k < width; ++k) to[c + k] = T(sum[k] / atoms);
   }
+  for (int c = F; c < rounded_up<T>(F); ++c) to[c] = 0;
 }
 
 constexpr int kReadoutRows = 32;  // crystals at a time, each block with gradients of its own: in order, whoever runs it
@@ -202,10 +215,9 @@ void readout_backward(const DenseGradient<T>* gradients, T* d_h, const T* grad_o
         packed.backward(partial + chunk * size, grad, values + c0 * width, c1 - c0, x, g);
         for (int64_t c = c0; c < c1; ++c) {
           const T* mean = grad + (c - c0) * widest;
-          T atoms = 0;
-          for (int64_t i = crystal_ptr[c]; i < crystal_ptr[c + 1]; ++i) atoms += row_weight[i];
+          const double atoms = atoms_of(row_weight + crystal_ptr[c], crystal_ptr[c + 1] - crystal_ptr[c]);
           for (int64_t i = crystal_ptr[c]; i < crystal_ptr[c + 1]; ++i) {
-            const T w = row_weight[i] / atoms;
+            const T w = T(row_weight[i] / atoms);
             for (int k = 0; k < F; ++k) d_h[i * F + k] = w * mean[k];
           }
         }

@@ -149,13 +149,22 @@ def edge_moments(
     return zeros.index_add(0, receiver, e), zeros.index_add(0, edges.sender.long(), we), gram
 
 
+def shares(row_weight: Tensor, crystal: Tensor, n_crystals: int) -> Tensor:
+    """(N,), that of each row in the mean over its crystal: in float64, where the device has it.
+
+    In the type of float32 or float16 features sums over a large supercell drift, or overflow.
+    """
+    weight = row_weight.to(torch.float32 if row_weight.device.type == "mps" else torch.float64)
+    atoms = weight.new_zeros(n_crystals).index_add(0, crystal, weight)
+    return weight / atoms.index_select(0, crystal)
+
+
 def crystal_mean(h: Tensor, row_weight: Tensor, crystal_ptr: Tensor) -> Tensor:
     """(N, F) -> (B, F): the mean over the atoms of each crystal (Xie & Grossman 2018, eq. 6)."""
     rows = torch.arange(crystal_ptr.shape[0] - 1, device=h.device)
     crystal = torch.repeat_interleave(rows, crystal_ptr.diff().long(), output_size=h.shape[0])
-    weight = row_weight.to(h.dtype)[:, None]
-    atoms = weight.new_zeros(rows.shape[0], 1).index_add(0, crystal, weight)
-    return h.new_zeros(rows.shape[0], h.shape[1]).index_add(0, crystal, weight * h) / atoms
+    share = shares(row_weight, crystal, rows.shape[0])[:, None]
+    return share.new_zeros(rows.shape[0], h.shape[1]).index_add(0, crystal, share * h).to(h.dtype)
 
 
 def readout(h: Tensor, row_weight: Tensor, crystal_ptr: Tensor, layers: Sequence[Dense]) -> Tensor:
