@@ -228,10 +228,11 @@ void bind(nb::module_& m, const char* suffix) {
 
 // First fault of a batch of graphs as (kind, position); kind 0: none. What the kernels rely on, so that no index can
 // leave its array and no two threads meet in one crystal.
-std::tuple<int, int64_t> check_graph(uintptr_t sender_, uintptr_t row_ptr_, uintptr_t crystal_ptr_, Sizes sizes) {
-  const auto* sender = address<int32_t>(sender_);
-  const auto* row_ptr = address<int32_t>(row_ptr_);
-  const auto* crystal_ptr = address<int32_t>(crystal_ptr_);
+std::tuple<int, int64_t> check_graph(const Addresses& a, Sizes sizes) {
+  const auto* sender = address<int32_t>(a.at(2));
+  const auto* row_ptr = address<int32_t>(a.at(3));
+  const auto* crystal_ptr = address<int32_t>(a.at(4));
+  const auto* shell_count = address<int32_t>(a.at(7));
   const auto [n_rows, n_edges, n_crystals, n_features] = sizes;
   if (row_ptr[0] != 0 || row_ptr[n_rows] != n_edges) return {1, n_rows};
   if (crystal_ptr[0] != 0 || crystal_ptr[n_crystals] != n_rows) return {3, n_crystals};
@@ -241,6 +242,10 @@ std::tuple<int, int64_t> check_graph(uintptr_t sender_, uintptr_t row_ptr_, uint
     if (row_ptr[i + 1] < row_ptr[i] || row_ptr[i + 1] > n_edges) return {1, i};
   const int64_t stray = chosen->f32.stray_edge(sender, row_ptr, crystal_ptr, n_crystals);
   if (stray >= 0) return {2, stray};
+  if (!shell_count) return {0, 0};
+  const int64_t crystal =
+      chosen->f32.stray_shell(address<int32_t>(a.at(5)), shell_count, row_ptr, crystal_ptr, n_crystals);
+  if (crystal >= 0) return {4, crystal};
   return {0, 0};
 }
 

@@ -3,6 +3,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <new>
+
 #include "gemm.h"
 #include "kernels.h"
 
@@ -37,11 +39,11 @@ class Pool {
     int64_t bytes;
   };
 
-  // A slot of at least that size, unless the smallest is more than twice too large; then new memory.
+  // A slot of at least that size, unless the smallest is more than twice too large; then new memory, or bad_alloc.
   static Slot take(int64_t bytes) {
     if (kExact) {
       void* data = nullptr;
-      if (posix_memalign(&data, 64, bytes)) abort();
+      if (posix_memalign(&data, 64, bytes)) throw std::bad_alloc();
       memset(data, 0xff, bytes);
       return {data, bytes};
     }
@@ -60,7 +62,7 @@ class Pool {
     unlock();
     if (at >= 0) return best;
     void* data = aligned_alloc(64, bytes);
-    if (!data) abort();
+    if (!data) throw std::bad_alloc();
     return {data, bytes};
   }
 
@@ -358,6 +360,19 @@ static int64_t stray_edge(const int32_t* sender, const int32_t* row_ptr, const i
     if (outside)
       for (int64_t e = begin; e < end; ++e)
         if (uint32_t(sender[e]) - first >= n) return e;
+  }
+  return -1;
+}
+
+// The first crystal with more shells than edges, or an edge of no shell of it; -1: none.
+static int64_t stray_shell(const int32_t* shell_of, const int32_t* shell_count, const int32_t* row_ptr,
+                           const int32_t* crystal_ptr, int64_t n_crystals) {
+  for (int64_t c = 0; c < n_crystals; ++c) {
+    const int64_t begin = row_ptr[crystal_ptr[c]], end = row_ptr[crystal_ptr[c + 1]];
+    const uint32_t n = uint32_t(shell_count[c]);
+    int outside = n > uint32_t(end - begin);
+    for (int64_t e = begin; e < end; ++e) outside |= uint32_t(shell_of[e]) >= n;
+    if (outside) return c;
   }
   return -1;
 }

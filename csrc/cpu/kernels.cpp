@@ -20,7 +20,7 @@ template <class T>
 constexpr Kernels<T> table() {
   return {kChannels<T>,     Simd<T>::width, edge_shells<T>,      edge_moments<T>, conv<T>,
           conv_backward<T>, stack<T>,       readout<T>, readout_backward<T>, network<T>, stray_edge,
-          pack};
+          stray_shell,      pack};
 }
 }  // namespace SRCGCNN_LEVEL
 

@@ -161,6 +161,9 @@ struct Kernels {
                   const Edges<T>& edges, const T* row_weight, const Dense<T>* readout, int n_readout, int width, int threads);
   // First edge whose sender is no row of its receiver's crystal, or -1; pointers must be in order.
   int64_t (*stray_edge)(const int32_t* sender, const int32_t* row_ptr, const int32_t* crystal_ptr, int64_t n_crystals);
+  // First crystal with more shells than edges, or an edge of no shell of it, or -1; pointers must be in order.
+  int64_t (*stray_shell)(const int32_t* shell_of, const int32_t* shell_count, const int32_t* row_ptr,
+                         const int32_t* crystal_ptr, int64_t n_crystals);
   void (*pack)(const Joined& out, const Stored& store, const int64_t* chosen, int64_t n_chosen);
 };
 

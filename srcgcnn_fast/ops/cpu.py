@@ -18,6 +18,8 @@ _FAULTS = {
     1: "row_ptr must start at 0, never decrease and end at the number of edges",
     2: "an edge's sender must be a row of the receiver's own crystal",
     3: "crystal_ptr must start at 0, never decrease and end at the number of rows",
+    4: "the kept shells are not those of the crystal's edges, so the batch was written to behind its cache; call "
+    "batch.cache.clear()",
 }
 
 
@@ -161,9 +163,11 @@ class _Edges:
         self.sizes = (n_rows, n_edges, n_crystals, n_features)
         self.basis = (float(graph.dmin), float(graph.step))
         self.addresses = [_address(x) for x in graph[:8]]
-        if graph.features is not None and n_edges == 0:  # whose address is null: as if there were none
-            self.addresses[1] = self.addresses[3]
-        fault, where = core.check_graph(*self.addresses[2:5], self.sizes)
+        if graph.features is not None:
+            self.addresses[5:] = 0, 0, 0  # edges with features have no shells
+            if n_edges == 0:  # whose address is null: as if there were none
+                self.addresses[1] = self.addresses[3]
+        fault, where = core.check_graph(self.addresses, self.sizes)
         if fault:
             raise InputError(f"Bad graph at position {where}: {_FAULTS[fault]}.")
 

@@ -351,6 +351,24 @@ def test_bad_indices_are_refused_before_native_code(make_batch, field, value, sa
 
 @pytest.mark.skipif("cpu" not in FAST, reason="no CPU kernels")
 @pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("joined", [False, True])
+def test_shells_of_other_edges_are_refused_before_native_code(make_batch, joined, training):
+    """Which writing through NumPy, behind the cache of the batch, leaves there."""
+    batch = make_batch("plain")
+    ends = [batch.crystal_ptr, torch.cat([batch.crystal_ptr[:1], batch.crystal_ptr[:1], batch.crystal_ptr[2:]])]
+    batch.crystal_ptr = ends[1 - joined].clone()
+    model = sf.CGCNN(1, 16, 16).train(training)
+    model(batch)
+    batch.crystal_ptr.numpy()[:] = ends[joined].numpy()
+    with torch.set_grad_enabled(training):
+        with pytest.raises(sf.InputError, match=r"the batch was written to behind its cache; call batch\.cache\.clear"):
+            model(batch)
+        batch.cache.clear()
+        torch.testing.assert_close(model(batch), model(batch.to(dtype=torch.float32)))
+
+
+@pytest.mark.skipif("cpu" not in FAST, reason="no CPU kernels")
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("field", ["row_ptr", "crystal_ptr"])
 @pytest.mark.parametrize("shape", [(0,), ()])
 def test_pointers_without_a_place_are_refused(make_batch, field, shape, training):
