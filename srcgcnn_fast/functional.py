@@ -255,8 +255,9 @@ def network(
     width, n_features = embedding.weight.shape[0], None if batch.edge_features is None else batch.edge_features.shape[1]
     _check_features(atom_fea, batch, species)
     for layer in layers:
-        _check_weight(atom_fea, width, layer.weight, n_features)
+        _check_layer(atom_fea, width, layer, n_features)
     first: Dense | None = embedding
+    species = None if species is None else species.contiguous()
     if species is None:
         atom_fea, first = torch.nn.functional.linear(atom_fea, *embedding), None
     dtype = atom_fea.dtype
@@ -291,7 +292,7 @@ class FrozenNetwork:
         self._parameters: Any = None
         width = embedding.weight.shape[0]
         for layer in layers:
-            _check_weight(table, width, layer.weight, None)
+            _check_layer(table, width, layer, None)
         if (
             fused.takes_network(table, embedding, layers, readout_layers)
             and not any(layer.bn1.training or layer.bn2.training for layer in layers)
@@ -509,7 +510,8 @@ def _check_features(h: Tensor, batch: GraphBatch, species: Tensor | None) -> Non
         )
 
 
-def _check_weight(h: Tensor, width: int, weight: Tensor, n_given: int | None) -> None:
+def _check_layer(h: Tensor, width: int, layer: ConvParameters, n_given: int | None) -> None:
+    weight = layer.weight
     if weight.dtype is not h.dtype:
         raise InputError(f"weight is {weight.dtype} and atom_fea {h.dtype}; convert one to the other's type.")
     n_features = weight.shape[1] - 2 * width
@@ -517,10 +519,15 @@ def _check_weight(h: Tensor, width: int, weight: Tensor, n_given: int | None) ->
         raise InputError(f"weight must be (2F, 2F + K) with F = {width} as in atom_fea, not {tuple(weight.shape)}.")
     if n_given is not None and n_given != n_features:
         raise InputError(f"The batch has {n_given} edge features, but the weight expects K = {n_features}.")
+    for norm in (layer.bn1, layer.bn2):
+        if not norm.training and (norm.running_mean is None or norm.running_var is None):
+            raise InputError("A batch norm without running statistics needs training=True.")
+        if norm.training and norm.momentum is None:
+            raise InputError("A batch norm's momentum must be a number; for torch's None give 1 / (batches so far).")
 
 
 def _check(h: Tensor, batch: GraphBatch, layer: ConvParameters) -> None:
-    _check_weight(h, h.shape[1], layer.weight, None if batch.edge_features is None else batch.edge_features.shape[1])
+    _check_layer(h, h.shape[1], layer, None if batch.edge_features is None else batch.edge_features.shape[1])
     alone = [norm.training and norm.group is None for norm in (layer.bn1, layer.bn2)]
     single_edge = alone[0] and batch.num_edges <= 1 and _at_most_one(batch, batch.receiver)
     if single_edge or (alone[1] and batch.num_rows <= 1 and _at_most_one(batch)):

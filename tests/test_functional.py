@@ -91,6 +91,20 @@ def test_without_running_statistics(backend, make_batch):
     torch.testing.assert_close(conv(h, batch), plain_layer(conv, h, batch), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_norms_that_cannot_run_are_refused(backend, make_batch):
+    batch, weight, h = make_batch("plain"), torch.rand(32, 73), torch.rand(make_batch("plain").num_rows, 16)
+    none, still = BatchNorm(None, None, None, None), BatchNorm(None, None, torch.zeros(16), torch.ones(16))
+    moves = BatchNorm(None, None, torch.zeros(32), torch.ones(32), True, None)  # type: ignore[arg-type]
+    dense = functional.Dense(torch.rand(16, 16), None)
+    for norm, says in ((none, "without running statistics needs training=True"), (moves, "momentum must be a number")):
+        layer = functional.ConvParameters(weight, None, norm, still)
+        with torch.no_grad(), pytest.raises(sf.InputError, match=says):
+            functional.stacked_gated_conv(h, batch, [layer])
+        with torch.no_grad(), pytest.raises(sf.InputError, match=says):
+            functional.network(h, batch, dense, [layer], [dense])
+
+
 def test_inference_leaves_nothing_that_training_could_not_use(make_batch):
     """Ones and zeros in place of what norms lack are kept, and those made in inference mode serve training, too."""
     torch.manual_seed(0)
