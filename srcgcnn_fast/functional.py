@@ -33,6 +33,8 @@ __all__ = [
 
 _MANY_ROWS = 65_536
 """Beyond which the memory of a training step counts for more than five launches."""
+_LARGE_TABLE = 1024
+"""Rows beyond which a table is looked up: the CPU's backward keeps sums by its rows for every chunk of crystals."""
 
 
 class ConvParameters(NamedTuple):
@@ -401,9 +403,10 @@ def _stack(
         or (is_synchronized and not has_own)
         or not plain
         or tracing
-        or (4 * h.shape[0] > batch.num_rows and not fused.runs_compiled(h))
+        or (h.shape[0] > min(_LARGE_TABLE, batch.num_rows // 4) and not fused.runs_compiled(h))
     ):
         h, species = fused.lookup(h, species), None
+    species = None if species is None else species.contiguous()
     convolve: Callable[[Tensor, Sequence[ConvParameters]], Tensor]
     if is_reference:
         row_weight = batch.weight

@@ -9,6 +9,7 @@ import srcgcnn_fast as sf
 from srcgcnn_fast import functional
 from srcgcnn_fast.errors import InputError
 from srcgcnn_fast.functional import BatchNorm, ConvParameters
+from srcgcnn_fast.ops import fused
 
 pytestmark = pytest.mark.skipif(not sf.backends()["cpu"].available, reason="the CPU kernels are not built")
 ELEMENTS = 5
@@ -98,6 +99,19 @@ def test_results_do_not_depend_on_the_number_of_threads(make_batch):
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(other[name], x) for name, x in found[0].items())
+
+
+def test_a_large_table_is_looked_up(make_batch, monkeypatch):
+    """The backward's sums by its rows would take more memory than the rows of the batch."""
+    batch, looked_up, lookup = make_batch("large"), [], fused.lookup
+    monkeypatch.setattr(fused, "lookup", lambda *a: looked_up.append(1) or lookup(*a))
+    layer = sf.CGCNN(1, 16, 16).eval()._layers()[0]
+    for n, times in ((1024, 0), (1025, 1)):
+        assert batch.num_rows > 4 * n
+        h, species = torch.rand(n, 16), torch.randint(n, (batch.num_rows,), dtype=torch.int32)
+        expected = functional.gated_conv(h[species.long()], batch, *layer)
+        torch.testing.assert_close(functional.gated_conv(h, batch, *layer, species=species), expected)
+        assert len(looked_up) == times
 
 
 def test_species_outside_the_table_are_an_error(make_batch):
