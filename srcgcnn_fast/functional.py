@@ -164,7 +164,8 @@ def crystal_mean(atom_fea: Tensor, batch: GraphBatch) -> Tensor:
         return reference.crystal_mean(atom_fea, batch.weight, batch.crystal_ptr)
     mean: Tensor
     if fused.runs_compiled(atom_fea):
-        mean = fused.CrystalMean.apply(atom_fea.contiguous(), batch.weight.to(atom_fea.dtype), batch.crystal_ptr)
+        weight, crystal_ptr = _row_weight(batch, atom_fea.dtype), batch.crystal_ptr.contiguous()
+        mean = fused.CrystalMean.apply(atom_fea.contiguous(), weight, crystal_ptr)
         return mean
     shares = batch.cached("shares", lambda: _shares(batch))
     mean = _CrystalMean.apply(atom_fea, *shares, batch.atom_crystal)
@@ -190,7 +191,7 @@ def readout(atom_fea: Tensor, batch: GraphBatch, layers: Sequence[Dense]) -> Ten
     _check_maps(atom_fea.shape[-1], layers)
     autocast = torch.is_autocast_enabled(atom_fea.device.type)
     if not autocast and fused.takes_readout(atom_fea, layers) and registry.select(atom_fea) == "cpu":
-        return fused.readout(atom_fea, batch.weight.to(atom_fea.dtype), batch.crystal_ptr, layers)
+        return fused.readout(atom_fea, _row_weight(batch, atom_fea.dtype), batch.crystal_ptr.contiguous(), layers)
     return _maps(crystal_mean(atom_fea, batch), layers)
 
 
@@ -270,7 +271,7 @@ def network(
         edges.distance, edges.features, edges.sender, edges.row_ptr, edges.crystal_ptr, of, distance, count, edges.dmin,
         edges.step,
     )  # fmt: skip
-    return fused.network(atom_fea, species, first, graph, layers, batch.weight.to(dtype), readout_layers)
+    return fused.network(atom_fea, species, first, graph, layers, _row_weight(batch, dtype), readout_layers)
 
 
 class FrozenNetwork:
@@ -315,10 +316,10 @@ class FrozenNetwork:
     def __call__(self, batch: GraphBatch) -> Tensor:
         """(B, O)"""
         of, distance, count = batch.kept(self._shells) or (None, None, None)
-        graph = fused.Graph(
-            batch.distance, None, batch.sender, batch.row_ptr, batch.crystal_ptr, of, distance, count, *self._basis
-        )
-        out: Tensor = self._parameters.run(self._table, batch.numbers, graph, batch.weight)
+        edges = (batch.distance, batch.sender, batch.row_ptr, batch.crystal_ptr, batch.numbers, batch.weight)
+        d, sender, row_ptr, crystal_ptr, numbers, weight = (x.contiguous() for x in edges)
+        graph = fused.Graph(d, None, sender, row_ptr, crystal_ptr, of, distance, count, *self._basis)
+        out: Tensor = self._parameters.run(self._table, numbers, graph, weight)
         return out
 
 
@@ -455,7 +456,7 @@ def _moments(
     batch: GraphBatch, graph: fused.Graph, layers: Sequence[ConvParameters], dtype: torch.dtype, trains: bool
 ) -> fused.Moments:
     """What batch statistics need of the graph, which the batch keeps, unless its size makes memory dear."""
-    row_weight = batch.weight.to(dtype)
+    row_weight = _row_weight(batch, dtype)
     if not trains:
         return fused.Moments(row_weight, None, None, None, None, None)
     n_features = layers[0].weight.shape[1] - layers[0].weight.shape[0]
@@ -475,9 +476,14 @@ def _neighbors(batch: GraphBatch, graph: fused.Graph, moments: fused.Moments) ->
 
 
 def _edges(batch: GraphBatch, dtype: torch.dtype, dmin: float, step: float) -> Edges:
-    features = None if batch.edge_features is None else batch.edge_features.to(dtype)
-    distance = batch.distance.to(dtype)
-    return Edges(distance, features, batch.sender, batch.row_ptr, batch.crystal_ptr, float(dmin), float(step))
+    features = None if batch.edge_features is None else batch.edge_features.to(dtype).contiguous()
+    pointers = batch.row_ptr.contiguous(), batch.crystal_ptr.contiguous()
+    distance, sender = batch.distance.to(dtype).contiguous(), batch.sender.contiguous()
+    return Edges(distance, features, sender, *pointers, float(dmin), float(step))
+
+
+def _row_weight(batch: GraphBatch, dtype: torch.dtype) -> Tensor:
+    return batch.weight.to(dtype).contiguous()
 
 
 def _needs_autograd(

@@ -91,8 +91,8 @@ def _layer(weight: Tensor, bias: Tensor | None, bn1: BatchNorm, bn2: BatchNorm, 
             [
                 one if norm.weight is None else norm.weight,
                 zero if norm.bias is None else norm.bias,
-                zero if norm.running_mean is None or norm.training else norm.running_mean,
-                one if norm.running_var is None or norm.training else norm.running_var,
+                zero if norm.running_mean is None or norm.training else _in_type_of(weight, norm.running_mean),
+                one if norm.running_var is None or norm.training else _in_type_of(weight, norm.running_var),
             ]
         )
     (g1, b1, m1, v1), (g2, b2, m2, v2) = vectors
@@ -100,7 +100,13 @@ def _layer(weight: Tensor, bias: Tensor | None, bn1: BatchNorm, bn2: BatchNorm, 
     if more:
         weight = _widen_weight(weight, width, more)
         small = [None if x is None else _widen(x, width, more) for x in small]
+    small = [None if x is None else x.contiguous() for x in small]
     return Layer(*[weight.contiguous(), *small, bn1.eps, bn2.eps, bn1.training, bn2.training])
+
+
+def _in_type_of(weight: Tensor, statistics: Tensor) -> Tensor:
+    """Integers stay such, and are refused."""
+    return statistics.to(weight.dtype) if statistics.is_floating_point() else statistics
 
 
 def _missing(h: Tensor) -> int:
@@ -626,9 +632,11 @@ def network_parameters(
 ) -> cpu.NetworkParameters | cuda.NetworkParameters | None:
     """Those of :func:`network` with a table, for many calls; None where kernels would read copies of them."""
     width = layers[0][0].shape[0] // 2
-    if not all(layer[0].is_contiguous() for layer in layers):
-        return None
     folded = [_layer(*layer, width, 0) for layer in layers]
+    for (weight, bias, bn1, bn2), layer in zip(layers, folded, strict=True):
+        given = weight, bias, *bn1[:2], *bn2[:2], *bn1[2:4], *bn2[2:4]
+        if any(x is not None and x is not read for x, read in zip(given, layer, strict=False)):
+            return None
     backend = cuda if h.device.type == "cuda" else cpu
     return backend.NetworkParameters(h.shape[1], embedding, folded, readout_layers)
 

@@ -319,6 +319,16 @@ def test_batches_of_other_kinds_go_their_own_way(make_batch):
         given = make_batch("plain")
         setattr(given, name, x)
         assert torch.equal(model(given), ordinary(model, given)) and not torch.allclose(model(given), expected)
+    for name in ("numbers", "weight", "distance", "sender", "row_ptr", "crystal_ptr"):
+        given, x = make_batch("plain"), getattr(batch, name)
+        setattr(given, name, torch.stack([x, x], 1)[:, 0])  # not contiguous
+        assert torch.equal(model(given), expected)
+        with torch.enable_grad():
+            torch.testing.assert_close(model(given), expected)
+            torch.testing.assert_close(model.features(given), model.features(batch))
+            model.train()(given).sum().backward()
+        model.load_state_dict(trained(sf.SRCGCNN).state_dict())
+        model.eval()
     batch.numbers = batch.numbers.long()
     with pytest.raises(sf.InputError, match="With species, atom_fea must be a table"):
         model(batch)
@@ -326,6 +336,22 @@ def test_batches_of_other_kinds_go_their_own_way(make_batch):
     wrong.numbers[3] = 200
     with pytest.raises(sf.InputError, match="200"):
         model(wrong)
+
+
+@MODELS
+@pytest.mark.parametrize(
+    "given", [torch.Tensor.double, lambda x: torch.stack([x, x], 1)[:, 0]], ids=["float64", "strided"]
+)
+@torch.no_grad()
+def test_what_kernels_read_as_a_copy_is_not_kept(make_batch, model_type, given):
+    model, batch = trained(model_type), make_batch("plain")
+    expected, norm = model(batch), norm_of(model)
+    norm.running_mean, norm.running_var = given(norm.running_mean), given(norm.running_var)
+    for _ in range(2):
+        assert torch.equal(model(batch), expected)
+    norm.running_mean += 1
+    found = model(batch)
+    assert torch.equal(found, ordinary(model, batch)) and not torch.allclose(found, expected)
 
 
 @MODELS
