@@ -135,15 +135,16 @@ class Exchange {
   }
 
  private:
-  static void run(void* self, int norm) {
+  static bool run(void* self, int norm) {
     auto* mine = static_cast<Exchange*>(self);
-    if (mine->error_) return;
+    if (mine->error_) return false;
     nb::gil_scoped_acquire gil;
     try {
       mine->call_(norm);
     } catch (...) {
       mine->error_ = std::current_exception();
     }
+    return !mine->error_;
   }
   nb::handle call_;
   Joint joint_{};

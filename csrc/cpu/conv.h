@@ -252,7 +252,7 @@ struct ChunkStatistics {
 };
 
 // Joins per-chunk means and sums of squares, in order (Chan, Golub & LeVeque's pairwise formula), then those of the
-// processes that share the norm; returns the count of all. place(c) is where channel c is.
+// processes that share the norm; returns the count of all, 0 if they did not meet. place(c) is where channel c is.
 template <class T, class Place>
 double join_statistics(const ChunkStatistics<T>* chunks, int n_chunks, int width, T* mean, T* var, Place place,
                        const Joint& joint, int norm) {
@@ -277,7 +277,10 @@ double join_statistics(const ChunkStatistics<T>* chunks, int n_chunks, int width
       message[1 + width + c] = squares[place(c)];
     }
     message[0] = count;
-    joint.exchange(joint.context, norm);
+    if (!joint.exchange(joint.context, norm)) {
+      for (int c = 0; c < width; ++c) mean[c] = var[c] = 0;
+      return 0;
+    }
     count = message[0];
   }
   for (int c = 0; c < width; ++c) {
@@ -287,10 +290,10 @@ double join_statistics(const ChunkStatistics<T>* chunks, int n_chunks, int width
   return count;
 }
 
-// Running statistics towards to * by + bias of a batch, as torch rounds it: the product before the difference.
+// Running statistics towards to * by + bias of a batch of so many, as torch rounds it: the product before the difference.
 template <class T>
-void move_running(T* running, const T* to, double by, const T* bias, T momentum, int width) {
-  if (!running) return;
+void move_running(T* running, const T* to, double count, double by, const T* bias, T momentum, int width) {
+  if (!running || count == 0) return;
   Buffer<T> target(width);
   for (int c = 0; c < width; ++c) target[c] = to[c] * T(by) + (bias ? bias[c] : T(0));
   for (int c = 0; c < width; ++c) {
@@ -431,8 +434,8 @@ void conv(T* out, T* m, T* products, const Features<T>& h, const Layer<T>& layer
       if (layer.train1) {
         const double count = join_statistics(chunks, n_chunks, C, layer.mean1, layer.var1,
                                              [&](int c) { return placed<T>(c, F); }, joint, 0);
-        move_running<T>(running.mean1, layer.mean1, 1, layer_in.bias, running.momentum1, C);
-        move_running<T>(running.var1, layer.var1, count / (count - 1), nullptr, running.momentum1, C);
+        move_running<T>(running.mean1, layer.mean1, count, 1, layer_in.bias, running.momentum1, C);
+        move_running<T>(running.var1, layer.var1, count, count / (count - 1), nullptr, running.momentum1, C);
       }
       fold_first<T>(scale1, shift1, layer, F);
       pack_edges<T>(w_e_scaled, layer.weight, F, K, scale1);
@@ -468,8 +471,8 @@ void conv(T* out, T* m, T* products, const Features<T>& h, const Layer<T>& layer
       if (layer.train2) {
         const double count =
             join_statistics(chunks, n_chunks, F, layer.mean2, layer.var2, [](int c) { return c; }, joint, 1);
-        move_running<T>(running.mean2, layer.mean2, 1, nullptr, running.momentum2, F);
-        move_running<T>(running.var2, layer.var2, count / (count - 1), nullptr, running.momentum2, F);
+        move_running<T>(running.mean2, layer.mean2, count, 1, nullptr, running.momentum2, F);
+        move_running<T>(running.var2, layer.var2, count, count / (count - 1), nullptr, running.momentum2, F);
       }
       fold_second<T>(scale2, shift2, layer, F);
     }

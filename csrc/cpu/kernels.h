@@ -88,7 +88,7 @@ struct Gradients {
 // behind the count, which is that of all and stays.
 struct Joint {
   double* message[2];
-  void (*exchange)(void* context, int norm);
+  bool (*exchange)(void* context, int norm);
   void* context;
 };
 

@@ -266,9 +266,11 @@ def test_kernels_that_exchange_with_themselves(group_of_one, monkeypatch):
     with pytest.raises(ConnectionError, match="is gone"):
         loss.backward()
     monkeypatch.setattr(dist, "all_gather", broken)
+    before = {name: x.clone() for name, x in together.named_buffers() if name.endswith(("running_mean", "running_var"))}
     with pytest.raises(ConnectionError, match="is gone"):
         together(batch)
     with pytest.raises(InputError, match="single atom or edge"):
         monkeypatch.undo()
         monkeypatch.setattr(norm, "process_group", lambda m: dist.group.WORLD)
         together(sf.collate([two_processes.graph(np.random.default_rng(0), 1, 0)], distance_dtype=torch.float64))
+    assert before and all(torch.equal(together.get_buffer(name), x) for name, x in before.items())
