@@ -505,7 +505,7 @@ def cif(x: str = "0.5", a: float = 4.2, element: str = "Cl") -> str:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (cif(x="nan"), "finite number"), (cif(a=0), "Singular"), (cif(element="Xx"), "unknown element Xx"),
+        (cif(x="nan"), "finite number"), (cif(a=0), "no usable cell"), (cif(element="Xx"), "unknown element Xx"),
         ("", "empty"), (cif()[:90], "a.cif"),
     ],
 )  # fmt: skip

@@ -8,8 +8,8 @@ import torch
 import srcgcnn_fast as sf
 from srcgcnn_fast import functional
 from srcgcnn_fast.errors import InputError
-from srcgcnn_fast.functional import BatchNorm, ConvParameters
-from srcgcnn_fast.ops import fused
+from srcgcnn_fast.functional import BatchNorm, ConvParameters, Dense
+from srcgcnn_fast.ops import cpu, fused, reference
 
 pytestmark = pytest.mark.skipif(not sf.backends()["cpu"].available, reason="the CPU kernels are not built")
 ELEMENTS = 5
@@ -135,3 +135,37 @@ def test_mean_of_a_crystal(make_batch):
     torch.testing.assert_close(functional.crystal_mean(h, batch), torch.stack(expected))
     assert torch.autograd.gradcheck(lambda x: functional.crystal_mean(x, batch), h)
     assert torch.autograd.gradgradcheck(lambda x: functional.crystal_mean(x, batch).square(), h)
+
+
+def equal_rows(n: int) -> sf.GraphBatch:
+    """A crystal of n copper atoms, each its own neighbour, and one without atoms."""
+    index = torch.arange(n + 1, dtype=torch.int32)
+    ends = torch.tensor([0, n, n], dtype=torch.int32)
+    return sf.GraphBatch(index[:n] * 0 + 29, torch.ones(n), index[:n], torch.full((n,), 2.5), index, ends, index[:n])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_equal_rows_have_their_own_mean(dtype):
+    """However many: sums in float32 drift by 1e-4, those in float16 overflow. Without rows it is zero."""
+    batch, epsilon = equal_rows(40_000), max(torch.finfo(dtype).eps, 1e-11)
+    rows = (3 * torch.rand(1, 20, generator=torch.Generator().manual_seed(0))).to(dtype)
+    h = rows.expand(batch.num_rows, 20).contiguous().requires_grad_()
+    compiled = torch.compile(functional.crystal_mean, backend="eager", fullgraph=True)
+    for mean in (functional.crystal_mean, compiled, lambda h, b: reference.crystal_mean(h, b.weight, b.crystal_ptr)):
+        found = mean(h, batch)
+        torch.testing.assert_close(found[:1], rows, rtol=2 * epsilon, atol=0)
+        assert not found[1].any()
+        (gradient,) = torch.autograd.grad(found.sum(), h)
+        torch.testing.assert_close(gradient.double(), torch.full(h.shape, 1 / 40_000).double(), rtol=epsilon, atol=1e-7)
+    if dtype in cpu.DTYPES:
+        layers = [Dense(torch.ones(1, 20, dtype=dtype), None)]
+        out = functional.readout(h, batch, layers)
+        torch.testing.assert_close(out, functional.readout(rows, equal_rows(1), layers), rtol=8 * epsilon, atol=0)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_large_supercell_has_the_value_of_its_cell(grad):
+    torch.manual_seed(0)
+    model = sf.CGCNN(1, 16, 20, 1).eval()
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(model(equal_rows(40_000)), model(equal_rows(1)), rtol=3e-6, atol=1e-7)
