@@ -194,7 +194,12 @@ def test_killed_again_and_again_at_any_moment(alloys, tmp_path):
     ("command", "begun", "says"),
     [
         (["train"], "o/last.ckpt", "terminated; --resume continues after the last whole epoch"),
-        (["compare", "--seeds", "0"], "o/runs/*/last.ckpt", "terminated; with --study or --seeds the same command"),
+        pytest.param(
+            ["compare", "--seeds", "0"],
+            "o/runs/*/last.ckpt",
+            "terminated; with --study or --seeds the same command",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["train", "study"],
 )
