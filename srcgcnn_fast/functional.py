@@ -317,7 +317,7 @@ class FrozenNetwork:
         """(B, O)"""
         of, distance, count = batch.kept(self._shells) or (None, None, None)
         edges = (batch.distance, batch.sender, batch.row_ptr, batch.crystal_ptr, batch.numbers, batch.weight)
-        d, sender, row_ptr, crystal_ptr, numbers, weight = (x.contiguous() for x in edges)
+        d, sender, row_ptr, crystal_ptr, numbers, weight = (x if x.is_contiguous() else x.contiguous() for x in edges)
         graph = fused.Graph(d, None, sender, row_ptr, crystal_ptr, of, distance, count, *self._basis)
         out: Tensor = self._parameters.run(self._table, numbers, graph, weight)
         return out
