@@ -165,13 +165,13 @@ def test_a_model_that_moved_is_refused(replayed, make_batch):
     captured(batch)
     model.load_state_dict(model.state_dict())  # in place
     captured(batch)
-    held = model.fc_out.weight.detach()  # or another may take its place in memory
     with pytest.raises(sf.InputError, match="has moved, and its CUDA graphs have not; make a new CapturedModel"):
         model.double() and captured(batch)
-    model.float().fc_out = torch.nn.Linear(*model.fc_out.weight.shape[::-1])
+    model = model_with_units()
+    captured, held = CapturedModel(model), model.fc_out  # which is kept, or another may take its place in memory
+    model.fc_out = torch.nn.Linear(*held.weight.shape[::-1])
     with pytest.raises(sf.InputError, match="has moved, and its CUDA graphs have not"):
         captured(batch)
-    del held
 
 
 def test_the_last_graphs_are_kept(replayed, monkeypatch, make_batch):
