@@ -193,6 +193,13 @@ SRCGCNN_DEVICE void store(Bfloat16* p, const Channels<V>& v) {
 SRCGCNN_DEVICE float as_stored(const float*, float x) { return x; }
 SRCGCNN_DEVICE float as_stored(const Bfloat16*, float x) { return __uint_as_float(device::to_bfloat16(0.0f, x)); }
 
+// sum += weight x, and what that rounds off goes into the next (Kahan): exact for 10^5 equal rows too.
+SRCGCNN_DEVICE void add_exactly(float weight, float x, float& sum, float& rounded) {
+  const float y = fmaf(weight, x, -rounded), next = sum + y;
+  rounded = (next - sum) - y;
+  sum = next;
+}
+
 // The first place of the ascending x (n) whose number is not below `value`; n if none. All lanes ask the same.
 SRCGCNN_DEVICE int first_not_below(const int* x, int n, int64_t value) {
   int low = 0, high = n;

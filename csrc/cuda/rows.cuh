@@ -672,10 +672,10 @@ __global__ void __launch_bounds__(128) crystal_mean(const DeviceConv g) {
   const bool good = crystal_of(g, blockIdx.x, begin, end, weight);
   for (int64_t first = 0; first < g.F; first += 32) {
     const int64_t channel = first + lane_of();
-    float sum = 0.0f;
+    float sum = 0.0f, rounded = 0.0f;
     if (good && channel < g.F)
       for (int64_t row = begin + warp_of(); row < end; row += 4)
-        sum = fmaf(g.row_weight[row], g.x[row * g.F + channel], sum);
+        add_exactly(g.row_weight[row], g.x[row * g.F + channel], sum, rounded);
     __syncthreads();
     shared[threadIdx.x] = sum;
     __syncthreads();

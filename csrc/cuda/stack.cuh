@@ -985,14 +985,14 @@ SRCGCNN_DEVICE void read_out(const Stack<W, kHalf>& s, float* space, int words, 
     const int many = stop - c < most ? stop - c : most;
     for (int x = warp_of(); x < many * kShares; x += warps) {
       const int k = x / kShares, part = x % kShares, end = crystal_ptr[c + k + 1];
-      Channels<V> sum = {};
+      Channels<V> sum = {}, rounded = {};
       float atoms = 0.0f;
       for (int i = crystal_ptr[c + k] + part; i < end; i += kShares) {
         const float weight = s.row_weight[i];
         const Channels<V> h = row(i);
         atoms += weight;
 #pragma unroll
-        for (int v = 0; v < V; ++v) sum.x[v] = fmaf(weight, h.x[v], sum.x[v]);
+        for (int v = 0; v < V; ++v) add_exactly(weight, h.x[v], sum.x[v], rounded.x[v]);
       }
       store<V>(space + k * size + part * W + lane_of() * V, sum);
       if (lane_of() == 0) space[k * size + kShares * W + part] = atoms;

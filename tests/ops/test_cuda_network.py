@@ -220,6 +220,17 @@ def test_a_readout_that_takes_all_that_is_left_of_a_block(library, make_batch):
     Whole(batch, sizes=(1024, 1)).check()
 
 
+def test_equal_rows_have_the_prediction_of_one(make_batch):
+    """However many: plain sums in float32 drift, by 1e-5 for 10^4 rows."""
+    problem, n = Whole(make_batch("one atom"), n_steps=1, sizes=(), by_species=False), 3_000
+    problem.table = problem.table[:1].expand(n, 7)
+    ends = torch.tensor([0, n - 1, n], dtype=torch.int32)
+    none = torch.zeros(n + 1, dtype=torch.int32)
+    problem.graph = problem.graph._replace(distance=torch.zeros(0), sender=none[:0], row_ptr=none, crystal_ptr=ends)
+    many, one = problem.found(weight=torch.ones(n))
+    assert one.any() and relative(many, one) < 3e-7
+
+
 def test_a_bad_pointer_of_one_large_crystal_gives_nan(make_batch, monkeypatch):
     """Which no block takes whole: its steps and its readout alone see the pointer."""
     monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
