@@ -290,11 +290,13 @@ class CapturedTraining:
             static = StaticBatch(batch, self.device, _OF_TRAINING, weight=0.0)
             static.fill(batch)
             moving = [(x, x.clone()) for x in self.model.buffers()]
-            recorded = _recorded_training(run, *self._streams.apart)
-            triton.forget(static.batch.sender)  # that of the warm-up: a replay makes its own
-            with torch.no_grad():
-                for x, before in moving:
-                    x.copy_(before)
+            try:
+                recorded = _recorded_training(run, *self._streams.apart)
+            finally:
+                triton.forget(static.batch.sender)  # that of the warm-up: a replay makes its own
+                with torch.no_grad():
+                    for x, before in moving:
+                        x.copy_(before)
         return _Step(static, *recorded)
 
 
@@ -345,13 +347,15 @@ def _recorded_training(
     """CUDA graphs of ``run`` and of its backward pass: replays, and the tensors that these read and write."""
     random = torch.cuda.get_rng_state()
     aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(2):
-            out, leaves = run()
-            torch.autograd.grad(out, leaves, torch.zeros_like(out), allow_unused=True)
-    torch.cuda.current_stream().wait_stream(aside)
+    try:
+        with torch.cuda.stream(aside):
+            for _ in range(2):
+                out, leaves = run()
+                torch.autograd.grad(out, leaves, torch.zeros_like(out), allow_unused=True)
+    finally:
+        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.set_rng_state(random)  # so that a dropout does not depend on when its graph was captured
     upstream = torch.zeros_like(out)
-    torch.cuda.set_rng_state(random)  # so that a dropout does not depend on when its graph was captured
     first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
     with triton.captured_together():
         with torch.cuda.graph(first, stream=stream, capture_error_mode=_OTHERS_GO_ON):

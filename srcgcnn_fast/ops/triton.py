@@ -81,8 +81,10 @@ def kernels() -> ModuleType:
 
 
 def _check(name: str, x: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    if x is None or x.dtype != dtype or tuple(x.shape) != shape or x.device != device or not x.is_contiguous():
-        found = "None" if x is None else f"{x.dtype} {tuple(x.shape)} on {x.device}"
+    good = x is not None and x.dtype == dtype and tuple(x.shape) == shape and x.device == device
+    if x is None or not good or not x.is_contiguous() or x.is_neg():
+        view = ", a negated view (call resolve_neg())" if x is not None and x.is_neg() else ""
+        found = "None" if x is None else f"{x.dtype} {tuple(x.shape)} on {x.device}{view}"
         raise InputError(f"{name} must be a contiguous {dtype} tensor of shape {shape} on {device}, not {found}.")
 
 
@@ -633,11 +635,12 @@ def network(
         h = torch.nn.functional.linear(h, *embedding)
     h, rows, ends = stack(h, layers, graph, species), torch.arange(len(row_weight), device=h.device), graph.crystal_ptr
 
-    def sums(x: Tensor) -> Tensor:  # in the order of the rows
-        how: dict[str, Any] = {"mode": "sum", "per_sample_weights": row_weight, "include_last_offset": True}
-        return torch.nn.functional.embedding_bag(rows, x, ends.long(), **how)
+    def sums(x: Tensor) -> Tensor:  # in the order of the rows, in double: equal rows round alike
+        how: dict[str, Any] = {"mode": "sum", "per_sample_weights": row_weight.double(), "include_last_offset": True}
+        return torch.nn.functional.embedding_bag(rows, x.double(), ends.long(), **how)
 
-    x = sums(h) / sums(torch.ones_like(row_weight)[:, None])
+    atoms = sums(torch.ones_like(row_weight)[:, None])
+    x = (sums(h) / atoms.where(atoms > 0, 1)).to(h.dtype)
     for layer in readout_layers:
         x = torch.nn.functional.linear(torch.nn.functional.softplus(x), *layer)
     return x

@@ -36,15 +36,21 @@ def softplus2(c2):
 
 
 @triton.jit
+def at_most_126(x):
+    """NaN stays NaN, which a plain minimum takes for 126."""
+    return tl.minimum(x, 126.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def gate2(f2, c2):
     """sigmoid(f) softplus(c) / ln 2 from f2 = -f log2(e), c2 = c log2(e)."""
-    return softplus2(c2) / (1.0 + tl.exp2(tl.minimum(f2, 126.0)))
+    return softplus2(c2) / (1.0 + tl.exp2(at_most_126(f2)))
 
 
 @triton.jit
 def gate_gradient2(f2, c2):
     """d/df and d/dc of sigmoid(f) softplus(c); 1 - sigmoid without cancellation."""
-    u = tl.exp2(tl.minimum(f2, 126.0))
+    u = tl.exp2(at_most_126(f2))
     s = 1.0 / (1.0 + u)
     t = tl.exp2(-tl.abs(c2))
     softplus = (tl.maximum(c2, 0.0) + log2_1p(t)) * LN2

@@ -251,6 +251,21 @@ def bad_indices(make: type[Problem], array: str, value: int) -> None:
         assert all(gradients[k].isnan().any() for k in (0, 1, 3, 4))  # not in numbers that look like others
 
 
+def bad_parameters(make: type[Problem]) -> None:
+    """A NaN in either half of what the gate is of, or a variance below zero, reaches every row that has edges."""
+    problem = make("weighted", 16, 41)
+    h, layer, graph, moments = arguments(problem)
+    some = graph.row_ptr.diff() > 0
+    for name, channel in itertools.product(("weight", "bias", "gamma1", "beta1", "mean1", "var1"), (3, 19)):
+        damaged = getattr(layer, name).clone()
+        damaged[channel] = -1 if name == "var1" else torch.nan
+        bad = layer._replace(**{name: damaged})
+        out, m, *_ = make.backend.conv(h, bad, graph, moments)
+        assert torch.equal(out.isnan().any(1), some), (name, channel)
+        gradients = make.backend.conv_backward(torch.ones_like(h), h, m.nan_to_num(), bad, graph, moments, False)
+        assert gradients[1].isnan().any(), (name, channel)
+
+
 BAD_INDICES = [("sender", -1), ("sender", 60), ("sender", 10**6), ("row_ptr", 10**6)]
 
 

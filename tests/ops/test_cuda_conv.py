@@ -6,6 +6,7 @@ cuda/emulation.h supplies CUDA's execution model; what it shows, and what not, i
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import itertools
 import math
@@ -533,6 +534,21 @@ def test_the_index_of_a_warm_up_is_not_kept(pretend_gpu, replayed, monkeypatch, 
     assert len(triton._transposed) == before and step.static.batch.num_edges
 
 
+def test_a_capture_that_fails_leaves_the_model_as_it_was(pretend_gpu, replayed, monkeypatch, make_batch):
+    monkeypatch.setattr(registry, "select", lambda *_a, **_k: "cuda")
+    model = small_model(torch.float32, sf.CGCNN, 20)
+    before = copy.deepcopy(model.state_dict())
+
+    def without_memory(run):
+        run()
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(capture, "_recorded_training", without_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        capture.CapturedTraining(model)(make_batch("weighted"))
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
 def test_captured_training_follows_what_is_frozen_or_replaced(pretend_gpu, replayed, monkeypatch, make_batch):
     """Norms that stop, weights that stop, a parameter at another address, other settings: each has its own graph."""
     monkeypatch.setattr(registry, "select", lambda *_a, **_k: "cuda")
@@ -751,6 +767,10 @@ def test_a_batch_without_rows():
 @pytest.mark.parametrize(("array", "value"), [*convolution.BAD_INDICES, ("distance", math.nan)])
 def test_what_is_wrong_gives_nan_in_its_row_alone(array, value):
     convolution.bad_indices(Problem, array, value)
+
+
+def test_what_is_wrong_in_a_parameter_gives_nan():
+    convolution.bad_parameters(Problem)
 
 
 def test_tf32_is_used_where_it_is_allowed(monkeypatch):

@@ -238,6 +238,22 @@ def test_what_is_wrong_gives_nan_in_its_row_alone(array, value):
 
 
 @runs
+def test_what_is_wrong_in_a_parameter_gives_nan():
+    convolution.bad_parameters(Problem)
+
+
+@runs
+def test_a_network_has_the_mean_of_equal_rows_and_of_none():
+    n = 40_000  # whose sums in float32 drift by 3e-4
+    ends, none = torch.tensor([0, 1, 1, n + 1]), torch.zeros(n + 2)
+    graph = Graph(none[:0], None, *(x.int() for x in (none[:0], none, ends)), None, None, None, 0.0, 0.2)
+    graph = Graph(*(x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in graph))
+    h, layer = torch.rand(1, 16, device=DEVICE).repeat(n + 1, 1), Problem("weighted", 16, 41).layer((False, False))
+    one, empty, many = backend.network(h, None, None, [layer], graph, torch.ones(n + 1, device=DEVICE), [])
+    assert relative(many, one) < 1e-7 and not empty.any()
+
+
+@runs
 def test_bits_repeat_and_do_not_depend_on_what_else_is_in_the_batch():
     problem = Problem("weighted", 16, 41)
     first, again = (problem.found((True, True)) for _ in range(2))
