@@ -11,6 +11,7 @@ import srcgcnn_fast as sf
 from srcgcnn_fast import prediction
 from srcgcnn_fast.graph import GraphStore
 from srcgcnn_fast.nn import CGCNN, ModelMetadata
+from srcgcnn_fast.nn.models import in_eval_mode
 from srcgcnn_fast.prediction import write_table
 
 pandas = pytest.importorskip("pandas")
@@ -94,6 +95,19 @@ def test_mode_is_kept_and_eval_is_used():
     assert model.training and not any(m.training for m in model.convs.modules())
     model.eval()
     assert sf.predict(model, inputs).equals(frame) and not model.training
+
+
+def test_the_last_of_several_threads_restores_the_mode():
+    model = make_model()
+    model.convs.eval()
+    both = torch.nn.ModuleList([model, make_model()])  # as a compiled model has it for a part
+    first, second = in_eval_mode([model, model]), in_eval_mode([both])
+    for caller, leaves in ((first, False), (second, False), (first, True)):
+        caller.__exit__(None, None, None) if leaves else caller.__enter__()
+        assert not any(module.training for module in model.modules())
+    assert not both[1].training
+    second.__exit__(None, None, None)
+    assert model.training and both[1].training and not any(module.training for module in model.convs.modules())
 
 
 def test_mode_is_kept_when_the_input_fails(tmp_path):

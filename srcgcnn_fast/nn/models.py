@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -47,17 +48,31 @@ def _with_first(states: list[functional.BatchNorm]) -> list[functional.BatchNorm
     return [s if s.weight is not None else s._replace(weight=first.weight, bias=first.bias) for s in states]
 
 
+_held: dict[int, tuple[int, bool]] = {}
+"""Of each module (its id) within :func:`in_eval_mode`: how many have it there, and the mode that the first found."""
+_holds = Lock()
+
+
 @contextmanager
 def in_eval_mode(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Afterwards every part of them has the mode that it had."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
+    """Afterwards every part of them has the mode that it had; of several threads within, the last sees to that."""
+    modules = [module for model in models for module in model.modules()]
+    with _holds:
+        for module in modules:
+            count, training = _held.get(id(module), (0, module.training))
+            _held[id(module)] = count + 1, training
+        for model in models:
+            model.eval()
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        with _holds:
+            for module in modules:
+                count, training = _held.pop(id(module))
+                if count > 1:
+                    _held[id(module)] = count - 1, training
+                else:
+                    module.training = training
 
 
 def _element_table(width: int) -> Tensor:
