@@ -97,7 +97,11 @@ def restore(path: str | os.PathLike[str]) -> None:
 
 
 def read_directory(path: Path, read: Callable[[Path], _T]) -> _T:
-    """What ``read`` makes of a directory that others may replace meanwhile, of the old one or of the new one alone."""
+    """What ``read`` makes of a directory that others may replace meanwhile, of the old one or of the new one alone.
+
+    Raises:
+        InputError: that of ``read``, or others replace it every time.
+    """
     for tries in range(_READS):
         restore(path)
         before, problem = _identity(path), None
@@ -110,15 +114,17 @@ def read_directory(path: Path, read: Callable[[Path], _T]) -> _T:
             break
     if problem is not None:
         raise problem
+    if not same:
+        raise InputError(f"{path} is being replaced all the time; read it when nobody writes it any more.")
     return found
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
+def _identity(path: Path) -> tuple[int, int, int] | None:
     try:
         about = os.stat(path)
     except OSError:
         return None
-    return about.st_dev, about.st_ino
+    return about.st_dev, about.st_ino, about.st_ctime_ns  # a new one may have the number of one that was removed
 
 
 def _aside(target: Path) -> Path:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import srcgcnn_fast as sf
 from srcgcnn_fast import serialization
+from srcgcnn_fast.files import atomic_directory, read_directory
 from srcgcnn_fast.nn import CGCNN, SRCGCNN, ModelMetadata
 from srcgcnn_fast.uncertainty import Ensemble, load_predictor, save_ensemble
 
@@ -119,30 +121,47 @@ def test_a_model_is_replaced_whole(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_what_is_replaced_while_it_is_loaded_is_the_new_one(tmp_path, monkeypatch, several):
-    """Not weights of one with the settings of the other."""
+@pytest.mark.parametrize("same_number", [False, True])
+def test_what_is_replaced_while_it_is_loaded_is_the_new_one(tmp_path, monkeypatch, several, same_number):
+    """Not weights of one with the settings of the other, also where the new directory has the inode of the old one."""
     read, done, models = serialization._read_bytes, [], [CGCNN(n_conv=1, **SMALL) for _ in range(4)]
 
-    def save(k):
+    def save(k, name):
         if several:
-            save_ensemble(Ensemble(models[k : k + 2], (k + 1.0,)), tmp_path / "m")
+            save_ensemble(Ensemble(models[k : k + 2], (k + 1.0,)), tmp_path / name)
         else:
-            sf.save_model(models[k], tmp_path / "m")
+            sf.save_model(models[k], tmp_path / name)
 
     def replaced(file, model):
         data = read(file, model)
         if not done:
             done.append(file)
-            save(2)
+            save(2, "n" if same_number else "m")
+            time.sleep(0.02)  # the system's clock of files ticks every few milliseconds
+            for new in (tmp_path / "n").glob("*"):
+                old = tmp_path / "m" / new.name
+                old.rename(tmp_path / f"old {new.name}")
+                new.rename(old)
         return data
 
-    save(0)
+    save(0, "m")
     monkeypatch.setattr(serialization, "_read_bytes", replaced)
     found = load_predictor(tmp_path / "m")
     members = found.models if several else [found]
     assert not several or found.scale == (3.0,)
     for k, member in enumerate(members, 2):
         assert torch.equal(member.fc_out.weight, models[k].fc_out.weight)
+
+
+def test_what_is_replaced_all_the_time_is_not_read(tmp_path):
+    def read(path):
+        with atomic_directory(path) as new:
+            (new / "a").touch()
+        return "half of each"
+
+    read(tmp_path / "m")
+    with pytest.raises(sf.InputError, match="replaced all the time"):
+        read_directory(tmp_path / "m", read)
 
 
 def test_nothing_foreign_is_replaced(tmp_path):
