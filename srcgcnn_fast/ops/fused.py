@@ -491,7 +491,7 @@ def gated_convs(
             _update(layers, statistics, graph, moments, width, more, None if shared is None else shared.counts)
         else:
             _say_moved(running)
-    elif len(moments.row_weight) > 0 and runs_compiled(h) and (running := _running(layers)) is not None:
+    elif runs_compiled(h) and len(moments.row_weight) > 0 and (running := _running(layers)) is not None:
         edge_values = graph.distance if graph.features is None else graph.features
         parameters = [x for layer in given for x in layer[:6]]
         norms, pooled = [tuple(x[6:]) for x in given], pool is not None
