@@ -59,7 +59,7 @@ class Ensemble(Sampler):
     """Models of the same targets that were trained from different seeds (Lakshminarayanan et al. 2017).
 
     Raises:
-        InputError: there are fewer than two, or their targets or graphs differ.
+        InputError: there are fewer than two, or their targets, graphs or element vectors differ.
     """
 
     members: Sequence[CGCNN | SRCGCNN]
@@ -68,13 +68,18 @@ class Ensemble(Sampler):
     def __post_init__(self) -> None:
         if len(self.members) < 2:
             raise InputError(f"An ensemble of {len(self.members)} has no spread; give at least two models.")
-        first = self.members[0].metadata
-        for other in (member.metadata for member in self.members[1:]):
+        first, table = self.metadata, self.members[0].element_table.double().cpu()
+        for member in self.members[1:]:
+            other = member.metadata
             if (other.targets, other.units, other.graph) != (first.targets, first.units, first.graph):
                 raise InputError(
                     f"The members of an ensemble predict the same from the same graphs, not {first.targets} from "
                     f"{first.graph} and {other.targets} from {other.graph}."
                 )
+            if member.classification is not self.members[0].classification:
+                raise InputError("Some members of the ensemble are classifiers and others are not; give one kind.")
+            if not torch.equal(member.element_table.double().cpu(), table):
+                raise InputError("The members of an ensemble have one element_table; give such as were trained so.")
         self.scale = self.scale or (1.0,) * len(first.targets)
 
     @property

@@ -119,6 +119,12 @@ def test_what_cannot_spread_is_a_sentence(tmp_path):
         other = model()
         other.metadata = dataclasses.replace(other.metadata, targets=("volume",))
         Ensemble([model(), other])
+    with pytest.raises(InputError, match="are classifiers and others are not"):
+        Ensemble([model(), model(classification=True)])
+    with pytest.raises(InputError, match="have one element_table"):  # of which only the first would be asked
+        other = model()
+        other.element_table[11] = 0
+        Ensemble([model(), other])
     with pytest.raises(InputError, match="own spread"):
         predict(Ensemble([model(), model(1)]), CRYSTALS, dropout_passes=3)
     with pytest.raises(InputError, match="probability"):
