@@ -136,8 +136,9 @@ class MonteCarloDropout(Sampler):
 def _kept(passes: int, width: int, rate: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(passes, width): 0 for a feature that a pass drops, else what makes up for those; copied once, too."""
     with torch.inference_mode(False):
-        drawn = torch.rand(passes, width, generator=torch.Generator().manual_seed(0))
-        return ((drawn >= rate) / (1 - rate)).to(device, dtype)
+        draw = torch.Generator("cpu").manual_seed(0)
+        drawn = torch.rand(passes, width, generator=draw, dtype=torch.float32, device="cpu")  # no defaults
+        return (drawn >= rate).to(device, dtype) / (1 - rate)
 
 
 def save_ensemble(ensemble: Ensemble, directory: str | os.PathLike[str]) -> Path:

@@ -31,6 +31,7 @@ from srcgcnn_fast.uncertainty import (
     DROPOUT_SCALE,
     Ensemble,
     MonteCarloDropout,
+    _kept,
     load_ensemble,
     load_predictor,
     save_ensemble,
@@ -86,6 +87,19 @@ def test_dropout_left_on_is_left_as_it_was(make_batch):
     one = model(dropout=0.2).train()
     MonteCarloDropout(one, 2).samples(make_batch("plain"))
     assert one.dropout.training
+
+
+def test_what_dropout_drops_does_not_depend_on_defaults_of_torch(make_batch):
+    one, batch = MonteCarloDropout(model(dropout=0.2), 5), make_batch("plain")
+    expected = one.samples(batch)
+    _kept.cache_clear()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):  # as a GPU may be
+            found = one.samples(batch)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
 
 
 def test_factors_of_a_spread_go_to_a_device_once(make_batch, monkeypatch):
