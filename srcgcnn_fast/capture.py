@@ -410,7 +410,7 @@ class StaticBatch:
         self._floats = {"weight", "distance", "atom_features", "edge_features"}
         spans = {name: -(-torch.Size(shape).numel() // 32) * 32 for name, shape in shapes.items()}  # 128 bytes
         self._there = torch.zeros(sum(spans.values()), dtype=torch.int32, device=device)
-        self._here = torch.zeros(self._there.shape, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._here = torch.zeros(self._there.shape, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
         self.batch, staged = (self._views(x, shapes, spans) for x in (self._there, self._here))
         self._staged = {name: getattr(staged, name).numpy() for name in shapes}
         self._copied = torch.cuda.Event() if device.type == "cuda" else None

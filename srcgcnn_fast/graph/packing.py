@@ -71,7 +71,7 @@ class Packing:
             begins.append(end)
             self._spans += length, -length % _ALIGNMENT
             end += length + self._spans[-1]
-        self._block = torch.empty(end, dtype=torch.int32, pin_memory=pin)
+        self._block = torch.empty(end, dtype=torch.int32, device="cpu", pin_memory=pin)
         first = self._block.data_ptr()
         places = [first + 4 * begin for begin in begins[:-1]]
         self._work = core.Packing(places, packer.addresses, address, count, (self._block, packer, chosen))

@@ -74,7 +74,8 @@ def _constants(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Ten
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return torch.ones(size, dtype=dtype, device=device), torch.zeros(size, dtype=dtype, device=device)
     with torch.inference_mode(False):  # so that training may keep them; copies are there for any stream
-        found = torch.ones(size, dtype=dtype).to(device), torch.zeros(size, dtype=dtype).to(device)
+        one, zero = (make(size, dtype=dtype, device="cpu") for make in (torch.ones, torch.zeros))
+        found = one.to(device), zero.to(device)
     _kept_constants[size, dtype, device] = found
     return found
 
