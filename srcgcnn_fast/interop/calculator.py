@@ -83,6 +83,7 @@ class CrystalCalculator(_ase.Calculator):  # type: ignore[misc]
     ) -> None:
         """What ASE calls; fills ``results``."""
         super().calculate(atoms, properties, system_changes)
+        self.results = {}  # those of other atoms, should this fail
         derivatives = not {"forces", "stress"}.isdisjoint(properties)
         graph = self._graph()
         n = graph.n_atoms

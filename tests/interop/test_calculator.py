@@ -162,6 +162,15 @@ def test_forces_in_any_mode(mode):
         np.testing.assert_array_equal(CrystalCalculator(model()).get_forces(atoms), expected)
 
 
+def test_after_a_failure_there_are_no_results_of_other_atoms():
+    calculator, atoms = CrystalCalculator(model()), rattled()
+    calculator.get_potential_energy(atoms)
+    atoms.pbc = False
+    for attempt in (calculator.calculate, calculator.get_potential_energy):
+        with pytest.raises(InputError, match="not periodic"):
+            attempt(atoms)
+
+
 def test_bad_input():
     two = sf.CGCNN(1, 16, 8, n_targets=2)
     two.metadata = ModelMetadata(("a", "b"), ("eV/atom", "eV/atom"), (0.0, 0.0), (1.0, 1.0))
