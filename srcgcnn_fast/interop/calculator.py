@@ -21,6 +21,7 @@ from ..serialization import load_model
 from .smoothing import is_no_stack, soft_choice, weighted_convolve
 
 _ase: Any = require("ase.calculators.calculator", "An ASE calculator", "io")
+_outputs: Any = require("ase.outputs", "An ASE calculator", "io")
 _stress: Any = require("ase.stress", "An ASE calculator", "io")
 
 _EVERY_NEIGHBOUR = 2**30
@@ -99,6 +100,10 @@ class CrystalCalculator(_ase.Calculator):  # type: ignore[misc]
         if derivatives:
             (slope,) = torch.autograd.grad(n * values[self._energy], distance)
             self.results |= self._derivatives(graph, slope.cpu().numpy())
+
+    def export_properties(self) -> Any:
+        """Those of the results that ASE has names for; it takes no others."""
+        return _outputs.Properties({name: x for name, x in self.results.items() if name in _outputs.all_outputs})
 
     def _graph(self) -> CrystalGraph:
         """The full graph with its images: of the nearest neighbours, or of all within the radius where smoothed."""

@@ -142,6 +142,10 @@ def test_targets_that_are_no_energy():
             none.get_property(name, atoms)
     told = CrystalCalculator(ours, energy="formation_energy_per_atom")
     np.testing.assert_array_equal(told.get_forces(atoms), both.get_forces(atoms))
+    atoms.calc = told
+    of_ase = atoms.get_properties(["energy", "stress"])  # which knows of no other targets
+    assert of_ase["energy"] == told.results["energy"] and "band_gap" not in of_ase
+    np.testing.assert_array_equal(of_ase["stress"], told.results["stress"])
 
 
 def test_the_model_is_a_copy_and_the_calculator_too():
