@@ -46,9 +46,9 @@ class CrystalCalculator(_ase.Calculator):  # type: ignore[misc]
         smoothing: Å, or None for the model as it is. Smoothed energies are computed in plain PyTorch.
 
     Raises:
-        InputError: ``energy`` is no target, or has another unit; several targets have the unit eV/atom; ``smoothing``
-            is not between 0 and the radius; later, when a property is asked for: the crystal has no graph, or an
-            element that the model does not know.
+        InputError: ``energy`` is no target, or has another unit; several targets have the unit eV/atom; another target
+            has the name of what follows from the energy; ``smoothing`` is not between 0 and the radius; later, when a
+            property is asked for: the crystal has no graph, or an element that the model does not know.
     """
 
     def __init__(
@@ -73,6 +73,11 @@ class CrystalCalculator(_ase.Calculator):  # type: ignore[misc]
             self.model._convolve = partial(weighted_convolve, self.model)  # type: ignore[method-assign]
             self.model._is_stack = is_no_stack  # type: ignore[method-assign]
         derived = [] if self._energy is None else ["energy", "free_energy", "forces", "stress"]
+        for k, name in enumerate(metadata.targets):
+            if name in derived and (k != self._energy or name in ("forces", "stress")):
+                raise InputError(
+                    f"The target {name} has the name of what follows from the energy; change model.metadata.targets."
+                )
         self.implemented_properties = [*derived, *(name for name in metadata.targets if name not in derived)]
 
     @torch.inference_mode(False)  # whoever asks for forces

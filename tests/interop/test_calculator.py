@@ -178,6 +178,8 @@ def test_after_a_failure_there_are_no_results_of_other_atoms():
 def test_bad_input():
     two = sf.CGCNN(1, 16, 8, n_targets=2)
     two.metadata = ModelMetadata(("a", "b"), ("eV/atom", "eV/atom"), (0.0, 0.0), (1.0, 1.0))
+    hidden = copy.deepcopy(two)
+    hidden.metadata = ModelMetadata(("a", "free_energy"), ("eV/atom", "eV"), (0.0, 0.0), (1.0, 1.0))
     gap = model()
     gap.metadata.units = ("eV",)
     molecule = ase.build.molecule("H2O")
@@ -186,6 +188,7 @@ def test_bad_input():
     for change, words in (
         (lambda: CrystalCalculator(two), "energy=NAME"),
         (lambda: CrystalCalculator(two, energy="c"), "choose one of a, b"),
+        (lambda: CrystalCalculator(hidden), "free_energy has the name of what follows from the energy"),
         (lambda: CrystalCalculator(gap, energy="energy_per_atom"), "in eV, not an energy in eV/atom"),
         (lambda: CrystalCalculator(sf.CGCNN(classification=True), energy="target"), "a probability"),
         (lambda: CrystalCalculator(model(), smoothing=0.0), "between 0 and the radius of 8"),
