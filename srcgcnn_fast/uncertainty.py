@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import inf
 from pathlib import Path
 
 import torch
@@ -47,6 +48,17 @@ class Sampler:
         return samples.mean(dim=0), samples.std(dim=0) * _factors(tuple(self.scale), samples.dtype, samples.device)
 
 
+def _scale(given: Iterable[float], targets: Sequence[str]) -> tuple[float, ...]:
+    """As the samplers keep it; 1 for each target where none is given."""
+    try:
+        scale = tuple(float(x) for x in given) or (1.0,) * len(targets)
+    except (TypeError, ValueError):
+        scale = ()
+    if len(scale) != len(targets) or not all(0 < x < inf for x in scale):
+        raise InputError(f"scale is a positive number for each of {', '.join(targets)}, not {given!r}.")
+    return scale
+
+
 @lru_cache(64)
 def _factors(scale: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """(T,), which to copy anew would let every batch wait for the GPU."""
@@ -59,13 +71,18 @@ class Ensemble(Sampler):
     """Models of the same targets that were trained from different seeds (Lakshminarayanan et al. 2017).
 
     Raises:
-        InputError: there are fewer than two, or their targets, graphs or element vectors differ.
+        InputError: they are no models, or fewer than two; their targets, graphs or element vectors differ; ``scale`` is
+            not a positive number for each target.
     """
 
     members: Sequence[CGCNN | SRCGCNN]
     scale: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        self.members = list(self.members)
+        for member in self.members:
+            if not hasattr(member, "metadata"):
+                raise InputError(f"The members of an ensemble are models, not {member!r}; load_model reads one.")
         if len(self.members) < 2:
             raise InputError(f"An ensemble of {len(self.members)} has no spread; give at least two models.")
         first, table = self.metadata, self.members[0].element_table.double().cpu()
@@ -80,7 +97,7 @@ class Ensemble(Sampler):
                 raise InputError("Some members of the ensemble are classifiers and others are not; give one kind.")
             if not torch.equal(member.element_table.double().cpu(), table):
                 raise InputError("The members of an ensemble have one element_table; give such as were trained so.")
-        self.scale = self.scale or (1.0,) * len(first.targets)
+        self.scale = _scale(self.scale, first.targets)
 
     @property
     def metadata(self) -> ModelMetadata:  # type: ignore[override]
@@ -102,7 +119,7 @@ class MonteCarloDropout(Sampler):
     depend on the batch that the crystal is in.
 
     Raises:
-        InputError: the model has no dropout, or the passes are fewer than two.
+        InputError: the model has no dropout, the passes are fewer than two, or ``scale`` is as for :class:`Ensemble`.
     """
 
     model: CGCNN | SRCGCNN
@@ -114,8 +131,9 @@ class MonteCarloDropout(Sampler):
             raise InputError("The model has no dropout to leave on; train it with dropout, such as 0.1.")
         if self.passes < 2:
             raise InputError(f"{self.passes} passes have no spread; give at least two.")
-        stored = self.metadata.extra.get(DROPOUT_SCALE, [1.0] * len(self.metadata.targets))
-        self.scale = self.scale or tuple(stored)
+        if isinstance(self.scale, Sequence) and not self.scale:
+            self.scale = self.metadata.extra.get(DROPOUT_SCALE, ())
+        self.scale = _scale(self.scale, self.metadata.targets)
 
     @property
     def metadata(self) -> ModelMetadata:  # type: ignore[override]
@@ -187,7 +205,11 @@ def _load_ensemble(directory: Path) -> Ensemble:
         raise InputError(f"{directory} has no {ENSEMBLE}, so it is no ensemble; give one that train wrote.") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file} does not describe an ensemble ({error}); save the ensemble again.") from error
-    return Ensemble([load_model(file.parent / name) for name in names], scale)
+    members = [load_model(file.parent / name) for name in names]
+    try:
+        return Ensemble(members, scale)
+    except InputError as error:
+        raise InputError(f"{file} does not describe an ensemble: {error}") from error
 
 
 def load_predictor(path: str | os.PathLike[str]) -> CGCNN | SRCGCNN | Ensemble:

@@ -31,10 +31,15 @@ def calibrate(sampler: Sampler, data: GraphDataModule, part: str = "val") -> tup
     Raises:
         InputError: no crystal of ``part`` has the target, or its predictions have no spread but rounding.
     """
-    sampler.scale = (1.0,) * len(data.targets)
-    if not sampler.models[0].hyperparameters["classification"]:
-        found = evaluate(sampler, data, part)
-        sampler.scale = tuple(_factor(found, k, part) for k in range(len(data.targets)))
+    before, scale = sampler.scale, (1.0,) * len(data.targets)
+    sampler.scale = scale
+    try:
+        if not sampler.models[0].hyperparameters["classification"]:
+            found = evaluate(sampler, data, part)
+            scale = tuple(_factor(found, k, part) for k in range(len(data.targets)))
+    finally:
+        sampler.scale = before
+    sampler.scale = scale
     if isinstance(sampler, MonteCarloDropout):
         sampler.metadata.extra[DROPOUT_SCALE] = list(sampler.scale)
     return sampler.scale

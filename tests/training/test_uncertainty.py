@@ -129,6 +129,18 @@ def test_what_cannot_spread_is_a_sentence(tmp_path):
         MonteCarloDropout(model(dropout=0.1), 1)
     with pytest.raises(InputError, match="ensemble of 1"):
         Ensemble([model()])
+    with pytest.raises(InputError, match="not 'a'; load_model reads one"):
+        Ensemble(["a", "b"])
+    assert len(Ensemble(model(seed) for seed in range(2)).members) == 2
+    for scale in ((1.0, 2.0), (0.0,), (-1.0,), (np.nan,), (np.inf,), 2.0, ("a",), np.ones(2)):
+        for make in (lambda s: Ensemble([model(), model(1)], s), lambda s: MonteCarloDropout(model(dropout=0.1), 2, s)):
+            with pytest.raises(InputError, match="scale is a positive number for each of energy, not"):
+                make(scale)
+    stored = save_ensemble(Ensemble([model(), model(1)], np.array([2.0])), tmp_path / "stored") / "ensemble.json"
+    assert load_ensemble(stored.parent).scale == (2.0,)
+    stored.write_text(stored.read_text().replace("2.0", "-2.0"))
+    with pytest.raises(InputError, match=r"ensemble.json does not describe an ensemble: scale is a positive"):
+        load_ensemble(stored.parent)
     with pytest.raises(InputError, match="predict the same"):
         other = model()
         other.metadata = dataclasses.replace(other.metadata, targets=("volume",))
@@ -148,7 +160,7 @@ def test_what_cannot_spread_is_a_sentence(tmp_path):
     (tmp_path / "notes").write_text("mine")
     save_ensemble(Ensemble([model(), model(1)]), tmp_path / "mixed")
     (tmp_path / "mixed" / "notes").write_text("mine")
-    for place, named in ((tmp_path, "mixed, notes"), (tmp_path / "mixed", "notes")):
+    for place, named in ((tmp_path, "mixed, notes, stored"), (tmp_path / "mixed", "notes")):
         with pytest.raises(InputError, match=rf"other files \({named}\)"):
             save_ensemble(Ensemble([model(), model(1)]), place)
 
@@ -225,8 +237,10 @@ def test_a_spread_of_rounding_is_not_calibrated(alloys):
     twins = [model(), model()]
     with torch.no_grad():
         twins[1].fc_out.bias += 1e-6
+    pair = Ensemble(twins, (3.0,))
     with pytest.raises(InputError, match="errors, is rounding"):
-        calibrate(Ensemble(twins), GraphDataModule(alloys, "energy"))
+        calibrate(pair, GraphDataModule(alloys, "energy"))
+    assert pair.scale == (3.0,)
 
 
 def test_a_directory_of_the_other_kind_is_refused_before_anything_is_trained(alloys, tmp_path):
