@@ -360,7 +360,7 @@ def _run(call: Predictor, batches: Iterable[GraphBatch]) -> Iterator[np.ndarray]
 
 
 def _distance_dtype(model: Any) -> torch.dtype:
-    dtype = next(model.embedding.parameters()).dtype  # of whatever module stands there
+    dtype = next(model.embedding.parameters(), model.element_table).dtype  # of whatever module stands there
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

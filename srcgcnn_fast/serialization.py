@@ -85,7 +85,7 @@ def _check_parts(model: CGCNN | SRCGCNN) -> None:
     """Is it what loading would build?"""
     with torch.device("meta"):
         usual = type(model)(**model.hyperparameters).state_dict()
-    shapes = ({name: tuple(x.shape) for name, x in of.items()} for of in (model.state_dict(), usual))
+    shapes = ({name: tuple(getattr(x, "shape", ())) for name, x in of.items()} for of in (model.state_dict(), usual))
     other = sorted({name for name, _ in set.symmetric_difference(*(set(x.items()) for x in shapes))})
     if other:
         raise InputError(

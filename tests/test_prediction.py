@@ -140,12 +140,17 @@ def test_models_of_half_precision(dtype):
     np.testing.assert_allclose(sf.predict(make_model().to(dtype), crystals(3))["target"], plain, rtol=3e-2)
 
 
-def test_another_embedding():
+@pytest.mark.parametrize("embedding", [[torch.nn.Linear(92, 16), torch.nn.ReLU()], [torch.nn.AvgPool1d(32, 4)]])
+def test_another_embedding(embedding):
+    """The second has no parameters, as quantised ones have none."""
     model, inputs = make_model(), crystals(2)
-    model.embedding = torch.nn.Sequential(torch.nn.Linear(92, 16), torch.nn.ReLU())
+    model.embedding = torch.nn.Sequential(*embedding)
+    batch = sf.collate(sf.build_graphs(inputs))
     with torch.no_grad():
-        expected = model.eval().predict(sf.collate(sf.build_graphs(inputs)))[:, 0]
-    np.testing.assert_allclose(sf.predict(model, inputs)["target"], expected.numpy(), atol=2e-5)
+        expected = model.eval().predict(batch)[:, 0].numpy()
+        batch.atom_features = model.element_table[batch.numbers].double()
+        np.testing.assert_allclose(model.predict(batch)[:, 0].numpy(), expected, atol=2e-5)
+    np.testing.assert_allclose(sf.predict(model, inputs)["target"], expected, atol=2e-5)
 
 
 def test_graphs_are_those_of_the_training(monkeypatch):

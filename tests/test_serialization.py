@@ -197,7 +197,7 @@ def test_what_cannot_be_saved(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("change", ["pruned", "parametrized", "wider"])
+@pytest.mark.parametrize("change", ["pruned", "parametrized", "quantised", "wider"])
 def test_what_could_not_be_loaded_again_is_not_saved(change, tmp_path):
     from torch.nn.utils import parametrizations, prune
 
@@ -206,6 +206,12 @@ def test_what_could_not_be_loaded_again_is_not_saved(change, tmp_path):
         prune.l1_unstructured(model.shared_conv.fc_full, "weight", 0.5)
     elif change == "parametrized":
         parametrizations.weight_norm(model.fc_out)
+    elif change == "quantised":
+
+        class Quantised(torch.nn.Linear):  # its state has more than tensors
+            get_extra_state, set_extra_state = (lambda self: torch.qint8), (lambda self, state: None)
+
+        model.fc_out = Quantised(8, 1)
     else:
         model.conv_to_fc, model.fc_out = torch.nn.Linear(8, 16), torch.nn.Linear(16, 1)
     state = torch.get_rng_state()

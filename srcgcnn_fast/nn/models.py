@@ -217,7 +217,7 @@ class CrystalModel(nn.Module):
                     f"The batch brings {given} features an atom, and the model takes {takes}: make it with "
                     f"orig_atom_fea_len={given}, or leave these features out of the batch."
                 )
-            return batch.atom_features.to(next(self.embedding.parameters()).dtype), None
+            return batch.atom_features.to(next(self.embedding.parameters(), self.element_table).dtype), None
         if self._hyperparameters["orig_atom_fea_len"] != self.element_table.shape[1]:
             raise InputError("The element table's width is not orig_atom_fea_len; set a table that fits.")
         return self.element_table, batch.numbers
