@@ -244,7 +244,7 @@ def _check_place(arguments: argparse.Namespace, out: Path, parameters: GraphPara
 
     from .graph import GraphParameters
     from .graph.store import is_store
-    from .training.fit import check_free, check_same, has_begun
+    from .training.fit import check_free, check_same, has_begun, only_trainer
 
     _refuse_store(out)
     kinds = {"": "one model", "fold_0": "a cross-validation", "member_0": "an ensemble"}
@@ -252,6 +252,9 @@ def _check_place(arguments: argparse.Namespace, out: Path, parameters: GraphPara
     for name, kind in kinds.items():
         if name != own and has_begun(out / name):
             raise InputError(f"{out} holds the run of {kind}; choose another directory.")
+    if has_begun(out / own):
+        with only_trainer(out / own):
+            pass
     if not arguments.resume:
         return check_free(out / own)
     if not out.exists():

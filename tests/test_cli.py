@@ -20,6 +20,7 @@ from srcgcnn_fast import load_model
 from srcgcnn_fast import predict as sf_predict
 from srcgcnn_fast.cli import main
 from srcgcnn_fast.training.alloys import write_alloys
+from srcgcnn_fast.training.fit import only_trainer
 
 TARGET = "formation_energy_per_atom"
 NARROW = "--atom-fea-len 8 --h-fea-len 8"
@@ -716,6 +717,9 @@ def test_a_run_that_is_refused_leaves_the_graphs_of_the_one_that_is_there(traine
     assert "targets (" in refused(capsys, *start, source, "--resume", "--target", "volume")
     for kind in ("--folds", "--members"):
         assert "holds the run of one model" in refused(capsys, *start, source, kind, "2")
+    if sys.platform != "win32":  # where there are file locks
+        with only_trainer(run):
+            assert "Another process trains in" in refused(capsys, *start, source, "--resume")
     assert graphs.read_bytes() == before
     assert "There is no run to resume" in refused(capsys, *start[:-1], tmp_path / "none", source, "--resume")
     assert not (tmp_path / "none").exists()

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -84,12 +84,18 @@ def checksum(array: np.ndarray, before: int = 0) -> int:
 # ---- where it is written
 
 
+_locks: set[TextIO] = set()
+"""Of this process; a fork, such as a worker of a data loader, may live longer and does not keep them."""
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: [file.close() for file in _locks])
+
+
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path, taken: str | None = None) -> Iterator[None]:
     """One writer of ``folder`` at a time; ends with the process, however that ends.
 
     Raises:
-        InputError: somebody writes there now, or nobody may.
+        InputError: somebody writes there now, for which ``taken`` is the sentence, or nobody may.
     """
     try:
         import fcntl
@@ -108,7 +114,7 @@ def alone(folder: Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise InputError(
-                    f"{folder} is being prepared by another process; wait for it, or choose another path."
+                    taken or f"{folder} is being prepared by another process; wait for it, or choose another path."
                 ) from None
             except OSError as error:  # file systems without locks
                 logger.debug("%s cannot be locked: %s", path, error)
@@ -117,9 +123,11 @@ def alone(folder: Path) -> Iterator[None]:
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                     sweep(folder)
                     break
+        _locks.add(file)
         try:
             yield
         finally:
+            _locks.discard(file)
             path.unlink(missing_ok=True)
 
 

@@ -21,7 +21,7 @@ from ..graph.store import GraphStore
 from ..nn import CGCNN, SRCGCNN
 from .data import GraphDataModule
 from .evaluate import Evaluation, evaluate
-from .fit import FitResult, fit
+from .fit import FitResult, fit, only_trainer
 from .metrics import decimals
 from .module import Recipe
 from .plots import learning_curves, parity_plot
@@ -139,56 +139,57 @@ def compare(
         accelerator: where to train, and ``precision`` of a GPU's arithmetic, as for :func:`fit`.
 
     Raises:
-        InputError: the target does not exist or fewer than 20 crystals have it, or ``out_dir`` holds other files where
-            the runs go.
+        InputError: the target does not exist or fewer than 20 crystals have it, ``out_dir`` holds other files where
+            the runs go, or another process trains there.
     """
     if not isinstance(target, str):
         raise InputError("compare takes one target, by its name; compare_study takes several.")
     seed, batch_size = as_python(seed), as_python(batch_size)
     split = (float(split[0]), float(split[1]), float(split[2]))
     out = Path(out_dir)
-    sources = {"graphs": source, "graphs-val": val_source, "graphs-test": test_source}
-    stores = [
-        s if s is None else prepared(s, out / name, parameters, progress, targets=[target])
-        for name, s in sources.items()
-    ]
-    data = _data(stores, target, split, batch_size, unit, seed)
-    recipe = Recipe(epochs=epochs, lr=lr, optimizer=optimizer, schedule=schedule)
-    part = "test" if len(data.parts["test"].indices) else "val"
-    widths = {"atom_fea_len": atom_fea_len, "h_fea_len": h_fea_len}
-    how: dict[str, Any] = {"accelerator": accelerator, "precision": precision, "progress": progress}
-    widths["nbr_fea_len"] = data.graph_parameters.n_gaussians()
+    with only_trainer(out):
+        sources = {"graphs": source, "graphs-val": val_source, "graphs-test": test_source}
+        stores = [
+            s if s is None else prepared(s, out / name, parameters, progress, targets=[target])
+            for name, s in sources.items()
+        ]
+        data = _data(stores, target, split, batch_size, unit, seed)
+        recipe = Recipe(epochs=epochs, lr=lr, optimizer=optimizer, schedule=schedule)
+        part = "test" if len(data.parts["test"].indices) else "val"
+        widths = {"atom_fea_len": atom_fea_len, "h_fea_len": h_fea_len}
+        how: dict[str, Any] = {"accelerator": accelerator, "precision": precision, "progress": progress}
+        widths["nbr_fea_len"] = data.graph_parameters.n_gaussians()
 
-    _check_replaceable(out / "cgcnn", out / "sr_cgcnn")
-    for name in FILES:  # those of an earlier comparison, whose runs go now
-        (out / name).unlink(missing_ok=True)
+        _check_replaceable(out / "cgcnn", out / "sr_cgcnn")
+        for name in FILES:  # those of an earlier comparison, whose runs go now
+            (out / name).unlink(missing_ok=True)
 
-    def contestant(name: str, directory: str, build: Callable[..., CGCNN | SRCGCNN], **depth: int) -> Contestant:
-        shutil.rmtree(out / directory, ignore_errors=True)  # the run of an earlier comparison
-        torch.manual_seed(seed)
-        result = fit(build(**depth, **widths), data, out / directory, recipe, seed=seed, **how)
-        return Contestant(name, result, evaluate(result.model, data, part))
+        def contestant(name: str, directory: str, build: Callable[..., CGCNN | SRCGCNN], **depth: int) -> Contestant:
+            shutil.rmtree(out / directory, ignore_errors=True)  # the run of an earlier comparison
+            torch.manual_seed(seed)
+            result = fit(build(**depth, **widths), data, out / directory, recipe, seed=seed, **how)
+            return Contestant(name, result, evaluate(result.model, data, part))
 
-    comparison = Comparison(
-        contestant("CGCNN", "cgcnn", CGCNN, n_conv=n_conv),
-        contestant("SR-CGCNN", "sr_cgcnn", SRCGCNN, n_recurrent_steps=n_recurrent_steps),
-        target=target,
-        unit=data.units[0],
-        part=part,
-        crystals={name: len(part.indices) for name, part in data.parts.items()},
-        mean_predictor_mae=_mean_predictor_mae(data, part),
-        settings={
-            **asdict(recipe),
-            "batch_size": data.batch_size,
-            "seed": seed,
-            "split": split,
-            "accelerator": accelerator,
-            "precision": precision,
-        },
-        graph=data.graph_parameters,
-        out_dir=out,
-    )
-    _write(comparison)
+        comparison = Comparison(
+            contestant("CGCNN", "cgcnn", CGCNN, n_conv=n_conv),
+            contestant("SR-CGCNN", "sr_cgcnn", SRCGCNN, n_recurrent_steps=n_recurrent_steps),
+            target=target,
+            unit=data.units[0],
+            part=part,
+            crystals={name: len(part.indices) for name, part in data.parts.items()},
+            mean_predictor_mae=_mean_predictor_mae(data, part),
+            settings={
+                **asdict(recipe),
+                "batch_size": data.batch_size,
+                "seed": seed,
+                "split": split,
+                "accelerator": accelerator,
+                "precision": precision,
+            },
+            graph=data.graph_parameters,
+            out_dir=out,
+        )
+        _write(comparison)
     return comparison
 
 

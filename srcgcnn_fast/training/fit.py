@@ -13,7 +13,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from ..errors import InputError, require
 from ..files import atomic_path, sweep
 from ..graph.parameters import as_python
+from ..graph.store_writer import alone
 from ..nn import CGCNN, SRCGCNN, synchronize_batch_norm
 from ..ops.precision import use_precision
 from ..serialization import check_replaceable, check_savable, save_model
@@ -95,8 +96,8 @@ def fit(
         progress: show a bar.
 
     Raises:
-        InputError: ``run_dir`` holds another run, there is nothing to resume, no GPU to train on, ``captured`` is not
-            possible, ``model`` could not be saved, or the loss is no longer finite.
+        InputError: ``run_dir`` holds another run, another process trains there, there is nothing to resume, no GPU to
+            train on, ``captured`` is not possible, ``model`` could not be saved, or the loss is no longer finite.
         SystemExit: 143, after SIGTERM; the run can be resumed.
     """
     seed = as_python(seed)
@@ -109,10 +110,10 @@ def fit(
     distributed.join()
     recipe = recipe or Recipe()
     directory = Path(run_dir)
-    with _in_training(model, data, recipe, seed, captured) as module:
+    with ExitStack() as claim, _in_training(model, data, recipe, seed, captured) as module:
         monitor = _monitor(module, data)
         record = _record(module, data) | {"precision": precision}
-        checkpoint = distributed.on_rank_zero(_claim, directory, record, resume)
+        checkpoint = distributed.on_rank_zero(_claim, directory, record, resume, claim)
         files = RunFiles(directory, monitor, larger_is_better=module.classification, patience=recipe.patience)
         unit = model.metadata.units[0] if monitor == "val_mae" else ""
         averages = [_moving_average(recipe.ema)] if recipe.ema is not None else []
@@ -199,24 +200,30 @@ def _record(module: TrainingModule, data: GraphDataModule) -> dict[str, Any]:
     }
 
 
-def _claim(directory: Path, record: dict[str, Any], resume: bool) -> Path | None:
-    """Take ``directory`` for a new run, or check that the run in it is the one to continue.
+def _claim(directory: Path, record: dict[str, Any], resume: bool, claim: ExitStack) -> Path | None:
+    """Take ``directory`` for a new run, or check that the run in it is the one to continue, until ``claim`` ends.
 
     Returns the checkpoint to continue from, if there is one yet.
     """
     check_replaceable(directory / "model")  # or training would end where its model cannot be written
     file, checkpoint = directory / "run.json", directory / "last.ckpt"
+    if resume and not has_begun(directory):
+        raise InputError(f"There is no run to resume in {directory}; start one without resume.")
+    claim.enter_context(only_trainer(directory))
     if not resume:
         check_free(directory)
         _sweep(directory)
         with atomic_path(file) as temporary:
             temporary.write_text(json.dumps(record, indent=2) + "\n")
         return None
-    if not has_begun(directory):
-        raise InputError(f"There is no run to resume in {directory}; start one without resume.")
     check_same(directory, record)
     _sweep(directory)
     return checkpoint if checkpoint.exists() else None
+
+
+def only_trainer(directory: Path) -> AbstractContextManager[None]:
+    """No other process trains in ``directory`` meanwhile, or it is an InputError; one that is killed frees it."""
+    return alone(directory / "run.json", f"Another process trains in {directory}; choose another directory, or wait.")
 
 
 def has_begun(directory: Path) -> bool:

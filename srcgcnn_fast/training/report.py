@@ -20,6 +20,7 @@ from ..graph.parameters import GraphParameters
 from ..graph.store import GraphStore
 from . import plots
 from .data import GraphDataModule
+from .fit import only_trainer
 from .metrics import decimals
 from .module import Recipe
 from .sources import Source, prepared
@@ -95,26 +96,27 @@ def compare_study(
         accelerator: "cpu", "gpu", or "auto" for what Lightning finds; it does not decide which runs are kept.
 
     Raises:
-        InputError: a target does not exist, too few crystals have it, a variant cannot be built, or the loss of a run
-            is no longer finite (after the other runs and the report).
+        InputError: a target does not exist, too few crystals have it, a variant cannot be built, another process
+            trains in ``out_dir``, or the loss of a run is no longer finite (after the other runs and the report).
     """
     out = Path(out_dir)
-    sources = {"graphs": source, "graphs-val": val_source, "graphs-test": test_source}
-    stores = [
-        s if s is None else prepared(s, out / name, parameters, tell is not None, targets=study.targets)
-        for name, s in sources.items()
-    ]
-    data = {target: _data(stores, target, split, (units or {}).get(target)) for target in study.targets}
-    runs = out / "runs"
-    results = [(section, kept_runs(section, data, runs)) for section in study.sections]
-    try:
-        for number, finished in enumerate(run_study(study, data, runs, tell, accelerator)):
-            results[number] = finished
-            write_report(study, results, data, out, command)
-    except (KeyboardInterrupt, SystemExit):
+    with only_trainer(out):
+        sources = {"graphs": source, "graphs-val": val_source, "graphs-test": test_source}
+        stores = [
+            s if s is None else prepared(s, out / name, parameters, tell is not None, targets=study.targets)
+            for name, s in sources.items()
+        ]
+        data = {target: _data(stores, target, split, (units or {}).get(target)) for target in study.targets}
+        runs = out / "runs"
         results = [(section, kept_runs(section, data, runs)) for section in study.sections]
-        write_report(study, results, data, out, command)
-        raise
+        try:
+            for number, finished in enumerate(run_study(study, data, runs, tell, accelerator)):
+                results[number] = finished
+                write_report(study, results, data, out, command)
+        except (KeyboardInterrupt, SystemExit):
+            results = [(section, kept_runs(section, data, runs)) for section in study.sections]
+            write_report(study, results, data, out, command)
+            raise
     return out / "report.html"
 
 

@@ -8,7 +8,10 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import random
+import signal
+import subprocess
 import sys
 from contextlib import nullcontext
 
@@ -20,11 +23,13 @@ import torch.nn.utils.prune
 
 from srcgcnn_fast import CGCNN, SRCGCNN, InputError, load_model
 from srcgcnn_fast.graph import GraphStore
-from srcgcnn_fast.training import GraphDataModule, Recipe, Split, TrainingModule, evaluate, fit
+from srcgcnn_fast.training import GraphDataModule, Recipe, Split, TrainingModule, compare, evaluate, fit
 from srcgcnn_fast.training.callbacks import RunFiles, write_table
 from srcgcnn_fast.training.fit import check_trainable
 from srcgcnn_fast.training.module import _Losses, normalizer
 from srcgcnn_fast.training.optimizers import make_optimizer
+from srcgcnn_fast.training.report import compare_study
+from srcgcnn_fast.training.study import pair_study
 
 
 class StopIn(pl.Callback):
@@ -419,6 +424,49 @@ def test_a_run_is_never_overwritten_nor_continued_with_other_settings(alloys, tm
     with pytest.raises(InputError, match=r"lr \(0\.005 before, 0\.001 now\)"):
         run(alloys, tmp_path, recipe=Recipe(epochs=1, lr=1e-3), resume=True)
     assert json.loads((tmp_path / "run.json").read_text())["model"] == "SRCGCNN"
+
+
+class Again(pl.Callback):
+    """Somebody starts the same in the first epoch."""
+
+    def __init__(self, *calls):
+        self.calls = calls
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        for call in self.calls:
+            with pytest.raises(InputError, match=r"^Another process trains in .*; choose another directory"):
+                call()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs file locks")
+def test_one_process_trains_in_a_directory(alloys, tmp_path):
+    def again(resume=False):
+        run(alloys, tmp_path / "run", epochs=1, resume=resume)
+
+    def compared():
+        compare(alloys, "energy", out_dir=tmp_path / "run", epochs=1)
+
+    def studied():
+        compare_study(pair_study(["energy"], [0], Recipe(epochs=1)), alloys, tmp_path / "run")
+
+    calls = (again, lambda: again(resume=True), compared, studied)
+    run(alloys, tmp_path / "run", epochs=1, callbacks=[Again(*calls)])
+    assert not (tmp_path / "run" / ".run.json.lock").exists()
+    # A killed one leaves its lock, and perhaps children that live on.
+    code = (
+        "import os, signal, sys, time\nfrom pathlib import Path\nfrom srcgcnn_fast.training.fit import only_trainer\n"
+        "with only_trainer(Path(sys.argv[1])):\n"
+        "    child = os.fork()\n    if child:\n        print(child, flush=True)\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    time.sleep(600)"
+    )
+    killed = subprocess.Popen([sys.executable, "-c", code, tmp_path / "run"], stdout=subprocess.PIPE, text=True)
+    child = int(killed.stdout.readline())
+    try:
+        assert killed.wait() == -signal.SIGKILL and (tmp_path / "run" / ".run.json.lock").exists()
+        again(resume=True)
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 def test_a_refused_call_leaves_the_model_as_it_was(alloys, tmp_path):
