@@ -21,6 +21,7 @@ from .errors import InputError, require
 from .files import atomic_path
 from .graph import GraphBatch, GraphStore, Record, build_graphs, collate, open_store, read_inputs
 from .graph.elements import MIXES_BUILT_IN, element_features, without_vector
+from .graph.readers import is_series
 from .graph.store import is_store
 from .nn.models import in_eval_mode
 from .uncertainty import MonteCarloDropout, Sampler, load_predictor
@@ -66,8 +67,8 @@ def predict(
     Args:
         model: a model, an ensemble, or the path of either. Runs on its own device; its train or eval mode is kept.
         inputs: a path (CIF, POSCAR, extxyz, pymatgen JSON, Parquet, a folder of such), an iterable of structures
-            (pymatgen, ASE, paths, or lattice, fractional coordinates and atomic numbers), or a store that
-            :func:`prepare` wrote, whose graphs must be those of the model.
+            (pymatgen, ASE, paths, or lattice, fractional coordinates and atomic numbers), a dictionary or pandas
+            Series id -> structure, or a store that :func:`prepare` wrote, whose graphs must be those of the model.
         dropout_passes: predict so many times with the model's dropout left on, for a mean and a standard deviation.
         batch_atoms: most graph rows in one forward pass; one larger crystal goes alone.
         timeout: seconds for reading one CIF file among several.
@@ -79,9 +80,9 @@ def predict(
         progress: called after each input is read, with the number read so far.
 
     Returns:
-        One row per input in input order: ``id``, a column per target in its unit (a classifier: P(class 1)),
-        ``error`` (None where there is none). An ensemble, or dropout left on, gives the mean, and after each target
-        ``NAME_std``: its standard deviation, calibrated where training did so.
+        One row per input in input order, with the index of a Series: ``id``, a column per target in its unit (a
+        classifier: P(class 1)), ``error`` (None where there is none). An ensemble, or dropout left on, gives the mean,
+        and after each target ``NAME_std``: its standard deviation, calibrated where training did so.
 
     Raises:
         InputError: the model or the inputs as a whole cannot be read, a store has other graphs than the model wants, or
@@ -106,13 +107,16 @@ def predict(
         models, inputs, function, len(columns),
         batch_atoms=batch_atoms, timeout=timeout, isolated=isolated, disorder=disorder, progress=progress,
     )  # fmt: skip
-    return pandas.DataFrame(
+    frame = pandas.DataFrame(
         {
             "id": pandas.Series(ids, dtype=object),
             **{name: table[:, i] for i, name in enumerate(columns)},
             "error": pandas.Series(errors, dtype=object),
         }
     )
+    if is_series(inputs):  # so that a column of it goes into the table that the Series is of
+        frame.index = inputs.index
+    return frame
 
 
 def _side_by_side(sampler: Sampler, batch: GraphBatch) -> torch.Tensor:

@@ -51,6 +51,33 @@ def test_one_row_per_input_in_order():
     assert frame["band_gap"].dtype == np.float64 and frame["band_gap"].std() > 1e-4
 
 
+def test_a_column_of_a_table_gets_its_predictions(tmp_path):
+    """Whatever was filtered or shuffled before, and whatever cannot be read."""
+    ase_build = pytest.importorskip("ase.build")
+    metals = [ase_build.bulk("Cu"), ase_build.bulk("Ag")]
+    (tmp_path / "two.extxyz").write_text("")
+    for metal in metals:
+        metal.write(tmp_path / "two.extxyz", append=True)
+    metals[0].write(tmp_path / "one.cif")
+    pandas.DataFrame({"lattice": [], "frac_coords": [], "atomic_numbers": []}).to_parquet(tmp_path / "none.parquet")
+    files = [tmp_path / name for name in ("none.parquet", "two.extxyz", "one.cif")]
+    table = pandas.DataFrame({"structure": [*crystals(4), *files, None]}, index=[5, 3, 9, 0, 7, 7, 2, 8])
+    table = table.sample(frac=1, random_state=0)
+    found = sf.predict(make_model(), table["structure"])
+    assert list(found.index) == list(table.index) and list(found["id"]) == [str(label) for label in table.index]
+    expected = pandas.concat([sf.predict(make_model(), [x]) for x in table["structure"] if x not in files[:2]])[
+        "target"
+    ]
+    np.testing.assert_allclose(found["target"][found["error"].isna()], expected.dropna(), atol=2e-5)
+    errors = found["error"].dropna()
+    assert sorted(errors.index) == [7, 7, 8] and sum("holds several structures" in error for error in errors) == 1
+    few = table.drop(index=7)
+    few["value"] = sf.predict(make_model(), few["structure"])["target"]
+    assert few["value"].isna().tolist() == [label == 8 for label in few.index]
+    with pytest.raises(sf.InputError, match="give its column of structures"):
+        sf.predict(make_model(), table)
+
+
 def test_iterables_are_read_in_chunks(monkeypatch):
     monkeypatch.setattr(prediction, "_CHUNK", 5)
     inputs, held = crystals(23), []

@@ -129,7 +129,8 @@ def read_inputs(
             with ``id_prop.csv`` (rows ``id,target``, files ``id.cif``; a first row ``id,name,...`` names the targets)
             or without (every structure file, by name); one object that :func:`as_crystal` takes, or a dictionary of
             such a ``structure`` with its id and numbers; an iterable of them, or a dictionary id -> object. Records of
-            several files have the ids that each file alone gives them.
+            several files have the ids that each file alone gives them. A pandas Series is such a dictionary, of one
+            record for each of its labels.
         targets: names of the targets to keep, or one name; by default all numbers that the source has. A blank is NaN.
         timeout: seconds for one CIF file of a folder or an iterable. What gemmi does not read in a moment is read
             in a child process that is ended after this time, or beyond 4 GiB of memory (Linux); a single file is
@@ -190,13 +191,15 @@ def _records(source: Any, targets: Sequence[str] | None, timeout: float, skip: i
         return islice(_read_file(path, wanted), skip, None)
     if hasattr(source, "columns") and hasattr(source, "iloc"):
         raise InputError(
-            "A DataFrame is not read, since its columns may mean anything; give a dictionary id -> structure of it, or "
-            "the Parquet file."
+            "A DataFrame is not read, since its columns may mean anything; give its column of structures, or the "
+            "Parquet file."
         )
-    if _is_single(source):
+    is_column = is_series(source)
+    items: Iterator[_Item]
+    if not is_column and _is_single(source):
         items, count = iter([_Item("0", source)]), 1
-    elif isinstance(source, Mapping):
-        items = (_Item(str(key), value, is_named=True, wanted=wanted) for key, value in source.items())
+    elif is_column or isinstance(source, Mapping):
+        items = (_Item(str(key), x, is_named=True, wanted=wanted, is_one=is_column) for key, x in source.items())
         count = len(source)
     elif isinstance(source, Iterable):
         items = (_Item(_default_id(value, index), value, wanted=wanted) for index, value in enumerate(source))
@@ -234,6 +237,11 @@ def _is_arrays(value: Any) -> bool:
 def _is_structure(value: Any) -> bool:
     """pymatgen's; a row of a table may have columns of these names."""
     return hasattr(value, "frac_coords") and hasattr(getattr(value, "lattice", None), "matrix")
+
+
+def is_series(value: Any) -> bool:
+    """A column of a pandas table."""
+    return hasattr(value, "iloc") and hasattr(value, "index") and not hasattr(value, "columns")
 
 
 def _is_single(value: Any) -> bool:
@@ -316,6 +324,8 @@ class _Item:
     """Has the source given the id, before that which a file holds?"""
     wanted: list[str] | None = None
     """Targets to read from a file: what is true or false is one by name, as alone."""
+    is_one: bool = False
+    """Is it one record, whatever a file holds?"""
 
 
 def _default_id(value: Any, index: int) -> str:
@@ -470,6 +480,9 @@ def _file_records(item: _Item) -> Iterator[Record]:
             raise InputError(f"{path} {state}; give the path of a structure file.")
         records = _read_file(path, item.wanted, is_part=True)
         first = list(islice(records, 2))
+        if item.is_one and len(first) != 1:
+            count = "several structures" if first else "no structure"
+            raise InputError(f"{path} holds {count}, and a Series has one a row; give it in a list.")
     except InputError as error:
         yield Record(item.id, None, item.targets, str(error))
         return
