@@ -105,7 +105,7 @@ def _as_crystal(structure: Any, name: str | None) -> AnyCrystal:
         return from_pymatgen(structure, label)
     if hasattr(structure, "get_scaled_positions") and hasattr(structure, "cell"):
         return from_ase(structure, label)
-    if isinstance(structure, Mapping) and "sites" in structure:
+    if _has(structure, "sites"):
         return _from_dictionary(structure, name or "The structure dictionary")
     raise InputError(
         f"{label} is not a crystal; give a pymatgen Structure, ASE Atoms, a path, or (lattice, frac_coords, numbers)."
@@ -239,6 +239,14 @@ def _is_structure(value: Any) -> bool:
     return hasattr(value, "frac_coords") and hasattr(getattr(value, "lattice", None), "matrix")
 
 
+def _has(value: Any, key: str) -> bool:
+    """Is it a dictionary with this key? One of pymatgen's compositions, which know elements alone, refuses to tell."""
+    try:
+        return isinstance(value, Mapping) and key in value
+    except Exception:
+        return False
+
+
 def is_series(value: Any) -> bool:
     """A column of a pandas table."""
     return hasattr(value, "iloc") and hasattr(value, "index") and not hasattr(value, "columns")
@@ -249,20 +257,20 @@ def _is_single(value: Any) -> bool:
         _is_arrays(value)
         or _is_structure(value)
         or (hasattr(value, "get_scaled_positions") and hasattr(value, "cell"))
-        or (isinstance(value, Mapping) and "sites" in value and "lattice" in value)
+        or (_has(value, "sites") and _has(value, "lattice"))
         or _is_entry(value)
     )
 
 
 def _is_entry(value: Any) -> bool:
     """A dictionary of a ``structure`` and what is known of it, as of the Materials Project; not one id -> structure."""
-    if not isinstance(value, Mapping) or "structure" not in value:
+    if not _has(value, "structure"):
         return False
     held = value["structure"]
-    if not (_is_structure(held) or (isinstance(held, Mapping) and "sites" in held)):
+    if not (_is_structure(held) or _has(held, "sites")):
         return False
     others = (x for key, x in value.items() if key != "structure")
-    return any(not (_is_single(x) or _kind(x) or (isinstance(x, Mapping) and "structure" in x)) for x in others)
+    return any(not (_is_single(x) or _kind(x) or _has(x, "structure")) for x in others)
 
 
 def _plain_dictionary(value: Mapping[str, Any], name: str) -> Crystal | None:
@@ -453,7 +461,7 @@ def _finish(item: _Item) -> Iterator[Record]:
 
 def _entry_record(id: str, entry: Any, name: str) -> Record:
     """A structure object or dictionary, or a dictionary of a ``structure``, perhaps its id, and its targets."""
-    if isinstance(entry, Mapping) and "structure" in entry:
+    if _has(entry, "structure"):
         given = [entry[key] for key in ID_COLUMNS if entry.get(key) is not None]
         id = name = str(given[0]) if given else id
         targets, entry = _numbers_of(entry), entry["structure"]

@@ -688,12 +688,15 @@ def test_one_bad_input_leaves_the_others(tmp_path: Path) -> None:
     good = tmp_path / "good.cif"
     good.write_text(cif())
     (tmp_path / "bad.cif").write_text("data_x\n")
-    inputs = [structure(), good, tmp_path / "bad.cif", tmp_path / "gone.cif", "plain.txt", 7, None, (1, 2, 3)]
-    records = list(read_inputs(inputs))
-    assert [r.id for r in records] == ["0", "good", "bad", "gone", "plain.txt", "5", "6", "7"]
-    assert [r.crystal is not None for r in records] == [True, True] + [False] * 6
-    for record, said in zip(records[2:], ["bad.cif", "gone.cif", "plain.txt", "5", "6", "7"], strict=True):
+    formula = structure().composition  # a mapping that takes no other key than elements
+    inputs = [structure(), good, tmp_path / "bad.cif", tmp_path / "gone.cif", "plain.txt", 7, None, (1, 2, 3), formula]
+    records = list(read_inputs([*inputs, {"structure": formula, "id": 9}, structure()]))
+    assert [r.id for r in records] == ["0", "good", "bad", "gone", "plain.txt", "5", "6", "7", "8", "9", "10"]
+    assert [r.crystal is not None for r in records] == [True, True] + [False] * 8 + [True]
+    for record, said in zip(records[2:], ["bad.cif", "gone.cif", "plain.txt", *"56789"], strict=False):
         assert said in record.error
+    for bad in (formula, {"structure": formula}):
+        assert not any(record.crystal for record in read_inputs(bad))
     kept = Record("kept", None, {}, "why not")
     assert list(read_inputs([kept, kept])) == [kept, kept]
 
