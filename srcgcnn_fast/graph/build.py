@@ -471,13 +471,15 @@ def build_graphs(
         errors: "collect" leaves the InputError of a bad crystal in its place, "raise" raises the first one.
 
     Raises:
-        InputError: a parameter is out of range, or with ``errors="raise"`` a crystal is unusable.
+        InputError: a parameter is out of range, ``structures`` are not several, or with ``errors="raise"`` a crystal is
+            unusable.
     """
     parameters = GraphParameters(radius, max_neighbors, symmetry_tolerance, padded, isolated, disorder)
     if errors not in ("raise", "collect"):
         raise InputError(f'errors = {errors!r} is neither "raise" nor "collect"; choose one.')
     if distance_dtype not in (np.float32, np.float64, float, "float32", "float64"):
         raise InputError(f"distance_dtype = {distance_dtype!r} is neither numpy's float32 nor float64; choose one.")
+    _check_several(structures)
     graphs: list[Any] = []
     paths: dict[int, str] = {}
     batch: list[tuple[int, Arrays]] = []
@@ -503,6 +505,22 @@ def build_graphs(
                 name = paths.get(position, f"Structure {position}")
                 raise graph if name in str(graph) or len(graphs) == 1 else InputError(f"{name}: {graph}") from graph
     return graphs
+
+
+def _check_several(structures: Any) -> None:
+    """Raises InputError: they are one structure, a path, or nothing that structures are taken from."""
+    from .readers import _is_single
+
+    name = type(structures).__name__
+    if isinstance(structures, str | os.PathLike):
+        kind, mend = f"the path {structures}", "give [path], or the crystals that read_inputs finds there"
+    elif _is_single(structures):
+        kind, mend = f"one {name}", "give [structure]"
+    elif isinstance(structures, Mapping) or hasattr(structures, "columns") or not isinstance(structures, Iterable):
+        kind, mend = f"a {name}", "give the values of a dictionary, or a column of a table"
+    else:
+        return
+    raise InputError(f"build_graphs takes a list of structures, not {kind}; {mend}.")
 
 
 def _build_batch(

@@ -235,8 +235,9 @@ def _is_arrays(value: Any) -> bool:
 
 
 def _is_structure(value: Any) -> bool:
-    """pymatgen's; a row of a table may have columns of these names."""
-    return hasattr(value, "frac_coords") and hasattr(getattr(value, "lattice", None), "matrix")
+    """pymatgen's; a row of a table may have columns of these names, and a site has them, too."""
+    has_sites = hasattr(value, "frac_coords") and hasattr(value, "sites")
+    return has_sites and hasattr(getattr(value, "lattice", None), "matrix")
 
 
 def _has(value: Any, key: str) -> bool:

@@ -307,6 +307,21 @@ def test_structures_of_other_programs(tmp_path):
         assert np.array_equal(graph.sender, expected.sender)
         assert np.allclose(graph.distance, expected.distance, atol=1e-4)
     assert isinstance(error, InputError) and "missing.cif" in str(error)
+    for alone, said in (
+        (structure, r"one Structure; give \[structure\]"),
+        (structure.as_dict(), r"one dict; give \[structure\]"),
+        (atoms, "one Atoms; give"),
+        (ROCK_SALT, "one tuple; give"),
+        ("folder", r"the path folder; give \[path\], or the crystals that read_inputs finds"),
+        (tmp_path, "the path .*; give"),
+        ({"salt": structure}, "a dict; give the values of a dictionary"),
+        (structure[0], "a PeriodicSite; give"),
+        (None, "a NoneType; give"),
+    ):
+        with pytest.raises(InputError, match=f"^build_graphs takes a list of structures, not {said}"):
+            build_graphs(alone)
+    with pytest.raises(InputError, match="The PeriodicSite object is not a crystal"):
+        build_graph(structure[0])
 
 
 HARD_CASES = {
