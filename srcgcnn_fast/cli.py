@@ -848,7 +848,8 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     add("--warmup", metavar="X", type=float, default=0.05, help="share of the run in which one_cycle rises to --lr")
     add("--gradient-clip", metavar="X", type=float, help="largest norm of the gradient; default none")
     add("--loss", choices=("mse", "mae"), default="mse", help="squared or absolute error of the normalised target")
-    add("--ema", metavar="X", type=float, help="decay of a moving average of the weights, such as 0.999; default none")
+    help = "decay of a moving average of the weights, such as 0.999, less in the first steps; default none"
+    add("--ema", metavar="X", type=float, help=help)
     add("--patience", metavar="N", type=int, help="stop after N epochs without a better one; default never")
     help = "'balanced', or factors of the loss of class 0 and of class 1"
     add("--class-weights", metavar="X", nargs="+", help=help)

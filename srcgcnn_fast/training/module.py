@@ -59,10 +59,11 @@ class Recipe:
     classifier has its own. ``optimizer`` "muon" orthogonalises the steps of the convolutions' weight matrices (Jordan
     et al. 2024), as large as Adam's at the rate ``muon_lr``, and leaves the rest to AdamW with ``lr``; it needs PyTorch
     2.9. ``weight_decay`` spares biases and batch norms under "adamw" and "muon". ``ema``, such as 0.999,
-    validates and keeps an exponential moving average of the weights. ``gradient_clip`` bounds the norm of the gradient.
-    ``patience`` ends the run after so many epochs without a better one. ``class_weights`` multiplies the loss of
-    crystals of class 0 and 1; "balanced" gives both classes the same share. ``freeze`` keeps parts ("embedding",
-    "convolutions", "head"), or one, as they are, running statistics of their batch norms included.
+    validates and keeps an exponential moving average of the weights with that decay, after n steps at most
+    (1 + n) / (10 + n). ``gradient_clip`` bounds the norm of the gradient. ``patience`` ends the run after so many
+    epochs without a better one. ``class_weights`` multiplies the loss of crystals of class 0 and 1; "balanced" gives
+    both classes the same share. ``freeze`` keeps parts ("embedding", "convolutions", "head"), or one, as they are,
+    running statistics of their batch norms included.
     """
 
     epochs: int = 30

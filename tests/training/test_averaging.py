@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,12 +30,18 @@ def moved(model: torch.nn.Module, step: int) -> None:
                 x += torch.randn(x.shape, generator=g) * (torch.rand(x.shape, generator=g) < 0.7)
 
 
-def test_bits_are_those_of_pytorchs():
-    ema = get_ema_avg_fn(0.99)
+def ramped(decay: float, average: torch.Tensor, now: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+    """PyTorch's, of a decay that is small at first; numbers that are equal stay."""
+    moved = get_ema_avg_fn(min(decay, (1 + int(n)) / (10 + int(n))))(average, now, n)
+    return torch.where(average == now, average, moved)
+
+
+@pytest.mark.parametrize("decay", [0.3, 0.99])  # the first is reached after three updates
+def test_bits_are_those_of_pytorchs(decay):
     torch.manual_seed(0)
     model = SRCGCNN(atom_fea_len=8, h_fea_len=8)
-    ours = ExponentialAverage(model, 0.99, CPU)
-    theirs = AveragedModel(model, avg_fn=lambda a, b, n: torch.where(a == b, a, ema(a, b, n)), use_buffers=True)
+    ours = ExponentialAverage(model, decay, CPU)
+    theirs = AveragedModel(model, avg_fn=partial(ramped, decay), use_buffers=True)
     for step in range(5):
         moved(model, step)
         ours.update_parameters(model)
