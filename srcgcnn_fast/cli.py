@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from .training import Recipe
 
 
+_PATHS = ("source", "input", "model", "init", "val", "test", "split_file", "study", "out", "store")
+"""Arguments that are paths, in some commands."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns 0, 1 if all inputs failed (bench: numbers were wrong), 2 for bad input, 130 for Ctrl-C,
     141 if nobody reads what it prints any more, 143 for SIGTERM.
@@ -46,9 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if has_file:
             arguments = _with_file(words[1:])
-        for name, value in vars(arguments).items():  # empty is a variable of the shell that is not set
+        for name, value in list(vars(arguments).items()):  # empty is a variable of the shell that is not set
             if value == "" and name != "unit":
                 raise InputError(f"The argument {name} is an empty text; give a value, or leave it out.")
+            if isinstance(value, str) and name in _PATHS:  # of --out=~/run the shell leaves it, and so do YAML files
+                setattr(arguments, name, os.path.expanduser(value))
         if arguments.command is not train and _is_shared():
             raise InputError(f"{arguments.command.__name__} runs in one process; start it without torchrun.")
         status = arguments.command(arguments) or 0
@@ -419,7 +425,8 @@ def _with_file(words: Sequence[str]) -> argparse.Namespace:
     found, others = files.parse_known_args(words)
     if "" in found.config:
         raise InputError("The argument config is an empty text; give the path of a YAML file, or leave it out.")
-    arguments = with_files(found.config, others, _add_train_options, "srcgcnn-fast train")
+    paths = [os.path.expanduser(path) for path in found.config]
+    arguments = with_files(paths, others, _add_train_options, "srcgcnn-fast train")
     arguments.command = train
     return arguments
 

@@ -189,7 +189,7 @@ def write_table(frame: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
     Raises:
         InputError: another suffix, or ``path`` cannot be written.
     """
-    path = check_table(path)
+    path = check_table(os.path.expanduser(path))  # as pandas would
     texts = {name: "string" for name in ("id", "error") if name in frame}  # also where no row has an error
     writers: dict[str, Callable[[Path], Any]] = {
         ".csv": lambda file: frame.to_csv(file, index=False),

@@ -19,6 +19,7 @@ import torch
 from srcgcnn_fast import load_model
 from srcgcnn_fast import predict as sf_predict
 from srcgcnn_fast.cli import main
+from srcgcnn_fast.prediction import write_table
 from srcgcnn_fast.training.alloys import write_alloys
 from srcgcnn_fast.training.fit import only_trainer
 
@@ -596,6 +597,29 @@ def test_a_table_that_cannot_be_written_is_named_before_the_work(trained, source
     assert "give .csv" in refused(capsys, "predict", trained / "model", source, "--out", tmp_path / "p.txt")
     (tmp_path / "m.pth.tar").mkdir()
     assert "choose another name" in refused(capsys, "convert", trained / "model", tmp_path / "m.pth.tar")
+
+
+def test_a_tilde_is_the_home_directory(trained, source, tmp_path, monkeypatch):
+    """Also where the shell leaves it: after =, in a file."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    shutil.copytree(trained / "model", home / "m")
+    shutil.copy(source, home / "s.parquet")
+    (home / "c.yaml").write_text(f"source: ~/s.parquet\ntarget: {TARGET}\nout: ~/run\nepochs: 1\n{WIDTHS}")
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USERPROFILE", str(home))
+    for argv in (
+        ["predict", "~/m", "~/s.parquet", "--out=~/p.csv"], ["prepare", "~/s.parquet", "~/g"],
+        ["convert", "~/m", "~/m.pth.tar"], ["train", "--config=~/c.yaml"],
+        ["train", "--config=~/c.yaml", "--init=~/m", "--val=~/s.parquet", "--out=~/fine", "--atom-fea-len=64",
+         "--h-fea-len=128"],
+    ):  # fmt: skip
+        assert main(argv) == 0
+    write_table(pd.read_csv(home / "p.csv"), "~/q.csv")
+    assert not list(here.iterdir())
+    made = {"m", "s.parquet", "c.yaml", "p.csv", "q.csv", "g", "m.pth.tar", "run", "fine"}
+    assert {path.name for path in home.iterdir()} == made
 
 
 def test_options_that_shards_do_not_know_are_refused(trained, source, tmp_path, capsys):
