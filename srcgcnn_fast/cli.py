@@ -263,9 +263,9 @@ def _check_place(arguments: argparse.Namespace, out: Path, parameters: GraphPara
             pass
     if not arguments.resume:
         return check_free(out / own)
-    if not out.exists():
-        raise InputError(f"There is no run to resume in {out}; start one without resume.")
-    if has_begun(out / own) and not is_store(arguments.source):
+    if not has_begun(out / own):  # it was stopped before, and a script may always say --resume
+        logging.getLogger(__name__).warning("There is no run to resume in %s; one starts from the beginning.", out)
+    elif not is_store(arguments.source):
         check_same(out / own, {"targets": arguments.target, "graph": asdict(parameters or GraphParameters())})
 
 
@@ -839,7 +839,7 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     add("--out", metavar="DIR", required=True, help="where to write the run: model, checkpoints, metrics")
     add("--model", choices=("cgcnn", "sr-cgcnn"), default="sr-cgcnn", help="network")
     add("--classification", action="store_true", help="the target is a class, 0 or 1")
-    add("--resume", action="store_true", help="continue the run in DIR after its last whole epoch")
+    add("--resume", action="store_true", help="continue the run in DIR after its last whole epoch, or start it")
     add("--n-h", metavar="N", type=int, default=1, help="hidden layers after pooling")
     add("--recurrent-layer-norm", action="store_true", help="SR-CGCNN: a layer norm after each step")
     help = "SR-CGCNN: a learned gate between old and new features"

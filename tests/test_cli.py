@@ -745,15 +745,18 @@ def test_a_run_that_is_refused_leaves_the_graphs_of_the_one_that_is_there(traine
         with only_trainer(run):
             assert "Another process trains in" in refused(capsys, *start, source, "--resume")
     assert graphs.read_bytes() == before
-    assert "There is no run to resume" in refused(capsys, *start[:-1], tmp_path / "none", source, "--resume")
-    assert not (tmp_path / "none").exists()
     for command in (("train", "--out", run / "graphs"), ("compare", "--out", run / "graphs")):
         words = (command[0], source, "--target", TARGET, *command[1:])
         assert "is a store of graphs" in refused(capsys, *words)
 
 
-def test_a_run_that_was_stopped_before_its_first_epoch_is_resumed_from_the_beginning(source, tmp_path):
-    words = ["train", str(source), "--target", TARGET, *SMALL, "--out", str(tmp_path)]
-    assert main(["prepare", str(source), str(tmp_path / "graphs"), "--target", TARGET]) == 0
-    assert main([*words, "--resume"]) == 0
-    assert (tmp_path / "model").is_dir()
+def test_a_run_that_was_stopped_before_its_first_epoch_is_resumed_from_the_beginning(source, tmp_path, caplog):
+    words = ["train", "--target", TARGET, *SMALL, "--resume"]
+    graphs, runs = tmp_path / "a" / "graphs", [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
+    assert main(["prepare", str(source), str(graphs), "--target", TARGET]) == 0
+    more = [[str(source)], [str(graphs)], [str(graphs), "--members", "2"]]  # stopped after the graphs, and before
+    for run, given in zip(runs, more, strict=True):
+        for _ in range(2):
+            assert main([*words, *given, "--out", str(run)]) == 0
+        assert (run / "model").is_dir()
+        assert caplog.text.count(f"There is no run to resume in {run}; one starts from the beginning.") == 1
