@@ -801,7 +801,7 @@ def _check_writable(path: Path) -> None:
 
 
 def _check_apart(source: str, out: Path) -> None:
-    """Results do not replace what they follow from, nor are they read as such the next time."""
+    """Results replace neither what they follow from nor a model's or run's own; nor are they read the next time."""
     from .graph.readers import is_read
     from .graph.store import is_store
 
@@ -810,6 +810,9 @@ def _check_apart(source: str, out: Path) -> None:
         raise InputError(f"--out {out} is the input; give the table another name.")
     if given == place.parent and (is_store(given) or is_read(given, place.name)):
         raise InputError(f"--out {out} would be part of the input {source}; put the table elsewhere.")
+    is_kept = place.name in ("config.json", "ensemble.json", "run.json")
+    if place.exists() and (is_kept or (place.name == "metrics.csv" and (place.parent / "run.json").exists())):
+        raise InputError(f"--out {out} is a file of a model or of a run; give the table another name.")
 
 
 def _graph_parameters(arguments: argparse.Namespace) -> GraphParameters | None:

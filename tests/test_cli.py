@@ -727,6 +727,12 @@ def test_a_table_of_predictions_is_neither_its_input_nor_a_part_of_it(trained, s
     for name, given in (("p.json", folder), ("id_prop.csv", folder), ("p.csv", store)):
         assert "would be part of the input" in refused(capsys, *predict, given, "--out", given / name)
     assert table.read_bytes() == before and [x.name for x in folder.iterdir()] == ["t.parquet"]
+    own = [trained / name for name in ("model/config.json", "run.json", "metrics.csv")]
+    texts = [file.read_text() for file in own]
+    for file in own:
+        assert "is a file of a model or of a run" in refused(capsys, *predict, table, "--out", file)
+    assert [file.read_text() for file in own] == texts
+    assert main([str(x) for x in (*predict, table, "--out", folder.parent / "metrics.csv")]) == 0
     assert main([str(x) for x in (*predict, folder, "--out", folder / "predictions.csv")]) == 0
 
 
