@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import math
 import os
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from tqdm import tqdm
 
 from ..files import atomic_path
@@ -51,8 +54,8 @@ class RunFiles(Checkpoint):
         scores = {name: float(f"{float(value):.7g}") for name, value in trainer.callback_metrics.items()}
         self.history.append({"epoch": trainer.current_epoch + 1, **scores})
         if self.best is self.history[-1]:
-            self._checkpoint(trainer, "best.ckpt")
-        self._checkpoint(trainer, "last.ckpt")
+            trainer.save_checkpoint(self.directory / "best.ckpt")
+        trainer.save_checkpoint(self.directory / "last.ckpt")
         if trainer.is_global_zero:
             self.write()
         logger.info(", ".join(f"{name} {value:.5g}" for name, value in self.history[-1].items()))
@@ -74,12 +77,23 @@ class RunFiles(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = state_dict["history"]
 
-    def _checkpoint(self, trainer: pl.Trainer, name: str) -> None:
-        if not trainer.is_global_zero:  # all processes take part, and the first one writes
-            trainer.save_checkpoint(self.directory / name)
+
+class Checkpoints(TorchCheckpointIO):
+    """Writes a checkpoint where it belongs, whole or not at all; Lightning's way is by the directory of temporary
+    files, which may be on another disk.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if storage_options is not None or "://" in str(path):  # of a callback that the caller brings
+            super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with atomic_path(self.directory / name) as temporary:
-            trainer.save_checkpoint(temporary)
+        data = io.BytesIO()
+        torch.save(checkpoint, data)
+        try:
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(data.getbuffer())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class RunBar(ProgressBar):

@@ -34,7 +34,7 @@ from ..ops.precision import use_precision
 from ..serialization import check_replaceable, check_savable, save_model
 from . import distributed
 from .averaging import ExponentialAverage
-from .callbacks import RunBar, RunFiles
+from .callbacks import Checkpoints, RunBar, RunFiles
 from .data import GraphDataModule
 from .module import Recipe, TrainingModule
 
@@ -121,11 +121,14 @@ def fit(
         started = time.perf_counter()
         if distributed.is_shared():
             synchronize_batch_norm(model)
+        options = distributed.trainer_options()
+        plugins = [*options.pop("plugins", []), Checkpoints()]
         with use_precision(precision), _quiet(), _deterministic(), _random_numbers(seed):
             trainer = pl.Trainer(
                 max_epochs=recipe.epochs,
                 accelerator=accelerator,
-                **distributed.trainer_options(),
+                **options,
+                plugins=plugins,
                 deterministic="warn",
                 gradient_clip_val=recipe.gradient_clip,
                 logger=_logger(logger, directory),

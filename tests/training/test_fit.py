@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import dataclasses
+import errno
 import json
 import logging
 import math
@@ -13,7 +14,9 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 from contextlib import nullcontext
+from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
@@ -655,6 +658,28 @@ def test_a_run_leaves_the_process_as_it_was(alloys, tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         "best.ckpt", "last.ckpt", "metrics.csv", "model", "run.json",
     ]  # fmt: skip
+
+
+def test_checkpoints_go_to_their_disk_alone_and_a_full_one_is_named(alloys, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "another disk"))  # which is not there
+    write, checkpoints = Path.write_bytes, []
+
+    def full(self, data):
+        checkpoints.append(self.name)
+        if len(checkpoints) == 3:  # the first of the second epoch
+            write(self, data[:100])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left on device") as stopped:
+        run(alloys, tmp_path / "run", epochs=2)
+    assert Path(stopped.value.filename) == tmp_path / "run" / checkpoints[-1]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "best.ckpt", "last.ckpt", "metrics.csv", "run.json",
+    ]  # fmt: skip
+    monkeypatch.undo()
+    assert run(alloys, tmp_path / "run", epochs=2, resume=True).history[1]["epoch"] == 2
 
 
 def test_a_logger_that_is_not_there_is_one_sentence(alloys, tmp_path, monkeypatch):
