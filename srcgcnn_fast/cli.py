@@ -27,6 +27,10 @@ _PATHS = ("source", "input", "model", "init", "val", "test", "split_file", "stud
 """Arguments that are paths, in some commands."""
 
 
+_NO_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+"""What the system says of a path that cannot be one, whoever asks."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns 0, 1 if all inputs failed (bench: numbers were wrong), 2 for bad input, 130 for Ctrl-C,
     141 if nobody reads what it prints any more, 143 for SIGTERM.
@@ -54,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if value == "" and name != "unit":
                 raise InputError(f"The argument {name} is an empty text; give a value, or leave it out.")
             if isinstance(value, str) and name in _PATHS:  # of --out=~/run the shell leaves it, and so do YAML files
-                setattr(arguments, name, os.path.expanduser(value))
+                setattr(arguments, name, _usable(os.path.expanduser(value)))
         if arguments.command is not train and _is_shared():
             raise InputError(f"{arguments.command.__name__} runs in one process; start it without torchrun.")
         status = arguments.command(arguments) or 0
@@ -72,10 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         number = error.errno or 0
         is_full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if arguments.debug or not (is_full or number in (errno.EACCES, errno.EPERM, errno.EROFS)):
+        if arguments.debug or not (is_full or number in (errno.EACCES, errno.EPERM, errno.EROFS, *_NO_PATH)):
             raise
         where = f"{error.filename}: " if error.filename else ""
-        mend = "make room, and give the command again" if is_full else "check its permissions"
+        mend = "give another path" if number in _NO_PATH else "check its permissions"
+        mend = "make room, and give the command again" if is_full else mend
         print(f"error: {where}{os.strerror(number)}; {mend}.", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, SystemExit) as stop:
@@ -88,6 +93,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _rank() == 0:
             print(f"{what}{hint}", file=sys.stderr)
         return status
+
+
+def _usable(path: str) -> str:
+    """``path``, whether or not something is there. Raises InputError: nothing can be."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno in _NO_PATH:
+            raise InputError(f"{path} cannot be used: {error.strerror}; give another path.") from error
+    return path
 
 
 def _is_shared() -> bool:
@@ -236,10 +251,12 @@ def _check_combination(arguments: argparse.Namespace, init: Any) -> None:
         raise InputError("--freeze keeps what --init brings; give --init, or drop --freeze.")
 
 
-def _refuse_store(out: Path) -> None:
-    """Another may come in its place, with all that is there."""
+def _check_directory(out: Path) -> None:
+    """A store is none for runs: another may come in its place, with all that is there."""
     from .graph.store import is_store
 
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; give a directory.")
     if is_store(out):
         raise InputError(f"{out} is a store of graphs, which holds nothing else; choose another directory.")
 
@@ -252,7 +269,7 @@ def _check_place(arguments: argparse.Namespace, out: Path, parameters: GraphPara
     from .graph.store import is_store
     from .training.fit import check_free, check_same, has_begun, only_trainer
 
-    _refuse_store(out)
+    _check_directory(out)
     kinds = {"": "one model", "fold_0": "a cross-validation", "member_0": "an ensemble"}
     own = "fold_0" if arguments.folds else "member_0" if arguments.members > 1 else ""
     for name, kind in kinds.items():
@@ -435,7 +452,7 @@ def compare(arguments: argparse.Namespace) -> None:
     from .training import compare
 
     targets = arguments.target or []
-    _refuse_store(Path(arguments.out))
+    _check_directory(Path(arguments.out))
     if arguments.study or len(targets) > 1 or arguments.seeds:
         return _compare_study(arguments, targets)
     if not targets:
@@ -794,8 +811,7 @@ def _check_writable(path: Path) -> None:
         raise InputError(f"{path} is a directory; give the name of a file in it.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        os.rmdir(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))  # as when it is written
     except OSError as error:
         raise InputError(f"Cannot write {path}: {error.strerror}; choose a directory that you may write to.") from error
 

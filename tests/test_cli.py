@@ -595,6 +595,18 @@ def test_a_table_that_cannot_be_written_is_named_before_the_work(trained, source
     (tmp_path / "d.csv").mkdir()
     assert "is a directory" in refused(capsys, "predict", trained / "model", source, "--out", tmp_path / "d.csv")
     assert "give .csv" in refused(capsys, "predict", trained / "model", source, "--out", tmp_path / "p.txt")
+    long, loop, file = tmp_path / f"{'x' * 252}.csv", tmp_path / "loop", tmp_path / "file.csv"
+    predict, compare = ("predict", trained / "model", source), ("compare", source, "--target", TARGET)
+    file.touch()
+    loop.symlink_to(loop)
+    for argv in (
+        (*predict, "--out", long), (*predict, "--out", loop / "p.csv"), (*predict, "--out", file / "p.csv"),
+        ("predict", trained / "model", loop), ("prepare", source, long), (*compare, "--out", loop),
+    ):  # fmt: skip
+        assert refused(capsys, *argv).endswith("; give another path.")
+    assert "File name too long" in refused(capsys, *predict, "--out", tmp_path / f"{'x' * 246}.csv")
+    for argv in ((*compare, "--out", file), ("train", *compare[1:], "--out", file)):
+        assert "file.csv is a file; give a directory" in refused(capsys, *argv)
     (tmp_path / "m.pth.tar").mkdir()
     assert "choose another name" in refused(capsys, "convert", trained / "model", tmp_path / "m.pth.tar")
 
