@@ -150,10 +150,20 @@ def prepare(arguments: argparse.Namespace) -> None:
 def train(arguments: argparse.Namespace) -> None:
     from .serialization import load_model
     from .training import GraphDataModule, cross_validate, distributed, prepared, read_split, train_ensemble
+    from .training.data import check_options
 
     init = load_model(arguments.init) if arguments.init else None
     _check_combination(arguments, init)
     build, recipe = partial(_build, arguments, init), _recipe(arguments)
+    drawn = not (arguments.folds or arguments.split_file or arguments.val)
+    check_options(
+        arguments.target,
+        arguments.split if drawn else None,
+        batch_size=arguments.batch_size,
+        batch_rows=arguments.batch_rows,
+        seed=arguments.seed,
+        num_workers=arguments.workers,
+    )
     distributed.join()
     out, parameters = Path(arguments.out), _graph_parameters(arguments)
     default = init.metadata.graph if init else None

@@ -142,6 +142,13 @@ def test_a_run_of_the_command_line_repeats_from_its_file(trained, source, tmp_pa
         ("--init {model} --n-recurrent-steps 4", "--n-recurrent-steps would change nothing; drop"),
         ("--init {model} --atom-fea-len 16 --h-fea-len 16 --n-h 2", "--atom-fea-len and --h-fea-len and --n-h would"),
         ("--patience 0", "A patience of 0 epochs stops at once"),
+        ("--split 80 10 10", "is not three fractions (train, val, test) that sum to at most 1"),
+        ("--split .5 .5 .5", "is not three fractions"),
+        ("--batch-size 0", "A batch cannot hold 0 crystals or rows"),
+        ("--batch-rows -1", "A batch cannot hold -1 crystals or rows"),
+        ("--seed -1", "The seed -1"),
+        ("--workers 99999", "99999 workers are too many"),
+        ("--target volume --target volume", "name one twice"),
     ],
 )  # fmt: skip
 def test_options_that_do_nothing_or_make_no_sense_are_refused_before_anything_is_written(
@@ -149,6 +156,17 @@ def test_options_that_do_nothing_or_make_no_sense_are_refused_before_anything_is
 ):
     words = options.format(model=trained / "model").split()
     assert says in refused(capsys, "train", source, "--target", TARGET, "--out", tmp_path / "run", *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_comparison_is_refused_before_anything_is_written(source, tmp_path, capsys):
+    compare = ("compare", source, "--target", TARGET, "--out", tmp_path / "run")
+    for words, says in (
+        ("--split 80 10 10", "is not three fractions"), ("--batch-size 0", "A batch cannot hold 0 crystals"),
+        ("--epochs 0", "0 epochs"), ("--seed -1", "The seed -1"),
+    ):  # fmt: skip
+        for more in ((), ("--target", "volume")):
+            assert says in refused(capsys, *compare, *words.split(), *more)
     assert not (tmp_path / "run").exists()
 
 

@@ -19,7 +19,7 @@ from ..files import atomic_path
 from ..graph.parameters import GraphParameters, as_python
 from ..graph.store import GraphStore
 from ..nn import CGCNN, SRCGCNN
-from .data import GraphDataModule
+from .data import GraphDataModule, check_options
 from .evaluate import Evaluation, evaluate
 from .fit import FitResult, fit, only_trainer
 from .metrics import decimals
@@ -146,6 +146,8 @@ def compare(
         raise InputError("compare takes one target, by its name; compare_study takes several.")
     seed, batch_size = as_python(seed), as_python(batch_size)
     split = (float(split[0]), float(split[1]), float(split[2]))
+    recipe = Recipe(epochs=epochs, lr=lr, optimizer=optimizer, schedule=schedule)
+    check_options([target], split if val_source is None else None, batch_size=batch_size, seed=seed)
     out = Path(out_dir)
     with only_trainer(out):
         sources = {"graphs": source, "graphs-val": val_source, "graphs-test": test_source}
@@ -154,7 +156,6 @@ def compare(
             for name, s in sources.items()
         ]
         data = _data(stores, target, split, batch_size, unit, seed)
-        recipe = Recipe(epochs=epochs, lr=lr, optimizer=optimizer, schedule=schedule)
         part = "test" if len(data.parts["test"].indices) else "val"
         widths = {"atom_fea_len": atom_fea_len, "h_fea_len": h_fea_len}
         how: dict[str, Any] = {"accelerator": accelerator, "precision": precision, "progress": progress}

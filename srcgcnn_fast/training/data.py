@@ -367,6 +367,22 @@ def _check_batch(batch_size: int, batch_rows: int | None) -> None:
         raise InputError(f"A batch cannot hold {wanted} crystals or rows; give a whole number of at least 1.")
 
 
+def check_options(
+    targets: Sequence[str],
+    split: Sequence[float] | None = None,
+    *,
+    batch_size: int | None = None,
+    batch_rows: int | None = None,
+    seed: int = 0,
+    num_workers: int = 0,
+) -> None:
+    """Raises InputError: no data would suit a :class:`GraphDataModule` of these. Asked before graphs are made."""
+    _check_numbers(tuple(targets), seed, num_workers)
+    _check_batch(1 if batch_size is None else batch_size, batch_rows)
+    if split is not None:
+        random_split(np.empty(0), split, seed)
+
+
 def _check_numbers(targets: tuple[str, ...], seed: int, num_workers: int) -> None:
     if not targets:
         raise InputError("There is no target to learn; name at least one.")

@@ -19,7 +19,7 @@ from ..files import atomic_path
 from ..graph.parameters import GraphParameters
 from ..graph.store import GraphStore
 from . import plots
-from .data import GraphDataModule
+from .data import GraphDataModule, check_options
 from .fit import only_trainer
 from .metrics import decimals
 from .module import Recipe
@@ -99,6 +99,14 @@ def compare_study(
         InputError: a target does not exist, too few crystals have it, a variant cannot be built, another process
             trains in ``out_dir``, or the loss of a run is no longer finite (after the other runs and the report).
     """
+    for section in study.sections:
+        for variant in section.variants:
+            check_options(
+                section.targets,
+                split if val_source is None else None,
+                batch_size=variant.batch_size,
+                seed=min(section.seeds, default=0),
+            )
     out = Path(out_dir)
     with only_trainer(out):
         sources = {"graphs": source, "graphs-val": val_source, "graphs-test": test_source}
