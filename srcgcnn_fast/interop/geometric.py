@@ -17,6 +17,8 @@ from .indexed import TensorCache, blocks, edge_batch
 from .swap import Swapped, arguments, is_traced, own_formula, untouched
 
 _AGGREGATIONS = {"add": "add", "sum": "add", "mean": "mean", "max": "max"}
+_MODULES = {"add": "SumAggregation", "mean": "MeanAggregation", "max": "MaxAggregation"}
+_METHODS = ("propagate", "message", "aggregate", "update")
 _ARGUMENTS = ("x", "edge_index", "edge_attr")
 _cache = TensorCache()
 
@@ -119,6 +121,12 @@ class GeometricConv(Swapped):
     def refusal(module: Any) -> str | None:
         if not isinstance(module.aggr, str) or module.aggr not in _AGGREGATIONS:
             return f"its aggregation {module.aggr!r} is not add, mean or max"
+        aggregation, name = type(module.aggr_module), _MODULES[_AGGREGATIONS[module.aggr]]
+        if aggregation.__name__ != name or not aggregation.__module__.startswith("torch_geometric."):
+            return f"its aggr_module is {aggregation.__name__}, not {name}"
+        for name in _METHODS:
+            if name in vars(module):
+                return f"its {name} was replaced on the object"
         if module.node_dim != -2 or module.decomposed_layers != 1:
             return "its node_dim or decomposed_layers is not the default"
         for name in ("lin_f", "lin_s"):

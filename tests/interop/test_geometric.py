@@ -290,6 +290,35 @@ def test_hooks_of_message_passing_are_called():
     assert torch.equal(other(*inputs), expected) and seen == [1]
 
 
+def halve_messages(layer):
+    layer.message = lambda x_i, x_j, edge_attr: 0.5 * type(layer).message(layer, x_i, x_j, edge_attr)
+
+
+def double_sums(layer):
+    layer.update = lambda inputs: 2 * inputs
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda layer: setattr(layer, "aggr_module", layer.other), "its aggr_module is SoftmaxAggregation"),
+        (lambda layer: setattr(layer, "aggr", "mean"), "its aggr_module is SumAggregation, not MeanAggregation"),
+        (halve_messages, "its message was replaced"),
+        (double_sums, "its update was replaced"),
+    ],
+    ids=["aggregation", "name of the aggregation", "message", "update"],
+)
+def test_parts_of_message_passing_that_are_exchanged_later(change, word, operator_calls):
+    other, inputs = theirs(5, 4), graph()
+    other.other = pytest.importorskip("torch_geometric.nn").SoftmaxAggregation(learn=True)
+    fast = sf.accelerate(copy.deepcopy(other))
+    operator_calls.clear()
+    for layer in (other, fast):
+        change(layer)
+    assert_same(fast, other, *inputs)
+    assert not operator_calls and word in acceleration(fast)["the model (CGConv)"]
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [
