@@ -238,11 +238,12 @@ def _batch(edges: Tensor, graph: _Graph, features: Tensor | None, dtype: torch.d
         low, high = (rows.scatter_reduce(0, graph.receiver, graph.sender, how) for how in ("amin", "amax"))
         given = edges.new_zeros(edges.shape[1], 1, dtype=dtype) if features is None else features.to(dtype)
         given = given if graph.order is None else given.index_select(0, graph.order)
-        return edge_batch(graph.sender.int(), graph.row_ptr, blocks(low, high), given)
+        return edge_batch(graph.sender.int(), graph.row_ptr, blocks(low, high), given, features)
 
     if features is not None and features.requires_grad and torch.is_grad_enabled():
         return build()
-    batch: GraphBatch = _cache.get((edges, features), ("batch", dtype, len(graph.row_ptr)), caller, build)
+    key = "batch", dtype, len(graph.row_ptr), torch.is_grad_enabled()
+    batch: GraphBatch = _cache.get((edges, features), key, caller, build)
     return batch
 
 
@@ -271,7 +272,8 @@ def _cg_conv(
         total = _summed_messages(target, weight, bias, _batch(edges, graph, features, target.dtype, id(module)))
     else:
         sender, receiver = edges.long()
-        message = _messages(source, target, weight, bias, sender, receiver, features)
+        kept = features.clone() if features is not None and torch.is_grad_enabled() else features
+        message = _messages(source, target, weight, bias, sender, receiver, kept)
         total = _aggregate(message, receiver, target, aggr)
     return _finish(module, total, target, edges, aggr)
 

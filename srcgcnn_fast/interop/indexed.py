@@ -85,19 +85,28 @@ def neighbor_batch(nbr_fea: Tensor, nbr_fea_idx: Tensor, dtype: torch.dtype, cal
         if int(low.min()) < 0 or int(high.max()) >= n:
             return None
         row_ptr = torch.arange(0, n * m + 1, m, dtype=torch.int32, device=index.device)
-        return edge_batch(index.reshape(-1).int(), row_ptr, blocks(low, high), nbr_fea.reshape(n * m, -1).to(dtype))
+        features = nbr_fea.reshape(n * m, -1).to(dtype)
+        return edge_batch(index.reshape(-1).int(), row_ptr, blocks(low, high), features, nbr_fea)
 
     if nbr_fea.requires_grad and torch.is_grad_enabled():
         return build()
-    batch: GraphBatch | None = _cache.get((nbr_fea_idx, nbr_fea), ("neighbors", dtype), caller, build)
+    key = "neighbors", dtype, torch.is_grad_enabled()
+    batch: GraphBatch | None = _cache.get((nbr_fea_idx, nbr_fea), key, caller, build)
     return batch
 
 
-def edge_batch(sender: Tensor, row_ptr: Tensor, crystal_ptr: Tensor, features: Tensor) -> GraphBatch:
-    """The batch of edges sorted by receiver with their features (E, K), or the distances that these stand for."""
+def edge_batch(
+    sender: Tensor, row_ptr: Tensor, crystal_ptr: Tensor, features: Tensor, given: Tensor | None = None
+) -> GraphBatch:
+    """The batch of edges sorted by receiver with their features (E, K), or the distances that these stand for.
+
+    Features are copied where a backward pass may read them and they lie in ``given``, which is the caller's.
+    """
     n, device = row_ptr.shape[0] - 1, sender.device
     needs_grad = features.requires_grad and torch.is_grad_enabled()
     distance = None if needs_grad else distances_from_gaussians(features.detach().contiguous())
+    if distance is None and given is not None and torch.is_grad_enabled() and features.data_ptr() == given.data_ptr():
+        features = features.clone()
     return GraphBatch(
         numbers=torch.zeros(n, dtype=torch.int32, device=device),
         weight=torch.ones(n, device=device),

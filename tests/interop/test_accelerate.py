@@ -377,6 +377,21 @@ def test_gradients_of_edge_features(published, published_batch):
     torch.testing.assert_close(wanted[1], wanted[0], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["Gaussians", "any features"])
+def test_inputs_may_be_written_to_before_the_backward_pass(kind, published, published_batch):
+    model, (_, fea, idx, _) = published(), published_batch(kind)
+    h, layer = torch.randn(50, 16, dtype=torch.float64), sf.accelerate(copy.deepcopy(model)).convs[0]
+    expected = torch.autograd.grad(model.convs[0](h, fea, idx).square().sum(), list(model.convs[0].parameters()))
+    for write in (lambda x: x.zero_(), lambda x: x.numpy().fill(0)):
+        given = fea.clone()
+        with torch.no_grad():
+            layer(h, given, idx)  # what is kept of this serves no backward pass
+        out = layer(h, given, idx)
+        write(given)
+        found = torch.autograd.grad(out.square().sum(), list(layer.parameters()))
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_copies_files_and_pickles(published, tmp_path, published_batch):
     model, batch = sf.accelerate(published("written here").eval()), published_batch()
     out = model(*batch)

@@ -224,6 +224,22 @@ def test_gradients_of_layers_in_a_row_to_be_differentiated_again():
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("aggr", ["add", "max"])
+@pytest.mark.parametrize("gaussians", [True, False])
+def test_inputs_may_be_written_to_before_the_backward_pass(gaussians, aggr):
+    layer, (x, index, attr) = CGConv(5, 4, aggr=aggr).double(), graph()
+    index = index[:, index[1].argsort(stable=True)]
+    attr = torch.exp(-((attr[:, :1] - torch.arange(4)) ** 2)) if gaussians else attr
+    expected = torch.autograd.grad(layer(x, index, attr).square().sum(), list(layer.parameters()))
+    for write in (lambda x: x.zero_(), lambda x: x.numpy().fill(0)):
+        given = attr.clone()
+        with torch.no_grad():
+            CGConv(5, 4).double()(x, index, given)  # what is kept of this serves no backward pass
+        out = layer(x, index, given)
+        write(given)
+        torch.testing.assert_close(torch.autograd.grad(out.square().sum(), list(layer.parameters())), expected)
+
+
 def test_more_nodes_with_the_same_edges():
     layers, (x, index, attr) = [CGConv(5, 4) for _ in range(2)], graph()
     more = torch.cat([layers[0](x.float(), index, attr.float()), torch.ones(3, 5)])
