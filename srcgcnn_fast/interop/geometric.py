@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..graph.batch import GraphBatch
 from ..ops import fused, reference, registry
 from ..ops.reference import BatchNorm, Edges
-from .indexed import TensorCache, blocks, edge_batch
+from .indexed import TensorCache, blocks, edge_batch, own_copy
 from .swap import Swapped, arguments, is_traced, own_formula, untouched
 
 _AGGREGATIONS = {"add": "add", "sum": "add", "mean": "mean", "max": "max"}
@@ -269,11 +269,12 @@ def _cg_conv(
     bias = None if module.lin_f.bias is None else torch.cat([module.lin_f.bias, module.lin_s.bias])
     fast = graph is not None and source is target and aggr != "max" and edges.shape[1] > 0
     if graph is not None and fast and registry.select(target, inference=True) == "cpu":
-        total = _summed_messages(target, weight, bias, _batch(edges, graph, features, target.dtype, id(module)))
+        batch = _batch(edges, graph, features, target.dtype, id(module))
+        total = _summed_messages(own_copy(target), weight, bias, batch)
     else:
         sender, receiver = edges.long()
-        kept = features.clone() if features is not None and torch.is_grad_enabled() else features
-        message = _messages(source, target, weight, bias, sender, receiver, kept)
+        kept = None if features is None else own_copy(features)
+        message = _messages(own_copy(source), own_copy(target), weight, bias, sender, receiver, kept)
         total = _aggregate(message, receiver, target, aggr)
     return _finish(module, total, target, edges, aggr)
 

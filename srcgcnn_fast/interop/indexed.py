@@ -105,8 +105,8 @@ def edge_batch(
     n, device = row_ptr.shape[0] - 1, sender.device
     needs_grad = features.requires_grad and torch.is_grad_enabled()
     distance = None if needs_grad else distances_from_gaussians(features.detach().contiguous())
-    if distance is None and given is not None and torch.is_grad_enabled() and features.data_ptr() == given.data_ptr():
-        features = features.clone()
+    if distance is None and given is not None and features.data_ptr() == given.data_ptr():
+        features = own_copy(features)
     return GraphBatch(
         numbers=torch.zeros(n, dtype=torch.int32, device=device),
         weight=torch.ones(n, device=device),
@@ -117,6 +117,11 @@ def edge_batch(
         atom_class=torch.arange(n, dtype=torch.int32, device=device),
         edge_features=features.contiguous() if distance is None else None,
     )
+
+
+def own_copy(x: Tensor) -> Tensor:
+    """What a backward pass may read: a copy where gradients are recorded, so that the caller may write to ``x``."""
+    return x.clone() if torch.is_grad_enabled() else x
 
 
 def blocks(low: Tensor, high: Tensor) -> Tensor:

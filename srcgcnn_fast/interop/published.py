@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..nn.norm import SynchronizedBatchNorm1d, batch_norm_state
 from ..ops import registry
-from .indexed import neighbor_batch
+from .indexed import neighbor_batch, own_copy
 from .swap import Swapped, arguments, is_traced, own_formula
 
 _LAYERS = {"fc_full": nn.Linear, "sigmoid": nn.Sigmoid, "softplus1": nn.Softplus, "softplus2": nn.Softplus}
@@ -85,7 +85,7 @@ class PublishedConv(Swapped):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         linear: Any = self.fc_full
         first, second = (batch_norm_state(norm) for norm in norms)
-        return functional.gated_conv(h, batch, linear.weight, linear.bias, first, second, dmin=0.0, step=1.0)
+        return functional.gated_conv(own_copy(h), batch, linear.weight, linear.bias, first, second, dmin=0.0, step=1.0)
 
 
 class PublishedPooling(Swapped):

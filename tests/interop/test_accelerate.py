@@ -383,10 +383,11 @@ def test_inputs_may_be_written_to_before_the_backward_pass(kind, published, publ
     h, layer = torch.randn(50, 16, dtype=torch.float64), sf.accelerate(copy.deepcopy(model)).convs[0]
     expected = torch.autograd.grad(model.convs[0](h, fea, idx).square().sum(), list(model.convs[0].parameters()))
     for write in (lambda x: x.zero_(), lambda x: x.numpy().fill(0)):
-        given = fea.clone()
+        own, given = h.clone(), fea.clone()
         with torch.no_grad():
-            layer(h, given, idx)  # what is kept of this serves no backward pass
-        out = layer(h, given, idx)
+            layer(own, given, idx)  # what is kept of this serves no backward pass
+        out = layer(own, given, idx)
+        write(own)
         write(given)
         found = torch.autograd.grad(out.square().sum(), list(layer.parameters()))
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)

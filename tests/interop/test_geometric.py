@@ -232,10 +232,11 @@ def test_inputs_may_be_written_to_before_the_backward_pass(gaussians, aggr):
     attr = torch.exp(-((attr[:, :1] - torch.arange(4)) ** 2)) if gaussians else attr
     expected = torch.autograd.grad(layer(x, index, attr).square().sum(), list(layer.parameters()))
     for write in (lambda x: x.zero_(), lambda x: x.numpy().fill(0)):
-        given = attr.clone()
+        own, given = x.clone(), attr.clone()
         with torch.no_grad():
-            CGConv(5, 4).double()(x, index, given)  # what is kept of this serves no backward pass
-        out = layer(x, index, given)
+            CGConv(5, 4).double()(own, index, given)  # what is kept of this serves no backward pass
+        out = layer(own, index, given)
+        write(own)
         write(given)
         torch.testing.assert_close(torch.autograd.grad(out.square().sum(), list(layer.parameters())), expected)
 
