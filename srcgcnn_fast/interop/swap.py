@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import deque
 from functools import cache
 from typing import Any, ClassVar
 
@@ -130,24 +131,39 @@ def _say_once(reason: str) -> None:
 def probe_difference(module: nn.Module, kind: type[Swapped]) -> str | None:
     """How the two formulas differ on small random inputs, in float64; None where they agree.
 
-    Compared are output, gradients and buffers, in training and evaluation mode, with random parameters.
+    Compared are output, gradients and buffers, in training and evaluation mode, with random parameters. What else its
+    own formula writes would not be written any more, which is a difference, too.
     """
-    for training in (False, True):
-        results = []
-        for fast in (False, True):
-            generator = torch.Generator().manual_seed(0)
-            try:
-                twin = _twin(module, kind, training, generator)
-                if fast:
-                    swap(twin, kind)
-                results.append([_run(twin, kind.method, args) for args in kind.probe(twin, generator)])
-            except Exception as error:  # whatever their code raises
-                return f"it does not run on a small example ({type(error).__name__}: {' '.join(str(error).split())})"
-        for ours, theirs in zip(*reversed(results), strict=True):
-            for name, x in theirs.items():
-                difference = relative_difference(ours[name], x)
-                if not difference <= _PROBE_TOLERANCE:
-                    return f"its {name} differs from the published formula's by {difference:.1e} on a small example"
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.device("cpu"),
+        torch.autocast("cpu", enabled=False),
+        torch.random.fork_rng(devices=[]),
+    ):
+        for training in (False, True):
+            results = []
+            for fast in (False, True):
+                generator = torch.Generator("cpu").manual_seed(0)
+                try:
+                    twin = _twin(module, kind, training, generator)
+                    if fast:
+                        swap(twin, kind)
+                    before = _attributes(twin, kind)
+                    results.append([_run(twin, kind.method, args) for args in kind.probe(twin, generator)])
+                    after = _attributes(twin, kind)
+                except Exception as error:  # whatever their code raises
+                    return (
+                        f"it does not run on a small example ({type(error).__name__}: {' '.join(str(error).split())})"
+                    )
+                for name, (x, state) in after.items():
+                    if name not in before or before[name][0] is not x or before[name][1] != state:
+                        return f"it writes {name}, which the replacement would not"
+            for ours, theirs in zip(*reversed(results), strict=True):
+                for name, x in theirs.items():
+                    difference = relative_difference(ours[name], x)
+                    if not difference <= _PROBE_TOLERANCE:
+                        return f"its {name} differs from the published formula's by {difference:.1e} on a small example"
     return None
 
 
@@ -162,12 +178,16 @@ def relative_difference(x: Tensor, reference: Tensor) -> float:
 
 
 def _twin(module: nn.Module, kind: type[Swapped], training: bool, generator: torch.Generator) -> nn.Module:
-    if kind.method != "forward":
-        return copy.copy(module)  # uses no parameters
-    twin = copy.deepcopy(module)
+    if kind.method == "forward":
+        twin = copy.deepcopy(module)
+    else:  # a whole model, which may hold what cannot be copied
+        twin = copy.copy(module)
+        vars(twin).update(copy.deepcopy({name: vars(module)[name] for name in _CONTENTS}))
     for part in twin.modules():
         for name in [name for name in vars(part) if name.endswith("_hooks")]:
-            getattr(part, name).clear()
+            vars(part)[name] = type(vars(part)[name])()
+    if kind.method != "forward":
+        return twin  # uses no parameters
     twin = twin.to(device="cpu", dtype=torch.float64).train(training).requires_grad_()
     with torch.no_grad():
         for name, x in [*twin.named_parameters(), *twin.named_buffers()]:
@@ -176,14 +196,31 @@ def _twin(module: nn.Module, kind: type[Swapped], training: bool, generator: tor
     return twin
 
 
+_CONTENTS = ("_modules", "_buffers", "_parameters")
+
+
+def _attributes(module: nn.Module, kind: type[Swapped]) -> dict[str, tuple[Any, Any]]:
+    """What the module and its parts hold, each with what tells whether it was written to; buffers of layers are
+    compared as numbers.
+    """
+    found = {}
+    for path, part in module.named_modules():
+        held = vars(part) if kind.method == "forward" else vars(part) | part._buffers
+        for name, x in held.items():
+            state = len(x) if isinstance(x, list | dict | set | deque) else None
+            if isinstance(x, Tensor) and not x.is_inference():
+                state = x._version
+            found[".".join(["self", *filter(None, [path]), name])] = x, state
+    return found
+
+
 def _run(module: nn.Module, method: str, args: tuple[Any, ...]) -> dict[str, Tensor]:
     """Output, gradients and buffers of one call."""
-    with torch.inference_mode(False), torch.enable_grad():
-        several = isinstance(args[0], tuple)
-        inputs = [x.clone().requires_grad_() for x in (args[0] if several else args[:1])]
-        out = getattr(module, method)(tuple(inputs) if several else inputs[0], *args[1:])
-        weight = torch.cos(torch.arange(out.numel(), dtype=out.dtype)).reshape(out.shape)
-        wanted = [*inputs, *(p for p in module.parameters() if p.requires_grad and method == "forward")]
-        gradients = torch.autograd.grad((out * weight).sum(), wanted, allow_unused=True)
+    several = isinstance(args[0], tuple)
+    inputs = [x.clone().requires_grad_() for x in (args[0] if several else args[:1])]
+    out = getattr(module, method)(tuple(inputs) if several else inputs[0], *args[1:])
+    weight = torch.cos(torch.arange(out.numel(), dtype=out.dtype)).reshape(out.shape)
+    wanted = [*inputs, *(p for p in module.parameters() if p.requires_grad and method == "forward")]
+    gradients = torch.autograd.grad((out * weight).sum(), wanted, allow_unused=True)
     found = {"output": out, "gradient": torch.cat([g.flatten() for g in gradients if g is not None])}
     return found | {f"buffer {name}": x for name, x in module.named_buffers()} if method == "forward" else found

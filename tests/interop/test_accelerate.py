@@ -217,6 +217,52 @@ def test_pooling_with_another_formula_is_left(published, published_batch):
     assert found.output < 1e-12
 
 
+def test_a_layer_or_pooling_that_records_something_is_left(published, published_batch):
+    model = published()
+
+    class Counting(type(model)):
+        def pooling(self, atom_fea, crystal_atom_idx):
+            self.calls += 1
+            return super().pooling(atom_fea, crystal_atom_idx)
+
+    class ConvLayer(type(model.convs[0])):
+        def forward(self, atom_in_fea, nbr_fea, nbr_fea_idx):
+            self.out = super().forward(atom_in_fea, nbr_fea, nbr_fea_idx)
+            return self.out
+
+    model.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+    model.__class__, model.convs[0].__class__ = Counting, ConvLayer
+    found = acceleration(sf.accelerate(model))
+    assert int(model.calls) == 0  # the small example ran on a copy
+    assert (
+        "it writes self.calls" in found["the model (Counting)"] and "it writes self.out" in found["convs.0 (ConvLayer)"]
+    )
+    assert found["convs.1 (ConvLayer)"] is None
+    out = model(*published_batch())
+    assert int(model.calls) == 1 and out.shape == (5, 1) and model.convs[0].out.shape == (50, 16)
+
+
+@pytest.mark.parametrize(
+    "context",
+    [torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta")],
+    ids=["inference mode", "autocast", "default device"],
+)
+def test_the_small_example_does_without_the_callers_context(context, published):
+    model = published()
+
+    class ConvLayer(type(model.convs[0])):
+        def forward(self, atom_in_fea, nbr_fea, nbr_fea_idx):
+            return nn.functional.dropout(super().forward(atom_in_fea, nbr_fea, nbr_fea_idx), 0.5, True)
+
+    model.convs[1].__class__ = ConvLayer
+    state = torch.get_rng_state()
+    with context:
+        sf.accelerate(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    reasons = acceleration(model)
+    assert "output differs" in reasons.pop("convs.1 (ConvLayer)") and set(reasons.values()) == {None}
+
+
 @pytest.mark.parametrize("model", [nn.Linear(3, 3), sf.CGCNN()], ids=["Linear", "ours"])
 def test_nothing_to_accelerate(model):
     with pytest.raises(InputError, match=r"Nothing in this .* can be accelerated"):
