@@ -269,10 +269,14 @@ def test_packed_graphs_with_errors_between():
                 assert_same(packed.graph(b), graph)
 
 
-def test_packed_arrays_must_fit_together():
+@pytest.mark.parametrize(
+    ("crystals", "ptr"),
+    [(1, [0, 3]), (1, [1, 2]), (2, [0, 3, 2]), (3, [0, 1, 0, 2]), (2, [0, 2]), (1, [[0, 2]]), (0, [])],
+)
+def test_packed_arrays_must_fit_together(crystals: int, ptr: list):
     lattice, frac, numbers = ROCK_SALT
     with pytest.raises(InputError, match="ptr"):
-        build_packed(lattice[None], frac, numbers, np.array([0, 3]))
+        build_packed(np.repeat(lattice[None], crystals, 0), frac, numbers, np.array(ptr, int))
 
 
 def test_read_only_and_strided_arrays():
