@@ -60,29 +60,44 @@ def test_refusals():
         sf.collate([])
     with pytest.raises(sf.InputError, match="1 of 2 graphs carry atom_features"):
         sf.collate([graph(2), replace(graph(2), atom_features=np.ones((2, 5), np.float32))])
+    for field in ("sender", "numbers"):  # as many edges or rows as a pointer of int32 does not count
+        with pytest.raises(sf.InputError, match=r"beyond 2\^31 - 1; use smaller batches"):
+            sf.collate([replace(graph(1), **{field: np.broadcast_to(np.int32(0), 2**30)})] * 2)
 
 
-def exchanged(batch: sf.GraphBatch) -> sf.GraphBatch:
-    batch.distance = batch.distance * 0.5
-    return batch
+OTHER = {
+    "distance": lambda x: x * 0.5,
+    "weight": lambda x: x + torch.arange(len(x)),
+    "sender": lambda x: torch.cat([x[:10].flip(0), x[10:]]),
+    "row_ptr": lambda x: x + (torch.arange(len(x)) == 1).int(),
+    "crystal_ptr": lambda x: x[[0, -1, -1]],
+    "edge_features": lambda x: x * 0.5,
+}
 
 
-def written_to(batch: sf.GraphBatch) -> sf.GraphBatch:
-    batch.distance.mul_(0.5)
-    return batch
-
-
-@pytest.mark.parametrize("change", [exchanged, written_to, lambda batch: replace(batch, distance=batch.distance * 0.5)])
+@pytest.mark.parametrize("how", ["exchanged", "written to", "replaced"])
+@pytest.mark.parametrize("name", OTHER)
 @pytest.mark.parametrize("training", [False, True])
-def test_what_follows_from_a_graph_follows_its_changes(change, training):
+def test_what_follows_from_a_graph_follows_its_changes(training, name, how):
     torch.manual_seed(0)
-    model = sf.CGCNN(2, 8, 8).train(training)
+    model = sf.CGCNN(2, 8, 8, nbr_fea_len=5, step=2.0).train(training)
     batch = sf.collate([graph(5, 1), graph(4, 2)])
-    before, receiver = model(batch), batch.receiver
+    batch.edge_features = torch.rand(18, 5) if name == "edge_features" else None
+
+    def results(batch):
+        return torch.cat([model(batch), model.features(batch)], dim=1)
+
+    before, receiver = results(batch), batch.receiver
     assert batch.receiver is receiver
-    changed = change(batch)
-    found, expected = model(changed), model(replace(changed, cache={}))
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    other = OTHER[name](getattr(batch, name))
+    if how == "exchanged":
+        setattr(batch, name, other)
+    elif how == "written to":
+        getattr(batch, name).copy_(other)
+    else:
+        batch = replace(batch, **{name: other})
+    found, expected = results(batch), results(replace(batch, cache={}))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
     assert not torch.allclose(found, before)
 
 
