@@ -345,7 +345,8 @@ def test_batches_of_other_kinds_go_their_own_way(make_batch):
 @torch.no_grad()
 def test_what_kernels_read_as_a_copy_is_not_kept(make_batch, model_type, given):
     model, batch = trained(model_type), make_batch("plain")
-    expected, norm = model(batch), norm_of(model)
+    expected, again, norm = model(batch), model(batch), norm_of(model)
+    assert torch.equal(again, expected)  # what was used is laid out anew at the next call
     norm.running_mean, norm.running_var = given(norm.running_mean), given(norm.running_var)
     for _ in range(2):
         assert torch.equal(model(batch), expected)
