@@ -97,6 +97,15 @@ def test_without_running_statistics(backend, make_batch):
     torch.testing.assert_close(conv(h, batch), plain_layer(conv, h, batch), rtol=1e-5, atol=1e-5)
 
 
+def test_norms_without_parameters_are_of_the_type_of_the_call(make_batch):
+    torch.manual_seed(0)
+    for dtype in (torch.float64, torch.float32, torch.float64):
+        batch, conv = make_batch("plain").to(dtype=dtype), GatedConv(8).to(dtype).eval()
+        conv.bn1, conv.bn2 = (nn.BatchNorm1d(k, affine=False, dtype=dtype).eval() for k in (16, 8))
+        h = torch.rand(batch.num_rows, 8, dtype=dtype)
+        torch.testing.assert_close(conv(h, batch), plain_layer(conv, h, batch), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_norms_that_cannot_run_are_refused(backend, make_batch):
     batch, weight, h = make_batch("plain"), torch.rand(32, 73), torch.rand(make_batch("plain").num_rows, 16)
