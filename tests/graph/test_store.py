@@ -20,7 +20,7 @@ from srcgcnn_fast.graph.batch import CrystalGraph, GraphBatch, collate
 from srcgcnn_fast.graph.build import build_graph
 from srcgcnn_fast.graph.parameters import GraphParameters
 from srcgcnn_fast.graph.readers import Crystal, Record
-from srcgcnn_fast.graph.store import GraphStore, name_it, open_store, prepare
+from srcgcnn_fast.graph.store import GraphStore, StoreInfo, name_it, open_store, prepare
 
 FIELDS = ("numbers", "weight", "sender", "distance", "row_ptr", "crystal_ptr", "atom_class")
 
@@ -184,6 +184,14 @@ def test_arrays_of_other_types_are_joined_by_numpy(change: dict) -> None:
     store = GraphStore.from_graphs(given)
     assert store._packer is None and store.packing([0], np.zeros(0, np.float32), pin=False) is None
     assert_same_batch(store.batch([2, 0, 2]), collate([given[i] for i in (2, 0, 2)]))
+
+
+@pytest.mark.skipif(packing.core is None, reason="the compiled kernels are not built")
+def test_arrays_with_gaps_are_joined_by_numpy() -> None:
+    arrays = GraphStore.from_graphs(graphs())._arrays
+    store = GraphStore(arrays | {"sender": np.repeat(arrays["sender"], 2)[::2]}, StoreInfo())
+    assert store._packer is None
+    assert_same_batch(store.batch([2, 0]), collate([graphs()[2], graphs()[0]]))
 
 
 @pytest.mark.skipif(packing.core is None, reason="the compiled kernels are not built")
