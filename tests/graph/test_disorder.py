@@ -81,6 +81,12 @@ def test_the_vacancy_may_be_the_majority() -> None:
         as_crystal(pymatgen.Structure(np.eye(3) * 3.5, [{"Na": 0.3}], [[0, 0, 0]]), disorder="majority")
 
 
+@pytest.mark.parametrize(("held", "number"), [({"Fe2+": 0.5, "Fe3+": 0.5}, 26), ({"D": 0.3, "H": 0.7}, 1)])
+def test_states_and_isotopes_of_one_element_fill_a_site_together(held: dict[str, float], number: int) -> None:
+    crystal = as_crystal(pymatgen.Structure(np.eye(3) * 3.5, [held, "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]]))
+    assert isinstance(crystal, Crystal) and crystal.numbers.tolist() == [number, 17]
+
+
 def test_colours_start_from_the_composition() -> None:
     """Two sites of the same majority but other shares are two kinds; of the same shares one."""
     lattice, coords = np.eye(3) * [3.6, 3.6, 7.2], [[0, 0, 0], [0, 0, 0.5]]
@@ -100,6 +106,8 @@ def test_average_depends_on_the_crystal_alone() -> None:
     with torch.no_grad():
         out = model().double()(sf.collate([*full, *quotient], torch.float64))
     assert float(out.max() - out.min()) < 1e-10
+    halves = pymatgen.Structure(np.eye(3) * 3.5, [{"Au": 0.5, "Cu": 0.5}], [[0, 0, 0]])
+    assert [sf.build_graph(halves, disorder=x).numbers.tolist() for x in ("average", "majority")] == [[29], [29]]
     limit = sf.build_graph(perovskite({"Sr": 1 - 1e-5}), disorder="average")
     assert limit.atom_features is None  # within the tolerance of one full atom
 
