@@ -725,6 +725,7 @@ def test_targets_of_objects() -> None:
         (CELL, np.full((3, 3), math.inf), NUMBERS, "give finite numbers"),
         (CELL * math.nan, COORDS, NUMBERS, "lattice entry that is not finite"),
         (CELL * [[1], [1], [0]], COORDS, NUMBERS, "singular lattice"),
+        (CELL * [[1], [1], [0.001]], COORDS, NUMBERS, "singular lattice"),
         (np.stack([CELL[0], CELL[1], CELL[0] + CELL[1]]), COORDS, NUMBERS, "singular lattice"),
         (CELL, COORDS, [38, 22, 0], "unknown atomic number 0"),
         (CELL, COORDS, [38, 22, 101], "unknown atomic number 101"),
