@@ -358,7 +358,7 @@ def test_parts_of_a_convolution_with_a_forward_of_their_own_are_refused(make_bat
 @torch.no_grad()
 def test_an_element_table_may_lie_in_any_order(make_batch):
     """As ``DataFrame.to_numpy`` gives it: column by column."""
-    batch, model = make_batch("plain"), sf.CGCNN(2, 8, 8).eval()
+    batch, model = make_batch("plain"), sf.CGCNN(2, 16, 8).eval()
     expected = model(batch)
     model.element_table = model.element_table.T.contiguous().T
     for _ in range(2):
