@@ -239,6 +239,26 @@ def test_what_does_not_fit_is_named(make_batch, width, sizes, sentence):
         functional.readout(torch.zeros(batch.num_rows, width).double(), batch, layers_of(sizes))
 
 
+def test_more_layers_than_the_kernels_take(make_batch):
+    batch, model = make_batch("plain"), sf.CGCNN(1, 16, 8, n_h=cpu.MOST_LAYERS).eval()
+    with sf.use_backend("reference"):
+        expected = model(batch)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(model(batch), expected)
+
+
+@pytest.mark.parametrize("field", ["weight", "crystal_ptr"])
+def test_a_batch_that_is_written_to_before_the_backward_pass(make_batch, field):
+    batch = make_batch("plain")
+    batch.weight = batch.weight.double()
+    layers = [Dense(torch.zeros(1, 8, dtype=torch.float64, requires_grad=True), None)]
+    out = functional.readout(torch.zeros(batch.num_rows, 8, dtype=torch.float64), batch, layers)
+    getattr(batch, field)[::2] += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 def test_an_index_that_leaves_the_crystals_is_named(make_batch):
     batch = make_batch("plain")
     batch.crystal_ptr[2] = 10**6
