@@ -6,9 +6,10 @@ import itertools
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 import srcgcnn_fast as sf
-from srcgcnn_fast import functional
+from srcgcnn_fast import functional, nn
 from srcgcnn_fast.functional import BatchNorm
 from srcgcnn_fast.ops import cpu, fused, triton
 from srcgcnn_fast.ops.cpu import Layer
@@ -134,6 +135,14 @@ def test_the_reference_is_differentiable_twice(backend, make_batch):
         return functional.gated_conv(h, batch, weight, bias, bn1, bn2, step=2.5)[::3]
 
     assert torch.autograd.gradgradcheck(layer, leaves, eps=1e-5, atol=1e-5)
+
+
+def test_fake_tensors_outside_of_their_mode(make_batch):
+    with FakeTensorMode() as mode:
+        conv = nn.GatedConv(16).eval()
+    batch = make_batch("plain")._map(mode.from_tensor)
+    out = conv(mode.from_tensor(torch.rand(batch.num_rows, 16)), batch)
+    assert type(out) is FakeTensor and out.shape == (batch.num_rows, 16)
 
 
 def compiled_by_default(model_type, training: bool, backend: str) -> bool:
