@@ -416,8 +416,9 @@ def convs(
     kernel, threads = _kernel("conv", dtype), torch.get_num_threads()
     arguments = []  # of all layers, so that nothing has moved when one is refused
     for t, layer in enumerate(layers):
-        for x, trains, at in zip(layer[6:10], _TRAINS, (0, 2, 4, 5), strict=True):
+        for name, x, trains, at in zip(Layer._fields[6:10], layer[6:10], _TRAINS, (0, 2, 4, 5), strict=True):
             if not layer[trains]:
+                _check(name, x, (width if name.endswith("2") else 2 * width,), dtype)
                 statistics[t, at * width : at * width + x.shape[0]] = x
         of_layer = _layer_arguments(layer, width, n_features, dtype, _statistics_at(statistics, t))
         arguments.append((*of_layer, *_running_arguments(running[t] if running else STILL, width, dtype)))
