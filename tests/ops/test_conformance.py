@@ -412,6 +412,11 @@ def test_widths_and_types_are_refused_before_native_code(make_batch):
         call(5, torch.float32)
     with pytest.raises(sf.InputError, match=r"weight must be a contiguous torch\.float32"):
         call(16, torch.float64)
+    plain = graph
+    for change in ({"distance": batch.distance.repeat_interleave(2)[::2]}, {"step": 0.0}):
+        graph = plain._replace(**change)
+        with pytest.raises(sf.InputError, match=r"distance must be a contiguous|step must be positive"):
+            call(16, torch.float32)
 
 
 def test_an_edge_between_crystals_is_refused(make_batch):

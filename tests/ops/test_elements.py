@@ -117,9 +117,11 @@ def test_a_large_table_is_looked_up(make_batch, monkeypatch):
 def test_species_outside_the_table_are_an_error(make_batch):
     batch = make_batch("one crystal", seed=4).to(dtype=torch.float64)
     leaves, layers, species = problem(batch, 8, False)
-    species[17] = ELEMENTS
-    with sf.use_backend("cpu"), pytest.raises(InputError, match=r"Row 17 .* number 5, but .* holds 0 to 4; correct"):
-        functional.stacked_gated_conv(leaves["table"], batch, layers, species=species)
+    for row in (17, 0):
+        species[row] = ELEMENTS
+        says = rf"Row {row} .* number 5, but .* holds 0 to 4; correct"
+        with sf.use_backend("cpu"), pytest.raises(InputError, match=says):
+            functional.stacked_gated_conv(leaves["table"], batch, layers, species=species)
     with pytest.raises(InputError, match="species int32"):
         functional.stacked_gated_conv(leaves["table"], batch, layers, species=species.long())
 

@@ -259,9 +259,10 @@ def test_a_batch_that_is_written_to_before_the_backward_pass(make_batch, field):
         out.sum().backward()
 
 
-def test_an_index_that_leaves_the_crystals_is_named(make_batch):
+@pytest.mark.parametrize(("place", "index"), [(2, 10**6), (0, 1)])
+def test_an_index_that_leaves_the_crystals_is_named(make_batch, place, index):
     batch = make_batch("plain")
-    batch.crystal_ptr[2] = 10**6
+    batch.crystal_ptr[place] = index
     with pytest.raises(InputError, match="Bad graph at position"):
         functional.readout(torch.zeros(batch.num_rows, 8), batch, [Dense(torch.zeros(1, 8), None)])
     with torch.no_grad(), pytest.raises(InputError, match="Bad graph at position"):
