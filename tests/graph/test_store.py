@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
 import sys
 from collections.abc import Callable
@@ -346,7 +347,9 @@ def table(path: Path, count: int = 6) -> Path:
     return path
 
 
-def test_the_same_source_is_prepared_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_same_source_is_prepared_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("pyarrow")
     source, path = table(tmp_path / "t.parquet"), tmp_path / "store"
 
@@ -362,7 +365,11 @@ def test_the_same_source_is_prepared_once(tmp_path: Path, caplog: pytest.LogCapt
     assert second != first and open_store(path).parameters.max_neighbors == 5
     third = stamp(targets=["gap"])
     assert third != second and stamp(targets="gap") == third
+    monkeypatch.setattr(store_module, "__version__", "another")
+    assert stamp(targets="gap") != third
+    before = source.stat()
     table(source, 7)
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))  # a copy that keeps the time, of another size
     stamp(targets=["gap"])
     assert len(open_store(path)) == 7
     (path / "sender.npy").write_bytes(b"")
