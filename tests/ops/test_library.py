@@ -54,11 +54,12 @@ def test_opcheck(make_batch, training, features):
     )
     readout = [torch.rand(3, h.shape[1], dtype=h.dtype), None, torch.rand(2, 3, dtype=h.dtype), torch.rand(2).double()]
     layers = (frozen[:1], frozen[1:2], frozen[2:], [1e-5] * 2, True)
+    embedding = [torch.rand(h.shape[1], 5, dtype=h.dtype), None]
     for species, table, dense in (
-        (None, h.detach(), [None, None]),
-        (batch.numbers, torch.rand(101, 5, dtype=h.dtype), [torch.rand(h.shape[1], 5, dtype=h.dtype), None]),
+        (None, h.detach(), [None, None, *readout]),
+        (batch.numbers, torch.rand(101, 5, dtype=h.dtype), [*embedding, *readout[:2]]),
     ):
-        given = (table, species, moments.row_weight, [*dense, *readout], *layers, *graph)
+        given = (table, species, moments.row_weight, dense, *layers, *graph)
         torch.library.opcheck(ops.gated_conv_network.default, given)
 
 
