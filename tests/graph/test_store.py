@@ -410,14 +410,27 @@ def test_an_interrupted_preparation_goes_on(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(store_module, "_CHUNK_CRYSTALS", 4)
     interrupt(source, tmp_path / "parts", after=14)
     partial = tmp_path / ".parts.partial"
-    with (partial / "sender.npy").open("ab") as file:
-        file.write(b"half a chunk that a killed process had written")
+    for name in ("sender.npy", "rejected.jsonl"):
+        with (partial / name).open("ab") as file:
+            file.write(b"half a chunk that a killed process had written" * 100)
     interrupt(source, tmp_path / "parts", after=25)
     seen: list[int] = []
     prepare(source, tmp_path / "parts", progress=seen.append)
     assert seen == list(range(25, 31))  # 24 inputs in whole chunks were there
     assert_same_files(tmp_path / "parts", tmp_path / "whole")
     assert not partial.exists()
+
+
+def test_an_interrupted_preparation_that_is_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pyarrow")
+    monkeypatch.setattr(store_module, "_CHUNK_CRYSTALS", 4)
+    source = table(tmp_path / "source.parquet", 12)
+    interrupt(source, tmp_path / "store", after=9)
+    sender = tmp_path / ".store.partial" / "sender.npy"
+    sender.write_bytes(sender.read_bytes()[:-4])
+    with pytest.raises(InputError, match=r"sender\.npy is cut short"):
+        prepare(source, tmp_path / "store")
+    assert len(prepare(source, tmp_path / "store")) == 12
 
 
 def test_another_preparation_does_not_go_on_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
