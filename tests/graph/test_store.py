@@ -659,6 +659,17 @@ def test_foreign_directories_are_left_alone(tmp_path: Path) -> None:
     assert len(prepare(records(), tmp_path / "empty")) == 12
 
 
+def test_a_store_where_a_command_runs_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = tmp_path / "store"
+    prepare(records(), store)
+    (store / "below").mkdir()
+    for here in (store, store / "below"):
+        monkeypatch.chdir(here)
+        with pytest.raises(InputError, match="is where this command runs, and would be replaced"):
+            prepare(records(), store)
+    assert len(open_store(store)) == 12
+
+
 def damage_metadata(folder: Path, **changes: object) -> None:
     metadata = json.loads((folder / "metadata.json").read_text())
     (folder / "metadata.json").write_text(json.dumps({**metadata, **changes}))
