@@ -115,6 +115,16 @@ def test_numpy_scalars_of_python_2_are_allowed(tmp_path):
     assert load_upstream_checkpoint(path).metadata.extra["best_mae_error"] == 0.9
 
 
+def test_numpy_scalars_of_another_byte_order_are_allowed(tmp_path):
+    path = write(make_checkpoint(best_mae_error=np.float64(0.9)), tmp_path / "x.pth.tar")
+    value, data = np.float64(0.9).tobytes(), path.read_bytes()
+    for a, b in ((b"X\x01\0\0\0<", b"X\x01\0\0\0>"), (x.decode("latin-1").encode() for x in (value, value[::-1]))):
+        assert data.count(a) == 1
+        data = data.replace(a, b)
+    path.write_bytes(data)
+    assert load_upstream_checkpoint(path).metadata.extra["best_mae_error"] == 0.9
+
+
 @pytest.mark.parametrize("value", [np.zeros(2), np.complex128(1j), np.datetime64("2020-01-01")])
 def test_other_numpy_objects_are_refused(value, tmp_path):
     refusal(write(make_checkpoint(best_mae_error=value), tmp_path / "x.pth.tar"))
@@ -235,7 +245,7 @@ def test_own_element_vectors(tmp_path):
     options = {"n_conv": 1, "atom_fea_len": 8, "h_fea_len": 6, "orig_atom_fea_len": 3}
     path = write(make_checkpoint(CGCNN, options), tmp_path / "x.pth.tar")
     assert "atom_init" in refusal(path)
-    (tmp_path / "atom_init.json").write_text('{"1": [1, 0, 0], "8": [0, 0.5, 0]}')
+    (tmp_path / "atom_init.json").write_text('{"1": [1, 0, 0], "8": [0, 0.5, 0], "0": [1, 1, 1], "-1": [1, 1, 1]}')
     table = load_upstream_checkpoint(path, atom_init=tmp_path / "atom_init.json").element_table
     assert table.shape == (101, 3) and table[8].tolist() == [0, 0.5, 0] and int(table.any(dim=1).sum()) == 2
     for text in ('{"1": [1, 0]}', "[]", "{", '{"H": [1, 0, 0]}'):
@@ -294,6 +304,9 @@ def test_what_the_published_programs_ignore_comes_back(own_table, tmp_path):
     args = torch.load(path, weights_only=True)["args"]
     assert ("element_table" in args["srcgcnn_fast"]) == own_table
     assert json.loads(json.dumps(args)) == args  # plain values only
+    (tmp_path / "atom_init.json").write_text(json.dumps({"8": [1] * 92}))
+    given = load_upstream_checkpoint(path, atom_init=tmp_path / "atom_init.json").element_table
+    assert given[8].tolist() == [1] * 92 and int(given.any(dim=1).sum()) == 1
     assert again.metadata.extra == {"epoch": 0}
     model.metadata.extra["best_epoch"] = {"epoch": 9, "val_mae": 0.25}
     again = load_upstream_checkpoint(save_upstream_checkpoint(model, path))
