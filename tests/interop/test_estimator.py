@@ -4,6 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 
 from srcgcnn_fast.errors import InputError
 
@@ -69,8 +70,12 @@ def test_inside_scikit_learn(alloys):
 
 def test_several_targets(alloys):
     X, y = alloys[0][:30], alloys[1][:30]
+    state = torch.get_rng_state()
     both = CrystalRegressor(**SMALL | {"epochs": 1}).fit(X, np.stack([y, 2 * y], axis=1))
+    assert torch.equal(torch.get_rng_state(), state), "random numbers of others go on"
     assert both.predict(X).shape == (30, 2) and both.model_.metadata.targets == ("target_0", "target_1")
+    with pytest.raises(InputError, match=r"no such\.cif does not exist"):
+        both.predict([*X, "no such.cif"])
 
 
 def test_gaussians_reach_the_radius_and_every_fit_draws_its_seed(alloys):
