@@ -50,6 +50,10 @@ def test_denormal_numbers_may_have_been_removed():
     assert torch.equal(distances_from_gaussians(clean), distances_from_gaussians(fea))
 
 
+def one_more(fea: torch.Tensor, edge: int, k: int, value: float) -> torch.Tensor:
+    return fea.index_put((torch.tensor([edge]), torch.tensor([k])), torch.tensor(value))
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -60,6 +64,9 @@ def test_denormal_numbers_may_have_been_removed():
         lambda f: f[:, torch.randperm(41, generator=torch.Generator().manual_seed(0))],
         lambda f: -f,
         lambda f: f.index_fill(1, torch.tensor([40]), 0.5),
+        lambda f: one_more(f, 0, 40, 1e-6),  # far from the distance of its edge
+        lambda f: one_more(f, 0, 40, -1e-6),
+        lambda f: one_more(f, 999, 0, 1e-6),
         lambda f: f.index_fill(0, torch.tensor([999]), torch.nan),
         lambda f: f.index_fill(0, torch.tensor([999]), torch.inf),
         lambda f: f.masked_fill(torch.arange(41) == 3, torch.nan),
