@@ -241,10 +241,18 @@ def test_inputs_may_be_written_to_before_the_backward_pass(gaussians, aggr):
         torch.testing.assert_close(torch.autograd.grad(out.square().sum(), list(layer.parameters())), expected)
 
 
+def test_layers_of_two_types_with_the_same_edges():
+    edge_index, x, single = torch.tensor([[1, 2, 0, 1], [0, 1, 2, 2]]), torch.rand(3, 8), CGConv(8)
+    double = copy.deepcopy(single).double()
+    expected = single(x, edge_index)
+    torch.testing.assert_close(double(x.double(), edge_index).float(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_more_nodes_with_the_same_edges():
     layers, (x, index, attr) = [CGConv(5, 4) for _ in range(2)], graph()
-    more = torch.cat([layers[0](x.float(), index, attr.float()), torch.ones(3, 5)])
-    assert layers[1](more, index, attr.float()).shape == more.shape
+    attr = attr.float()
+    more = torch.cat([layers[0](x.float(), index, attr), torch.ones(3, 5)])
+    assert layers[1](more, index, attr).shape == more.shape
 
 
 def test_a_geometric_network(published):
