@@ -104,9 +104,10 @@ def test_pyg_round_trip(kind, make_batch):
         assert torch.equal(getattr(again, name), getattr(full, name)), name
     shuffled = torch.randperm(full.num_edges, generator=torch.Generator().manual_seed(0))
     data.edge_index, data.edge_weight = data.edge_index[:, shuffled], data.edge_weight[shuffled]
-    model = model_of()
+    model, sorted_again = model_of(), from_pyg(data)
+    assert bool(((sorted_again.receiver * 100 + sorted_again.distance).diff() >= 0).all())
     with torch.no_grad():
-        torch.testing.assert_close(model(from_pyg(data)), model(batch), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(model(sorted_again), model(batch), rtol=1e-10, atol=1e-12)
 
 
 def test_pyg_features_in_place_of_numbers_and_distances(make_batch):
@@ -132,8 +133,11 @@ def test_pyg_features_in_place_of_numbers_and_distances(make_batch):
 
 def test_upstream_tuples_that_contradict_themselves():
     atom_fea, nbr_fea, idx, rows = golden_input(np.load(GOLDEN / "cgcnn_f16.npz"))
+    between = idx.clone()
+    between[0, 0] = rows[-1][0]
     for bad in (
         (atom_fea[1:], nbr_fea, idx, rows),
+        (atom_fea, nbr_fea, between, rows),
         (atom_fea, nbr_fea[:, 1:], idx, rows),
         (atom_fea, nbr_fea, idx + 1, rows),
         (atom_fea, nbr_fea, idx + len(atom_fea), rows),
