@@ -12,6 +12,7 @@ import srcgcnn_fast as sf
 from srcgcnn_fast import functional
 from srcgcnn_fast.functional import BatchNorm
 from srcgcnn_fast.nn.conv import GatedConv
+from srcgcnn_fast.ops import registry
 
 BACKENDS = ["reference", "cpu"]
 
@@ -99,7 +100,7 @@ def test_nothing_moves_where_a_layer_is_refused(make_batch):
 def test_without_running_statistics(backend, make_batch):
     torch.manual_seed(0)
     batch, conv = make_batch("plain"), GatedConv(8).eval()
-    conv.bn1, conv.bn2 = (nn.BatchNorm1d(k, track_running_stats=False) for k in (16, 8))
+    conv.bn1, conv.bn2 = (nn.BatchNorm1d(k, track_running_stats=False).eval() for k in (16, 8))
     h = torch.rand(batch.num_rows, 8)
     torch.testing.assert_close(conv(h, batch), plain_layer(conv, h, batch), rtol=1e-5, atol=1e-5)
 
@@ -291,6 +292,13 @@ def test_a_forced_backend_never_falls_back(make_batch):
         conv, batch = GatedConv(8).half(), make_batch("plain")
         with sf.use_backend("cpu"), pytest.raises(sf.InputError, match=r"float32 and float64, not torch\.float16"):
             conv.eval()(torch.rand(batch.num_rows, 8).half(), batch)
+
+
+def test_a_backend_that_is_forced_within_another():
+    with sf.use_backend("reference"):
+        with sf.use_backend("reference"):
+            pass
+        assert registry.forced_backend() == "reference"
 
 
 def test_environment_forces_a_backend(monkeypatch, make_batch):
