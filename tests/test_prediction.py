@@ -154,11 +154,15 @@ def test_a_classifier_gives_the_probability_of_class_1():
 
 
 def test_several_targets_and_float64():
-    model = make_model(n_targets=2)
-    frame = sf.predict(model, crystals(3))
+    model, inputs = make_model(n_targets=2), crystals(3)
+    frame = sf.predict(model, inputs)
     assert list(frame.columns) == ["id", "target_0", "target_1", "error"]
-    double = sf.predict(model.double(), crystals(3))
-    np.testing.assert_allclose(double[["target_0", "target_1"]], frame[["target_0", "target_1"]], atol=2e-5)
+    double = sf.predict(model.double(), inputs)[["target_0", "target_1"]]
+    np.testing.assert_allclose(double, frame[["target_0", "target_1"]], atol=2e-5)
+    graphs = sf.build_graphs(inputs, distance_dtype=np.float64)  # with all digits, as the atoms have them
+    with torch.no_grad():
+        expected = model.eval().predict(sf.collate(graphs, torch.float64))
+    np.testing.assert_allclose(double, expected.numpy(), rtol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -180,17 +184,27 @@ def test_another_embedding(embedding):
     np.testing.assert_allclose(sf.predict(model, inputs)["target"], expected, atol=2e-5)
 
 
-def test_graphs_are_those_of_the_training(monkeypatch):
-    model, inputs = make_model(), crystals(3)
+@pytest.mark.parametrize(("padded", "tolerance"), [(True, None), (False, None), (False, 0.01)])
+def test_graphs_are_those_of_the_training(monkeypatch, padded, tolerance):
+    model, inputs = make_model(), [*crystals(3), (np.eye(3) * 5, np.array(ROCK_SALT), [11] * 4 + [17] * 4)]
     default = sf.predict(model, inputs)["target"]
-    model.metadata.graph = sf.GraphParameters(radius=3.0, max_neighbors=5, symmetry_tolerance=None)
-    graphs = sf.build_graphs(inputs, 3.0, 5, None)
+    model.metadata.graph = sf.GraphParameters(radius=3.0, max_neighbors=5, symmetry_tolerance=tolerance, padded=padded)
+    graphs, batches = sf.build_graphs(inputs, 3.0, 5, tolerance, padded=padded), []
     assert max(g.n_edges / g.n_rows for g in graphs) <= 5
     with torch.no_grad():
         expected = model.eval().predict(sf.collate(graphs))[:, 0]
+    monkeypatch.setattr(prediction, "collate", lambda *given: batches.append(sf.collate(*given)) or batches[-1])
     frame = sf.predict(model, inputs)["target"]
     np.testing.assert_allclose(frame, expected.numpy(), atol=2e-5)
     assert not np.allclose(frame, default, atol=1e-3)
+    assert [batch.num_rows for batch in batches] == [sum(g.n_rows for g in graphs)]
+
+
+def test_a_slow_file_is_waited_for_as_long_as_is_said(monkeypatch):
+    read, waits = prediction.read_inputs, []
+    monkeypatch.setattr(prediction, "read_inputs", lambda *a, **how: waits.append(how["timeout"]) or read(*a, **how))
+    sf.predict(make_model(), crystals(1), timeout=7.0)
+    assert waits == [7.0]
 
 
 def test_what_cannot_be_predicted_is_a_row():
@@ -312,7 +326,7 @@ def test_tables_are_written_whole(suffix, tmp_path, monkeypatch):
     read = {
         ".csv": lambda: pandas.read_csv(path),
         ".parquet": lambda: pandas.read_parquet(path),
-        ".json": lambda: pandas.DataFrame(json.loads(path.read_text())),
+        ".json": lambda: pandas.DataFrame(json.loads(path.read_text(), parse_constant=pytest.fail)),  # JSON has no NaN
     }[suffix]()
     assert list(read.columns) == list(frame.columns) and list(read["id"]) == ["a", "b"]
     np.testing.assert_allclose(read["target"].astype(float), frame["target"], rtol=1e-15)
@@ -409,7 +423,8 @@ def test_batches_of_a_store_begun_ahead_are_those_of_the_store(tmp_path, monkeyp
         assert events.count("begin") == (min(number + ahead + 1, 4) if ahead else 0)
         expected = store.batch(np.arange(*cuts[number])).to(dtype=torch.float64)
         for name in ("numbers", "weight", "sender", "distance", "row_ptr", "crystal_ptr", "atom_class"):
-            assert torch.equal(getattr(batch, name), getattr(expected, name)), name
+            found, wanted = getattr(batch, name), getattr(expected, name)
+            assert found.dtype is wanted.dtype and torch.equal(found, wanted), name
     assert number == 3
 
 
