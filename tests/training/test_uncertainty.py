@@ -10,7 +10,7 @@ import pytest
 import torch
 from ase.build import bulk
 
-from srcgcnn_fast import CGCNN, SRCGCNN, InputError, load_model, predict
+from srcgcnn_fast import CGCNN, SRCGCNN, GraphParameters, InputError, load_model, predict
 from srcgcnn_fast.nn import ModelMetadata
 from srcgcnn_fast.training import (
     Evaluation,
@@ -60,6 +60,16 @@ def test_an_ensemble_gives_mean_and_standard_deviation_of_its_members(tmp_path):
     assert len(load_ensemble(tmp_path / "e").members) == 2
     (tmp_path / "e").rename(tmp_path / ".e.set-aside")  # as a kill while it is replaced leaves it
     assert len(load_predictor(tmp_path / "e").members) == 2 and [x.name for x in tmp_path.iterdir()] == ["e"]
+
+
+def test_the_columns_of_several_targets_are_theirs():
+    members = [model(seed, n_targets=2) for seed in range(3)]
+    for member in members:
+        member.metadata = ModelMetadata(("energy", "gap"), ("eV", "eV"), (0.5, 40.0), (2.0, 3.0))
+    each = np.stack([predict(member, CRYSTALS)[["energy", "gap"]] for member in members])
+    table = predict(Ensemble(members, (3.0, 5.0)), CRYSTALS)
+    np.testing.assert_allclose(table[["energy", "gap"]], each.mean(axis=0), atol=1e-4)
+    np.testing.assert_allclose(table[["energy_std", "gap_std"]], each.std(axis=0, ddof=1) * (3, 5), atol=1e-4)
 
 
 def test_dropout_left_on_repeats_and_touches_nothing_else(alloys):
@@ -141,16 +151,17 @@ def test_what_cannot_spread_is_a_sentence(tmp_path):
     stored.write_text(stored.read_text().replace("2.0", "-2.0"))
     with pytest.raises(InputError, match=r"ensemble.json does not describe an ensemble: scale is a positive"):
         load_ensemble(stored.parent)
-    with pytest.raises(InputError, match="predict the same"):
-        other = model()
-        other.metadata = dataclasses.replace(other.metadata, targets=("volume",))
-        Ensemble([model(), other])
     with pytest.raises(InputError, match="are classifiers and others are not"):
         Ensemble([model(), model(classification=True)])
     with pytest.raises(InputError, match="have one element_table"):  # of which only the first would be asked
         other = model()
         other.element_table[11] = 0
         Ensemble([model(), other])
+    for change in ({"targets": ("volume",)}, {"units": ("kJ/mol",)}, {"graph": GraphParameters(radius=6.0)}):
+        with pytest.raises(InputError, match="predict the same"):
+            other = model()
+            other.metadata = dataclasses.replace(other.metadata, **change)
+            Ensemble([model(), other])
     with pytest.raises(InputError, match="own spread"):
         predict(Ensemble([model(), model(1)]), CRYSTALS, dropout_passes=3)
     with pytest.raises(InputError, match="probability"):
