@@ -31,6 +31,7 @@ def test_a_score_does_not_depend_on_the_unit(unit):
     expected = {"mae": 0.2 * unit, "rmse": math.sqrt(0.14 / 3) * unit, "r2": 1 - 0.14 / (14 / 3)}
     assert scores == pytest.approx(expected, rel=1e-6, abs=0)
     assert regression_metrics(predicted, torch.ones(3, 1), ["x"], std)["r2"] == 0
+    assert regression_metrics(torch.ones(3, 1), torch.ones(3, 1), ["x"], std)["r2"] == 1
 
 
 def test_classification():
