@@ -110,6 +110,9 @@ def test_scoring_meanwhile_leaves_frozen_statistics_as_they_are(alloys, tmp_path
     recipe = Recipe(epochs=3, freeze=("convolutions",))
     fit(model, data, tmp_path, recipe, callbacks=[Score()], accelerator="cpu")
     assert torch.equal(model.convs[0].bn1.running_mean, before)
+    scored = evaluate(model, data).predicted
+    assert np.array_equal(evaluate(model.train(), data).predicted, scored)
+    assert model.convs[0].bn1.training and torch.equal(model.convs[0].bn1.running_mean, before)
 
 
 def test_the_best_epoch_is_kept_not_the_last(alloys, tmp_path):
@@ -412,10 +415,17 @@ def test_recipes(alloys, tmp_path, optimizer, schedule):
 def test_several_targets(alloys, tmp_path):
     data = GraphDataModule(alloys, ["energy", "volume"], units=["eV/atom", "Å³"], batch_size=32)
     result = fit(SRCGCNN(n_targets=2), data, tmp_path, Recipe(epochs=1), accelerator="cpu")
-    assert evaluate(result.model, data).predicted.shape[1] == 2
     assert load_model(tmp_path / "model").metadata.units == ("eV/atom", "Å³")
-    table = evaluate(result.model, data).write(tmp_path / "table.csv")
-    assert table.read_text().splitlines()[0] == "id,energy,energy_predicted,volume,volume_predicted"
+    found = evaluate(result.model, data, "val")
+    assert found.predicted.shape[1] == 2
+    assert found.metrics["mae_scaled"] == pytest.approx(result.best["val_mae_scaled"], rel=1e-5)
+    with open(found.write(tmp_path / "table.csv")) as file:
+        header, *rows = csv.reader(file)
+    assert header == ["id", "energy", "energy_predicted", "volume", "volume_predicted"]
+    assert [row[0] for row in rows] == data.ids("val") == found.ids
+    values = np.array([row[1:] for row in rows], float)
+    np.testing.assert_array_equal(values[:, ::2], found.target)
+    np.testing.assert_array_equal(values[:, 1::2], found.predicted)
 
 
 def test_a_run_is_never_overwritten_nor_continued_with_other_settings(alloys, tmp_path):

@@ -26,7 +26,7 @@ from srcgcnn_fast.training import (
     fit,
     train_ensemble,
 )
-from srcgcnn_fast.training.calibration import ONE_STD
+from srcgcnn_fast.training.calibration import ONE_STD, _factor
 from srcgcnn_fast.uncertainty import (
     DROPOUT_SCALE,
     Ensemble,
@@ -195,6 +195,9 @@ def test_coverage_of_normal_errors_is_the_level():
     assert observed[1] == pytest.approx([0.067, 0.261, 0.486], abs=0.01)  # 2 Φ(z/3) - 1
     with pytest.raises(InputError, match="no standard deviation"):
         coverage(dataclasses.replace(found, std=None), levels)
+    for useless in ({"predicted": target}, {"target": target * np.nan}):  # nothing is wrong, or nothing is known
+        with pytest.raises(InputError, match="predictions of b cannot be calibrated"):
+            _factor(dataclasses.replace(found, **useless), 1, "val")
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +225,19 @@ def test_a_trained_ensemble_is_calibrated_on_validation(trained, tmp_path):
     assert header == "id,energy,energy_predicted,energy_std"
     png = calibration_plot(tmp_path / "c.png", found, ensemble.scale)
     assert png.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_every_target_has_a_factor_of_its_own(alloys):
+    """And calibrating once more finds the same."""
+    data = GraphDataModule(alloys, ["energy", "volume"], split=(0.1, 0.9, 0.0))
+    members = [model(seed, n_targets=2) for seed in range(2)]
+    for member in members:
+        member.metadata = ModelMetadata(("energy", "volume"), ("eV", "Å³"), (0.0, 15.0), (0.01, 20.0))
+    pair = Ensemble(members)
+    scale = calibrate(pair, data)
+    for share in coverage(evaluate(pair, data, "val"), np.array([ONE_STD])):
+        assert share == pytest.approx(ONE_STD, abs=1 / 60)
+    assert calibrate(pair, data) == scale and not 0.5 < scale[0] / scale[1] < 2
 
 
 def test_what_cannot_be_calibrated_is_said_before_anything_is_trained(alloys, tmp_path):
