@@ -40,20 +40,39 @@ def test_the_same_target_starts_with_the_same_predictions(alloys, targets):
         assert name.startswith("fc_out") or torch.equal(value, model.state_dict()[name])
 
 
-def test_another_target_gets_a_new_output(alloys):
-    before = source(("energy",))
-    for data, options in (
-        (GraphDataModule(alloys, "volume"), {}), (GraphDataModule(alloys, "high"), {"classification": True}),
-    ):  # fmt: skip
-        model = fine_tuned(before, data, **options)
-        assert not torch.equal(before.fc_out.weight[0], model.fc_out.weight[0])
-        assert torch.equal(before.conv_to_fc.weight, model.conv_to_fc.weight)
-        assert model.classification is bool(options)
+@pytest.mark.parametrize(
+    ("was", "target", "options"),
+    [
+        (("energy",), "volume", {}),
+        (("energy",), "high", {"classification": True}),
+        (("high",), "high", {"classification": True}),
+        (("other",), "high", {}),
+    ],
+    ids=["target", "classifier", "of the same", "class"],
+)
+def test_another_target_gets_a_new_output(alloys, was, target, options):
+    before = source(was, **({"classification": True} if was == ("other",) else {}))
+    model = fine_tuned(before, GraphDataModule(alloys, target), **options)
+    for old in before.fc_out.weight:
+        assert not any(torch.equal(old, new) for new in model.fc_out.weight)
+    assert torch.equal(before.conv_to_fc.weight, model.conv_to_fc.weight)
+    assert model.classification is bool(options or before.classification)
 
 
 def test_a_classifier_goes_on(alloys):
     before, data = source(("high",), classification=True), GraphDataModule(alloys, "high")
     assert np.array_equal(evaluate(fine_tuned(before, data), data).predicted, evaluate(before, data).predicted)
+    again = fine_tuned(before, data, classification=False)
+    assert not any(torch.equal(again.fc_out.weight[0], old) for old in before.fc_out.weight / again.metadata.std[0])
+
+
+def test_type_and_element_vectors_go_along(alloys):
+    before = source().double()
+    before.element_table = before.element_table + 0.25
+    model = fine_tuned(before, GraphDataModule(alloys, "energy"))
+    assert model.fc_out.weight.dtype is torch.float64 and torch.equal(model.element_table, before.element_table)
+    model.element_table += 1
+    assert not torch.equal(model.element_table, before.element_table)
 
 
 def test_other_graphs_are_a_sentence(alloys, tmp_path):
