@@ -412,6 +412,14 @@ def test_recipes(alloys, tmp_path, optimizer, schedule):
     assert rates == pytest.approx([recipe.lr * factor for factor in factors])
 
 
+def test_no_step_is_longer_than_the_clipped_gradient(alloys, tmp_path):
+    data, model = GraphDataModule(alloys, "energy", batch_size=32), CGCNN(1, 8, 8)
+    before = [p.clone() for p in model.parameters()]
+    fit(model, data, tmp_path, Recipe(1, 1.0, "sgd", momentum=0.0, gradient_clip=1e-3), accelerator="cpu")
+    moved = torch.stack([(p - old).square().sum() for p, old in zip(model.parameters(), before, strict=True)]).sum()
+    assert 1e-4 < moved.sqrt() < len(data.loader("train", shuffle=True)) * 1.001e-3
+
+
 def test_several_targets(alloys, tmp_path):
     data = GraphDataModule(alloys, ["energy", "volume"], units=["eV/atom", "Å³"], batch_size=32)
     result = fit(SRCGCNN(n_targets=2), data, tmp_path, Recipe(epochs=1), accelerator="cpu")
