@@ -26,6 +26,7 @@ import torch.nn.utils.prune
 
 from srcgcnn_fast import CGCNN, SRCGCNN, InputError, load_model
 from srcgcnn_fast.graph import GraphStore
+from srcgcnn_fast.ops.precision import tf32_is_allowed
 from srcgcnn_fast.training import GraphDataModule, Recipe, Split, TrainingModule, compare, evaluate, fit
 from srcgcnn_fast.training.callbacks import RunFiles, write_table
 from srcgcnn_fast.training.fit import check_trainable
@@ -177,6 +178,7 @@ def test_one_cycle_warms_up_and_ends_near_zero(alloys, tmp_path):
     class Watch(pl.Callback):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
             rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+            assert {group["betas"] for group in trainer.optimizers[0].param_groups} == {(0.9, 0.999)}
 
     run(alloys, tmp_path, recipe=Recipe(epochs=4, lr=5e-3, optimizer="adamw", schedule="one_cycle", warmup=0.25),
         callbacks=[Watch()])  # fmt: skip
@@ -412,6 +414,21 @@ def test_recipes(alloys, tmp_path, optimizer, schedule):
     assert rates == pytest.approx([recipe.lr * factor for factor in factors])
 
 
+def test_scores_that_are_no_number_are_not_kept(alloys, tmp_path):
+    """R² of one crystal, which config.json could not hold; and a precision is in force while the run trains."""
+    seen = []
+
+    class Watch(pl.Callback):
+        def on_train_start(self, trainer, module):
+            seen.append(tf32_is_allowed())
+
+    data = GraphDataModule(alloys, "energy", split=Split(np.arange(40), [40], []), batch_size=32)
+    options = {"callbacks": [Watch()], "accelerator": "cpu", "precision": "tf32"}
+    result = fit(CGCNN(1, 8, 8), data, tmp_path, Recipe(1), **options)
+    assert math.isnan(result.best["val_r2"]) and seen == [True] and not tf32_is_allowed()
+    assert load_model(tmp_path / "model").metadata.extra["best_epoch"].keys() == result.best.keys() - {"val_r2"}
+
+
 def test_no_step_is_longer_than_the_clipped_gradient(alloys, tmp_path):
     data, model = GraphDataModule(alloys, "energy", batch_size=32), CGCNN(1, 8, 8)
     before = [p.clone() for p in model.parameters()]
@@ -439,12 +456,20 @@ def test_several_targets(alloys, tmp_path):
 def test_a_run_is_never_overwritten_nor_continued_with_other_settings(alloys, tmp_path):
     with pytest.raises(InputError, match="no run to resume"):
         run(alloys, tmp_path, resume=True)
-    run(alloys, tmp_path, epochs=1)
+    split = Split(np.arange(100), np.arange(100, 130), np.arange(130, 160))
+    run(alloys, tmp_path, epochs=1, split=split)
     with pytest.raises(InputError, match="already holds a run"):
         run(alloys, tmp_path, epochs=1)
+    for name, option in (("batch_size", 16), ("batch_rows", 100), ("length_buckets", True), ("seed", 1)):
+        with pytest.raises(InputError, match=rf"other settings: \w*{name} \(\w+ before, {option} now\); use"):
+            run(alloys, tmp_path, epochs=1, split=split, resume=True, **{name: option})
     with pytest.raises(InputError, match=r"lr \(0\.005 before, 0\.001 now\)"):
         run(alloys, tmp_path, recipe=Recipe(epochs=1, lr=1e-3), resume=True)
-    assert json.loads((tmp_path / "run.json").read_text())["model"] == "SRCGCNN"
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["model"] == "SRCGCNN" and record["muon_lr"] is None
+    (tmp_path / "run.json").write_text(json.dumps(record | {"optimizer": "muon", "muon_lr": 0.04}))
+    with pytest.raises(InputError, match=r"other settings: muon_lr \(0.04 before, 0.01 now\); use"):
+        run(alloys, tmp_path, recipe=Recipe(1, 5e-3, "muon", 0.01), split=split, resume=True)
 
 
 class Again(pl.Callback):
@@ -547,6 +572,22 @@ def test_a_run_is_not_continued_with_other_crystals(alloys, tmp_path):
     del record["data_fingerprint"], record["graph_fingerprint"]  # a run of an older version
     (tmp_path / "run.json").write_text(json.dumps(record))
     run(alloys, tmp_path, epochs=1, split=Split(train, first, second), resume=True)
+    doubled = GraphStore.from_graphs(list(alloys), targets={"energy": 2 * alloys.targets["energy"]})
+    with pytest.raises(InputError, match=r"other settings: target_mean .*; target_std \(.*; use"):
+        run(doubled, tmp_path, epochs=1, split=Split(train, first, second), resume=True)
+
+
+def test_dropout_draws_other_numbers_in_every_epoch_and_for_every_seed(alloys, tmp_path):
+    seeds = []
+
+    class Watch(pl.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            seeds.append(torch.initial_seed())
+
+    data, options = GraphDataModule(alloys, "energy", batch_size=64), {"callbacks": [Watch()], "accelerator": "cpu"}
+    for seed in (0, 1):
+        fit(CGCNN(1, 8, 8, dropout=0.5), data, tmp_path / f"{seed}", Recipe(2), seed=seed, **options)
+    assert len(set(seeds)) == 4
 
 
 @pytest.mark.parametrize("per_node", [{}, {"SLURM_NTASKS_PER_NODE": "8"}])
@@ -661,12 +702,18 @@ def test_bad_requests_are_sentences(alloys, tmp_path):
 
 def test_a_run_leaves_the_process_as_it_was(alloys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    before = torch.are_deterministic_algorithms_enabled(), logging.getLogger("lightning.pytorch").level
+
+    def settings():
+        level = logging.getLogger("lightning.pytorch").level
+        return torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory, level
+
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    before = settings()
     np.random.seed(7)
     random.seed(7)
     expected = np.random.RandomState(7).rand(), random.Random(7).random()
     run(alloys, tmp_path / "run", epochs=1)
-    assert before == (torch.are_deterministic_algorithms_enabled(), logging.getLogger("lightning.pytorch").level)
+    assert before == settings()
     assert (np.random.rand(), random.random()) == expected
     ours = torch.rand(1)
     torch.manual_seed(0)
