@@ -190,6 +190,9 @@ def test_frozen_parts_stay_in_evaluation_mode_whoever_calls_train(alloys):
     assert not module.model.shared_conv.fc_full.weight.requires_grad and module.model.embedding.weight.requires_grad
     module.thaw()
     assert module.model.shared_conv.fc_full.weight.requires_grad
+    module.model.shared_conv.fc_full.bias.requires_grad_(False)  # by the user, who keeps it so
+    TrainingModule(module.model, GraphDataModule(alloys, "energy"), Recipe(freeze=("convolutions",))).thaw()
+    assert [name for name, p in module.model.named_parameters() if not p.requires_grad] == ["shared_conv.fc_full.bias"]
 
 
 def test_without_freezing_all_moves(alloys, tmp_path):

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -210,6 +211,16 @@ def test_weight_decay_spares_biases_and_norms(alloys):
     assert decayed["weight_decay"] == 0.1 and all(p.ndim == 2 for p in decayed["params"])
     assert spared["weight_decay"] == 0.0 and all(p.ndim == 1 for p in spared["params"])
     assert len(decayed["params"]) + len(spared["params"]) == len(list(module.parameters()))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", pytest.param("muon", marks=needs_muon)])
+def test_an_optimizer_has_the_recipes_numbers(name):
+    recipe = Recipe(lr=0.5, optimizer=name, muon_lr=0.25, weight_decay=0.125, momentum=0.75)
+    groups = make_optimizer(CGCNN(1, 8, 8), recipe).param_groups
+    found = [(group["lr"], group["weight_decay"]) for group in groups]
+    spared = [(0.5, 0.0)] * (name in ("adamw", "muon"))
+    assert found == [(0.5, 0.125), *spared, *[(0.25, 0.125)] * (name == "muon")]
+    assert name != "sgd" or groups[0]["momentum"] == 0.75
 
 
 @needs_muon
@@ -599,12 +610,35 @@ def test_a_job_of_many_tasks_trains_in_one_process(alloys, tmp_path, monkeypatch
     assert len(run(alloys, tmp_path, epochs=1).history) == 1
 
 
-def test_an_epoch_without_validation_is_timed(alloys):
+QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+
+
+@pytest.mark.parametrize("batches", [0, 1])
+def test_an_epoch_is_timed_with_or_without_validation(alloys, monkeypatch, batches):
+    """Without the time of its validation, which takes an hour here."""
+    passed, now = [], time.perf_counter
+
+    class Watch(pl.Callback):
+        def on_validation_batch_start(self, *_):
+            passed.append(3600)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now() + sum(passed))
     data = GraphDataModule(alloys, "energy", batch_size=32)
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = pl.Trainer(max_epochs=1, limit_val_batches=0, accelerator="cpu", **quiet)
+    options = {"limit_val_batches": batches, "num_sanity_val_steps": 0, "callbacks": [Watch()], **QUIET}
+    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", **options)
     trainer.fit(TrainingModule(CGCNN(1, 8, 8), data, Recipe(epochs=1)), data)
-    assert 0 < trainer.callback_metrics["seconds"] < 60
+    assert 0 < trainer.callback_metrics["seconds"] < 60 and len(passed) == batches
+
+
+@pytest.mark.parametrize("target", ["energy", "high"])
+def test_a_trainer_of_ones_own_tests_and_predicts(alloys, target):
+    data = GraphDataModule(alloys, target, batch_size=32, split=(0.5, 0.1, 0.4))
+    module = TrainingModule(CGCNN(1, 8, 8, classification=target == "high"), data, Recipe())
+    trainer, expected = pl.Trainer(accelerator="cpu", **QUIET), evaluate(module.model, data)
+    (scores,) = trainer.test(module, data, verbose=False)
+    assert scores == pytest.approx({f"test_{name}": value for name, value in expected.metrics.items()}, rel=1e-4)
+    found = torch.cat(trainer.predict(module, data.loader("test")))
+    np.testing.assert_allclose(found.numpy(), expected.predicted, rtol=1e-5)
 
 
 def test_a_trainer_of_ones_own_says_what_of_the_recipe_is_left_to_it(alloys, tmp_path, caplog):
