@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from types import SimpleNamespace
 
@@ -147,6 +148,10 @@ def test_crystals_without_target_are_left_out_and_counted(alloys, caplog):
     assert "16 of 160 crystals have no volume" in caplog.text
     assert sum(len(part.indices) for part in data.parts.values()) == 144
     assert all(np.isfinite(data.target_values(part)).all() for part in data.parts)
+    energy = np.where(np.arange(160) % 4, alloys.targets["energy"], [np.inf, -np.inf] * 80)
+    endless = GraphStore.from_graphs(list(alloys), targets={"energy": energy, "volume": alloys.targets["volume"]})
+    parts = GraphDataModule(endless, ["energy", "volume"]).parts
+    assert all(not np.isinf(dataset.targets[indices]).any() for dataset, indices in parts.values())
 
 
 def test_explicit_indices_and_separate_stores(alloys):
@@ -182,7 +187,8 @@ def test_what_is_trained_on_and_scored_too_is_counted(alloys, caplog):
         assert "5 val crystals are also trained on" in caplog.text
         assert "160 test crystals are also trained on" in caplog.text
         caplog.clear()
-        twice = [*some[:60], some[2], some[70]]  # two of one id, one of them with the graph of the first
+        other_elements = dataclasses.replace(some[3], numbers=some[3].numbers + 1)
+        twice = [*some[:60], some[2], other_elements]  # two of one id, one of them with the graph of the first
         ids = [*map(str, range(60)), "2", "3"]
         other = GraphStore.from_graphs(twice, ids=ids, targets={"energy": np.zeros(62)})
         GraphDataModule(other, "energy", split=Split(np.arange(50), np.arange(49, 62), np.arange(60, 62)))
@@ -199,6 +205,8 @@ def test_bad_requests_are_sentences(alloys):
         GraphDataModule(alloys, "volume", split=Split(np.arange(20), np.arange(20, 30), np.arange(30, 40)))
     with pytest.raises(InputError, match="leave the store"):
         GraphDataModule(alloys, "energy", split=Split(np.arange(20), np.arange(150, 161), np.arange(0)))
+    with pytest.raises(InputError, match="leave the store"):
+        GraphDataModule(alloys, "energy", split=Split(np.arange(20), [-1, 30], []))
     mask = np.arange(160) < 100
     for wrong, kind in ((mask, "bool"), (np.arange(100.0), "float64"), (np.arange(100)[:, None], "int64")):
         with pytest.raises(InputError, match=rf"list of indices, not an array of {kind}.*np\.flatnonzero"):

@@ -97,9 +97,10 @@ def test_scores_are_of_the_models_targets_and_graphs(alloys):
     with pytest.raises(InputError, match="There is no part 'foo'; choose among train, val, test"):
         evaluate(two, GraphDataModule(alloys, ["energy", "volume"]), "foo")
     one = source()
-    one.metadata.graph = GraphParameters(radius=6.0)
-    with pytest.raises(InputError, match=r"radius 6\.0, and these have 8\.0"):
-        evaluate(one, GraphDataModule(alloys, "energy"))
+    for change, says in (({"radius": 6.0}, r"radius 6\.0, .* 8\.0"), ({"max_neighbors": 8}, "max_neighbors 8, .* 12")):
+        one.metadata.graph = GraphParameters(**change)
+        with pytest.raises(InputError, match=says):
+            evaluate(one, GraphDataModule(alloys, "energy"))
     for how in ({}, {"batch_rows": 30}):
         with pytest.raises(InputError, match="no test crystals"):
             evaluate(source(), GraphDataModule(alloys, "energy", split=(0.9, 0.1, 0.0), **how))
