@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -151,6 +152,9 @@ def test_the_package_matbench_has_the_word(alloys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matbench.metadata", metadata)
     found = matbench_folds(empty_store(alloys, [f"mb-x-{i}" for i in range(10)]), "matbench_x")
     assert [fold.test.tolist() for fold in found] == [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]
+    store = empty_store(alloys, [f"mb-x-{i}" for i in range(10)])
+    held = {tuple(fold.val) for seed in range(20) for fold in matbench_folds(store, "matbench_x", seed, 0.4)[:1]}
+    assert len(held) > 5  # of ten pairs that validate the first fold, by the seed
 
 
 def test_cross_validation_predicts_each_crystal_by_the_model_that_did_not_see_it(alloys, tmp_path):
@@ -171,7 +175,8 @@ def test_cross_validation_predicts_each_crystal_by_the_model_that_did_not_see_it
     assert found.scores["mae"] == pytest.approx((error.mean(), error.std()), rel=1e-6)
     with pytest.raises(InputError, match="already holds a run"):
         cross_validate(build, make_data, folds, tmp_path, **options)
-    (tmp_path / "fold_2" / "last.ckpt").unlink()
+    (tmp_path / "fold_1" / "last.ckpt").unlink()  # stopped in its first epoch
+    shutil.rmtree(tmp_path / "fold_2")  # not begun
     torch.manual_seed(99)
     resumed = cross_validate(build, make_data, folds, tmp_path, resume=True, **options)
     assert resumed.scores == found.scores

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pandas as pd
@@ -215,6 +216,8 @@ def test_a_trained_ensemble_is_calibrated_on_validation(trained, tmp_path):
     assert data.seed == 0
     weights = [member.fc_out.weight for member in ensemble.members]
     assert not torch.equal(*weights)
+    records = [json.loads((folder / f"member_{k}" / "run.json").read_text()) for k in range(2)]
+    assert [(record["seed"], record["data_seed"]) for record in records] == [(0, 0), (1, 1)]
     found = evaluate(ensemble, data, "val")
     assert coverage(found, np.array([ONE_STD])) == pytest.approx(ONE_STD, abs=1 / 60)
     assert ensemble.scale[0] > 1.2 or ensemble.scale[0] < 0.8  # two members do not happen to be right
