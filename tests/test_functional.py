@@ -276,6 +276,18 @@ def test_tracing_is_refused(make_batch, training):
             torch.jit.trace(lambda distance: model(replace(batch, distance=distance)), batch.distance)
 
 
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("training", [False, True])
+def test_what_a_batch_keeps_is_of_one_basis_and_type(backend, make_batch, training):
+    torch.manual_seed(0)
+    shared, bases = make_batch("plain"), ({}, {"dmin": 0.5}, {"step": 0.3}, {"nbr_fea_len": 30})
+    convs = [*(GatedConv(8, **basis) for basis in bases), GatedConv(8).double()]
+    for conv in convs:
+        conv.train(training)
+        h = torch.rand(shared.num_rows, 8, dtype=conv.fc_full.weight.dtype)
+        torch.testing.assert_close(conv(h, shared), conv(h, make_batch("plain")))
+
+
 def test_a_stack_has_a_layer(make_batch):
     batch = make_batch("plain")
     with pytest.raises(sf.InputError, match="at least one"):
