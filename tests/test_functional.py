@@ -114,6 +114,19 @@ def test_norms_without_parameters_are_of_the_type_of_the_call(make_batch):
         torch.testing.assert_close(conv(h, batch), plain_layer(conv, h, batch), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [sf.CGCNN, sf.SRCGCNN])
+def test_a_model_without_running_statistics_infers_with_those_of_the_batch(make_batch, kind):
+    torch.manual_seed(0)
+    model, batch = kind(atom_fea_len=16, h_fea_len=8), make_batch("plain")
+    for module in list(model.modules()):
+        for name, norm in module.named_children():
+            if isinstance(norm, nn.BatchNorm1d):
+                setattr(module, name, nn.BatchNorm1d(norm.num_features, track_running_stats=False))
+    expected = model.eval()(batch)
+    with torch.no_grad():
+        torch.testing.assert_close(model(batch), expected)
+
+
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_norms_that_cannot_run_are_refused(backend, make_batch):
     batch, weight, h = make_batch("plain"), torch.rand(32, 73), torch.rand(make_batch("plain").num_rows, 16)
