@@ -165,6 +165,25 @@ def test_explicit_indices_and_separate_stores(alloys):
     assert [len(apart.parts[p].indices) for p in ("train", "val", "test")] == [160, 160, 0]
 
 
+def test_a_fingerprint_of_graphs_is_of_all_that_they_hold(alloys):
+    graphs = [alloys[i] for i in range(8)]
+    wide = [np.ones((len(graph.distance), 3), np.float32) for graph in graphs]
+    changed = {
+        "as it is": lambda graph, k: {},
+        "elements": lambda graph, k: {"numbers": graph.numbers + 1},
+        "distances": lambda graph, k: {"distance": graph.distance + np.float32(1e-3)},
+        "vectors": lambda graph, k: {"atom_features": np.ones((graph.n_rows, 92), np.float32)},
+        "edges": lambda graph, k: {"edge_features": wide[k]},
+        "other edges": lambda graph, k: {"edge_features": 2 * wide[k]},
+    }
+    found = set()
+    for change in changed.values():
+        some = [dataclasses.replace(graph, **change(graph, k)) for k, graph in enumerate(graphs)]
+        store = GraphStore.from_graphs(some, targets={"energy": np.arange(8.0)})
+        found.add(GraphDataModule(store, "energy", split=Split([0, 1, 2], [3], [4, 5, 6, 7])).graph_fingerprint())
+    assert len(found) == len(changed)
+
+
 def test_a_store_may_be_its_path(tmp_path):
     store = prepare(write_alloys(tmp_path / "a.parquet", 20), tmp_path / "store")
     by_path = GraphDataModule(

@@ -190,7 +190,7 @@ def test_only_model_and_seed_differ_between_runs(finished):
     runs = [run for run in runs if run["targets"] == ["energy"]]
     assert len(runs) == 4
     changing = {key for key in runs[0] if any(run[key] != runs[0][key] for run in runs)}
-    assert changing == {"model", "hyperparameters", "seed", "data_seed"}
+    assert changing == {"model", "hyperparameters", "seed", "data_seed"} and runs[0]["batch_size"] == 32
     tables = [(path.parent / "test_predictions.csv").read_text() for path in (finished / "runs").glob("*/run.json")]
     columns = {tuple(line.split(",")[0] for line in table.splitlines()) for table in tables if "energy" in table}
     assert len(columns) == 1  # the split does not follow the seed
