@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from srcgcnn_fast import CGCNN, InputError
 from srcgcnn_fast.cli import main
 from srcgcnn_fast.graph import GraphStore
-from srcgcnn_fast.training import GraphDataModule, Recipe, fit, report, study
+from srcgcnn_fast.training import GraphDataModule, Recipe, evaluate, fit, report, study
 from srcgcnn_fast.training.alloys import write_alloys
 from srcgcnn_fast.training.report import compare_study, composition, paired_difference
 from srcgcnn_fast.training.study import Section, Study, Variant, find, read_study
@@ -304,6 +305,14 @@ def test_what_decides_a_run(alloys):
         place(data=GraphDataModule(strained, "energy")),
     ]
     assert len({*others, place()}) == 11
+
+
+def test_scores_are_those_of_the_best_epoch(alloys):
+    data, model = GraphDataModule(alloys, "energy"), CGCNN(1, 8, 8)
+    history = [{"epoch": k + 1.0, "val_mae": mae, "seconds": 3.0**k} for k, mae in enumerate((3.0, 1.0, 2.0))]
+    found = study._scores(SimpleNamespace(model=model, history=history, best=history[1], seconds=20.0), data, False)
+    assert (found["val_mae"], found["best_epoch"], found["seconds_per_epoch"]) == (1.0, 2, 3.0)
+    assert found["train_mae"] == evaluate(model, data, "train").metrics["mae"]
 
 
 def test_a_paired_difference_has_the_interval_of_its_crystals():
