@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import srcgcnn_fast as sf
 from srcgcnn_fast import serialization
-from srcgcnn_fast.files import atomic_directory, read_directory
+from srcgcnn_fast.files import atomic_directory, read_directory, sweep
 from srcgcnn_fast.nn import CGCNN, SRCGCNN, ModelMetadata
 from srcgcnn_fast.uncertainty import Ensemble, load_predictor, save_ensemble
 
@@ -162,6 +162,16 @@ def test_what_is_replaced_all_the_time_is_not_read(tmp_path):
     read(tmp_path / "m")
     with pytest.raises(sf.InputError, match="replaced all the time"):
         read_directory(tmp_path / "m", read)
+
+
+def test_what_was_killed_is_swept_and_nothing_beside_it(tmp_path):
+    kept = {".m.set-aside", ".m.abcd123", ".m.abcd12345", ".mm.abcd1234", "m.abcd1234", ".m1.abcd1234"}
+    for name in (*kept, ".m.abcd123_", ".m[1].abcd1234"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    sweep(tmp_path / "m")
+    sweep(tmp_path / "m[1]")
+    assert {path.name for path in tmp_path.iterdir()} == kept
 
 
 def test_nothing_foreign_is_replaced(tmp_path):
