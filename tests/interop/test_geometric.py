@@ -96,6 +96,7 @@ def operator_calls(monkeypatch):
 
 @pytest.mark.parametrize("size", [1e9, 3e9, 1e30, -1e3, -1e30])
 def test_gradients_of_large_features_that_no_gate_sees(operator_calls, size):
+    torch.manual_seed(0)  # sums of 1e30 cancel with some weights
     other = theirs(16, 4).float()
     with torch.no_grad():
         for linear in (other.lin_f, other.lin_s):
