@@ -27,6 +27,7 @@ from srcgcnn_fast.ops import triton as backend
 from srcgcnn_fast.ops.cpu import Graph, Layer
 from srcgcnn_fast.ops.reference import BatchNorm, Edges
 
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -51,19 +52,6 @@ runs = pytest.mark.skipif(
     obstacle() is not None or numpy_is_too_new(),
     reason=str(obstacle() or "the interpreter of this Triton does not work with NumPy 2.4"),
 )
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs(monkeypatch: pytest.MonkeyPatch):
-    """Whatever a kernel forgets to write is NaN, not an old right answer."""
-
-    def poison(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
 
 
 @pytest.fixture(autouse=True)
