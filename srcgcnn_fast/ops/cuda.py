@@ -126,8 +126,10 @@ class NetworkParameters:
         _check("crystal_ptr", graph.crystal_ptr, (n_crystals + 1,), torch.int32, device)
         if row_weight is not None:
             _check("row_weight", row_weight, (n,), dtype, device)
-        if (n if row_weight is None else n_crystals) == 0:
-            return h.new_empty(0, self.features if row_weight is None else self.widths[-1])
+        if row_weight is None and (n == 0 or n_crystals == 0):
+            return h.new_full((n, self.features), float("nan"))  # rows of no crystal
+        if n_crystals == 0:
+            return h.new_empty(0, self.widths[-1])
         with triton.launching(device) as stream:
             if graph.features is None or self.shared:
                 return self._launch(stream, h, species, edges, row_weight)

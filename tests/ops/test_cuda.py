@@ -132,6 +132,7 @@ def test_bad_pointers_give_nan(library, make_batch, monkeypatch, gpu):
         crystal_ptr = graph.crystal_ptr.clone()
         crystal_ptr[at] = value
         assert problem.found(graph._replace(crystal_ptr=crystal_ptr)).isnan().all()
+    assert problem.found(graph._replace(crystal_ptr=graph.crystal_ptr[:1])).isnan().all()  # rows of no crystal
 
 
 @pytest.mark.parametrize("gpu", [H100, TINY], ids=["small", "large"])
