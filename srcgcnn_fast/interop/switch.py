@@ -63,11 +63,16 @@ def accelerate(model: _MODEL, verify: Any = None) -> _MODEL:
         raise InputError(f"Nothing in this {own_class(model).__name__} can be accelerated ({why}).")
     logger.info("Accelerated: %s.", ", ".join(replaced))
     if verify is not None:
-        found = difference(model, verify)
-        if not found.rounding:
+        try:
+            found = difference(model, verify)
+            if not found.rounding:
+                raise InputError(
+                    f"The accelerated model does not agree with its own formulas ({found}); it is as before."
+                )
+        except BaseException:
             for module in changed:
                 unswap(module)
-            raise InputError(f"The accelerated model does not agree with its own formulas ({found}); it is as before.")
+            raise
         logger.warning("Verified: %s.", found)
     return model
 

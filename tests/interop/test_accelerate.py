@@ -290,9 +290,10 @@ def test_verify_finds_what_a_small_example_does_not_show(published, published_ba
             return out if len(out) < 20 else 2 * out
 
     model.convs[1].__class__ = ConvLayer
-    with pytest.raises(InputError, match="does not agree with its own formulas"):
-        sf.accelerate(model, verify=published_batch())
-    assert type(model.convs[1]) is ConvLayer and set(acceleration(model).values()) == {"not accelerated yet"}
+    for batch, error, said in ((published_batch(), InputError, "does not agree"), ((1, 2, 3, 4), TypeError, None)):
+        with pytest.raises(error, match=said):
+            sf.accelerate(model, verify=batch)
+        assert type(model.convs[1]) is ConvLayer and set(acceleration(model).values()) == {"not accelerated yet"}
     with pytest.raises(InputError, match="does not agree with its own formulas"):
         sf.accelerate(sf.accelerate(model), verify=published_batch())  # it was accelerated before
 
