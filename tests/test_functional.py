@@ -45,7 +45,9 @@ def test_batch_norm_behaves_as_users_of_torch_expect(backend, make_batch, moment
             conv.train(mode != "eval")
             conv.bn1.train(mode in ("train", "untracked"))
             conv.bn1.track_running_stats = mode != "untracked"
-        torch.testing.assert_close(ours(h, batch), plain_layer(theirs, h, batch), rtol=1e-5, atol=1e-5)
+        found = ours(h, batch)
+        torch.testing.assert_close(found, plain_layer(theirs, h, batch), rtol=1e-5, atol=1e-5)
+        assert found.is_contiguous()
         for (name, a), (_, b) in zip(ours.named_buffers(), theirs.named_buffers(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
 

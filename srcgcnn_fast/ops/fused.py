@@ -508,7 +508,7 @@ def gated_convs(
             out, _m, *used = _ops.gated_conv(out, *layer, *graph, *moments)
             statistics += used
         _update(layers, statistics, graph, moments, width, more)
-    out = out[:, :width] if more else out
+    out = out[:, :width].contiguous() if more else out
     return out if pool is None else pool(out)
 
 
@@ -677,4 +677,4 @@ def stack(
     else:
         rows = wide if species is None else embedding(species, wide)
         out = _ops.gated_conv_stack(rows, *_lists(folded, shared), *graph)
-    return out[:, :width] if more else out
+    return out[:, :width].contiguous() if more else out
