@@ -137,6 +137,11 @@ def edge_batch(
     )
 
 
+def is_index(x: Tensor) -> bool:
+    """Do its numbers name rows? Those of torch.bool and torch.uint8 select them."""
+    return x.dtype in (torch.int64, torch.int32, torch.int16, torch.int8)
+
+
 def own_copy(x: Tensor) -> Tensor:
     """What a backward pass may read: a copy where gradients are recorded, so that the caller may write to ``x``."""
     return x.clone() if torch.is_grad_enabled() else x

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..nn.norm import SynchronizedBatchNorm1d, batch_norm_state
 from ..ops import registry
-from .indexed import neighbor_batch, own_copy
+from .indexed import is_index, neighbor_batch, own_copy
 from .swap import Swapped, arguments, is_traced, own_formula
 
 _LAYERS = {"fc_full": nn.Linear, "sigmoid": nn.Sigmoid, "softplus1": nn.Softplus, "softplus2": nn.Softplus}
@@ -77,7 +77,7 @@ class PublishedConv(Swapped):
                 and _is_graph(h, nbr_fea, nbr_fea_idx)
                 and 2 * h.shape[1] + nbr_fea.shape[2] == self.fc_full.weight.shape[1]
             ):
-                h = h.float() if torch.is_autocast_enabled(h.device.type) else h
+                h = h.to(self.fc_full.weight.dtype) if torch.is_autocast_enabled(h.device.type) else h
                 infers = not torch.is_grad_enabled() and not any(norm.training for norm in norms)
                 if registry.select(h, inference=infers) != "reference":
                     batch = neighbor_batch(nbr_fea, nbr_fea_idx, h.dtype, (id(self), id(norms[0])))
@@ -116,12 +116,14 @@ class PublishedPooling(Swapped):
             is_traced()
             or atom_fea.dtype not in (torch.float32, torch.float64)
             or len(crystal_atom_idx) < 2
-            or any(x.ndim != 1 for x in crystal_atom_idx)
+            or not all(isinstance(x, Tensor) and x.ndim == 1 and is_index(x) for x in crystal_atom_idx)
             or sum(map(len, crystal_atom_idx)) != atom_fea.shape[0]
         ):
             return super().pooling(atom_fea, crystal_atom_idx)  # type: ignore[misc]
         counts = torch.tensor([len(x) for x in crystal_atom_idx], device=atom_fea.device)
-        rows = atom_fea.index_select(0, torch.cat(list(crystal_atom_idx)).to(atom_fea.device))
+        index = torch.cat(list(crystal_atom_idx)).to(atom_fea.device)
+        index = torch.where(index < 0, index + atom_fea.shape[0], index)  # those count from the end
+        rows = atom_fea.index_select(0, index)
         crystal = torch.repeat_interleave(counts, output_size=atom_fea.shape[0])
         total = atom_fea.new_zeros(len(counts), atom_fea.shape[1]).index_add(0, crystal, rows)
         return total / counts[:, None]
@@ -137,8 +139,7 @@ def _is_graph(atom_fea: Tensor, nbr_fea: Tensor, nbr_fea_idx: Tensor) -> bool:
         (atom_fea.ndim, nbr_fea.ndim, nbr_fea_idx.ndim) == (2, 3, 2)
         and atom_fea.shape[0] == nbr_fea_idx.shape[0]
         and nbr_fea.is_floating_point()
-        and not nbr_fea_idx.is_floating_point()
-        and nbr_fea_idx.dtype not in (torch.bool, torch.uint8)  # those select, they do not count
+        and is_index(nbr_fea_idx)
         and atom_fea.device == nbr_fea.device == nbr_fea_idx.device
         and not atom_fea.is_meta
     )

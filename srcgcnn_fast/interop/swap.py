@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 from collections import deque
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from ..errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +47,8 @@ class Swapped:
     _own_class: ClassVar[type]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self._kind, self._own_class), self.__dict__.copy()
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__.copy()  # Python 3.10 has none
+        return _rebuild, (self._kind, self._own_class), state
 
 
 def own_class(module: Any) -> type:
@@ -70,9 +74,20 @@ def swap(module: Any, kind: Any) -> None:
     module.__class__ = _swapped_class(kind, cls)
 
 
-def unswap(module: Any) -> None:
-    """Give the module its own class back."""
-    module.__class__ = own_class(module)
+def unswap(modules: Iterable[Any]) -> None:
+    """Give each module its own class back, or none of them.
+
+    Raises:
+        InputError: a class was exchanged again afterwards, as ``torch.nn.utils.parametrize`` does.
+    """
+    swapped = [(module, own_class(module)) for module in modules]
+    for module, own in swapped:
+        if type(module) is not _swapped_class(module._kind, own):
+            raise InputError(
+                f"A {own.__name__} became a {type(module).__name__} after it was accelerated; undo that before restore."
+            )
+    for module, own in swapped:
+        module.__class__ = own
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -102,7 +117,8 @@ def is_traced() -> bool:
     """Is this call compiled, exported, traced or transformed, so that it may hold plain PyTorch only?"""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
-    return bool(torch._C._functorch.peek_interpreter_stack())
+    # Modes that see each operator: fake tensors, counters of operations, selective checkpoints.
+    return bool(torch._C._len_torch_dispatch_stack()) or bool(torch._C._functorch.peek_interpreter_stack())
 
 
 def own_formula(module: Any, *more: nn.Module | None) -> bool:

@@ -32,8 +32,8 @@ def accelerate(model: _MODEL, verify: Any = None) -> _MODEL:
     float64; others are left as they are and named, with the reason, in the log and by :func:`acceleration`.
 
     Where a call is beyond the operators (a hook on a part of a layer, a part that was exchanged since, arguments that
-    the published layer has not, half precision, ``torch.func``, tracing, export, compilation), a replaced layer
-    computes its own formula.
+    the published layer has not, half precision, ``torch.func``, tracing, export, compilation, a mode that sees every
+    operator, such as ``FlopCounterMode``), a replaced layer computes its own formula.
 
     Args:
         model: a module that holds such layers, at any depth; calling this twice changes nothing.
@@ -70,18 +70,19 @@ def accelerate(model: _MODEL, verify: Any = None) -> _MODEL:
                     f"The accelerated model does not agree with its own formulas ({found}); it is as before."
                 )
         except BaseException:
-            for module in changed:
-                unswap(module)
+            unswap(changed)
             raise
         logger.warning("Verified: %s.", found)
     return model
 
 
 def restore(model: _MODEL) -> _MODEL:
-    """Undo :func:`accelerate`."""
-    for module in model.modules():
-        if isinstance(module, Swapped):
-            unswap(module)
+    """Undo :func:`accelerate`.
+
+    Raises:
+        InputError: a replaced layer's class was exchanged since (``torch.nn.utils.parametrize``); none is undone.
+    """
+    unswap(module for module in model.modules() if isinstance(module, Swapped))
     return model
 
 

@@ -11,6 +11,9 @@ import os
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
 
 import srcgcnn_fast as sf
 from srcgcnn_fast.errors import InputError
@@ -215,6 +218,17 @@ def test_pooling_with_another_formula_is_left(published, published_batch):
     assert "output differs" in acceleration(sf.accelerate(model))["the model (Summed)"]
     found = difference(model, published_batch())
     assert found.output < 1e-12
+
+
+def test_pooling_takes_what_the_programs_own_takes(published):
+    model, fea = published(), torch.randn(5, 16, dtype=torch.float64)
+    fast = sf.accelerate(copy.deepcopy(model))
+    tensors = [torch.tensor([0, 1, -1]), torch.tensor([3, -3])]
+    for rows in (tensors, [x.int() for x in tensors], [x.numpy() for x in tensors], [x.tolist() for x in tensors]):
+        torch.testing.assert_close(fast.pooling(fea, rows), model.pooling(fea, rows), rtol=1e-13, atol=0)
+    for wrong in (5, -6):
+        with pytest.raises((IndexError, RuntimeError), match=r"out of (range|bounds)"):
+            fast.pooling(fea, [torch.tensor([0, 1, 2]), torch.tensor([3, wrong])])
 
 
 def test_a_layer_or_pooling_that_records_something_is_left(published, published_batch):
@@ -470,6 +484,32 @@ def test_a_whole_model_in_a_file(published, published_batch):
     assert torch.equal(loaded(*batch)[0], model(*batch)[0])
 
 
+def test_a_state_of_its_own(published):
+    model = published()
+
+    class ConvLayer(type(model.convs[0])):
+        def __getstate__(self):  # an open file, say
+            return {name: x for name, x in vars(self).items() if name != "log"}
+
+    model.convs[0].__class__, model.convs[0].log = ConvLayer, None
+    fast = sf.accelerate(model)
+    assert acceleration(fast)["convs.0 (ConvLayer)"] is None
+    fast.convs[0].log = (line for line in "ab")  # cannot be copied
+    assert not hasattr(copy.deepcopy(fast).convs[0], "log")
+
+
+def test_a_class_that_was_exchanged_again_is_not_dropped(published, published_batch):
+    model = published()
+    model.convs[1].scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+    fast = sf.accelerate(model)
+    parametrize.register_parametrization(fast.convs[1], "scale", nn.Identity())
+    with pytest.raises(InputError, match="A ConvLayer became a Parametrized"):
+        restore(fast)
+    assert acceleration(fast)["convs.0 (ConvLayer)"] is None and fast.convs[1].scale == 1
+    parametrize.remove_parametrizations(fast.convs[1], "scale")
+    assert all(type(layer).__name__ == "ConvLayer" for layer in restore(fast).convs)
+
+
 def test_autocast_runs_the_layers_in_float32(published, operator_calls, published_batch):
     model, batch = published(dtype=torch.float32).eval(), published_batch(dtype=torch.float32)
     fast = sf.accelerate(copy.deepcopy(model))
@@ -478,6 +518,14 @@ def test_autocast_runs_the_layers_in_float32(published, operator_calls, publishe
         theirs, ours = model(*batch), fast(*batch)
     torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.05, atol=0.05)
     assert len(operator_calls) == 2
+
+
+def test_autocast_leaves_doubles(published, published_batch):
+    model, (_, fea, idx, _) = published().eval(), published_batch()
+    fast, h = sf.accelerate(copy.deepcopy(model)), torch.randn(50, 16, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = (each.convs[0](h, fea, idx) for each in (fast, model))
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
 
 
 def test_half_precision_and_a_forced_reference_use_the_own_formula(published, operator_calls, published_batch):
@@ -510,3 +558,16 @@ def test_transforms_and_tracers_see_the_own_formula(published, published_batch):
     shifted = idx.flip(0)
     for again in (compiled, traced, exported):
         torch.testing.assert_close(again(h, fea, shifted), model.convs[0](h, fea, shifted), rtol=1e-9, atol=1e-12)
+
+
+def test_modes_that_see_each_operator_see_the_own_formula(published, published_batch):
+    model, batch = published().eval(), published_batch()
+    fast, counts = sf.accelerate(copy.deepcopy(model)), []
+    for each in (model, fast):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            each(*batch)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        *tensors, rows = batch
+        assert fast(*map(mode.from_tensor, tensors), rows).shape == (5, 1)
