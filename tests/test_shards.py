@@ -128,6 +128,20 @@ def test_an_interrupted_prediction_goes_on(folder: Path, tmp_path: Path, monkeyp
         sf.predict_shards(model(), folder, folder, rows=9)
 
 
+def test_settings_of_the_graphs_are_handed_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    lone = [("far", (30 * np.eye(3)).ravel().tolist(), [0.0, 0.0, 0.0], [8])]
+    columns = ["material_id", "lattice", "frac_coords", "atomic_numbers"]
+    pandas.DataFrame(lone, columns=columns).to_parquet(folder / "a.parquet")
+    in_this_process(monkeypatch)
+    for isolated in (None, "keep"):
+        out = tmp_path / str(isolated)
+        assert sf.predict_shards(model(), folder, out, isolated=isolated) == 1
+        expected = sf.predict(model(), folder / "a.parquet", isolated=isolated)
+        assert result(out)["error"].isna().tolist() == expected["error"].isna().tolist() == [isolated == "keep"]
+
+
 def test_a_store_of_shards_is_that_of_the_whole(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tmp_path / "whole.parquet"
     table(71).to_parquet(whole, row_group_size=20)

@@ -263,8 +263,6 @@ def _expanded(
             raise _Doubt  # one atom or two: a matter of digits
         on_one_before = np.tril(apart < _SITE_TOLERANCE, -1).any(axis=1)
         first = np.flatnonzero(~on_one_before)
-        if len(own) % len(first):
-            raise _Doubt
         kept.append(own[first])
         kept_numbers += [number] * len(first)
     atoms = np.concatenate(kept)

@@ -152,7 +152,7 @@ def test_images_of_rows_that_are_full(count):
         assert np.allclose(np.linalg.norm(vector, axis=1), found.distance, rtol=0, atol=2e-9)
 
 
-@pytest.mark.parametrize("slack", [1e-5, 0.4])
+@pytest.mark.parametrize("slack", [1e-5, 0.4, 2.5])  # the last with more than a block of ROW
 def test_candidates_hold_the_whole_tied_shell(slack):
     """Among them all that lie within ``slack`` of the last neighbour, wherever the first radius ended."""
     rng = np.random.default_rng(9)

@@ -114,6 +114,9 @@ def test_doubtful_symmetry_is_left_to_pymatgen(tmp_path: Path) -> None:
         "data_global\n_space_group_IT_number 225\n" + p1.replace("'F made'", "?"),
         p1.replace("'F made'", "?\n_cell_modulation_dimension 1"),
         p1.replace("'F made'", "?").replace("_occupancy", "_calc_flag").replace("1\n", "dum\n"),
+        p1.replace("'F made'", "?").replace("_occupancy", "_attached_hydrogens"),
+        p1.replace("'F made'", "?").replace("_occupancy", "_disorder_group").replace("0.8 1", "0.8 2"),
+        text.replace("0.6 0.7 0.8", "0.1 0.2 0.3005"),  # an orbit upon another
         p1.replace("'F made'", "?").replace("0.1 0.2 0.3", "0.12345 0 0").replace("0.6 0.7 0.8", "0.12346 0 0"),
     ):
         assert changed not in (text, p1) and read_quickly(write(tmp_path / "x.cif", changed)) is None

@@ -446,17 +446,27 @@ def test_gradients_of_edge_features(published, published_batch):
 @pytest.mark.parametrize("kind", ["Gaussians", "any features"])
 def test_inputs_may_be_written_to_before_the_backward_pass(kind, published, published_batch):
     model, (_, fea, idx, _) = published(), published_batch(kind)
-    h, layer = torch.randn(50, 16, dtype=torch.float64), sf.accelerate(copy.deepcopy(model)).convs[0]
+    h, (layer, other) = torch.randn(50, 16, dtype=torch.float64), sf.accelerate(copy.deepcopy(model)).convs
     expected = torch.autograd.grad(model.convs[0](h, fea, idx).square().sum(), list(model.convs[0].parameters()))
     for write in (lambda x: x.zero_(), lambda x: x.numpy().fill(0)):
         own, given = h.clone(), fea.clone()
         with torch.no_grad():
-            layer(own, given, idx)  # what is kept of this serves no backward pass
+            other(own, given, idx)  # what is kept of this serves no backward pass
         out = layer(own, given, idx)
         write(own)
         write(given)
         found = torch.autograd.grad(out.square().sum(), list(layer.parameters()))
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["Gaussians", "any features"])
+def test_a_batch_that_is_written_to_between_two_layers(kind, published, published_batch):
+    model, (_, fea, idx, _) = published().eval(), published_batch(kind)
+    layers, h = sf.accelerate(copy.deepcopy(model)).convs, torch.randn(50, 16, dtype=torch.float64)
+    with torch.no_grad():
+        layers[0](h, fea, idx)
+        idx[0, 1], fea[0, 0, 1] = idx[0, 0], 0.5  # numbers that no sample has
+        torch.testing.assert_close(layers[1](h, fea, idx), model.convs[1](h, fea, idx), rtol=1e-11, atol=1e-13)
 
 
 def test_copies_files_and_pickles(published, tmp_path, published_batch):

@@ -68,6 +68,15 @@ def test_without_a_test_part_the_validation_part_is_scored(alloys, tmp_path):
     assert result.part == "val" and len(result.cgcnn.evaluation.ids) == 16
 
 
+def test_seed_and_mean_are_those_of_the_runs(alloys, tmp_path):
+    result = compare(alloys, "energy", out_dir=tmp_path, epochs=1, seed=3)
+    for contestant, name in zip(result.contestants, ("cgcnn", "sr_cgcnn"), strict=True):
+        run = json.loads((tmp_path / name / "run.json").read_text())
+        assert run["seed"] == run["data_seed"] == 3
+        errors = np.abs(contestant.evaluation.target - run["target_mean"])
+        assert result.mean_predictor_mae == pytest.approx(errors.mean(), rel=1e-6)
+
+
 def test_a_directory_that_is_no_run_is_not_removed(alloys, tmp_path):
     (tmp_path / "sr_cgcnn").mkdir()
     (tmp_path / "sr_cgcnn" / "main.py").write_text("mine")
