@@ -512,7 +512,7 @@ def test_damaged_files_are_rows(tmp_path: Path) -> None:
     for name in ("b.cif.gz", "c.json.gz", "POSCAR.gz"):
         (tmp_path / name).write_bytes(zipped)
     row = {"lattice": [CELL.ravel()], "frac_coords": [COORDS.ravel()], "atomic_numbers": [NUMBERS]}
-    table = pa.table({name: value * 2500 for name, value in row.items()})
+    table = pa.table({**{name: value * 2500 for name, value in row.items()}, "gap": np.arange(2500.0)})
     parquet.write_table(table, tmp_path / "d.parquet", row_group_size=1024, compression="gzip", use_dictionary=False)
     data = bytearray((tmp_path / "d.parquet").read_bytes())
     column = parquet.read_metadata(tmp_path / "d.parquet").row_group(1).column(0)
@@ -529,6 +529,7 @@ def test_damaged_files_are_rows(tmp_path: Path) -> None:
     for skip in (0, 500, 1024, 1500, 2048, 2100, 2500):
         rest = list(read_inputs(tmp_path / "d.parquet", skip=skip))
         assert [(r.id, r.error is None) for r in rest] == [(f"d-{k}", k not in lost) for k in range(skip, 2500)]
+        assert all(r.targets == {"gap": float(r.id[2:])} for r in rest if r.error is None)
 
 
 def test_nested_lists_in_parquet(tmp_path: Path) -> None:

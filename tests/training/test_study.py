@@ -337,6 +337,17 @@ def test_atoms_and_elements_are_those_of_the_crystals(alloys):
         assert set(np.flatnonzero(holds[k])) == set(graph.numbers.tolist())
 
 
+def test_sizes_are_apart_and_whole():
+    atoms = np.array([1, 4, 5, 64, 65, 300])
+    found = report._by_size(atoms, {"A": np.arange(6.0)})
+    assert found == {
+        "1–4": (2, {"A": 0.5}),
+        "5–8": (1, {"A": 2.0}),
+        "33–64": (1, {"A": 3.0}),
+        "≥ 65": (2, {"A": 4.5}),
+    }
+
+
 def test_a_name_with_a_bar_stays_in_its_cell():
     assert report._grid(["model"], [["lr | wd"]]).markdown.endswith("| lr \\| wd |")
 
