@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .errors import InputError
+from .files import in_utf8, write_text
 
 if TYPE_CHECKING:
     from .graph.parameters import GraphParameters
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 _PATHS = ("source", "input", "model", "init", "val", "test", "split_file", "study", "out", "store")
 """Arguments that are paths, in some commands."""
+_LABELS = ("target", "unit")
+"""Those that name what is in a file; they are UTF-8 there, whatever the locale has."""
 
 
 _NO_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
@@ -59,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise InputError(f"The argument {name} is an empty text; give a value, or leave it out.")
             if isinstance(value, str) and name in _PATHS:  # of --out=~/run the shell leaves it, and so do YAML files
                 setattr(arguments, name, _usable(os.path.expanduser(value)))
+            elif value and name in _LABELS:
+                setattr(arguments, name, in_utf8(value) if isinstance(value, str) else list(map(in_utf8, value)))
         if arguments.command is not train and _is_shared():
             raise InputError(f"{arguments.command.__name__} runs in one process; start it without torchrun.")
         status = arguments.command(arguments) or 0
@@ -434,13 +439,10 @@ def _write_config(arguments: argparse.Namespace, out: Path) -> None:
     """All options, as ``--config`` takes them."""
     import yaml
 
-    from .files import atomic_path
-
     left_out = ("argv", "command", "debug", "config", "resume")
     options = {name: value for name, value in vars(arguments).items() if name not in left_out and value is not None}
     options = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
-    with atomic_path(out / "config.yaml") as temporary:
-        temporary.write_text(yaml.safe_dump(options, sort_keys=False))
+    write_text(out / "config.yaml", yaml.safe_dump(options, sort_keys=False))
 
 
 def _with_file(words: Sequence[str]) -> argparse.Namespace:

@@ -28,7 +28,7 @@ def openmp_runtimes() -> list[str]:
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return []
-    paths = {line.split()[-1] for line in maps.read_text().splitlines() if "/" in line}
+    paths = {line.split()[-1] for line in os.fsdecode(maps.read_bytes()).splitlines() if "/" in line}
     return sorted(p for p in paths if Path(p).name.startswith(("libgomp", "libomp", "libiomp")))
 
 

@@ -42,6 +42,16 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text`` as UTF-8, whatever the locale has, whole or not at all.
+
+    Raises:
+        InputError: as of :func:`atomic_path`.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_text(in_utf8(text), encoding="utf-8")
+
+
 @contextmanager
 def _written(target: Path, replace: Callable[[Path, Path], None]) -> Iterator[Path]:
     try:
@@ -137,6 +147,15 @@ def _remove(aside: Path) -> None:
         gone = Path(tempfile.mkdtemp(prefix=f"{aside.stem}.", dir=aside.parent))
         aside.rename(gone / aside.name)
         shutil.rmtree(gone, ignore_errors=True)
+
+
+def in_utf8(text: str) -> str:
+    """Text that UTF-8 holds, as files do: the name of a file, or a word of the command line, may be any bytes."""
+    try:
+        data = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half a character, which JSON may spell out
+        data = text.encode("utf-8", "backslashreplace")
+    return data.decode("utf-8", "backslashreplace")
 
 
 def sweep(path: str | os.PathLike[str]) -> None:

@@ -204,7 +204,7 @@ def write_table(frame: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
 def _write_json(frame: pd.DataFrame, file: Path) -> None:
     """All digits; pandas' ``to_json`` has 15 decimals, few of which are left of small numbers."""
     rows = frame.astype(object).where(frame.notna(), None)
-    file.write_text(json.dumps(rows.to_dict("records"), indent=1) + "\n")
+    file.write_text(json.dumps(rows.to_dict("records"), indent=1) + "\n", encoding="utf-8")
 
 
 def _predictor(model: Any, dropout_passes: int | None) -> CGCNN | SRCGCNN | Sampler:

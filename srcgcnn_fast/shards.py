@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from . import __version__
 from .errors import InputError, require
-from .files import atomic_path
+from .files import write_text
 from .graph import GraphParameters, Record, read_inputs
 from .graph.store import GraphStore, existing, is_store, join_stores, prepare_part
 from .prediction import predict, write_table
@@ -217,13 +217,12 @@ def _claim(folder: Path, shards: Sequence[Shard], settings: dict[str, Any]) -> N
     plan = json.loads(json.dumps({"package": __version__, "shards": stamps, **settings}))
     file = folder / _PLAN
     if file.exists():
-        if json.loads(file.read_text()) != plan:
+        if json.loads(file.read_bytes()) != plan:
             raise InputError(f"{folder} holds the result of another call; choose another directory, or remove it.")
         return
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} holds something else; choose another directory.")
-    with atomic_path(file) as temporary:
-        temporary.write_text(json.dumps(plan))
+    write_text(file, json.dumps(plan))
 
 
 def _run(kind: type, arguments: tuple[Any, ...], shards: Sequence[Shard], workers: int) -> None:

@@ -172,7 +172,7 @@ def save_ensemble(ensemble: Ensemble, directory: str | os.PathLike[str]) -> Path
         for name, member in zip(names, ensemble.members, strict=True):
             save_model(member, temporary / name)
         record = {"format": _FORMAT, "format_version": 1, "members": names, "scale": list(ensemble.scale)}
-        (temporary / ENSEMBLE).write_text(json.dumps(record, indent=2) + "\n")
+        (temporary / ENSEMBLE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return target
 
 
@@ -197,7 +197,7 @@ def load_ensemble(directory: str | os.PathLike[str]) -> Ensemble:
 def _load_ensemble(directory: Path) -> Ensemble:
     file = directory / ENSEMBLE
     try:
-        record = json.loads(file.read_text())
+        record = json.loads(file.read_bytes())
         names, scale = [str(name) for name in record["members"]], tuple(float(x) for x in record["scale"])
         if record["format"] != _FORMAT or record["format_version"] != 1:
             raise ValueError("another format")

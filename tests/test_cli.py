@@ -696,6 +696,23 @@ def test_help_on_a_terminal_of_ascii():
     assert result.returncode == 0 and r"\xc5" in result.stdout
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs names of any bytes")
+def test_where_the_locale_is_ascii_files_are_utf_8(source, tmp_path):
+    code = (
+        "import mmap, sys, srcgcnn_fast.cli as cli\n"
+        "file = open(sys.argv[1], 'rb')\n"
+        "library = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)\n"
+        "print([cli.main(argv.split()) for argv in sys.argv[2:]])"
+    )
+    (tmp_path / "é.so").write_bytes(b"one of those that doctor looks through")
+    compare = f"compare {source} --target {TARGET} --unit eV/Å³ --epochs 1 {NARROW} --out Fußnote"
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = [sys.executable, "-c", code, "é.so", compare, "doctor"]
+    result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.stdout.endswith("[0, 0]\n") and r"eV/\xc5\xb3" in result.stdout, result.stderr
+    assert "eV/Å³" in (tmp_path / "Fußnote" / "compare.md").read_text(encoding="utf-8")
+
+
 def test_a_folder_that_may_not_be_read_is_one_sentence(trained, tmp_path, capsys, monkeypatch):
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "a.cif").write_text(cif())

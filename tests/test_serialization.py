@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import srcgcnn_fast as sf
 from srcgcnn_fast import serialization
-from srcgcnn_fast.files import atomic_directory, read_directory, sweep
+from srcgcnn_fast.files import atomic_directory, read_directory, sweep, write_text
 from srcgcnn_fast.nn import CGCNN, SRCGCNN, ModelMetadata
 from srcgcnn_fast.uncertainty import Ensemble, load_predictor, save_ensemble
 
@@ -172,6 +172,15 @@ def test_what_was_killed_is_swept_and_nothing_beside_it(tmp_path):
     sweep(tmp_path / "m")
     sweep(tmp_path / "m[1]")
     assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+def test_a_text_is_written_whole_and_with_what_names_of_files_may_hold(tmp_path, monkeypatch):
+    write_text(tmp_path / "new" / "a.md", "Å of caf\udce9 and \udcc3\udca9")  # of Latin-1, and of UTF-8 read as ASCII
+    assert (tmp_path / "new" / "a.md").read_bytes().decode() == r"Å of caf\xe9 and é"
+    monkeypatch.setattr(os, "replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_text(tmp_path / "new" / "a.md", "other")
+    assert [file.read_bytes()[:3] for file in (tmp_path / "new").iterdir()] == ["Å ".encode()]
 
 
 def test_nothing_foreign_is_replaced(tmp_path):

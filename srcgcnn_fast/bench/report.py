@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..errors import InputError, require
-from ..files import atomic_path
+from ..files import write_text
 from ..graph import GraphBatch, build_graphs, collate
 from ..graph.readers import read_inputs
 from ..graph.store import is_store, open_store
@@ -86,13 +86,12 @@ def bench(
                     rows += _measure(model, work, graphs, ceilings[count])
     bar_chart(folder / "bench.png", rows, described)
     roofline(folder / "roofline.png", rows, ceilings, described)
-    with atomic_path(folder / "bench.json") as temporary:
-        document = {
-            "workload": described,
-            "ceilings": {count: asdict(c) for count, c in ceilings.items()},
-            "rows": [asdict(row) for row in rows],
-        }
-        temporary.write_text(json.dumps(document, indent=1) + "\n")
+    document = {
+        "workload": described,
+        "ceilings": {count: asdict(c) for count, c in ceilings.items()},
+        "rows": [asdict(row) for row in rows],
+    }
+    write_text(folder / "bench.json", json.dumps(document, indent=1) + "\n")
     return _table(rows, ceilings, described)
 
 

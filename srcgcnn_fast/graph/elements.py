@@ -147,7 +147,7 @@ def is_built_in_table(path: Path) -> bool:
     """Does an ``atom_init.json`` of the published programs (atomic number -> vector) hold the vectors that are here?"""
     built_in = element_features()
     try:
-        given = {int(number): vector for number, vector in json.loads(path.read_text()).items()}
+        given = {int(number): vector for number, vector in json.loads(path.read_bytes()).items()}
         return all(np.array_equal(vector, built_in[n]) for n, vector in given.items() if 1 <= n <= MAX_ATOMIC_NUMBER)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return False

@@ -24,6 +24,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from ..errors import InputError, require
+from ..files import in_utf8
 from .cif import read_cif, read_text, text_encoding
 from .crystal import (
     AnyCrystal,
@@ -158,22 +159,13 @@ def _settled(records: Iterator[Record], disorder: str) -> Iterator[Record]:
                 except InputError as error:
                     record.crystal, record.error = None, str(error)
             if not record.id.isascii():
-                record.id = _writable(record.id)
+                record.id = in_utf8(record.id)
             if record.error is not None and not record.error.isascii():
-                record.error = _writable(record.error)
+                record.error = in_utf8(record.error)
             yield record
     finally:
         if hasattr(records, "close"):
             records.close()
-
-
-def _writable(text: str) -> str:
-    """Text that UTF-8 holds, as tables and stores do: the name of a file may be any bytes."""
-    try:
-        data = text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # half a character, which JSON may spell out
-        data = text.encode("utf-8", "backslashreplace")
-    return data.decode("utf-8", "backslashreplace")
 
 
 def _records(source: Any, targets: Sequence[str] | None, timeout: float, skip: int) -> Iterator[Record]:

@@ -314,7 +314,7 @@ def _element_table(path: Path, width: int, atom_init: str | os.PathLike[str] | N
         return element_features().copy()
     table = np.zeros((MAX_ATOMIC_NUMBER + 1, width), dtype=np.float32)
     try:
-        for number, vector in json.loads(Path(atom_init).read_text()).items():
+        for number, vector in json.loads(Path(atom_init).read_bytes()).items():
             if 1 <= int(number) <= MAX_ATOMIC_NUMBER:
                 table[int(number)] = np.asarray(vector, dtype=np.float32).reshape(width)
     except (OSError, ValueError, TypeError, AttributeError) as error:

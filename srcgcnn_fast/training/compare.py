@@ -15,7 +15,7 @@ import torch
 
 from .. import __version__
 from ..errors import InputError
-from ..files import atomic_path
+from ..files import write_text
 from ..graph.parameters import GraphParameters, as_python
 from ..graph.store import GraphStore
 from ..nn import CGCNN, SRCGCNN
@@ -241,10 +241,8 @@ def _mean_predictor_mae(data: GraphDataModule, part: str) -> float:
 def _write(comparison: Comparison) -> None:
     out, contestants = comparison.out_dir, comparison.contestants
     report = _report(comparison)
-    with atomic_path(out / "compare.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
-    with atomic_path(out / "compare.md") as temporary:
-        temporary.write_text(_markdown(comparison, report))
+    write_text(out / "compare.json", json.dumps(report, indent=2) + "\n")
+    write_text(out / "compare.md", _markdown(comparison, report))
     panels = {c.name: (c.evaluation.target[:, 0], c.evaluation.predicted[:, 0]) for c in contestants}
     parity_plot(out / "parity.png", panels, comparison.target, comparison.unit)
     histories = {c.name: c.fit.history for c in contestants}

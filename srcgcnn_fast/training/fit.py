@@ -26,7 +26,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ..errors import InputError, require
-from ..files import atomic_path, sweep
+from ..files import sweep, write_text
 from ..graph.parameters import as_python
 from ..graph.store_writer import alone
 from ..nn import CGCNN, SRCGCNN, synchronize_batch_norm
@@ -216,8 +216,7 @@ def _claim(directory: Path, record: dict[str, Any], resume: bool, claim: ExitSta
     if not resume:
         check_free(directory)
         _sweep(directory)
-        with atomic_path(file) as temporary:
-            temporary.write_text(json.dumps(record, indent=2) + "\n")
+        write_text(file, json.dumps(record, indent=2) + "\n")
         return None
     check_same(directory, record)
     _sweep(directory)
@@ -242,7 +241,7 @@ def check_free(directory: Path) -> None:
 
 def check_same(directory: Path, record: dict[str, Any]) -> None:
     """Raises InputError: the run that is there was started with other values of what ``record`` names."""
-    before, record = json.loads((directory / "run.json").read_text()), json.loads(json.dumps(record))
+    before, record = json.loads((directory / "run.json").read_bytes()), json.loads(json.dumps(record))
     later = [name for name in ("data_fingerprint", "graph_fingerprint") if name not in before]  # than that run
     changed = [
         f"{name} ({before.get(name)} before, {value} now)"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ..files import atomic_path
+from ..files import write_text
 from ..graph.parameters import GraphParameters
 from ..graph.store import GraphStore
 from . import plots
@@ -169,11 +169,11 @@ def write_report(
                 blocks += [_image(out, *image) for image in _pictures(found, out, f"{number + 1}-{target}")]
                 record += summaries
     rows = [_row(section, key, run) for section, runs in results for key, run in runs.items()]
-    _write(out / "report.json", json.dumps({"command": command, "results": record, "runs": rows}, indent=1) + "\n")
-    _write(out / "report.md", "\n\n".join(block.markdown for block in blocks) + "\n")
+    write_text(out / "report.json", json.dumps({"command": command, "results": record, "runs": rows}, indent=1) + "\n")
+    write_text(out / "report.md", "\n\n".join(block.markdown for block in blocks) + "\n")
     body = "\n".join(block.html for block in blocks)
     page = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(study.title)}</title>'
-    _write(out / "report.html", f"{page}<style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n")
+    write_text(out / "report.html", f"{page}<style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n")
 
 
 class _Found:
@@ -457,8 +457,3 @@ def _image(folder: Path, file: str, caption: str) -> _Block:
 
 def _text(text: str) -> list[_Block]:
     return [_paragraph(" ".join(text.split()))] if text.strip() else []
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

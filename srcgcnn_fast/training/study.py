@@ -19,7 +19,7 @@ import torch
 
 from .. import __version__
 from ..errors import InputError
-from ..files import atomic_path
+from ..files import write_text
 from ..graph import GraphParameters
 from ..nn import CGCNN, SRCGCNN
 from ..ops.precision import NAMES as PRECISIONS
@@ -373,7 +373,7 @@ def run(variant: Variant, data: GraphDataModule, place: Path, seed: int, scored:
         result = fit(model, data, place, variant.recipe, seed=seed, resume=resume, **where)
         scores = {"name": variant.name, **_scores(result, data, on_gpu), "key": _key(variant, data, seed)}
         evaluate(result.model, data, "val").write(place / "val_predictions.csv")
-        _write_json(place / "scores.json", scores)
+        write_text(place / "scores.json", json.dumps(scores, indent=2) + "\n")
     if scored == "test" and not (place / "test_predictions.csv").is_file():
         evaluate(load_model(place / "model"), data, "test").write(place / "test_predictions.csv")
     return read_run(place, scored)
@@ -381,7 +381,7 @@ def run(variant: Variant, data: GraphDataModule, place: Path, seed: int, scored:
 
 def read_run(place: Path, scored: str) -> Run:
     """What :func:`run` left in its directory."""
-    scores = json.loads((place / "scores.json").read_text())
+    scores = json.loads((place / "scores.json").read_bytes())
     history = _read_table(place / "metrics.csv")
     epochs = [{name: float(value) for name, value in row.items()} for row in history]
     rows = _read_table(place / f"{scored}_predictions.csv")
@@ -453,12 +453,7 @@ def _peak_memory(on_gpu: bool) -> int | None:
     if on_gpu:
         return torch.cuda.max_memory_allocated()
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_bytes().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(b"VmHWM")), None)
