@@ -58,7 +58,7 @@ class HubModel(nn.Module, _hub.ModelHubMixin):  # type: ignore[misc, name-define
     The directory is that of :func:`srcgcnn_fast.save_model` with a model card, so ``load_model`` reads it too.
 
     Args:
-        model: the model that :attr:`model` holds.
+        model: the one that the attribute ``model`` keeps.
     """
 
     model: CGCNN | SRCGCNN
@@ -71,6 +71,15 @@ class HubModel(nn.Module, _hub.ModelHubMixin):  # type: ignore[misc, name-define
         """That of the model."""
         out: Tensor = self.model(batch)
         return out
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """As the Hub's, which keeps the card that is there; one of another model that nobody changed is replaced."""
+        card = Path(save_directory) / "README.md"
+        is_outdated = _is_generated(card)
+        address: str | None = super().save_pretrained(save_directory, **options)
+        if is_outdated:
+            self.generate_model_card().save(card)
+        return address
 
     def _save_pretrained(self, save_directory: Path) -> None:
         with tempfile.TemporaryDirectory(dir=save_directory, prefix=".new-") as scratch:
@@ -121,6 +130,15 @@ class HubModel(nn.Module, _hub.ModelHubMixin):  # type: ignore[misc, name-define
             citation=_CITATIONS[kind],
         )
         return _hub.ModelCard(text)
+
+
+def _is_generated(card: Path) -> bool:
+    """Does the card say what it would for the model beside it, no more and no less?"""
+    try:
+        text = card.read_text(encoding="utf-8")
+        return text == str(HubModel(load_model(card.parent)).generate_model_card())
+    except (OSError, ValueError):  # there is no card, or no model
+        return False
 
 
 def _plain(value: Any) -> str:

@@ -38,6 +38,9 @@ def test_the_card_says_what_the_numbers_mean(tmp_path):
     card = (tmp_path / "README.md").read_text()
     for words in ("| band_gap | eV | 1.5, 0.25 |", "test MAE: 0.12 eV", "12 neighbours within 8 Å", "arXiv:2605.01304"):
         assert words in card
+    HubModel(model_of(sf.CGCNN)).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "# CGCNN" in card and "arXiv:2605.01304" not in card
     (tmp_path / "README.md").write_text("mine")
     HubModel(model_of(sf.SRCGCNN)).save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
