@@ -46,9 +46,10 @@ class CrystalCalculator(_ase.Calculator):  # type: ignore[misc]
         smoothing: Å, or None for the model as it is. Smoothed energies are computed in plain PyTorch.
 
     Raises:
-        InputError: ``energy`` is no target, or has another unit; several targets have the unit eV/atom; another target
-            has the name of what follows from the energy; ``smoothing`` is not between 0 and the radius; later, when a
-            property is asked for: the crystal has no graph, or an element that the model does not know.
+        InputError: the model is quantised; ``energy`` is no target, or has another unit; several targets have the unit
+            eV/atom; another target has the name of what follows from the energy; ``smoothing`` is not between 0 and the
+            radius; later, when a property is asked for: the crystal has no graph, or an element that the model does not
+            know.
     """
 
     def __init__(
@@ -62,6 +63,10 @@ class CrystalCalculator(_ase.Calculator):  # type: ignore[misc]
         model = load_model(model) if isinstance(model, str | os.PathLike) else model
         with torch.inference_mode(False):  # that forces can be asked of it
             self.model = copy.deepcopy(model).double().eval().requires_grad_(False)
+        if any(isinstance(x, torch.dtype) for x in self.model.state_dict().values()):  # as packed weights name theirs
+            raise InputError(
+                "The model is quantised, and a calculator computes in float64; give it the model as it was before."
+            )
         self.smoothing = smoothing
         metadata = self.model.metadata
         self._energy = _energy_target(metadata.targets, metadata.units, energy, self.model.classification)

@@ -175,6 +175,14 @@ def test_after_a_failure_there_are_no_results_of_other_atoms():
             attempt(atoms)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch.ao is leaving
+def test_a_quantised_model_is_refused():
+    quantised = torch.ao.quantization.quantize_dynamic(model(), {"conv_to_fc", "fc_out"}, dtype=torch.qint8)
+    assert np.isfinite(sf.predict(quantised, [rattled()])["energy_per_atom"][0])
+    with pytest.raises(InputError, match="The model is quantised"):
+        CrystalCalculator(quantised)
+
+
 def test_bad_input():
     two = sf.CGCNN(1, 16, 8, n_targets=2)
     two.metadata = ModelMetadata(("a", "b"), ("eV/atom", "eV/atom"), (0.0, 0.0), (1.0, 1.0))
