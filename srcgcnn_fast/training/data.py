@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from itertools import compress
 from typing import Any, NamedTuple
@@ -314,6 +315,7 @@ class GraphDataModule(pl.LightningDataModule):
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=_leave_sigterm,
         )
 
     def train_dataloader(self) -> DataLoader[Item]:
@@ -327,6 +329,11 @@ class GraphDataModule(pl.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[Item]:
         return self._loader("test", False, *place(self.trainer))
+
+
+def _leave_sigterm(_worker: int) -> None:
+    """A scheduler sends it to all processes of a job; that which trains answers it, and the workers end with that."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _opened(store: Any) -> GraphStore:

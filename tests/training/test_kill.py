@@ -194,6 +194,7 @@ def test_killed_again_and_again_at_any_moment(alloys, tmp_path):
     ("command", "begun", "says"),
     [
         (["train"], "o/last.ckpt", "terminated; --resume continues after the last whole epoch"),
+        (["train", "--workers", "2"], "o/last.ckpt", "terminated; --resume continues after the last whole epoch"),
         pytest.param(
             ["compare", "--seeds", "0"],
             "o/runs/*/last.ckpt",
@@ -201,20 +202,21 @@ def test_killed_again_and_again_at_any_moment(alloys, tmp_path):
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["train", "study"],
+    ids=["train", "workers", "study"],
 )
 def test_sigterm_is_told(tmp_path, command, begun, says):
     prepare(write_alloys(tmp_path / "a.parquet", 40), tmp_path / "graphs")
     argv = [command[0], "graphs", *command[1:], "--out", "o", "--target", "formation_energy_per_atom"]
     argv += ["--epochs", "100000", "--atom-fea-len", "8", "--h-fea-len", "8", "--accelerator", "cpu"]
     call = [sys.executable, "-m", "srcgcnn_fast.cli", *argv]
-    with subprocess.Popen(call, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(call, cwd=tmp_path, start_new_session=True, **pipes) as process:
         while process.poll() is None and not list(tmp_path.glob(begun)):
             time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGTERM)  # all of the group, as schedulers do
         error = process.communicate(timeout=300)[1]
     assert process.returncode == 143 and says in error and "Traceback" not in error
-    if command == ["train"]:
+    if command[0] == "train":
         assert not (tmp_path / "o" / "model").exists()
     else:
         assert "2 of 2 runs of this section are still missing." in (tmp_path / "o" / "report.md").read_text()
