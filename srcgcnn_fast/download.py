@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import InputError, require
+from .errors import InputError, one_line, require
 from .files import atomic_path
 from .graph.elements import ELEMENT_SYMBOLS
 from .graph.readers import as_crystal
@@ -135,8 +135,7 @@ def _asked(what: str, mend: str, ask: Callable[[], Any]) -> Any:
     except InputError:
         raise
     except Exception as error:  # each package has its own kinds, beside those of the network
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise InputError(f"{what} could not be had ({reason.rstrip('.')}); {mend}") from error
+        raise InputError(f"{what} could not be had ({one_line(error)}); {mend}") from error
 
 
 def _materials_project(

@@ -1,4 +1,4 @@
-"""The one exception for bad input, and the check for optional dependencies."""
+"""The one exception for bad input, the words of others, and the check for optional dependencies."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ from types import ModuleType
 
 class InputError(ValueError):
     """Bad input. Its message is one sentence that names the input and the mend."""
+
+
+_LONGEST = 400
+"""Characters of somebody else's message."""
+
+
+def one_line(error: object) -> str:
+    """The reason of an exception in one line without a final full stop; its type, where it gives none."""
+    text = " ".join(str(error).split()).rstrip(".")
+    return (text if len(text) < _LONGEST else f"{text[:_LONGEST]} …") or type(error).__name__
 
 
 def require(module: str, purpose: str, extra: str) -> ModuleType:

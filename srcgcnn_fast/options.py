@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .errors import InputError, require
+from .errors import InputError, one_line, require
 
 Add = Callable[[argparse.ArgumentParser], None]
 """Gives a parser the options of a command."""
@@ -30,7 +30,7 @@ def read_yaml(path: str | os.PathLike[str], purpose: str) -> Any:
     except OSError as error:
         raise InputError(f"Cannot read {path}: {error.strerror}; give the path of a YAML file.") from error
     except yaml.YAMLError as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        raise InputError(f"{path} is not YAML: {one_line(error)}") from error
 
 
 def with_files(files: Sequence[str], words: Sequence[str], add: Add, program: str) -> argparse.Namespace:

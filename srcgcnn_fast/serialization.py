@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from . import __version__
-from .errors import InputError
+from .errors import InputError, one_line
 from .files import atomic_directory, read_directory
 from .graph.build import GraphParameters
 from .graph.elements import element_features
@@ -146,8 +146,9 @@ def _load_directory(path: Path) -> CGCNN | SRCGCNN:
             model.element_table = tensors.pop("element_table").to(model.element_table)
         model.load_state_dict(tensors, strict=True)
     except (KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path / _WEIGHTS} does not fit {path / _CONFIG}: {reason}; save the model again.") from error
+        raise InputError(
+            f"{path / _WEIGHTS} does not fit {path / _CONFIG}: {one_line(error)}; save the model again."
+        ) from error
     if hashlib.sha256(weights).hexdigest() != digest:
         raise InputError(f"{path / _WEIGHTS} is not the file that was saved; save or copy the model again.")
     return model.eval()

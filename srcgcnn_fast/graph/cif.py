@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError, require
+from ..errors import InputError, one_line, require
 from .cif_symmetry import (
     check_group,
     check_operations,
@@ -27,7 +27,7 @@ from .cif_symmetry import (
     settled_operations,
     stated_symmetry,
 )
-from .crystal import OCCUPANCY_TOLERANCE, AnyCrystal, Crystal, _one_line, from_pymatgen
+from .crystal import OCCUPANCY_TOLERANCE, AnyCrystal, Crystal, from_pymatgen
 from .elements import ELEMENT_SYMBOLS
 
 logger = logging.getLogger(__name__)
@@ -114,10 +114,10 @@ def read_carefully(path: Path) -> AnyCrystal:
     except (InputError, MemoryError):
         raise
     except OSError as error:
-        raise InputError(f"{name} cannot be read ({error.strerror or _one_line(error)}); check the file.") from error
+        raise InputError(f"{name} cannot be read ({error.strerror or one_line(error)}); check the file.") from error
     except Exception as error:  # pymatgen raises anything: ZeroDivisionError, AttributeError, RecursionError ...
         raise InputError(
-            f"{name} is not a CIF file that pymatgen can read ({type(error).__name__}: {_one_line(error)}); "
+            f"{name} is not a CIF file that pymatgen can read ({type(error).__name__}: {one_line(error)}); "
             "correct the file or export it again."
         ) from error
 
@@ -156,7 +156,7 @@ def _parse(text: str, name: str) -> AnyCrystal:
                 _check_shared_sites(items, parser.symmetry_operations, name)
             raise
     operations, is_magnetic = parser.symmetry_operations, parser.feature_flags["magcif"]
-    reasons = [_one_line(w.message) for w in caught]
+    reasons = [one_line(w.message) for w in caught]
     for reason in reasons:
         logger.debug("%s: %s", name, reason)
     listed = [_column(items, tag) for tag in _OPERATIONS if tag in items]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 from .elements import ELEMENT_SYMBOLS, MAX_ATOMIC_NUMBER, element_features
 from .parameters import check_policy
 
@@ -113,7 +113,7 @@ def checked_crystal(lattice: Any, frac_coords: Any, numbers: Any, name: str = "T
     except (TypeError, ValueError) as error:
         raise InputError(
             f"{name} needs a lattice of 9 numbers, frac_coords of 3 numbers an atom and one atomic number an atom "
-            f"({_one_line(error)})."
+            f"({one_line(error)})."
         ) from error
     if species.size == 0:
         raise InputError(f"{name} has no atoms; give at least one site.")
@@ -226,8 +226,3 @@ def from_ase(atoms: Any, name: str = "The Atoms object") -> Crystal:
             )
     coords = np.linalg.solve(cell.T, atoms.positions.T).T if len(atoms) else np.zeros((0, 3))
     return checked_crystal(cell, coords, atoms.numbers, name)
-
-
-def _one_line(error: object) -> str:
-    """The reason of an exception in one line without a final full stop."""
-    return " ".join(str(error).split()).rstrip(".")[:300] or type(error).__name__

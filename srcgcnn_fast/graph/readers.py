@@ -23,14 +23,13 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from ..errors import InputError, require
+from ..errors import InputError, one_line, require
 from ..files import in_utf8
 from .cif import read_cif, read_text, text_encoding
 from .crystal import (
     AnyCrystal,
     Crystal,
     MixedCrystal,
-    _one_line,
     check_policy,
     checked_crystal,
     from_ase,
@@ -294,7 +293,7 @@ def _from_dictionary(value: Mapping[str, Any], name: str) -> AnyCrystal:
             structure = structure_class.from_dict(dict(value))
     except Exception as error:
         raise InputError(
-            f"{name} is not a pymatgen Structure ({type(error).__name__}: {_one_line(error)}); export it again."
+            f"{name} is not a pymatgen Structure ({type(error).__name__}: {one_line(error)}); export it again."
         ) from error
     return from_pymatgen(structure, name)
 
@@ -716,9 +715,9 @@ def _read_poscar(path: Path) -> AnyCrystal:
         raise
     except Exception as error:
         raise InputError(
-            f"{path.name} is not a POSCAR file ({type(error).__name__}: {_one_line(error)}); correct it."
+            f"{path.name} is not a POSCAR file ({type(error).__name__}: {one_line(error)}); correct it."
         ) from error
-    reasons = [_one_line(w.message) for w in caught]
+    reasons = [one_line(w.message) for w in caught]
     for reason in reasons:
         logger.debug("%s: %s", path.name, reason)
     if any("false names" in reason or "cannot be determined" in reason for reason in reasons):
@@ -772,7 +771,7 @@ def _read_extxyz(path: Path) -> Iterator[Record]:
                 id = stem if len(first) == 1 else f"{stem}-{index}"
                 yield Record(id, None, {}, frame) if isinstance(frame, str) else _frame(frame, id, path.name)
     except OSError as error:
-        yield Record(stem, None, {}, f"{path.name} cannot be read ({_one_line(error)}); check the file.")
+        yield Record(stem, None, {}, f"{path.name} cannot be read ({one_line(error)}); check the file.")
 
 
 def _extxyz_frames(file: TextIO, name: str) -> Iterator[Any]:
@@ -784,7 +783,7 @@ def _extxyz_frames(file: TextIO, name: str) -> Iterator[Any]:
     while line.strip():
         index += 1
         if not re.fullmatch(r"\d{1,18}", line.strip()):
-            reason = f"its first line {_one_line(line)[:40]!r} is no number of atoms"
+            reason = f"its first line {one_line(line)[:40]!r} is no number of atoms"
             yield f"{name} cannot be read from frame {index} on ({reason}); correct that frame."
             return
         lines = [line, *islice(file, int(line) + 1)]
@@ -798,7 +797,7 @@ def _extxyz_frames(file: TextIO, name: str) -> Iterator[Any]:
         try:
             yield next(read(StringIO(text), 0, _extxyz_info))
         except Exception as error:  # ASE's, of whatever a line may hold
-            reason = f"{type(error).__name__}: {_one_line(error)}"
+            reason = f"{type(error).__name__}: {one_line(error)}"
             yield f"Frame {index} of {name} cannot be read ({reason}); correct it."
     if any(line.strip() for line in file):
         yield f"{name} has a blank line after frame {index}, where the format ends; remove it."
@@ -835,9 +834,9 @@ def _read_ase_database(path: Path) -> Iterator[Record]:
             yield _record(id, _numbers_of(info), partial(_row_crystal, row, f"{id} ({path.name})"))
             count += 1
     except Exception as error:  # SQLite's, or ASE's of whatever a row may hold
-        message = f"is not an ASE database ({_one_line(error)}); write it again."
+        message = f"is not an ASE database ({one_line(error)}); write it again."
         if count:
-            reason = f"{type(error).__name__}: {_one_line(error)}"
+            reason = f"{type(error).__name__}: {one_line(error)}"
             message = f"cannot be read from row {count + 1} on ({reason}); correct that row."
         yield Record(f"{stem}-{count + 1}" if count else stem, None, {}, f"{path.name} {message}")
         return
@@ -857,7 +856,7 @@ def _row_crystal(row: Any, name: str) -> Crystal:
         atoms = row.toatoms()
     except Exception as error:  # of a calculator or constraint that ASE does not know, for instance
         raise InputError(
-            f"{name} cannot be read ({type(error).__name__}: {_one_line(error)}); write it again."
+            f"{name} cannot be read ({type(error).__name__}: {one_line(error)}); write it again."
         ) from error
     return from_ase(atoms, name)
 
@@ -870,7 +869,7 @@ def _read_json(path: Path) -> Iterator[Record]:
             raise ValueError("the file is empty")
         content = json.loads(text)
     except (OSError, EOFError, gzip.BadGzipFile, ValueError, RecursionError) as error:
-        yield Record(stem, None, {}, f"{path.name} is not a JSON file ({_one_line(error)}); export it again.")
+        yield Record(stem, None, {}, f"{path.name} is not a JSON file ({one_line(error)}); export it again.")
         return
     if isinstance(content, Mapping) and ("sites" in content or _is_entry(content)):
         entries: Iterable[tuple[str, Any]] = [(stem, content)]
@@ -923,7 +922,7 @@ def _read_parquet(path: Path, wanted: list[str] | None, skip: int = 0, *, is_par
     try:
         table = parquet.ParquetFile(path)
     except Exception as error:
-        raise InputError(f"{path.name} is not a Parquet file ({_one_line(error)}); export it again.") from error
+        raise InputError(f"{path.name} is not a Parquet file ({one_line(error)}); export it again.") from error
     schema = table.schema_arrow
     if twice := sorted({name for name in schema.names if schema.names.count(name) > 1}):
         raise InputError(f"{path.name} has several columns {twice[0]!r}; give each its own name.")
@@ -950,7 +949,7 @@ def _parquet_records(table: Any, where: str, keep: list[str], id_columns: list[s
     stem = _stem(Path(where))
     for row, end, batch in _parquet_batches(table, columns, skip):
         if isinstance(batch, Exception):
-            reason = f"cannot be read ({_one_line(batch)}); export it again."
+            reason = f"cannot be read ({one_line(batch)}); export it again."
             yield from (Record(f"{stem}-{k}", None, {}, f"Row {k + 1} of {where} {reason}") for k in range(row, end))
             continue
         held = {name: _rows(batch.column(name)) for name in STRUCTURE_COLUMNS}

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..files import atomic_path
 from ..graph.build import GraphParameters
 from ..graph.elements import MAX_ATOMIC_NUMBER, element_features
@@ -72,7 +72,7 @@ def load_upstream_checkpoint(
         model = kind(**sizes, **gaussians)
         model.load_state_dict(state, strict=True)
     except (RuntimeError, InputError) as error:
-        raise InputError(f"{path} does not fit {kind.__name__}: {_one_line(error)}") from error
+        raise InputError(f"{path} does not fit {kind.__name__}: {one_line(error)}.") from error
     model.element_table = torch.from_numpy(table).to(model.element_table)
     model.metadata = _metadata(path, checkpoint, args, ours.get("graph", graph), sizes)
     if ours:
@@ -298,7 +298,7 @@ def _ours(path: Path, args: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict
             ours["element_table"] = np.asarray(given["element_table"], dtype=np.float32).reshape(shape)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{path} has args['{_OURS}'] that do not describe its model ({_one_line(error)}); write the file again."
+            f"{path} has args['{_OURS}'] that do not describe its model ({one_line(error)}); write the file again."
         ) from error
     return ours
 
@@ -320,7 +320,7 @@ def _element_table(path: Path, width: int, atom_init: str | os.PathLike[str] | N
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(
             f"{atom_init} does not give {path} its element vectors: expected a JSON object from atomic number to a "
-            f"list of {width} numbers ({_one_line(error)})."
+            f"list of {width} numbers ({one_line(error)})."
         ) from error
     return table
 
@@ -380,8 +380,3 @@ def _count(state: Mapping[str, Any], prefix: str) -> int:
 def _names(names: Any) -> str:
     names = [str(name) for name in names]
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) < 400 else f"{text[:400]} …"

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from srcgcnn_fast.errors import InputError
+from srcgcnn_fast.errors import InputError, one_line
 from srcgcnn_fast.graph import pool as pool_module
 from srcgcnn_fast.graph import prepare
 from srcgcnn_fast.graph import readers as readers_module
@@ -1159,3 +1159,11 @@ def test_upstream_sample(data_dir: Path) -> None:
 def test_an_empty_path_is_not_the_current_folder():
     with pytest.raises(InputError, match="an empty text"):
         list(read_inputs(""))
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [("no\n  such   file.", "no such file"), ("", "ValueError"), ("ab " * 500, "ab " * 133 + "a …")],
+)
+def test_the_words_of_others_are_one_line(said, told):
+    assert one_line(ValueError(said)) == told
