@@ -683,9 +683,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train_options(sub)
 
     sub = command(compare, "Train a CGCNN and an SR-CGCNN under identical settings and tabulate error, size and time.")
-    _add_training_options(
-        sub, batch_size="64 for up to 10 000 crystals, else and in a report 256", lr=3e-3, is_study=True
-    )
+    _add_training_options(sub, batch_size="64 for up to 10 000 crystals, else and in a report 256", is_study=True)
     sub.add_argument("--out", metavar="DIR", default="srcgcnn_fast_compare", help="where to write")
     sub.add_argument(
         "--seeds", metavar="N", type=int, nargs="+", help="train with each of these: a report with deviations"
@@ -865,7 +863,7 @@ def _add_debug(parser: argparse.ArgumentParser) -> None:
 def _add_train_options(parser: argparse.ArgumentParser) -> None:
     """Of train, whether words or a file give them."""
     _add_debug(parser)
-    _add_training_options(parser, batch_size="256", lr=3e-3, schedules=("one_cycle",))
+    _add_training_options(parser, batch_size="256", schedules=("one_cycle",))
     add = parser.add_argument
     add("--out", metavar="DIR", required=True, help="where to write the run: model, checkpoints, metrics")
     add("--model", choices=("cgcnn", "sr-cgcnn"), default="sr-cgcnn", help="network")
@@ -912,7 +910,7 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_training_options(
-    parser: argparse.ArgumentParser, batch_size: str, lr: float, schedules: tuple[str, ...] = (), is_study: bool = False
+    parser: argparse.ArgumentParser, batch_size: str, schedules: tuple[str, ...] = (), is_study: bool = False
 ) -> None:
     parser.add_argument("source", metavar="SOURCE", help=f"a store that prepare wrote, or {_SOURCE}")
     text = "target column to learn, repeatable" + ("" if is_study else "; a crystal may lack some")
@@ -937,7 +935,7 @@ def _add_training_options(
         help="passes over the training crystals" + " (default: 30, or the study's)" * is_study,
     )
     parser.add_argument("--batch-size", metavar="N", type=int, help=f"crystals per batch (default: {batch_size})")
-    parser.add_argument("--lr", metavar="X", type=float, default=lr, help="initial learning rate")
+    parser.add_argument("--lr", metavar="X", type=float, default=3e-3, help="initial learning rate")
     parser.add_argument("--optimizer", choices=("sgd", "adam", "adamw", "muon"), default="adam", help="optimiser")
     parser.add_argument(
         "--schedule",

@@ -205,10 +205,10 @@ def build_packed(
     else:
         results = [run(chunk) for chunk in chunks]
     packed = _join(results, good, crystals, numbers, ptr, parameters, errors)
-    return _with_mixtures(packed, numbers, mixtures) if mixtures else packed
+    return _with_mixtures(packed, mixtures) if mixtures else packed
 
 
-def _with_mixtures(packed: PackedGraphs, numbers: np.ndarray, mixtures: Mapping[int, Mixture]) -> PackedGraphs:
+def _with_mixtures(packed: PackedGraphs, mixtures: Mapping[int, Mixture]) -> PackedGraphs:
     """Rows of averaged sites: the element with the largest part as their number, and what they hold."""
     by_row: dict[int, Mixture] = {}
     for b, mixture in mixtures.items():

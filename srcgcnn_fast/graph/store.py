@@ -18,7 +18,7 @@ import torch
 from .. import __version__
 from ..errors import InputError
 from ..files import read_directory, restore
-from .batch import CrystalGraph, GraphBatch, with_element_vectors
+from .batch import CrystalGraph, GraphBatch, offsets, with_element_vectors
 from .elements import element_features
 from .packing import Packer, Packing, check_sizes
 from .parameters import GraphParameters
@@ -124,10 +124,7 @@ class GraphStore:
         """(n,) int64, rows of each graph."""
         self._info = info
         self._arrays = {name: np.asarray(array) for name, array in arrays.items()}
-        self._first = {
-            name: np.concatenate([[0], np.cumsum(arrays[f"{name}_count"], dtype=np.int64)])
-            for name in ("row", "edge", "atom", "mixed")
-        }
+        self._first = {name: offsets(arrays[f"{name}_count"]) for name in ("row", "edge", "atom", "mixed")}
         plain = not any(name in self._arrays for name in _OPTIONAL) and Packer.takes(self._arrays)
         self._packer = Packer(self._arrays, self._first) if plain else None
 
@@ -246,7 +243,7 @@ class GraphStore:
         degree = take.pop("degree")
         if self._first["mixed"][i] < self._first["mixed"][i + 1]:
             take["atom_features"] = self._mixed(take["numbers"], part["mixed"], 0)
-        return CrystalGraph(**take, row_ptr=np.concatenate([[0], np.cumsum(degree)]).astype(np.int32))
+        return CrystalGraph(**take, row_ptr=offsets(degree).astype(np.int32))
 
     def _take(self, gather: Callable[[str, str], np.ndarray]) -> dict[str, Any]:
         """Every array of a graph but row_ptr, each picked by rows, edges or atoms."""
@@ -345,8 +342,8 @@ class GraphStore:
         if ends["mixed"][-1]:
             offset = np.repeat(row_offset, counts["mixed"])
             taken["atom_features"] = self._mixed(taken["numbers"], picked["mixed"], offset)
-        taken["row_ptr"] = _pointer(taken.pop("degree"))
-        taken["crystal_ptr"] = _pointer(counts["row"])
+        taken["row_ptr"] = offsets(taken.pop("degree")).astype(np.int32)
+        taken["crystal_ptr"] = offsets(counts["row"]).astype(np.int32)
         for name in ("weight", "distance", *_OPTIONAL):
             if name in taken:
                 taken[name] = taken[name].astype(np.float32, copy=False)
@@ -389,10 +386,6 @@ class GraphStore:
 def _ranges(first: np.ndarray, count: np.ndarray, end: np.ndarray) -> np.ndarray:
     """first[0], first[0] + 1, ... (count[0] of them), first[1], ..."""
     return np.repeat(first - (end - count), count) + np.arange(end[-1])
-
-
-def _pointer(counts: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int32)
 
 
 # ---- reading

@@ -18,6 +18,7 @@ import numpy as np
 from .. import __version__
 from ..errors import InputError
 from ..files import atomic_directory, replace_directory, sweep
+from .batch import offsets
 from .crystal import MixedCrystal
 from .parameters import GraphParameters
 from .readers import Record
@@ -260,7 +261,7 @@ class StoreWriter:
                 np.concatenate([c.lattice for c in crystals]).reshape(-1, 3, 3),
                 np.concatenate([c.frac_coords for c in crystals]),
                 np.concatenate([c.numbers for c in crystals]),
-                np.concatenate([[0], np.cumsum([len(c.numbers) for c in crystals])]),
+                offsets([len(c.numbers) for c in crystals]),
                 parameters,
                 mixed,
             )
