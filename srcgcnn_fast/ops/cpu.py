@@ -331,7 +331,8 @@ def conv_backward(
     features = _features(h, None, edges.sizes[0], dtype)
     for name, x in (("grad", grad), ("m", m)):
         _check(name, x, (edges.sizes[0], width), dtype)
-    _refuse_edge_grad([layer], edge_grad)
+    if edge_grad:
+        refuse_edge_grad([layer])
     arguments = _layer_arguments(layer, width, edges.sizes[3], dtype)
     edge = torch.empty_like(_edge_values(graph)) if edge_grad else h.new_empty(0)
     outputs = [torch.empty_like(h), *_like_parameters(layer)]
@@ -348,8 +349,8 @@ def _edge_values(graph: Graph) -> Tensor:
     return graph.distance if graph.features is None else graph.features
 
 
-def _refuse_edge_grad(layers: Sequence[Layer], edge_grad: bool) -> None:
-    if edge_grad and any(layer.train1 for layer in layers):
+def refuse_edge_grad(layers: Sequence[Layer]) -> None:
+    if any(layer.train1 for layer in layers):
         raise InputError("Gradients of the edges exist for fixed statistics only; call model.eval() first.")
 
 
@@ -453,7 +454,8 @@ def convs_backward(
     n_rows, n_features = edges.sizes[0], edges.sizes[3]
     first = _features(h, species, n_rows, dtype)
     _check("grad", grad, (n_rows, width), dtype)
-    _refuse_edge_grad(layers, edge_grad)
+    if edge_grad:
+        refuse_edge_grad(layers)
     of_graph = _moment_addresses(moments, edges, dtype, any(layer.train1 for layer in layers))
     kept = _Kept(h, n_rows, steps, species is not None, block)
     _check("what is kept", block, (kept.size,), dtype)

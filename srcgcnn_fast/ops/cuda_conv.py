@@ -8,15 +8,13 @@ more digits for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError
 from . import triton
-from .cpu import Graph, Layer, Moments, Running
+from .cpu import Graph, Layer, Moments, Running, refuse_edge_grad
 from .registry import core
 from .triton import Transposed, _Edges, _precision, _storage
 
@@ -211,11 +209,6 @@ def edge_gradient(dy: Tensor, layer: Layer, var1: Tensor, graph: Graph) -> Tenso
     """Gradient of the features (E, K), or of the distances (E,), from that at y."""
     a = layer.gamma1 * torch.rsqrt(var1 + layer.eps1)
     return triton._edge_gradient(dy.mul_(a), layer, graph, dy.shape[1] // 2)
-
-
-def refuse_edge_grad(layers: Sequence[Layer]) -> None:
-    if any(layer.train1 for layer in layers):
-        raise InputError("Gradients of the edges exist for fixed statistics only; call model.eval() first.")
 
 
 def _transpose(sender: Tensor, row_ptr: Tensor) -> Transposed:

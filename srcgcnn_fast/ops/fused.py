@@ -403,7 +403,7 @@ class _DeviceConvolutions(torch.autograd.Function):
         edge_grad = ctx.needs_input_grad[7]
         layers = [Layer(*parameters[6 * t : 6 * t + 6], *norm) for t, norm in enumerate(ctx.norms)]
         if edge_grad:
-            cuda_conv.refuse_edge_grad(layers)
+            cpu.refuse_edge_grad(layers)
         run = cuda_conv.Call(ctx.graph, ctx.moments, h, n_features)
         run.by_sender()
         messages, d_edge = cuda_conv.Messages(sums, scales), None

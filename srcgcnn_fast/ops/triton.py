@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from . import precision
-from .cpu import Graph, Layer, Moments, counted
+from .cpu import Graph, Layer, Moments, counted, refuse_edge_grad
 from .reference import Dense
 
 OLDEST = (3, 3)
@@ -565,8 +565,8 @@ def conv_backward(
     n, width = h.shape
     edges = _checked(graph, [layer], h=h, grad=grad, m=m)
     _check("row_weight", moments.row_weight, (n,), h.dtype, h.device)
-    if edge_grad and layer.train1:
-        raise InputError("Gradients of the edges exist for fixed statistics only; call model.eval() first.")
+    if edge_grad:
+        refuse_edge_grad([layer])
     if n == 0:
         nothing = [torch.zeros_like(x) for x in (table, layer.weight, *[layer.gamma1] * 3, *[layer.gamma2] * 2)]
         return (*nothing, torch.zeros_like(graph.distance if graph.features is None else graph.features))
