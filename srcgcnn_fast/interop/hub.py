@@ -73,7 +73,10 @@ class HubModel(nn.Module, _hub.ModelHubMixin):  # type: ignore[misc, name-define
         return out
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
-        """As the Hub's, which keeps the card that is there; one of another model that nobody changed is replaced."""
+        """Write the model and its card; ``options`` are those of the Hub's mixin, such as ``push_to_hub=True``.
+
+        A card that is there stays, unless it is as it was written for the model that is replaced.
+        """
         card = Path(save_directory) / "README.md"
         is_outdated = _is_generated(card)
         address: str | None = super().save_pretrained(save_directory, **options)

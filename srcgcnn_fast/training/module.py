@@ -135,8 +135,8 @@ class TrainingModule(pl.LightningModule):
     Args:
         model: a CGCNN or SRCGCNN.
         data: what it will be trained on; its training targets alone set the normaliser.
-        recipe: optimiser, schedule and epochs; ``ema``, ``patience`` and ``gradient_clip`` are what :func:`fit` does,
-            and a Trainer of one's own by arguments and callbacks of its own.
+        recipe: optimiser, schedule and epochs; ``ema``, ``patience`` and ``gradient_clip`` are what
+            :func:`srcgcnn_fast.training.fit` does, and a Trainer of one's own by arguments and callbacks of its own.
         seed: of the dropout, epoch by epoch.
         captured: by CUDA graphs (:class:`srcgcnn_fast.CapturedTraining`).
 

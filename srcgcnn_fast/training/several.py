@@ -71,7 +71,7 @@ def cross_validate(
         build: makes an untrained model for a data module, such as ``lambda data: CGCNN()``; it is called after the
             seed is set.
         make_data: makes the data module of a split.
-        folds: from :func:`k_folds` or :func:`matbench_folds`.
+        folds: from :func:`~srcgcnn_fast.training.k_folds` or :func:`~srcgcnn_fast.training.matbench_folds`.
         resume: go on with what an interrupted call left.
         options: others of :func:`fit`.
 
