@@ -294,7 +294,7 @@ class GraphDataModule(pl.LightningDataModule):
         """Batches of ``part`` ("train", "val" or "test"), all of them in this process; shuffled, those of epoch 0."""
         return self._loader(part, shuffle, 0, 1)
 
-    def _loader(self, part: str, shuffle: bool, rank: int, world_size: int, epoch: int = 0) -> Batches:
+    def _loader(self, part: str, shuffle: bool, rank: int, world_size: int) -> Batches:
         dataset, indices = self.parts[part]
         sampler = EpochSampler(
             indices,
@@ -307,7 +307,6 @@ class GraphDataModule(pl.LightningDataModule):
             rank=rank,
             world_size=world_size,
         )
-        sampler.set_epoch(epoch)
         return Batches(
             dataset,
             batch_size=None,  # the sampler yields whole batches
@@ -319,10 +318,7 @@ class GraphDataModule(pl.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader[Item]:
-        epoch = 0
-        if self.trainer is not None:  # workers take their first batches before Lightning sets the epoch
-            epoch = self.trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
-        return self._loader("train", True, *place(self.trainer), epoch)
+        return self._loader("train", True, *place(self.trainer))  # Lightning sets the epoch
 
     def val_dataloader(self) -> DataLoader[Item]:
         return self._loader("val", False, *place(self.trainer))
