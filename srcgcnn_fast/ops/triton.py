@@ -255,128 +255,113 @@ def edge_shells(
     return shell_of, shell_distance, before[edge_ptr].diff().to(torch.int32)
 
 
-class _Kernels:
-    """The launches of a convolution."""
+def _edge_sums(row_weight: Tensor, edges: _Edges) -> tuple[Tensor, Tensor, Tensor]:
+    """in_degree, by_receiver and by_sender of :class:`.cpu.Moments`."""
+    graph, n, k = edges.graph, edges.n_rows, edges.n_features
+    in_degree = torch.empty_like(row_weight)
+    by_receiver, by_sender = (row_weight.new_empty(n, k) for _ in range(2))
+    launch, given = _Launch("edge_sum", n, BK=k), (graph.features, edges.distance, row_weight)
+    sizes = (n, edges.n_edges, *edges.basis)
+    launch(by_receiver, None, *given, None, None, graph.row_ptr, *sizes, K=k)
+    launch(by_sender, in_degree, *given, *transposed(graph), *sizes, K=k)
+    return in_degree, by_receiver, by_sender
 
-    @staticmethod
-    def linear(h: Tensor, layer: Layer, edges: _Edges) -> _Linear:
-        return _Linear(h, layer, edges, _storage())
 
-    @staticmethod
-    def statistics(h: Tensor, weight: Tensor, edges: _Edges, moments: Moments) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance of z = [h_i, h_j, e_ij] W^T over the edges, each (2F,), without a pass over z."""
-        return _statistics(h, weight, edges, moments)
+def _edge_gram(row_weight: Tensor, edges: _Edges) -> Tensor:
+    """Parts of sum_ij w_i e_ij^T e_ij, (parts, K, K)."""
+    graph, n, k = edges.graph, edges.n_rows, edges.n_features
+    launch = _Launch("edge_gram", n, share=True, square=True, BK=k)
+    gram = row_weight.new_empty(launch.programs, k, k)
+    given = (graph.features, edges.distance, row_weight, graph.row_ptr)
+    launch(gram, *given, n, edges.n_edges, *edges.basis, K=k, PRECISION=_precision())
+    return gram
 
-    @staticmethod
-    def filter_correction(linear: _Linear, moments: Moments, c1: Tensor, c2: Tensor) -> Tensor:
-        """sum_ij w_i e_ij (c1 + c2 x_ij), (K, 2F), from sums over rows."""
-        p, q = linear.pq.float().chunk(2, dim=1)
-        return _filter_correction(p, q, linear.of_edges, moments, c1, c2)
 
-    @staticmethod
-    def edge_sums(row_weight: Tensor, edges: _Edges) -> tuple[Tensor, Tensor, Tensor]:
-        """in_degree, by_receiver and by_sender of :class:`.cpu.Moments`."""
-        graph, n, k = edges.graph, edges.n_rows, edges.n_features
-        in_degree = torch.empty_like(row_weight)
-        by_receiver, by_sender = (row_weight.new_empty(n, k) for _ in range(2))
-        launch, given = _Launch("edge_sum", n, BK=k), (graph.features, edges.distance, row_weight)
-        sizes = (n, edges.n_edges, *edges.basis)
-        launch(by_receiver, None, *given, None, None, graph.row_ptr, *sizes, K=k)
-        launch(by_sender, in_degree, *given, *transposed(graph), *sizes, K=k)
-        return in_degree, by_receiver, by_sender
+def _gate_sum(m: Tensor | None, out: Tensor | None, h: Tensor, linear: _Linear, layer: Layer, edges: _Edges) -> None:
+    """Summed messages into ``m``, what follows from them into ``out``, each (N, F); one of them may be None."""
+    n, width = h.shape
+    scale, shift, _ = _finish(layer) if out is not None else (None, None, None)
+    _Launch("gate_sum", n, BF=width)(
+        m, out, linear.pq, h, linear.of_edges, linear.table, layer.gamma1, layer.beta1, scale, shift,
+        edges.distance, edges.graph.sender, edges.graph.row_ptr, n, edges.n_edges, *edges.basis,
+        **_filter("gate_sum", width, edges),
+    )  # fmt: skip
 
-    @staticmethod
-    def edge_gram(row_weight: Tensor, edges: _Edges) -> Tensor:
-        """Parts of sum_ij w_i e_ij^T e_ij, (parts, K, K)."""
-        graph, n, k = edges.graph, edges.n_rows, edges.n_features
-        launch = _Launch("edge_gram", n, share=True, square=True, BK=k)
-        gram = row_weight.new_empty(launch.programs, k, k)
-        given = (graph.features, edges.distance, row_weight, graph.row_ptr)
-        launch(gram, *given, n, edges.n_edges, *edges.basis, K=k, PRECISION=_precision())
-        return gram
 
-    @staticmethod
-    def gate_sum(m: Tensor | None, out: Tensor | None, h: Tensor, linear: _Linear, layer: Layer, edges: _Edges) -> None:
-        """Summed messages into ``m``, what follows from them into ``out``, each (N, F); one of them may be None."""
-        n, width = h.shape
-        scale, shift, _ = _finish(layer) if out is not None else (None, None, None)
-        _Launch("gate_sum", n, BF=width)(
-            m, out, linear.pq, h, linear.of_edges, linear.table, layer.gamma1, layer.beta1, scale, shift,
-            edges.distance, edges.graph.sender, edges.graph.row_ptr, n, edges.n_edges, *edges.basis,
-            **_filter("gate_sum", width, edges),
-        )  # fmt: skip
+def _finish_with_statistics(
+    out: Tensor, h: Tensor, m: Tensor, layer: Layer, row_weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """out = softplus(h + bn2(m)), and mean and biased variance of m over the rows."""
+    count, (n, width) = row_weight.sum(), h.shape
+    mean, centred = _centre(m, row_weight, count)
+    var = torch.mv(centred.square_().T, row_weight) / count
+    scale, shift, _ = _finish(layer._replace(mean2=mean, var2=var))
+    _Launch("finish", n, BF=width)(out, h, m, scale, shift, n, F=width)
+    return mean, var
 
-    @staticmethod
-    def finish(out: Tensor, h: Tensor, m: Tensor, layer: Layer, row_weight: Tensor) -> tuple[Tensor, Tensor]:
-        """out = softplus(h + bn2(m)), and mean and biased variance of m over the rows."""
-        count, (n, width) = row_weight.sum(), h.shape
-        mean, centred = _centre(m, row_weight, count)
-        var = torch.mv(centred.square_().T, row_weight) / count
-        scale, shift, _ = _finish(layer._replace(mean2=mean, var2=var))
-        _Launch("finish", n, BF=width)(out, h, m, scale, shift, n, F=width)
-        return mean, var
 
-    @staticmethod
-    def backward_messages(
-        grad: Tensor, h: Tensor, m: Tensor, layer: Layer, row_weight: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Gradients at h + bn2(m) and at m, (N, F), and of gamma2 and beta2."""
-        n, width = h.shape
-        scale, shift, rstd = _finish(layer)
-        launch = _Launch("backward_finish", n, share=True, BF=width)
-        du, sums = torch.empty_like(h), h.new_empty(2, launch.programs, width)
-        launch(du, sums[0], sums[1], grad, h, m, scale, shift, layer.mean2, rstd, n, F=width)
-        d_beta, d_gamma = sums.sum(1)
-        if not layer.train2:
-            return du, du * scale, d_gamma, d_beta
-        dm = torch.empty_like(h)
-        c1, c2 = torch.stack([d_beta, d_gamma]) / row_weight.sum()
-        _Launch("correct_rows", n, BF=width)(
-            dm, du, m, None, row_weight, scale, c1, c2, layer.mean2, rstd, n, STRIDE=width, C=width
-        )
-        return du, dm, d_gamma, d_beta
+def _backward_messages(
+    grad: Tensor, h: Tensor, m: Tensor, layer: Layer, row_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients at h + bn2(m) and at m, (N, F), and of gamma2 and beta2."""
+    n, width = h.shape
+    scale, shift, rstd = _finish(layer)
+    launch = _Launch("backward_finish", n, share=True, BF=width)
+    du, sums = torch.empty_like(h), h.new_empty(2, launch.programs, width)
+    launch(du, sums[0], sums[1], grad, h, m, scale, shift, layer.mean2, rstd, n, F=width)
+    d_beta, d_gamma = sums.sum(1)
+    if not layer.train2:
+        return du, du * scale, d_gamma, d_beta
+    dm = torch.empty_like(h)
+    c1, c2 = torch.stack([d_beta, d_gamma]) / row_weight.sum()
+    _Launch("correct_rows", n, BF=width)(
+        dm, du, m, None, row_weight, scale, c1, c2, layer.mean2, rstd, n, STRIDE=width, C=width
+    )
+    return du, dm, d_gamma, d_beta
 
-    @staticmethod
-    def correct(d_pq: Tensor, x: Tensor, degree: Tensor, row_weight: Tensor, a: Tensor, c1: Tensor, c2: Tensor) -> None:
-        """d <- a (d - w (degree c1 + c2 x)), d the first half of ``d_pq`` (N, 4F)."""
-        n, columns = x.shape
-        _Launch("correct_rows", n, BF=columns)(
-            d_pq, d_pq, x, degree, row_weight, a, c1, c2, None, None, n, STRIDE=2 * columns, C=columns
-        )
 
-    @staticmethod
-    def backward_receivers(
-        d_pq: Tensor, x_rows: Tensor | None, dy: Tensor | None, dm: Tensor, linear: _Linear, layer: Layer, edges: _Edges
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """sum_j dy into the first half of ``d_pq`` (N, 4F), sum_j x into ``x_rows`` (N, 2F), dy itself (E, 2F).
+def _correct_rows(
+    d_pq: Tensor, x: Tensor, degree: Tensor, row_weight: Tensor, a: Tensor, c1: Tensor, c2: Tensor
+) -> None:
+    """d <- a (d - w (degree c1 + c2 x)), d the first half of ``d_pq`` (N, 4F)."""
+    n, columns = x.shape
+    _Launch("correct_rows", n, BF=columns)(
+        d_pq, d_pq, x, degree, row_weight, a, c1, c2, None, None, n, STRIDE=2 * columns, C=columns
+    )
 
-        Returns the sums of dy x and of dy, (2F,), and of e dy, (K, 2F).
-        """
-        (n, width), k, graph = dm.shape, edges.n_features, edges.graph
-        launch = _Launch("backward_rows", n, share=True, BF=width, BK=k)
-        d_gamma, d_filter = (dm.new_empty(launch.programs, *shape) for shape in ((2 * width,), (k, 2 * width)))
-        launch(
-            d_pq, x_rows, d_gamma, d_filter, dy, linear.pq, dm, linear.of_edges, linear.table, graph.features,
-            layer.gamma1, layer.beta1, edges.distance, graph.sender, graph.row_ptr, n, edges.n_edges, *edges.basis,
-            **_filter("backward_rows", width, edges),
-        )  # fmt: skip
-        return d_gamma.sum(0), d_pq[:, : 2 * width].sum(0), d_filter.sum(0)
 
-    @staticmethod
-    def backward_senders(
-        d_pq: Tensor, dm: Tensor, a: Tensor, correction: tuple[Tensor | None, ...], linear: _Linear, layer: Layer,
-        edges: _Edges,
-    ) -> None:  # fmt: skip
-        """a (sum_i dy - in_degree c1 - c2 sum_i w_i x) into the second half of ``d_pq`` (N, 4F).
+def _backward_receivers(
+    d_pq: Tensor, x_rows: Tensor | None, dy: Tensor | None, dm: Tensor, linear: _Linear, layer: Layer, edges: _Edges
+) -> tuple[Tensor, Tensor, Tensor]:
+    """sum_j dy into the first half of ``d_pq`` (N, 4F), sum_j x into ``x_rows`` (N, 2F), dy itself (E, 2F).
 
-        ``correction``: c1, c2, the rows' weights and in_degree, or None four times.
-        """
-        n, width = dm.shape
-        _Launch("backward_senders", n, BF=width)(
-            d_pq, linear.pq, dm, linear.of_edges, linear.table, layer.gamma1, layer.beta1, a, *correction,
-            edges.distance, *transposed(edges.graph), n, edges.n_edges, *edges.basis,
-            **_filter("backward_senders", width, edges),
-        )  # fmt: skip
+    Returns the sums of dy x and of dy, (2F,), and of e dy, (K, 2F).
+    """
+    (n, width), k, graph = dm.shape, edges.n_features, edges.graph
+    launch = _Launch("backward_rows", n, share=True, BF=width, BK=k)
+    d_gamma, d_filter = (dm.new_empty(launch.programs, *shape) for shape in ((2 * width,), (k, 2 * width)))
+    launch(
+        d_pq, x_rows, d_gamma, d_filter, dy, linear.pq, dm, linear.of_edges, linear.table, graph.features,
+        layer.gamma1, layer.beta1, edges.distance, graph.sender, graph.row_ptr, n, edges.n_edges, *edges.basis,
+        **_filter("backward_rows", width, edges),
+    )  # fmt: skip
+    return d_gamma.sum(0), d_pq[:, : 2 * width].sum(0), d_filter.sum(0)
+
+
+def _backward_senders(
+    d_pq: Tensor, dm: Tensor, a: Tensor, correction: tuple[Tensor | None, ...], linear: _Linear, layer: Layer,
+    edges: _Edges,
+) -> None:  # fmt: skip
+    """a (sum_i dy - in_degree c1 - c2 sum_i w_i x) into the second half of ``d_pq`` (N, 4F).
+
+    ``correction``: c1, c2, the rows' weights and in_degree, or None four times.
+    """
+    n, width = dm.shape
+    _Launch("backward_senders", n, BF=width)(
+        d_pq, linear.pq, dm, linear.of_edges, linear.table, layer.gamma1, layer.beta1, a, *correction,
+        edges.distance, *transposed(edges.graph), n, edges.n_edges, *edges.basis,
+        **_filter("backward_senders", width, edges),
+    )  # fmt: skip
 
 
 def edge_moments(row_weight: Tensor, graph: Graph, n_features: int) -> tuple[Tensor, ...]:
@@ -387,8 +372,8 @@ def edge_moments(row_weight: Tensor, graph: Graph, n_features: int) -> tuple[Ten
     if n == 0:
         zero = row_weight.new_zeros(k, k, dtype=torch.float64)
         return torch.empty_like(row_weight), *(row_weight.new_empty(n, k) for _ in range(2)), zero[0], zero
-    in_degree, by_receiver, by_sender = _Kernels.edge_sums(row_weight, edges)
-    gram = _Kernels.edge_gram(row_weight, edges).sum(0, dtype=torch.float64)
+    in_degree, by_receiver, by_sender = _edge_sums(row_weight, edges)
+    gram = _edge_gram(row_weight, edges).sum(0, dtype=torch.float64)
     return in_degree, by_receiver, by_sender, by_receiver.double().T @ row_weight.double(), gram
 
 
@@ -420,7 +405,10 @@ def _centre(x: Tensor, weight: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _statistics(h: Tensor, weight: Tensor, edges: _Edges, moments: Moments) -> tuple[Tensor, Tensor]:
-    """From the mean and the centred second moments of [h_i, h_j, e_ij], whose blocks are sums over rows."""
+    """Mean and biased variance of z = [h_i, h_j, e_ij] W^T over the edges, each (2F,), without a pass over z.
+
+    From the mean and the centred second moments of [h_i, h_j, e_ij], whose blocks are sums over rows.
+    """
     assert moments.in_degree is not None and moments.by_receiver is not None
     assert moments.by_sender is not None and moments.sum is not None and moments.gram is not None
     n, width = h.shape
@@ -531,11 +519,11 @@ def conv(
     trains = (layer.train1,) * 2 + (layer.train2,) * 2
     used = [x if replaced else x.clone() for x, replaced in zip(layer[6:10], trains, strict=True)]
     if layer.train1:
-        used[:2] = _Kernels.statistics(h, layer.weight, edges, moments)
+        used[:2] = _statistics(h, layer.weight, edges, moments)
     layer = layer._replace(mean1=used[0], var1=used[1])
-    _Kernels.gate_sum(m, None if layer.train2 else out, h, _Kernels.linear(h, layer, edges), layer, edges)
+    _gate_sum(m, None if layer.train2 else out, h, _Linear(h, layer, edges, _storage()), layer, edges)
     if layer.train2:
-        used[2:] = _Kernels.finish(out, h, m, layer, moments.row_weight)
+        used[2:] = _finish_with_statistics(out, h, m, layer, moments.row_weight)
     return out, m, used[0], used[1], used[2], used[3]
 
 
@@ -570,24 +558,24 @@ def conv_backward(
     if n == 0:
         nothing = [torch.zeros_like(x) for x in (table, layer.weight, *[layer.gamma1] * 3, *[layer.gamma2] * 2)]
         return (*nothing, torch.zeros_like(graph.distance if graph.features is None else graph.features))
-    linear = _Kernels.linear(h, layer, edges)
+    linear = _Linear(h, layer, edges, _storage())
     d_pq = h.new_empty(n, 4 * width)
     x_rows = h.new_empty(n, 2 * width) if layer.train1 else None
     dy = h.new_empty(edges.n_edges, 2 * width) if edge_grad else None
     a = layer.gamma1 * linear.rstd
-    du, dm, d_gamma2, d_beta2 = _Kernels.backward_messages(grad, h, m, layer, moments.row_weight)
-    d_gamma1, d_beta1, d_filter = _Kernels.backward_receivers(d_pq, x_rows, dy, dm, linear, layer, edges)
+    du, dm, d_gamma2, d_beta2 = _backward_messages(grad, h, m, layer, moments.row_weight)
+    d_gamma1, d_beta1, d_filter = _backward_receivers(d_pq, x_rows, dy, dm, linear, layer, edges)
     correction: tuple[Tensor | None, ...] = (None,) * 4
     if x_rows is not None:
         degree = edges.degree
         c1, c2 = torch.stack([d_beta1, d_gamma1]) / (moments.row_weight @ degree)
         correction = c1, c2, moments.row_weight, moments.in_degree
-        d_filter = d_filter - _Kernels.filter_correction(linear, moments, c1, c2)
-        _Kernels.correct(d_pq, x_rows, degree, moments.row_weight, a, c1, c2)
+        d_filter = d_filter - _filter_correction(linear, moments, c1, c2)
+        _correct_rows(d_pq, x_rows, degree, moments.row_weight, a, c1, c2)
     else:
         d_pq[:, : 2 * width] *= a
     del x_rows
-    _Kernels.backward_senders(d_pq, dm, a, correction, linear, layer, edges)
+    _backward_senders(d_pq, dm, a, correction, linear, layer, edges)
     dh = torch.addmm(du, d_pq, torch.cat([layer.weight[:, :width], layer.weight[:, width : 2 * width]]))
     if species is not None:
         dh = sum_by_species(dh, species, len(table))
@@ -598,11 +586,13 @@ def conv_backward(
     return dh, d_weight, d_bias, d_gamma1, d_beta1, d_gamma2, d_beta2, d_edge
 
 
-def _filter_correction(p: Tensor, q: Tensor, of_edges: Tensor, moments: Moments, c1: Tensor, c2: Tensor) -> Tensor:
+def _filter_correction(linear: _Linear, moments: Moments, c1: Tensor, c2: Tensor) -> Tensor:
+    """sum_ij w_i e_ij (c1 + c2 x_ij), (K, 2F), from sums over rows."""
     assert moments.by_receiver is not None and moments.by_sender is not None
     assert moments.sum is not None and moments.gram is not None
+    p, q = linear.pq.float().chunk(2, dim=1)
     ex = (moments.by_receiver * moments.row_weight[:, None]).T @ p + moments.by_sender.T @ q
-    ex += (moments.gram @ of_edges.double()).to(ex.dtype)
+    ex += (moments.gram @ linear.of_edges.double()).to(ex.dtype)
     return moments.sum.to(ex.dtype)[:, None] * c1 + ex * c2
 
 
@@ -617,7 +607,7 @@ def stack(h: Tensor, layers: Sequence[Layer], graph: Graph, species: Tensor | No
     for t, layer in enumerate(layers):
         linear = _Linear(h, layer, edges, pq.dtype, out=pq)
         h, old = buffers[t % len(buffers)], h
-        _Kernels.gate_sum(None, h, old, linear, layer, edges)
+        _gate_sum(None, h, old, linear, layer, edges)
     return h
 
 

@@ -34,7 +34,6 @@ class Problem:
     """A layer on a graph, in float64; ``kind`` says what is odd about the graph. A subclass says whose operators."""
 
     backend: Any
-    kernels: Any = triton._Kernels
     device = "cpu"
 
     def __init__(self, kind: str, width: int, n_features: int, features: bool = False, seed: int = 0) -> None:
@@ -117,6 +116,11 @@ class Problem:
     def moments(self, graph: Graph, needed: bool) -> Moments:
         weight = self.row_weight.float().to(self.device)
         return Moments(weight, *(self.backend.edge_moments(weight, graph, self.n_features) if needed else [None] * 5))
+
+    @staticmethod
+    def linear(h: torch.Tensor, layer: Layer, edges: Any) -> Any:
+        """The launch that makes the rows' products."""
+        return triton._Linear(h, layer, edges, triton._storage())
 
     def found(self, training: tuple[bool, bool]) -> dict[str, torch.Tensor]:
         graph, layer, h = self.graph(), self.layer(training), self.parameters[0].float().to(self.device)
@@ -311,8 +315,9 @@ def bfloat16_storage(problem: Problem) -> None:
 
 def rounded_rows(problem: Problem) -> Any:
     """The rows' products, and the output that follows from them and the filter in exact arithmetic."""
-    run, (h, layer, graph, moments) = problem.kernels, arguments(problem)
-    linear = run.linear(h, layer, triton._Edges(graph, problem.n_features, torch.float32, h.device))
+    h, layer, graph, moments = arguments(problem)
+    edges = triton._Edges(graph, problem.n_features, torch.float32, h.device)
+    linear = problem.linear(h, layer, edges)
     out = problem.backend.conv(h, layer, graph, moments)[0]
     p, q = (x.double().unflatten(1, (2, -1))[..., : problem.width].flatten(1) for x in linear.pq.chunk(2, dim=1))
     k = torch.arange(problem.n_features, dtype=torch.float64, device=h.device)

@@ -80,7 +80,7 @@ class Kernels:
 
 
 class Problem(convolution.Problem):
-    backend, kernels = backend, Kernels
+    backend, linear = backend, Kernels.linear
 
 
 @pytest.mark.parametrize("training", TRAINING, ids=["train", "eval", "frozen bn1"])
