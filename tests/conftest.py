@@ -51,6 +51,20 @@ def data_dir() -> Path:
     return Path(where)
 
 
+@pytest.fixture(scope="session")
+def small_1500(data_dir):
+    """1500 crystals of the Materials Project, as a table."""
+    pandas = pytest.importorskip("pandas")
+    return pandas.read_parquet(data_dir / "mp" / "small_1500.parquet")
+
+
+@pytest.fixture(scope="session")
+def crystals_1500(small_1500) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Lattice, fractional coordinates and numbers of each."""
+    columns = (small_1500[name] for name in ("lattice", "frac_coords", "atomic_numbers"))
+    return [(np.reshape(a, (3, 3)), np.reshape(f, (-1, 3)), np.asarray(z)) for a, f, z in zip(*columns, strict=True)]
+
+
 @pytest.fixture
 def backend(request: pytest.FixtureRequest):
     """Parametrise indirectly with a backend's name; skips, saying why, where it cannot run."""

@@ -172,10 +172,9 @@ def test_candidates_hold_the_whole_tied_shell(slack):
             assert np.allclose(distance[first[i] :][: size[i]], expected[: size[i]], rtol=0, atol=2e-9)
 
 
-def test_against_pymatgen(data_dir):
-    pd = pytest.importorskip("pandas")
+def test_against_pymatgen(small_1500):
     pymatgen = pytest.importorskip("pymatgen.core")
-    rows = pd.read_parquet(data_dir / "mp" / "small_1500.parquet").iloc[::150]
+    rows = small_1500.iloc[::150]
     assert len(rows) == 10
     for row in rows.itertuples():
         lattice = np.reshape(row.lattice, (3, 3))

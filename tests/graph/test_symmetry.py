@@ -24,16 +24,6 @@ def pack(crystals, **parameters) -> PackedGraphs:
     return packed
 
 
-@pytest.fixture(scope="module")
-def mp_crystals(data_dir):
-    pd = pytest.importorskip("pandas")
-    rows = pd.read_parquet(data_dir / "mp" / "small_1500.parquet")
-    return [
-        (np.reshape(r.lattice, (3, 3)), np.reshape(r.frac_coords, (-1, 3)), np.array(r.atomic_numbers))
-        for r in rows.itertuples()
-    ]
-
-
 def alloy(rng, motif, repeat=3, species=(29, 79), spacing=3.1):
     """A cubic supercell with random species on the sites of ``motif``: every distance shell is degenerate."""
     cells = np.stack(np.meshgrid(*[np.arange(repeat)] * 3, indexing="ij"), -1).reshape(-1, 3)
@@ -185,8 +175,8 @@ def test_graph_depends_on_the_crystal_alone(change, tolerance):
 
 @pytest.mark.parametrize("tolerance", [TOLERANCE, None])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
-def test_graph_depends_on_the_crystal_alone_mp(mp_crystals, change, tolerance):
-    assert_invariant(mp_crystals[::15], change, tolerance)
+def test_graph_depends_on_the_crystal_alone_mp(crystals_1500, change, tolerance):
+    assert_invariant(crystals_1500[::15], change, tolerance)
 
 
 def assert_same_network(crystals, **parameters):
@@ -209,8 +199,8 @@ def test_quotient_equals_full_graph(padded):
     assert_same_network(made_up_crystals(), padded=padded)
 
 
-def test_quotient_equals_full_graph_mp(mp_crystals):
-    assert_same_network(mp_crystals[7::10])
+def test_quotient_equals_full_graph_mp(crystals_1500):
+    assert_same_network(crystals_1500[7::10])
 
 
 def assert_quotient_is_sound(crystals, count=COUNT):
@@ -264,8 +254,8 @@ def test_many_neighbours_are_padded(tolerance):
     assert (packed.distance[~kept] == 6.0).all()
 
 
-def test_classes_are_sound_mp(mp_crystals):
-    assert_quotient_is_sound(mp_crystals[3::40])
+def test_classes_are_sound_mp(crystals_1500):
+    assert_quotient_is_sound(crystals_1500[3::40])
 
 
 def test_drifting_distances_are_not_chained():
@@ -331,9 +321,9 @@ def test_choice_in_the_last_shell_is_by_atomic_number():
         assert (neighbour in full.sender[full.row_ptr[origin] : full.row_ptr[origin + 1]]) == taken
 
 
-def test_reduction_on_mp(mp_crystals):
-    packed = pack(mp_crystals)
+def test_reduction_on_mp(crystals_1500):
+    packed = pack(crystals_1500)
     atoms = packed.atom_ptr[-1]
-    assert atoms == sum(len(c[2]) for c in mp_crystals)
+    assert atoms == sum(len(c[2]) for c in crystals_1500)
     assert 2.5 < atoms / len(packed.numbers) < 2.7
     assert packed.weight.sum() == atoms

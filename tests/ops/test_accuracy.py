@@ -17,14 +17,11 @@ SEEDS = range(24)
 
 
 @pytest.fixture(scope="module")
-def crystals(data_dir):
+def crystals(small_1500, crystals_1500):
     """128 crystals of the Materials Project, padded so that the published layers take them too, and their energies."""
-    pd = pytest.importorskip("pandas")
-    frame = pd.read_parquet(data_dir / "mp" / "small_1500.parquet").head(128)
-    columns = zip(frame["lattice"], frame["frac_coords"], frame["atomic_numbers"], strict=True)
-    structures = [(np.reshape(a, (3, 3)), np.reshape(f, (-1, 3)), np.asarray(z)) for a, f, z in columns]
-    energy = torch.tensor(frame["formation_energy_per_atom"].to_numpy())
-    return sf.collate(sf.build_graphs(structures, padded=True)), ((energy - energy.mean()) / energy.std())[:, None]
+    energy = torch.tensor(small_1500["formation_energy_per_atom"].to_numpy()[:128])
+    batch = sf.collate(sf.build_graphs(crystals_1500[:128], padded=True))
+    return batch, ((energy - energy.mean()) / energy.std())[:, None]
 
 
 def warmed_up(model_type, crystals, seed: int) -> torch.nn.Module:

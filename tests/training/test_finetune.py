@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
@@ -106,11 +105,10 @@ def test_scores_are_of_the_models_targets_and_graphs(alloys):
             evaluate(source(), GraphDataModule(alloys, "energy", split=(0.9, 0.1, 0.0), **how))
 
 
-def test_a_published_checkpoint_learns_with_its_convolutions_frozen(data_dir, tmp_path):
+def test_a_published_checkpoint_learns_with_its_convolutions_frozen(data_dir, small_1500, tmp_path):
     checkpoint = data_dir / "upstream" / "formation-energy-per-atom.pth.tar"
     before = load_model(checkpoint)
-    frame = pd.read_parquet(data_dir / "mp" / "small_1500.parquet").iloc[:150]
-    frame.to_parquet(tmp_path / "some.parquet")
+    small_1500.iloc[:150].to_parquet(tmp_path / "some.parquet")
     store = prepare(tmp_path / "some.parquet", tmp_path / "store", before.metadata.graph)
     data = GraphDataModule(store, "formation_energy_per_atom", batch_size=64)
     model = fine_tuned(checkpoint, data)
