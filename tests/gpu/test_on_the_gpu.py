@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from convolution import kinds_and_modes
 from torch import nn
 
 import srcgcnn_fast as sf
@@ -104,11 +105,8 @@ def conforms(name: str, given, training: tuple[bool, bool]) -> None:
 
 
 @each_backend
-@pytest.mark.parametrize("training", [(True, True), (False, False), (False, True)], ids=["train", "eval", "frozen bn1"])
-@pytest.mark.parametrize("kind", KINDS)
+@kinds_and_modes(KINDS)
 def test_convolution(backend, make_batch, kind, training):
-    if kind in ("one atom", "no edges") and any(training):
-        pytest.skip("batch norm cannot train on it; test_functional says so")
     conforms(backend, problem(make_batch(kind, seed=3), 16, 41), training)
 
 

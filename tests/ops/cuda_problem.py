@@ -7,6 +7,7 @@ import mmap
 
 import pytest
 import torch
+from convolution import relative
 
 from srcgcnn_fast.ops import cuda as backend
 from srcgcnn_fast.ops import reference
@@ -28,12 +29,6 @@ def sparse(size, dtype: torch.dtype) -> torch.Tensor:
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | unreserved
     memory = mmap.mmap(-1, max(count, 1) * dtype.itemsize, flags=flags)
     return torch.frombuffer(memory, dtype=dtype, count=max(count, 1))[:count].view(size)
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    assert a.shape == b.shape
-    assert torch.isfinite(a).all()
-    return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
 
 
 class Problem:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import contextlib
 import types
 
+import convolution
 import pytest
 import torch
-from cuda_problem import A100, H100, KINDS_OF_WEIGHTS, MIDDLE, TINY, Problem, relative, sparse
+from convolution import relative
+from cuda_problem import A100, H100, KINDS_OF_WEIGHTS, MIDDLE, TINY, Problem, sparse
 
 import srcgcnn_fast as sf
 from srcgcnn_fast.ops import cuda as backend
-from srcgcnn_fast.ops import reference, registry, triton
+from srcgcnn_fast.ops import registry, triton
 from srcgcnn_fast.ops.cpu import Graph, Layer
-from srcgcnn_fast.ops.reference import BatchNorm, Edges
 
 pytestmark = pytest.mark.usefixtures("on_the_emulation")
 
@@ -171,26 +172,8 @@ def test_the_gate_is_right_at_both_ends():
 
 @pytest.mark.parametrize("gpu", [H100, TINY], ids=["from the table", "for each edge"])
 def test_the_term_of_an_edge(library, gpu):
-    """At distances within, between and beyond the Gaussians, where nothing else hides its error."""
     library.gpu(*gpu)
-    n, width, k = 16, 32, 41
-    g = torch.Generator().manual_seed(0)
-    distance = torch.cat([torch.rand(12 * n - 4, generator=g) * 9, torch.tensor([0.0, 8.0, 8.1, 12.0])])
-    index = lambda *x: torch.tensor(x, dtype=torch.int32)  # noqa: E731
-    sender = torch.zeros(12 * n, dtype=torch.int32)
-    edges = Edges(distance, None, sender, torch.arange(0, 12 * n + 1, 12, dtype=torch.int32), index(0, n))
-    weight = torch.zeros(2 * width, 2 * width + k)
-    weight[:, 2 * width :] = 4 * torch.rand(2 * width, k, generator=g) - 2
-    zero, one = torch.zeros(2 * width), torch.ones(2 * width)
-    vectors = (one, zero, one[:width], zero[:width], zero, one, zero[:width], one[:width])
-    graph = Graph(*edges[:5], None, None, None, 0.0, 0.2)
-    h = torch.zeros(n, width)
-    ours = backend.stack(h, [Layer(weight, None, *vectors, 0.0, 0.0, False, False)], graph)
-    g1, b1, g2, b2, m1, v1, m2, v2 = (x.double() for x in vectors)
-    norms = BatchNorm(g1, b1, m1, v1, eps=0.0), BatchNorm(g2, b2, m2, v2, eps=0.0)
-    edges = edges._replace(distance=distance.double())
-    truth = reference.gated_conv(h.double(), edges, torch.ones(n).double(), weight.double(), None, *norms)
-    assert relative(ours, truth) < 3e-7
+    convolution.term_of_an_edge(lambda h, layer, graph: backend.stack(h, [layer], graph))
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e-5, 1e5, 1e20])

@@ -11,7 +11,8 @@ import types
 
 import pytest
 import torch
-from cuda_problem import A100, H100, KINDS_OF_WEIGHTS, MIDDLE, TINY, Problem, relative
+from convolution import relative
+from cuda_problem import A100, H100, KINDS_OF_WEIGHTS, MIDDLE, TINY, Problem
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 

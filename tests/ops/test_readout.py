@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from convolution import relative
 
 import srcgcnn_fast as sf
 from srcgcnn_fast import functional
@@ -20,11 +21,6 @@ pytestmark = [
 ]
 KINDS = ["plain", "weighted", "ragged", "one atom", "isolated", "no edges", "many crystals"]
 LIMIT = {torch.float32: 1e-6, torch.float64: 1e-14}
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    assert a.shape == b.shape and torch.isfinite(a).all()
-    return float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm().clamp_min(1e-30))
 
 
 def layers_of(sizes: tuple[int, ...], bias: bool = True, seed: int = 0) -> list[Dense]:
