@@ -108,7 +108,7 @@ def test_many_gradients_at_once(model, make_batch):
     assert relative([found], [torch.stack(expected)]) < 1e-12
 
 
-@pytest.mark.parametrize("kind", ["weighted", "large"])
+@pytest.mark.parametrize("kind", ["weighted", "many crystals"])  # whose rows are looked up in a table
 @pytest.mark.parametrize("field", ["numbers", "weight", "sender", "distance"])
 @pytest.mark.parametrize("training", [False, True])
 def test_what_is_written_to_before_the_backward_pass_does_not_count(model, make_batch, kind, field, training):

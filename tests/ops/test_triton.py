@@ -18,7 +18,7 @@ import convolution
 import numpy as np
 import pytest
 import torch
-from convolution import TRAINING, arguments, compare, relative
+from convolution import TRAINING, arguments, compare, kinds_and_modes, relative
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 import srcgcnn_fast as sf
@@ -68,11 +68,8 @@ class Problem(convolution.Problem):
 
 
 @runs
-@pytest.mark.parametrize("training", TRAINING, ids=["train", "eval", "frozen bn1"])
-@pytest.mark.parametrize("kind", ["twelve", "weighted", "ragged", "isolated", "one atom", "no edges"])
+@kinds_and_modes(["twelve", "weighted", "ragged", "isolated", "one atom", "no edges"])
 def test_convolution(kind, training):
-    if kind in ("one atom", "no edges") and any(training):
-        pytest.skip("batch norm cannot train on it; test_functional says so")
     seeds = range(5) if kind in ("isolated", "one atom") else range(1)  # few numbers say little about roundings
     compare([Problem(kind, 16, 41, seed=seed) for seed in seeds], training)
 
@@ -232,7 +229,7 @@ def test_what_is_wrong_in_a_parameter_gives_nan():
 
 @runs
 def test_a_network_has_the_mean_of_equal_rows_and_of_none():
-    n = 40_000  # whose sums in float32 drift by 3e-4
+    n = 4000  # whose sums in float32 drift by 3e-5
     ends, none = torch.tensor([0, 1, 1, n + 1]), torch.zeros(n + 2)
     graph = Graph(none[:0], None, *(x.int() for x in (none[:0], none, ends)), None, None, None, 0.0, 0.2)
     graph = Graph(*(x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in graph))
