@@ -124,7 +124,7 @@ def test_generic_edge_features(backend, make_batch):
 def test_a_hundred_thousand_edges(backend, make_batch):
     batch = make_batch("large", seed=7)
     assert batch.num_edges >= 90_000
-    compare(backend, batch, 16, 41, torch.float32, (True, True))
+    compare(backend, batch, 64 if backend == "cpu" else 16, 41, torch.float32, (True, True))  # or interpreted
 
 
 @pytest.mark.parametrize("backend", FAST)
