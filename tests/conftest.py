@@ -16,6 +16,7 @@ import torch
 
 import srcgcnn_fast as sf
 from srcgcnn_fast.graph import CrystalGraph, GraphBatch, collate
+from srcgcnn_fast.ops import registry
 
 # Read once, when something imports Triton (lightning does): without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():
@@ -30,6 +31,12 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     is_unasked = getattr(config.option, "numprocesses", 0) is None and not hasattr(config, "workerinput")
     if is_whole and is_unasked and workers > 1:
         config.option.numprocesses, config.option.dist = workers, "worksteal"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items if registry.core is None else []:
+        if item.get_closest_marker("compiled"):
+            item.add_marker(pytest.mark.skip(reason=registry.core_problem))
 
 
 def pytest_collection_finish() -> None:

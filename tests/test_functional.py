@@ -82,6 +82,7 @@ def test_running_statistics_of_any_kind_move(backend, make_batch, kind):
             torch.testing.assert_close(ours.eval()(h, batch), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.compiled
 def test_running_statistics_of_whole_numbers_are_refused(make_batch):
     batch, conv = make_batch("plain"), GatedConv(16).eval()
     conv.bn2.running_var = conv.bn2.running_var.long()
@@ -89,6 +90,7 @@ def test_running_statistics_of_whole_numbers_are_refused(make_batch):
         conv(torch.rand(batch.num_rows, 16), batch)
 
 
+@pytest.mark.compiled
 def test_nothing_moves_where_a_layer_is_refused(make_batch):
     batch = make_batch("plain")
     layers = [sf.CGCNN(1, 16, 8).train()._layers()[0] for _ in range(2)]

@@ -26,7 +26,6 @@ from srcgcnn_fast.ops import registry
 
 FIELDS = ("numbers", "weight", "sender", "distance", "row_ptr", "crystal_ptr", "atom_class")
 MODELS = [sf.CGCNN, sf.SRCGCNN]
-needs_kernels = pytest.mark.skipif(registry.core is None, reason="no compiled backend on this machine")
 
 
 class OnTensors(nn.Module):
@@ -155,7 +154,7 @@ def test_transforms_of_whole_models(make_batch, model_type):
     torch.testing.assert_close(along, slope.sum(), rtol=1e-10, atol=1e-12)
 
 
-@needs_kernels
+@pytest.mark.compiled
 def test_transforms_of_a_forced_backend_are_refused(make_batch):
     layer, h = _layer(make_batch)
     with sf.use_backend("cpu"), pytest.raises(InputError, match=r"cannot take this input: torch\.func transforms"):

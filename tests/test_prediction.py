@@ -379,6 +379,7 @@ def test_a_store_is_predicted_as_its_structures(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.compiled
 def test_what_was_isolated_or_left_out_when_a_store_was_prepared(tmp_path, caplog, padded):
     """As if its structures were predicted: in a store of those that were kept, a row with the same sentence."""
     far = (np.diag([8.0, 8.0, 40.0]), np.array([[0, 0, 0], [0, 0, 0.5]]), [10, 29])  # each its own image alone

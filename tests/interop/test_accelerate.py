@@ -19,11 +19,10 @@ import srcgcnn_fast as sf
 from srcgcnn_fast.errors import InputError
 from srcgcnn_fast.interop import acceleration, difference, indexed, restore
 from srcgcnn_fast.interop.switch import Difference
-from srcgcnn_fast.ops import registry
 
 PROGRAMS = ["written here", "txie-93/cgcnn", "cgcnn2", "SR-CGCNN, standard", "SR-CGCNN", "SR-CGCNN, all options"]
 
-pytestmark = pytest.mark.skipif(registry.core is None, reason="no compiled backend on this machine")
+pytestmark = pytest.mark.compiled
 
 
 @pytest.fixture

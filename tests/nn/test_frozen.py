@@ -15,6 +15,8 @@ from torch.nn.utils import parametrize, prune
 import srcgcnn_fast as sf
 from srcgcnn_fast.nn.models import CrystalModel
 
+pytestmark = pytest.mark.compiled
+
 MODELS = pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
 
 

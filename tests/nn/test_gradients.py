@@ -52,6 +52,7 @@ def relative(found, expected) -> float:
 
 
 @pytest.mark.parametrize("training", [False, True])
+@pytest.mark.compiled
 def test_gradients_to_be_differentiated_again_are_the_gradients(model, make_batch, training):
     """And their own gradients, of a penalty on them, and those of a penalty on these, are those of the reference."""
     model.train(training)
@@ -88,6 +89,7 @@ def test_gradients_to_be_differentiated_again_are_the_gradients(model, make_batc
             assert x is None or float((x - y).norm()) < 1e-9 * size
 
 
+@pytest.mark.compiled
 def test_statistics_that_moved_meanwhile_do_not_count(model, make_batch):
     """Those of the forward pass do."""
     batch, leaves = make_batch("weighted"), list(model.parameters())

@@ -278,6 +278,7 @@ def test_defaults_of_torch_do_not_matter(make_batch, tmp_path):
 
 
 @pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.compiled
 def test_weights_without_memory_of_their_own_are_one_sentence(make_batch, grad):
     from torch.testing._internal.two_tensor import TwoTensor
 

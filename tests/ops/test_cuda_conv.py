@@ -718,6 +718,7 @@ def test_rows_that_no_crystal_covers_have_nan_as_gradient(rows, wrong):
     assert torch.isfinite(out[good]).all() and (out[good] > 0).all()
 
 
+@pytest.mark.compiled
 def test_statistics_of_several_processes(monkeypatch):
     """Synchronised batch norm calls the operators with statistics that it forms itself; here with one process."""
     split = library_of_operators._split

@@ -273,6 +273,7 @@ def test_the_precision_in_force_is_what_the_kernels_are_told(library, make_batch
 
 @pytest.mark.parametrize("kind", ["weighted", "one crystal"])
 @pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
+@pytest.mark.compiled
 def test_models_arrive_at_the_kernels(make_batch, monkeypatch, model_type, kind):
     """By the way of a CUDA tensor from the model on, in place of the CPU's kernels."""
     torch.manual_seed(0)
@@ -297,6 +298,7 @@ def test_models_arrive_at_the_kernels(make_batch, monkeypatch, model_type, kind)
     assert relative(found, truth) < 1e-6
 
 
+@pytest.mark.compiled
 def test_vectors_of_crystals_by_the_network(make_batch, monkeypatch):
     """What a descriptor asks of it: no map after the mean."""
     model, batch = sf.SRCGCNN(2, 32).eval(), make_batch("weighted")
@@ -468,6 +470,7 @@ def test_the_operator_of_a_network_calls_the_kernels_of_the_machine(make_batch, 
     assert (torch.equal if selected == "cuda" else torch.allclose)(found, expected)
 
 
+@pytest.mark.compiled
 def test_a_network_that_is_not_taken_goes_part_by_part(make_batch, monkeypatch):
     model, batch = sf.SRCGCNN(2, 32).eval(), make_batch("weighted")
     called: list[int] = []

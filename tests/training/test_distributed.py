@@ -69,6 +69,7 @@ def check_equal(name: str, together: list[dict], alone: dict) -> None:
 
 
 @pytest.mark.parametrize("name", two_processes.CASES)
+@pytest.mark.compiled
 def test_equal_to_one_process_with_the_joined_batch(models, name):
     check_equal(name, *models[name])
 
@@ -81,6 +82,7 @@ def test_compiled_models_are_equal_too(place):
         check_equal(name, *found)
 
 
+@pytest.mark.compiled
 def test_a_run_of_two_is_the_run_of_one(place, alloys, tmp_path):
     alone = two_processes.run(tmp_path / "run", alloys)
     assert {p.name for p in (tmp_path / "run").iterdir()} == {p.name for p in (place / "run").iterdir()}
@@ -95,17 +97,20 @@ def test_a_run_of_two_is_the_run_of_one(place, alloys, tmp_path):
     assert all(torch.equal(saved[name], x) for name, x in weights.items())
 
 
+@pytest.mark.compiled
 def test_the_others_wait_for_rank_zero_beyond_the_timeout(place):
     """As for a data set whose preparation takes longer than PyTorch's half hour."""
     assert [(place / f"waited{rank}").read_text() for rank in (0, 1)] == ["prepared", "prepared"]
 
 
+@pytest.mark.compiled
 def test_losses_with_missing_labels_are_those_of_one(place, alloys, tmp_path):
     alone = two_processes.missing_labels(tmp_path / "run", alloys)
     for rank in (0, 1):
         assert torch.load(place / f"result{rank}.pt")[2] == pytest.approx(alone, rel=1e-4)
 
 
+@pytest.mark.compiled
 def test_a_trainer_of_ones_own_trains_on_every_crystal_too(place):
     (first, whole), (second, _) = (torch.load(place / f"result{rank}.pt")[3] for rank in (0, 1))
     assert sorted([*first, *second]) == sorted(whole)

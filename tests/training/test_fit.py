@@ -340,6 +340,7 @@ def test_losses_of_many_steps_add_up_one_by_one():
     assert found.sums() == (float(expected), sum(k % 7 for k in range(2500)))
 
 
+@pytest.mark.compiled
 def test_what_validation_keeps_does_not_keep_the_batch(alloys):
     module = TrainingModule(SRCGCNN(atom_fea_len=8), GraphDataModule(alloys, "energy"), Recipe()).eval()
     (item,) = GraphDataModule(alloys, "energy", batch_size=200).loader("train")._on_device()

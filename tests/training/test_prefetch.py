@@ -44,6 +44,7 @@ def same(found: list[Item], expected: list[Item]) -> bool:
 
 @pytest.mark.parametrize("target", ["energy", ["energy", "volume"]])
 @pytest.mark.parametrize("size", [7, 120])
+@pytest.mark.compiled
 def test_batches_for_a_device_are_the_loaders(alloys, monkeypatch, size, target):
     """One by one in the loader's order, a last short one included; of 120 crystals a thread puts them together."""
     monkeypatch.setattr(packing, "_LEAST_EDGES", 3000)
