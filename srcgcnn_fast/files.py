@@ -86,8 +86,8 @@ def replace_directory(new: Path, target: Path) -> None:
         try:
             if target.exists():
                 _remove(aside)
-                target.rename(aside)
-            new.rename(target)
+                os.rename(target, aside)
+            os.rename(new, target)
             break
         except OSError:  # another process may have put one there, or back
             if tries == _TRIES - 1 or not new.exists():
@@ -103,7 +103,7 @@ def restore(path: str | os.PathLike[str]) -> None:
         return
     with suppress(OSError, ValueError, RuntimeError):  # none was aside, another process has put one there, or no path
         target = Path(path).resolve()
-        _aside(target).rename(target)
+        os.rename(_aside(target), target)
 
 
 def read_directory(path: Path, read: Callable[[Path], _T]) -> _T:
@@ -145,7 +145,7 @@ def _remove(aside: Path) -> None:
     """Under another name, so that nobody takes what is left for a whole one if this is interrupted."""
     if aside.exists():
         gone = Path(tempfile.mkdtemp(prefix=f"{aside.stem}.", dir=aside.parent))
-        aside.rename(gone / aside.name)
+        os.rename(aside, gone / aside.name)
         shutil.rmtree(gone, ignore_errors=True)
 
 

@@ -95,7 +95,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def untouched(module: nn.Module) -> bool:
     """Has it no hook, and the forward of its class?"""
-    return "forward" not in vars(module) and not any(getattr(module, name) for name in _HOOKS)
+    return "forward" not in module.__dict__ and not any(getattr(module, name) for name in _HOOKS)
 
 
 def arguments(

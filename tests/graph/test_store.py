@@ -490,17 +490,17 @@ def test_a_kill_while_a_store_is_replaced(
     pytest.importorskip("pyarrow")
     path, source = tmp_path / "store", table(tmp_path / "t.parquet", 4)
     prepare(records(2), path)
-    rename, done = Path.rename, []
+    rename, done = os.rename, []
 
-    def killed(self: Path, target: Path) -> Path:
+    def killed(source: Path, target: Path) -> None:
         if len(done) == renamed:
             raise KeyboardInterrupt
         done.append(target)
-        return rename(self, target)
+        rename(source, target)
 
     given = records(4)[:4] if in_memory else source
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Path, "rename", killed)
+        patch.setattr(os, "rename", killed)
         prepare(given, path)
     assert path.exists() == (renamed != 1)
     store = open_store(path)
@@ -746,13 +746,13 @@ def test_a_store_that_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.Mon
     """Nothing that was read from a file is lost."""
     pytest.importorskip("pyarrow")
 
-    def busy(self: Path, target: Path) -> Path:
+    def busy(source: Path, target: Path) -> None:
         raise OSError(16, "Device or resource busy")
 
     source = table(tmp_path / "t.parquet", 4)
     for given in (records(), source):
         with monkeypatch.context() as patch, pytest.raises(InputError, match=r"Cannot write .*store: Device or res"):
-            patch.setattr(Path, "rename", busy)
+            patch.setattr(os, "rename", busy)
             prepare(given, tmp_path / "store")
     assert listing(tmp_path) == [".store.partial", "t.parquet"]
     seen: list[int] = []

@@ -8,7 +8,6 @@ test_triton_ahead_of_time.py and tests/gpu.
 from __future__ import annotations
 
 import gc
-import importlib.util
 import itertools
 import os
 import sys
@@ -32,8 +31,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def obstacle() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
+    if (reason := backend.problem()) is not None:
+        return reason
     if DEVICE == "cpu" and os.environ["TRITON_INTERPRET"] != "1":
         return "there is no GPU, and TRITON_INTERPRET turns Triton's interpreter off"
     return None
