@@ -128,7 +128,7 @@ else:
                     again(name)()
                 finally:
                     os._exit(0)
-            time.sleep(random.uniform(0.05, 1) * whole * (1 + kills / 4))
+            time.sleep(random.uniform(0.05, 0.5) * whole * (1 + kills / 4))
             if os.waitpid(child, os.WNOHANG)[0]:
                 break
             os.kill(child, signal.SIGKILL)
@@ -186,7 +186,7 @@ def test_killed_in_an_epoch_or_while_writing(alloys, tmp_path, points):
 @pytest.mark.slow
 def test_killed_again_and_again_at_any_moment(alloys, tmp_path):
     kills = killed(alloys, tmp_path, "times")
-    assert sum(kills) > 12
+    assert sum(kills) > 12, str(kills)
     assert assert_same(tmp_path) == len(kills)
 
 
