@@ -109,8 +109,6 @@ class CGConv(nn.Module):
 class GeometricConv(Swapped):
     """PyTorch Geometric's own ``CGConv``."""
 
-    what = "CGConv of PyTorch Geometric"
-
     @staticmethod
     def matches(module: nn.Module) -> bool:
         return any(

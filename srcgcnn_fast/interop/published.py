@@ -27,8 +27,6 @@ _ARGUMENTS = ("atom_in_fea", "nbr_fea", "nbr_fea_idx", "bn1", "bn2")
 class PublishedConv(Swapped):
     """``ConvLayer`` of txie-93/cgcnn, cgcnn2 and sata-deep/SR-CGCNN."""
 
-    what = "convolution of the published programs"
-
     @staticmethod
     def matches(module: nn.Module) -> bool:
         return any(cls.__name__ == "ConvLayer" for cls in type(module).__mro__) and hasattr(module, "fc_full")
@@ -90,8 +88,6 @@ class PublishedConv(Swapped):
 
 class PublishedPooling(Swapped):
     """``CrystalGraphConvNet``: its mean over the atoms of each crystal, without a loop over the crystals."""
-
-    what = "pooling of the published programs"
 
     @staticmethod
     def matches(module: nn.Module) -> bool:

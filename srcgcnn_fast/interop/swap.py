@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +23,6 @@ _PROBE_TOLERANCE = 1e-9
 class Swapped:
     """Mixed in before a module's own class. ``super()`` reaches the module's own formula."""
 
-    what: ClassVar[str]
-    """What the module is, in words."""
     method: ClassVar[str] = "forward"
     """The method that is replaced."""
 
@@ -169,9 +167,7 @@ def probe_difference(module: nn.Module, kind: type[Swapped]) -> str | None:
                     results.append([_run(twin, kind.method, args) for args in kind.probe(twin, generator)])
                     after = _attributes(twin, kind)
                 except Exception as error:  # whatever their code raises
-                    return (
-                        f"it does not run on a small example ({type(error).__name__}: {' '.join(str(error).split())})"
-                    )
+                    return f"it does not run on a small example ({type(error).__name__}: {one_line(error)})"
                 for name, (x, state) in after.items():
                     if name not in before or before[name][0] is not x or before[name][1] != state:
                         return f"it writes {name}, which the replacement would not"
