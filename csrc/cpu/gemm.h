@@ -8,7 +8,7 @@ namespace srcgcnn::SRCGCNN_LEVEL {
 
 // Vectors of a panel and rows of a tile: as many accumulators as the registers hold.
 constexpr int kPanel = SRCGCNN_VECTOR_BYTES == 64 ? 4 : 2;
-constexpr int kTile = SRCGCNN_VECTOR_BYTES == 64 ? 6 : 4;
+constexpr int kTile = SRCGCNN_VECTOR_BYTES >= 32 ? 6 : 4;
 
 // Columns are split into panels of kPanel vectors (the last may be narrower); each is stored contiguously, k by k.
 template <class T>

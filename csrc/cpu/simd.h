@@ -49,7 +49,7 @@ SRCGCNN_INLINE void store(T* p, typename Simd<T>::V v) {
 }
 template <class T>
 SRCGCNN_INLINE typename Simd<T>::V splat(T x) {
-  return typename Simd<T>::V{} + x;
+  return x - typename Simd<T>::V{};  // x itself, which 0 + x of a negative zero is not: the sum would be formed
 }
 
 // The arithmetic that gate.h asks for.
