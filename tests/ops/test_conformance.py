@@ -151,8 +151,8 @@ def test_gradient_of_the_edges(backend, make_batch, features):
 @pytest.mark.parametrize("most", [27, 700], ids=["powers", "sums"])
 def test_the_gate_is_right_at_both_ends(most):
     """Far from zero: c for large c, exp(c) for very negative c, no overflow, no NaN; as far as float32 multiplies
-    powers of two (here only one of their three factors is not 1), and beyond."""
-    ends = torch.tensor([-90.0, -30, -10, -1, -1e-9, 0, 1e-9, 1, 10, 19.9, 30, 90, 5, -5, 700, -700]).double()
+    powers of two (here only one of their three factors is not 1), and beyond. At -5e-8 1 + exp(c) rounds to 2."""
+    ends = torch.tensor([-90.0, -30, -10, -1, -5e-8, 0, 1e-9, 1, 10, 19.9, 30, 90, 5, -5, 700, -700]).double()
     ends = ends.clamp(-most, most)
     f, c = (x.reshape(-1) for x in torch.meshgrid(ends, ends, indexing="ij"))
     width, index = f.numel(), lambda *x: torch.tensor(x, dtype=torch.int32)
