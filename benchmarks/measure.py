@@ -75,7 +75,10 @@ def machine() -> dict[str, str]:
     """Processor, versions, environment and commit: what stands beside every number."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    says = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = says.get("model name", platform.processor())
+    if "cpu family" in says:  # AMD EPYC alone may be any of several generations
+        name += f" (family {says['cpu family']}, model {says['model']})"
     words = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
     try:
         describe = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout
