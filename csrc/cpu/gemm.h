@@ -6,9 +6,14 @@
 
 namespace srcgcnn::SRCGCNN_LEVEL {
 
-// Vectors of a panel and rows of a tile: as many accumulators as the registers hold.
+// Vectors of a panel and rows of a tile: as many accumulators as the registers hold, or as Arm's four multiply-adds a clock
+// need, which take four clocks.
 constexpr int kPanel = SRCGCNN_VECTOR_BYTES == 64 ? 4 : 2;
+#if defined(__aarch64__)
+constexpr int kTile = 8;
+#else
 constexpr int kTile = SRCGCNN_VECTOR_BYTES >= 32 ? 6 : 4;
+#endif
 
 // Columns are split into panels of kPanel vectors (the last may be narrower); each is stored contiguously, k by k.
 template <class T>
