@@ -182,7 +182,7 @@ struct MathF32 {
   struct Parts {
     F32 exponent, rest;
   };
-  // 1 + t = 2^exponent (1 + rest); without an exponent the rest is t itself, which what is no number stays, too.
+  // 1 + t = 2^exponent (1 + rest); where the exponent is 0 the rest is t itself. A NaN stays one.
   static SRCGCNN_INLINE Parts parts_of_1p(F32 t) {
     const F32 x = t + 1.0f;
     const F32 mantissa = (F32)(((I)x & 0x7fffff) | 0x3f800000);
