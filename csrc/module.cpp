@@ -14,10 +14,6 @@
 #include <tuple>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "cpu/kernels.h"
 #ifdef SRCGCNN_WITH_CUDA
 #include "cuda/binding.h"
@@ -350,9 +346,11 @@ NB_MODULE(_core, m) {
 #ifdef SRCGCNN_WITH_CUDA
   bind_cuda(m);
 #endif
-#ifdef _OPENMP
-  m.attr("openmp") = _OPENMP;
+#if defined(SRCGCNN_TEAM)
+  m.attr("threads") = "the package's own";
+#elif defined(_OPENMP)
+  m.attr("threads") = "OpenMP";
 #else
-  m.attr("openmp") = 0;
+  m.attr("threads") = "";
 #endif
 }

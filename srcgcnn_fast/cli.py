@@ -49,8 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not has_file:
         arguments = _parser().parse_args(words)
         arguments.argv = words
-    # Read when torch loads OpenMP: idle threads spin for 50 µs, not for milliseconds, which stall a shared machine.
+    # Read when torch loads OpenMP (of GCC, of LLVM): idle threads spin for 50 µs or 1 ms. More stalls a shared machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("KMP_BLOCKTIME", "1")
     logging.basicConfig(level=logging.ERROR if _rank() else logging.WARNING, format="%(levelname)s: %(message)s")
     if not arguments.debug:
         warnings.filterwarnings("ignore")  # those of third-party packages; ours go through logging

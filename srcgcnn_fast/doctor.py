@@ -62,6 +62,7 @@ def report() -> str:
     if core is not None:
         lines += ["", "compiled kernels"]
         lines += [f"  compiler     {core.compiler}", f"  CUDA         {core.cuda}"]
+        lines.append(f"  threads      {core.threads or 'one, built without OpenMP'}")
         lines.append(f"  SIMD level   {core.simd_level()} (this processor has {', '.join(core.simd_levels())})")
     runtimes = openmp_runtimes()
     lines += ["", "threads", f"  torch        {torch.get_num_threads()} of {os.cpu_count()} processors"]

@@ -56,7 +56,7 @@ def backends() -> dict[str, BackendStatus]:
     if core is None:
         cpu = BackendStatus("cpu", "do not load" in core_problem, False, core_problem)
     else:
-        threads = f"{torch.get_num_threads()} threads" if core.openmp else "1 thread, built without OpenMP"
+        threads = f"{torch.get_num_threads()} threads" if core.threads else "1 thread, built without OpenMP"
         cpu = BackendStatus("cpu", True, True, f"C++, SIMD level {core.simd_level()}, {threads}")
     built = core is not None and not core.cuda.startswith("not built")
     no_cuda = _now(cuda_problem)

@@ -348,7 +348,7 @@ def machine(monkeypatch):
     """machine(driver, built, image) pretends that there is a GPU, and says which CUDA it and the kernels have."""
 
     def pretend(driver: int, built: int, image: str = "") -> None:
-        names = {"cuda": "nvcc 13.0", "openmp": 1, "simd_level": lambda: "x86-64-v3"}
+        names = {"cuda": "nvcc 13.0", "threads": "OpenMP", "simd_level": lambda: "x86-64-v3"}
         facts = {"cuda_versions": lambda: (driver, built), "cuda_image_problem": lambda: image}
         monkeypatch.setattr(registry, "core", types.SimpleNamespace(**names, **facts))
         for name, value in (("is_available", True), ("current_device", 0), ("get_device_capability", (8, 6))):
