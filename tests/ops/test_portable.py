@@ -1,4 +1,5 @@
-"""The kernels as other processors than x86 run them: on Arm, under an emulator, and without OpenMP."""
+"""The kernels as other processors and compilers run them: on Arm, under an emulator; by clang, with the package's own
+threads, under the thread sanitizer, too; and without OpenMP."""
 
 from __future__ import annotations
 
@@ -18,9 +19,12 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 FLAGS = "-std=c++17 -O3 -ffp-contract=fast -Wall -Wextra -Wno-psabi -Werror -DSRCGCNN_LEVEL=portable"
 SEQUENTIAL = "-Wno-unknown-pragmas -Wno-unused-parameter"
+TEAM = "-Xclang -fopenmp -pthread csrc/cpu/team.cpp"
+ARM = ["qemu-aarch64-static"]
 BUILDS = {
-    "aarch64": ("aarch64-linux-gnu-g++", "-fno-tree-pre -fopenmp -static", ["qemu-aarch64-static"]),
-    "aarch64, clang": ("clang++-16", f"--target=aarch64-linux-gnu -static {SEQUENTIAL}", ["qemu-aarch64-static"]),
+    "aarch64": ("aarch64-linux-gnu-g++", "-fno-tree-pre -fopenmp -static", ARM),
+    "aarch64, clang": ("clang++-16", f"--target=aarch64-linux-gnu -static {TEAM}", ARM),
+    "clang, thread sanitizer": ("clang++-16", f"-g -fsanitize=thread {TEAM}", []),
     "no OpenMP": ("g++", f"-fno-tree-pre {SEQUENTIAL}", []),
 }
 F, K = 32, 41
@@ -84,7 +88,7 @@ def test_equal_to_the_reference(program, make_batch, kind, dtype):
         (v.to(dtype) if v.is_floating_point() else v).contiguous().numpy().tobytes() for v in x.values()
     )
     letter, tolerance = ("f", 3e-5) if dtype == torch.float32 else ("d", 1e-11)
-    for threads in ("1", "2"):
+    for threads in ("1", "3"):
         done = subprocess.run([*program, letter, threads], input=given, capture_output=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
         found = torch.frombuffer(bytearray(done.stdout), dtype=dtype).double()
