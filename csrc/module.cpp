@@ -19,6 +19,10 @@
 #include "cuda/binding.h"
 #endif
 
+#if defined(__clang__) && defined(_MSC_VER)
+#pragma comment(lib, "clang_rt.builtins-x86_64.lib")  // __builtin_cpu_supports
+#endif
+
 namespace nb = nanobind;
 using namespace srcgcnn;
 

@@ -41,12 +41,7 @@ class Pool {
 
   // A slot of at least that size, unless the smallest is more than twice too large; then new memory, or bad_alloc.
   static Slot take(int64_t bytes) {
-    if (kExact) {
-      void* data = nullptr;
-      if (posix_memalign(&data, 64, bytes)) throw std::bad_alloc();
-      memset(data, 0xff, bytes);
-      return {data, bytes};
-    }
+    if (kExact) return {memset(allocate(bytes), 0xff, bytes), bytes};
     Slot best{nullptr, 0};
     int at = -1;
     lock();
@@ -60,14 +55,11 @@ class Pool {
       held_ -= best.bytes;
     }
     unlock();
-    if (at >= 0) return best;
-    void* data = aligned_alloc(64, bytes);
-    if (!data) throw std::bad_alloc();
-    return {data, bytes};
+    return at >= 0 ? best : Slot{allocate(bytes), bytes};
   }
 
   static void give(Slot slot) {
-    if (kExact) return free(slot.data);
+    if (kExact) return release(slot.data);
     if (slot.bytes >= kLeast) {
       lock();
       int at = 0;  // the smallest of the slots, an empty one if there is one
@@ -81,13 +73,31 @@ class Pool {
       }
       unlock();
     }
-    free(slot.data);
+    release(slot.data);
   }
 
  private:
   static constexpr int kSlots = 64;
   static constexpr int64_t kLeast = 32 << 10;  // smaller ones come from pages that the process has
   static constexpr int64_t kPoolBytes = int64_t(64) << 20;
+
+  static void* allocate(int64_t bytes) {
+#ifdef _WIN32
+    void* data = _aligned_malloc(bytes, 64);
+#else
+    void* data = nullptr;
+    if (posix_memalign(&data, 64, bytes)) data = nullptr;
+#endif
+    if (!data) throw std::bad_alloc();
+    return data;
+  }
+  static void release(void* data) {
+#ifdef _WIN32
+    _aligned_free(data);
+#else
+    free(data);
+#endif
+  }
 
   static void lock() {
     while (__atomic_test_and_set(&busy_, __ATOMIC_ACQUIRE)) {

@@ -4,7 +4,9 @@
 // What gcc compiled shares the libgomp that PyTorch loaded, and has no need of this.
 //
 // A region has the pool's threads if no other region has them, else one thread alone: no result depends on their number.
+#ifndef _WIN32
 #include <pthread.h>
+#endif
 
 #include <atomic>
 #include <condition_variable>
@@ -166,7 +168,9 @@ Pool* pool = nullptr;
 Pool& the_pool() {
   static const bool once = [] {
     pool = new Pool;
+#ifndef _WIN32
     pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+#endif
     return true;
   }();
   (void)once;

@@ -5,18 +5,22 @@
 #include <cstdlib>
 #include <cstring>
 
+#ifdef _WIN32
+#include <fcntl.h>
+#include <io.h>
+#endif
+
 #include "kernels.cpp"
 
 using namespace srcgcnn;
+using namespace srcgcnn::SRCGCNN_LEVEL;
 
 namespace {
 
 template <class T>
 T* zeros(int64_t n) {
   const size_t bytes = (size_t(n) * sizeof(T) / 64 + 1) * 64;
-  auto* p = static_cast<T*>(std::aligned_alloc(64, bytes));
-  std::memset(p, 0, bytes);
-  return p;
+  return static_cast<T*>(std::memset(Pool::take(bytes).data, 0, bytes));
 }
 
 template <class T>
@@ -71,6 +75,9 @@ void run(const Kernels<T>& kernels, int threads) {
 }  // namespace
 
 int main(int, char** arguments) {
+#ifdef _WIN32
+  _setmode(_fileno(stdin), _O_BINARY), _setmode(_fileno(stdout), _O_BINARY);
+#endif
   const int threads = std::atoi(arguments[2]);
   if (arguments[1][0] == 'f') run(level_portable.f32, threads);
   else run(level_portable.f64, threads);

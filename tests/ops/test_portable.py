@@ -1,5 +1,5 @@
-"""The kernels as other processors and compilers run them: on Arm, under an emulator; by clang, with the package's own
-threads, under the thread sanitizer, too; and without OpenMP."""
+"""The kernels as other systems and compilers run them: on Arm, under an emulator; by clang, with the package's own
+threads, under the thread sanitizer, too; for Windows, under Wine; and without OpenMP."""
 
 from __future__ import annotations
 
@@ -21,10 +21,16 @@ FLAGS = "-std=c++17 -O3 -ffp-contract=fast -Wall -Wextra -Wno-psabi -Werror -DSR
 SEQUENTIAL = "-Wno-unknown-pragmas -Wno-unused-parameter"
 TEAM = "-Xclang -fopenmp -pthread csrc/cpu/team.cpp"
 ARM = ["qemu-aarch64-static"]
+WINE = "/usr/lib/wine/wine64"
+MINGW = next(iter(Path("/usr/lib/gcc/x86_64-w64-mingw32").glob("*-posix")), Path("absent"))
+HEADERS = f"-isystem {MINGW}/include/c++ -isystem {MINGW}/include/c++/x86_64-w64-mingw32"
+WINDOWS = f"--target=x86_64-w64-mingw32 -march=x86-64-v3 -static {HEADERS} -L{MINGW}"
+WINDOWS_THREADS = "-Wl,--whole-archive -lwinpthread -Wl,--no-whole-archive"
 BUILDS = {
     "aarch64": ("aarch64-linux-gnu-g++", "-fno-tree-pre -fopenmp -static", ARM),
     "aarch64, clang": ("clang++-16", f"--target=aarch64-linux-gnu -static {TEAM}", ARM),
     "clang, thread sanitizer": ("clang++-16", f"-g -fsanitize=thread {TEAM}", []),
+    "Windows": ("clang++-16", f"{WINDOWS} {TEAM} {WINDOWS_THREADS}", [WINE]),
     "no OpenMP": ("g++", f"-fno-tree-pre {SEQUENTIAL}", []),
 }
 F, K = 32, 41
@@ -34,10 +40,14 @@ F, K = 32, 41
 def program(request, tmp_path_factory):
     """The command that runs tests/ops/portable.cpp."""
     compiler, flags, runner = BUILDS[request.param]
-    for tool in (compiler, *runner):
-        if shutil.which(tool) is None:
-            pytest.skip(f"{tool} is not installed (Debian: g++-aarch64-linux-gnu, clang-16, qemu-user-static)")
-    binary = tmp_path_factory.mktemp("portable") / "portable"
+    for tool in (compiler, *runner, *([str(MINGW)] if runner == [WINE] else [])):
+        if shutil.which(tool) is None and not Path(tool).is_dir():
+            packages = "g++-aarch64-linux-gnu, clang-16, qemu-user-static, wine64, g++-mingw-w64-x86-64-posix"
+            pytest.skip(f"{tool} is not installed (Debian: {packages})")
+    folder = tmp_path_factory.mktemp("portable")
+    binary = folder / "portable.exe"
+    if runner == [WINE]:
+        runner = ["env", f"WINEPREFIX={folder / 'wine'}", "WINEDEBUG=-all", WINE]
     command = [compiler, *FLAGS.split(), *flags.split(), "-I", "csrc/cpu", "tests/ops/portable.cpp", "-o", str(binary)]
     built = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert built.returncode == 0, built.stderr[-4000:]
