@@ -114,8 +114,12 @@ def test_folds_hold_every_crystal_out_once(k):
     again, other = k_folds(indices, k, seed=1, val=0.2), k_folds(indices, k, seed=2, val=0.2)
     assert np.array_equal(again[0].test, k_folds(indices, k, seed=1, val=0.2)[0].test)
     assert not np.array_equal(again[0].test, other[0].test)
-    with pytest.raises(InputError, match="1 folds"):
+    with pytest.raises(InputError, match=r"103 crystals cannot be cut into 104 folds; ask for 2 to 103\."):
+        k_folds(indices, 104)
+    with pytest.raises(InputError, match=r"into 1 folds; ask for 2 to 103\."):
         k_folds(indices, 1)
+    with pytest.raises(InputError, match=r"1 crystals cannot be cut into 2 folds; give more crystals\."):
+        k_folds(indices[:1], 2)
 
 
 def empty_store(alloys: GraphStore, ids: list[str]) -> GraphStore:
