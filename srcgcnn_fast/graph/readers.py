@@ -554,9 +554,38 @@ def _id_prop_items(table: Path, wanted: list[str] | None) -> tuple[list[str], li
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise InputError(f"{table} has {names.count(twice[0])} columns {twice[0]!r}; give each target its own name.")
-    keep = _chosen(names, wanted, str(table))
     present = _file_names(table.parent)
-    return keep, [_id_prop_item(table, number, row, names, keep, present) for number, row in rows]
+    number, first = rows[0] if rows else (0, [""])
+    hint = ""
+    are_names = number == 1 and _may_name_columns(first) and not _structure_file(table.parent, first[0], present)
+    if are_names:
+        hint = f"a row of names begins with id, not with {first[0]!r}"
+        if not first[0]:
+            hint = "its first column has no name; leave that out (index=False in pandas)"
+    elif not names and _has_other_separator(first[0]):
+        hint = "it has no comma, which separates id and target"
+    keep = _chosen(names, wanted, str(table), hint)
+    items = [_id_prop_item(table, number, row, names, keep, present) for number, row in rows]
+    if are_names:
+        items[0].error = f"Row 1 of {table.name} has neither a structure file nor a number; if it holds names: {hint}."
+    return keep, items
+
+
+def _may_name_columns(row: list[str]) -> bool:
+    """May it, though it does not begin with id? pandas leaves the name of the first column empty."""
+    return len(row) > 1 and all(row[1:]) and not any(map(_is_number, row[1:]))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _has_other_separator(text: str) -> bool:
+    return ";" in text or "\t" in text
 
 
 def _csv_lines(table: Path) -> Iterator[tuple[int, list[str]]]:
@@ -598,8 +627,10 @@ def _id_prop_item(
     item = _Item(id, _structure_file(table.parent, id, present), is_named=True)
     if item.value is None:
         item.error = f"{id} (row {number} of {table.name}) has no structure file; add {id}.cif to {table.parent}."
-        if len(row) == 1 and (";" in id or "\t" in id):
-            item.error = f"{id} (row {number} of {table.name}) has no comma; separate id and target by one."
+        if _has_other_separator(id):
+            what = "has no comma" if len(row) == 1 else "has the comma within a number"
+            point = "" if len(row) == 1 else ", and write numbers with a point"
+            item.error = f"{id} (row {number} of {table.name}) {what}; separate id and target by one{point}."
     if any(row[1 + len(names) :]):
         item.error = (
             f"{id} (row {number} of {table.name}) has {len(row)} cells where there are {1 + len(names)} columns; "
@@ -630,11 +661,11 @@ def _structure_file(folder: Path, id: str, present: set[str]) -> Path | None:
     return None
 
 
-def _chosen(names: Sequence[str], wanted: list[str] | None, where: str) -> list[str]:
+def _chosen(names: Sequence[str], wanted: list[str] | None, where: str, hint: str = "") -> list[str]:
     missing = [name for name in wanted or () if name not in names]
     if missing:
         has = ", ".join(names) or "none"
-        raise InputError(f"{where} has no target {', '.join(missing)}; it has {has}.")
+        raise InputError(f"{where} has no target {', '.join(missing)}; {hint or f'it has {has}'}.")
     return list(names) if wanted is None else wanted
 
 

@@ -621,6 +621,23 @@ def test_any_file_name_is_an_id(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("mpid,gap\na,1\n", "a row of names begins with id, not with 'mpid'"),
+        (",id,gap\n0,a,1\n", r"its first column has no name; leave that out \(index=False in pandas\)"),
+        ("id;gap\na;1\n", "it has no comma, which separates id and target"),
+        ("a,1\n", "it has target"),
+        ("id,e\n", "it has e"),
+    ],
+)
+def test_a_target_whose_name_is_not_read_as_one(tmp_path: Path, text: str, hint: str) -> None:
+    (tmp_path / "a.cif").write_text(cif())
+    (tmp_path / "id_prop.csv").write_text(text)
+    with pytest.raises(InputError, match=f"has no target gap; {hint}"):
+        list(read_inputs(tmp_path, targets=["gap"]))
+
+
+@pytest.mark.parametrize(
     ("text", "errors"),
     [
         ("a;1\nb;2\n", ["(row 1 of id_prop.csv) has no comma", "b;2 (row 2 of id_prop.csv) has no comma"]),
@@ -630,6 +647,9 @@ def test_any_file_name_is_an_id(tmp_path: Path) -> None:
         ("a,1,5\nb,2\n", ["has 3 cells where there are 2 columns", None]),
         ("a,1,\nb,2,,\n", [None, None]),
         ("a,1_000\nb,1e3\n", ["a (row 1 of id_prop.csv) has the target '1_000'", None]),
+        ("a;1,5\nb,2\n", ["has the comma within a number; separate id and target by one, and write numbers", None]),
+        ("mpid,gap\na,1\n", ["if it holds names: a row of names begins with id, not with 'mpid'", None]),
+        (",id,gap\n0,a,1\n", ["its first column has no name; leave that out (index=False in pandas)", "0 (row 2 of"]),
     ],
 )
 def test_a_table_that_means_something_else(tmp_path: Path, text: str, errors: list[str | None]) -> None:
