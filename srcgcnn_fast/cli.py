@@ -47,7 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # a terminal without Å is no reason to stop
             stream.reconfigure(errors="backslashreplace")
     if not has_file:
-        arguments = _parser().parse_args(words)
+        parser = _parser()
+        arguments, others = parser.parse_known_args(words)
+        if others and os.path.exists(others[0]):  # a shell writes *.cif out
+            parser.error(f"{others[0]} is one path too many; of several structure files give the folder")
+        if others:
+            parser.error(f"unrecognized arguments: {' '.join(others)}")
         arguments.argv = words
     # Read when torch loads OpenMP (of GCC, of LLVM): idle threads spin for 50 µs or 1 ms. More stalls a shared machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

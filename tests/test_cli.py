@@ -406,6 +406,21 @@ def test_isolated_atoms_are_kept_on_request(trained, tmp_path, capsys):
     assert "2 rows, 0 errors" in capsys.readouterr().out
 
 
+def test_files_in_place_of_a_folder_are_refused(tmp_path, capsys):
+    for name in "abc":
+        (tmp_path / f"{name}.cif").write_text(cif())
+    files = [str(tmp_path / f"{name}.cif") for name in "abc"]
+    for words, said in (
+        (["predict", "model", *files], f"{files[1]} is one path too many; of several structure files give the folder"),
+        (["prepare", *files, "store"], f"{files[2]} is one path too many"),
+        (["predict", "model", files[0], "--output", files[1]], f"unrecognized arguments: --output {files[1]}"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        assert stopped.value.code == 2
+        assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["demo", "prepare", "train", "compare", "predict", "convert", "download", "doctor"])
 def test_every_option_is_explained(command, capsys):
     with pytest.raises(SystemExit):
