@@ -7,7 +7,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -266,10 +266,13 @@ def _of_store(
     device: torch.device,
 ) -> Iterator[Chunk]:
     """Chunks of a store's crystals; only what was prepared as the model wants it. Batches are on ``device``."""
-    if replace(store.parameters, isolated=parameters.isolated) != parameters:
+    here, there = asdict(replace(store.parameters, isolated=parameters.isolated)), asdict(parameters)
+    differ = [name for name in there if here[name] != there[name]]
+    if differ:
+        has, wants = (", ".join(f"{name}={x[name]!r}" for name in differ) for x in (here, there))
         raise InputError(
-            f"The store was prepared with {store.parameters}, and the model wants {parameters}; prepare it alike, or "
-            "predict from the structures."
+            f"The store was prepared with {has}, and the model wants {wants}; prepare it alike, or predict from the "
+            "structures."
         )
     many = _PREPARED * _CHUNK
     chunks = [(first, min(first + many, len(store))) for first in range(0, len(store), many)]
