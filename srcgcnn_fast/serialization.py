@@ -156,7 +156,12 @@ def _load_directory(path: Path) -> CGCNN | SRCGCNN:
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not (path / _CONFIG).is_file():
-        within = sorted(path.glob(f"[!.]*/{_CONFIG}"))  # of a run, or of the members of an ensemble
+        names = (
+            _CONFIG,
+            "ensemble.json",
+            f"model/{_CONFIG}",
+        )  # of a run, of an ensemble or its members, of several runs
+        within = [file for name in names for file in sorted(path.glob(f"[!.]*/{name}"))]
         such = f", such as {within[0].parent}" if within else ""
         raise InputError(f"{path} has no {_CONFIG}, so it is no model; give a directory written by save_model{such}.")
     try:

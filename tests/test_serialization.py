@@ -259,6 +259,11 @@ def test_absent_and_foreign_paths(tmp_path):
     written = sf.save_model(make_model(), tmp_path / "m")
     sf.save_model(make_model(), tmp_path / ".m.set-aside")  # as a kill while it is replaced leaves it
     assert refusal(tmp_path).endswith(f"written by save_model, such as {written}.")
+    sf.save_model(make_model(), tmp_path / "several" / "cgcnn" / "model")
+    assert refusal(tmp_path / "several").endswith(f"such as {tmp_path / 'several' / 'cgcnn' / 'model'}.")
+    (tmp_path / "several" / "model").mkdir()
+    (tmp_path / "several" / "model" / "ensemble.json").touch()
+    assert refusal(tmp_path / "several").endswith(f"such as {tmp_path / 'several' / 'model'}.")
     assert "directory" in refusal(written / "config.json")
     assert "directory" in refusal(written / "model.safetensors")
     (tmp_path / "README.md").write_text("# hello")
