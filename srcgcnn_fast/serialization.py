@@ -112,6 +112,9 @@ def load_model(path: str | os.PathLike[str]) -> CGCNN | SRCGCNN:
 
 
 def _load_directory(path: Path) -> CGCNN | SRCGCNN:
+    run = path.parent if path.name == "model" and not path.exists() else path
+    if (run / "run.json").is_file() and not ((run / _CONFIG).is_file() or (run / "model").exists()):
+        raise InputError(f"There is no model {run / 'model'} yet: the run has not ended; continue it with --resume.")
     if not path.exists():
         raise InputError(f"There is no model {path}; give a directory written by save_model or a .pth.tar file.")
     config = _read_config(path)
@@ -156,11 +159,8 @@ def _load_directory(path: Path) -> CGCNN | SRCGCNN:
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not (path / _CONFIG).is_file():
-        names = (
-            _CONFIG,
-            "ensemble.json",
-            f"model/{_CONFIG}",
-        )  # of a run, of an ensemble or its members, of several runs
+        # Of a run or the members of an ensemble; of the run of one; of several runs.
+        names = (_CONFIG, "ensemble.json", f"model/{_CONFIG}")
         within = [file for name in names for file in sorted(path.glob(f"[!.]*/{name}"))]
         such = f", such as {within[0].parent}" if within else ""
         raise InputError(f"{path} has no {_CONFIG}, so it is no model; give a directory written by save_model{such}.")

@@ -253,6 +253,18 @@ def test_unwritable_directory(tmp_path):
         tmp_path.chmod(0o700)
 
 
+def test_a_run_that_has_not_ended_says_so(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    for path in (tmp_path / "run", tmp_path / "run" / "model"):
+        assert refusal(path).endswith("/model yet: the run has not ended; continue it with --resume.")
+    assert "yet" not in refusal(tmp_path / "run" / "best")
+    written = sf.save_model(make_model(), tmp_path / "run" / "model")
+    assert refusal(tmp_path / "run").endswith(f"such as {written}.")
+    (written / "run.json").write_text("{}")  # kept beside the model it made
+    sf.load_model(written)
+
+
 def test_absent_and_foreign_paths(tmp_path):
     assert "no model" in refusal(tmp_path / "absent")
     assert refusal(tmp_path).endswith("written by save_model.")
