@@ -902,6 +902,9 @@ def _read_json(path: Path) -> Iterator[Record]:
     except (OSError, EOFError, gzip.BadGzipFile, ValueError, RecursionError) as error:
         yield Record(stem, None, {}, f"{path.name} is not a JSON file ({one_line(error)}); export it again.")
         return
+    if isinstance(content, Mapping) and (mend := _other_table(content)):
+        yield Record(stem, None, {}, f"{path.name} is {mend}.")
+        return
     if isinstance(content, Mapping) and ("sites" in content or _is_entry(content)):
         entries: Iterable[tuple[str, Any]] = [(stem, content)]
     elif isinstance(content, Mapping) and {"columns", "data"} <= content.keys():
@@ -923,6 +926,25 @@ def _read_json(path: Path) -> Iterator[Record]:
         else:
             message = f"{id} ({path.name}) is not a pymatgen Structure dictionary; give one with lattice and sites."
             yield Record(str(id), None, {}, message)
+
+
+def _other_table(content: Mapping[str, Any]) -> str:
+    """What ASE and pandas write where nobody asks for another form, and what to do; empty for anything else."""
+    if {"ids", "nextid"} <= content.keys():
+        return "an ASE database in JSON; write it as *.extxyz or *.db"
+    columns = list(content.values())
+    rows = content.get("structure")
+    if not isinstance(rows, Mapping) or {"structure", "sites"} & rows.keys() or not rows:
+        return ""
+    if all(isinstance(x, Mapping) and x.keys() == rows.keys() for x in columns) and all(
+        map(_holds_sites, rows.values())
+    ):
+        return 'a table of pandas by columns; write it by to_json(…, orient="records")'
+    return ""
+
+
+def _holds_sites(value: Any) -> bool:
+    return _has(value, "sites")
 
 
 def _matbench_entries(content: Mapping[str, Any], stem: str) -> Iterator[tuple[str, Any]]:

@@ -620,6 +620,20 @@ def test_any_file_name_is_an_id(tmp_path: Path) -> None:
     assert list(store.ids) == [r"caf\xe9", r"\ud800", "b", "ü"]
 
 
+def test_json_that_others_write_by_default_is_named(tmp_path: Path) -> None:
+    held = structure().as_dict()
+    pytest.importorskip("ase.io").write(tmp_path / "ase.json", pytest.importorskip("ase.build").bulk("Cu"))
+    (tmp_path / "columns.json").write_text(json.dumps({"structure": {"0": held, "1": held}, "gap": {"0": 1, "1": 2}}))
+    (tmp_path / "names.json").write_text(json.dumps({"structure": {"structure": held}, "b": {"structure": held}}))
+    said = [(r.id, r.error) for r in read_inputs(tmp_path)]
+    assert said == [
+        ("ase", "ase.json is an ASE database in JSON; write it as *.extxyz or *.db."),
+        ("columns", 'columns.json is a table of pandas by columns; write it by to_json(…, orient="records").'),
+        ("structure", None),
+        ("b", None),
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "hint"),
     [
