@@ -20,7 +20,7 @@ from .capture import CapturedModel
 from .errors import InputError, require
 from .files import atomic_path
 from .graph import GraphBatch, GraphStore, Record, build_graphs, collate, open_store, read_inputs
-from .graph.elements import MIXES_BUILT_IN, element_features, without_vector
+from .graph.elements import MAX_ATOMIC_NUMBER, MIXES_BUILT_IN, element_features, with_vector, without_vector
 from .graph.readers import is_series
 from .graph.store import is_store
 from .nn.models import in_eval_mode
@@ -397,7 +397,7 @@ def _graphs(
         distance_dtype=distance_dtype,
     )
     is_built_in = np.array_equal(model.element_table.cpu().float().numpy(), element_features())
-    has_vector = model.element_table.any(dim=1).cpu().numpy()
+    has_vector = with_vector(model.element_table, np.arange(MAX_ATOMIC_NUMBER + 1))
     graphs = {}
     for i, graph in zip(good, built, strict=True):
         if isinstance(graph, InputError):

@@ -244,6 +244,8 @@ def test_an_element_without_a_vector_is_a_row():
     metal = (np.eye(3) * 4.2, np.array([[0, 0, 0], [0.5] * 3]), [11, 11])
     frame = sf.predict(model, [salt, metal])
     assert "Cl" in frame["error"][0] and frame["error"][1] is None
+    model.element_table = model.element_table[:17].clone()  # which ends before it
+    assert sf.predict(model, [salt, metal]).equals(frame)
 
 
 def test_output_that_is_not_finite_is_a_row():

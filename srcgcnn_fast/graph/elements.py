@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -151,6 +152,13 @@ def is_built_in_table(path: Path) -> bool:
         return all(np.array_equal(vector, built_in[n]) for n, vector in given.items() if 1 <= n <= MAX_ATOMIC_NUMBER)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return False
+
+
+def with_vector(table: Any, numbers: np.ndarray) -> np.ndarray:
+    """Which of the atomic ``numbers`` have a vector in ``table``, a tensor (U, A); one of zeros is none."""
+    known = np.zeros(len(table) + 2, bool)  # with numbers below and above the table
+    known[1:-1] = table.any(dim=1).cpu().numpy()
+    return known.take(numbers.astype(np.int32) + 1, mode="clip")
 
 
 def without_vector(name: str, number: int) -> str:

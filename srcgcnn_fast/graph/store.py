@@ -19,7 +19,7 @@ from .. import __version__
 from ..errors import InputError
 from ..files import read_directory, restore
 from .batch import CrystalGraph, GraphBatch, offsets, with_element_vectors
-from .elements import element_features
+from .elements import element_features, with_vector
 from .packing import Packer, Packing, check_sizes
 from .parameters import GraphParameters
 from .readers import Record, _kind, files_elsewhere, read_inputs
@@ -265,9 +265,7 @@ class GraphStore:
             return {}
         begins = self._first["row"][first : len(self) + 1 if stop is None else stop + 1]
         numbers = self._arrays["numbers"][begins[0] : begins[-1]]
-        has_vector = np.zeros(len(table) + 2, bool)  # with numbers below and above the table
-        has_vector[1:-1] = table.any(dim=1).cpu().numpy()
-        rows = np.flatnonzero(~has_vector.take(numbers.astype(np.int32) + 1, mode="clip"))
+        rows = np.flatnonzero(~with_vector(table, numbers))
         crystals = first + np.searchsorted(begins[1:] - begins[0], rows, side="right")
         return dict(zip(crystals[::-1].tolist(), numbers[rows[::-1]].tolist(), strict=True))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import InputError, require
 from ..graph import CrystalGraph, GraphBatch, build_graph, collate
 from ..graph.crystal import from_ase
-from ..graph.elements import without_vector
+from ..graph.elements import with_vector, without_vector
 from ..nn import CGCNN, SRCGCNN
 from ..serialization import load_model
 from .smoothing import is_no_stack, soft_choice, weighted_convolve
@@ -125,7 +125,7 @@ class CrystalCalculator(_ase.Calculator):  # type: ignore[misc]
             from_ase(self.atoms), parameters.radius, count, None,
             padded=padded, isolated=parameters.isolated, distance_dtype=np.float64,
         )  # fmt: skip
-        unknown = ~self.model.element_table.any(dim=1).cpu().numpy()[graph.numbers]
+        unknown = ~with_vector(self.model.element_table, graph.numbers)
         if unknown.any():
             raise InputError(without_vector("The crystal", graph.numbers[unknown][0]))
         return graph

@@ -193,6 +193,8 @@ def test_bad_input():
     molecule = ase.build.molecule("H2O")
     lacking = model()
     lacking.element_table[11] = 0
+    shorter = model()
+    shorter.element_table = shorter.element_table[:11].clone()
     alone = ase.Atoms("He", cell=[30, 30, 30], pbc=True)
     for change, words in (
         (lambda: CrystalCalculator(two), "energy=NAME"),
@@ -203,6 +205,7 @@ def test_bad_input():
         (lambda: CrystalCalculator(model(), smoothing=0.0), "between 0 and the radius of 8"),
         (lambda: CrystalCalculator(model()).get_potential_energy(molecule), "no cell"),
         (lambda: CrystalCalculator(lacking).get_potential_energy(rattled()), "Na, which the model's element table"),
+        (lambda: CrystalCalculator(shorter).get_potential_energy(rattled()), "Na, which the model's element table"),
         (lambda: CrystalCalculator(model()).get_potential_energy(alone), "no neighbour within 8 Å"),
     ):
         with pytest.raises(InputError, match=words):
