@@ -32,8 +32,8 @@ def save_model(model: CGCNN | SRCGCNN, directory: str | os.PathLike[str]) -> Pat
     """Write ``model`` to ``directory``, which appears whole or not at all; an earlier model there is replaced.
 
     Raises:
-        InputError: the model is of another type or has other parameters than its hyperparameters say, ``directory``
-            holds anything but a model, or cannot be written.
+        InputError: the model is of another type or has other parameters than its hyperparameters say, or norms with an
+            ``eps`` of their own; ``directory`` holds anything but a model, or cannot be written.
     """
     check_savable(model)
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps
@@ -54,7 +54,7 @@ def check_savable(model: CGCNN | SRCGCNN) -> None:
     model = getattr(model, "_orig_mod", model)
     if type(model) not in _MODELS.values():
         raise InputError(f"save_model writes CGCNN and SRCGCNN models, not {type(model).__name__}; give one of those.")
-    _check_parts(model)
+    check_parts(model)
     try:
         json.dumps(_config(model), allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -81,17 +81,25 @@ def _config(model: CGCNN | SRCGCNN) -> dict[str, Any]:
     }
 
 
-def _check_parts(model: CGCNN | SRCGCNN) -> None:
-    """Is it what loading would build?"""
+def check_parts(model: CGCNN | SRCGCNN) -> None:
+    """Raises InputError: it is not what loading its state_dict would build."""
     with torch.device("meta"):
-        usual = type(model)(**model.hyperparameters).state_dict()
-    shapes = ({name: tuple(getattr(x, "shape", ())) for name, x in of.items()} for of in (model.state_dict(), usual))
+        usual = type(model)(**model.hyperparameters)
+    states = (model.state_dict(), usual.state_dict())
+    shapes = ({name: tuple(getattr(x, "shape", ())) for name, x in of.items()} for of in states)
     other = sorted({name for name, _ in set.symmetric_difference(*(set(x.items()) for x in shapes))})
     if other:
         raise InputError(
             f"A {type(model).__name__} of these hyperparameters has not the same {', '.join(other[:3])}, so it could "
             "not be loaded again; undo pruning and parametrizations (prune.remove), or save its state_dict."
         )
+    norms = {name: norm.eps for name, norm in usual.named_modules() if hasattr(norm, "eps")}
+    for name, eps in norms.items():
+        if (own := getattr(model.get_submodule(name), "eps", eps)) != eps:
+            raise InputError(
+                f"{name} has an eps of {own:g}, of which no file has a record: loaded again it would have {eps:g}, and "
+                "predict otherwise; set it to that."
+            )
 
 
 def load_model(path: str | os.PathLike[str]) -> CGCNN | SRCGCNN:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import srcgcnn_fast as sf
 from srcgcnn_fast import serialization
 from srcgcnn_fast.files import atomic_directory, read_directory, sweep, write_text
+from srcgcnn_fast.interop import save_upstream_checkpoint
 from srcgcnn_fast.nn import CGCNN, SRCGCNN, ModelMetadata
 from srcgcnn_fast.uncertainty import Ensemble, load_predictor, save_ensemble
 
@@ -241,6 +242,21 @@ def test_what_could_not_be_loaded_again_is_not_saved(change, tmp_path):
         prune.remove(model.shared_conv.fc_full, "weight")
         sf.save_model(model, tmp_path / "model")
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("part", ["recurrent_bn1s.1", "recurrent_bn2s.0", "recurrent_norm"])
+def test_an_eps_that_no_file_records_is_not_lost(part, tmp_path):
+    """A model that is loaded again predicts the same, or is not written."""
+    model = SRCGCNN(2, 8, 8, recurrent_layer_norm=True)
+    model.get_submodule(part).eps = 0.1
+    for write in (sf.save_model, save_upstream_checkpoint):
+        with pytest.raises(
+            sf.InputError, match=rf"{part} has an eps of 0\.1, .* it would have 1e-05, and predict other"
+        ):
+            write(model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+    model.get_submodule(part).eps = 1e-5
+    sf.save_model(model, tmp_path / "model")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")

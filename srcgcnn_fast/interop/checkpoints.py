@@ -22,6 +22,7 @@ from ..files import atomic_path
 from ..graph.build import GraphParameters
 from ..graph.elements import MAX_ATOMIC_NUMBER, element_features
 from ..nn import CGCNN, SRCGCNN, ModelMetadata
+from ..serialization import check_parts
 
 _PUBLISHED = {  # file name -> target, unit, as the list of pre-trained models has them
     "formation-energy-per-atom": ("formation_energy_per_atom", "eV/atom"),
@@ -109,6 +110,7 @@ def save_upstream_checkpoint(model: CGCNN | SRCGCNN, path: str | os.PathLike[str
             f"Cannot write {path}: every step's batch norms have their own scale and shift in the published program, "
             "and this model shares them; train one without recurrent_shared_norms."
         )
+    check_parts(model)
     args = {name: options[name] for name in ("atom_fea_len", "h_fea_len", "n_h")}
     args["task"] = "classification" if options["classification"] else "regression"
     args["data_options"] = ["."]
