@@ -7,7 +7,7 @@ import os
 import torch
 
 from ..nn import CGCNN, SRCGCNN
-from ..serialization import load_model
+from ..serialization import check_parts, load_model
 from .data import GraphDataModule
 from .module import normalizer
 
@@ -25,10 +25,12 @@ def fine_tuned(
         classification: train a classifier; by default as ``source``.
 
     Raises:
-        InputError: ``source`` cannot be read, or its graphs are not those of ``data``.
+        InputError: ``source`` cannot be read, is pruned or otherwise not what its hyperparameters say, or its graphs
+            are not those of ``data``.
     """
     if isinstance(source, str | os.PathLike):
         source = load_model(source)
+    check_parts(source)  # or the copy would keep the random weights of what has another name in it
     data.check_graphs(source.metadata.graph)
     options = source.hyperparameters
     is_class = options["classification"] if classification is None else classification

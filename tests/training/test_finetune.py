@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.utils.prune
 
 from srcgcnn_fast import CGCNN, SRCGCNN, InputError, load_model, predict
 from srcgcnn_fast.graph import GraphParameters, GraphStore, prepare
@@ -72,6 +73,18 @@ def test_type_and_element_vectors_go_along(alloys):
     assert model.fc_out.weight.dtype is torch.float64 and torch.equal(model.element_table, before.element_table)
     model.element_table += 1
     assert not torch.equal(model.element_table, before.element_table)
+
+
+def test_no_weight_is_left_random(alloys):
+    before, data = source(), GraphDataModule(alloys, "energy")
+    torch.nn.utils.prune.l1_unstructured(before.shared_conv.fc_full, "weight", 0.5)
+    with pytest.raises(InputError, match=r"has not the same shared_conv\.fc_full\.weight.*undo pruning"):
+        fine_tuned(before, data)
+    torch.nn.utils.prune.remove(before.shared_conv.fc_full, "weight")
+    assert torch.equal(fine_tuned(before, data).shared_conv.fc_full.weight, before.shared_conv.fc_full.weight)
+    before.recurrent_bn1s[0].eps = 0.1
+    with pytest.raises(InputError, match=r"recurrent_bn1s\.0 has an eps of 0\.1"):
+        fine_tuned(before, data)
 
 
 def test_other_graphs_are_a_sentence(alloys, tmp_path):
