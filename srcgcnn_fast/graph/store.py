@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -416,6 +417,10 @@ def is_store(path: str | os.PathLike[str]) -> bool:
         return os.path.isfile(folder / "row_count.npy")
 
 
+_DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, SyntaxError, TokenError)
+"""What is raised by metadata that are none, and by NumPy for the header of an array: the last two by its parser."""
+
+
 def _opened(folder: Path) -> GraphStore:
     metadata = _read_metadata(folder)
     if metadata["version"] != VERSION:
@@ -440,7 +445,7 @@ def _opened(folder: Path) -> GraphStore:
         return GraphStore(arrays, info, folder.resolve())
     except InputError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except _DAMAGE as error:
         raise InputError(f"{folder} is damaged ({type(error).__name__}: {error}); prepare it again.") from error
 
 
@@ -466,7 +471,8 @@ def _check_counts(arrays: Mapping[str, np.ndarray], crystals: int, targets: int)
             raise ValueError(f"{name}.npy does not fit the counts")
         if name in _COUNTS and crystals and arrays[name].min() < 0:
             raise ValueError(f"{name}.npy has counts below 0")
-    if arrays["targets"].shape != (crystals, targets) or int(arrays["degree"].sum(dtype=np.int64)) != edges:
+    is_table = arrays["targets"].shape == (crystals, targets) and arrays["targets"].dtype == np.float64
+    if not is_table or int(arrays["degree"].sum(dtype=np.int64)) != edges:
         raise ValueError("targets.npy or degree.npy does not fit the counts")
 
 

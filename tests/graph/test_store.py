@@ -675,6 +675,12 @@ def damage_metadata(folder: Path, **changes: object) -> None:
     (folder / "metadata.json").write_text(json.dumps({**metadata, **changes}))
 
 
+def spoil_header(folder: Path, name: str, before: bytes, after: bytes) -> None:
+    content = (folder / name).read_bytes()
+    assert content.count(before) == 1 and len(before) == len(after)
+    (folder / name).write_bytes(content.replace(before, after))
+
+
 def set_bytes(folder: Path, name: str, value: np.ndarray) -> None:
     size = (folder / name).stat().st_size
     np.save(folder / name, value)
@@ -701,6 +707,8 @@ def set_bytes(folder: Path, name: str, value: np.ndarray) -> None:
             lambda f: set_bytes(f, "row_count.npy", np.load(f / "row_count.npy") + np.repeat([99, -99], 6)),
             "counts below 0",
         ),
+        (lambda f: spoil_header(f, "weight.npy", b"), }", b"), ;"), r"is damaged \((Token|Syntax)Error"),
+        (lambda f: spoil_header(f, "targets.npy", b"<f8", b">f8"), "targets.npy or degree.npy does not fit"),
     ],
 )
 def test_damaged_stores(tmp_path: Path, spoil: object, said: str) -> None:
