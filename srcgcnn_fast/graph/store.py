@@ -206,7 +206,7 @@ class GraphStore:
             InputError: an array on disk is not what was written.
         """
         for name, expected in self._info.checksums.items():
-            if checksum(self._arrays[name]) != expected:
+            if name not in self._arrays or checksum(self._arrays[name]) != expected:
                 raise InputError(f"{self.path} is damaged ({name}.npy has another checksum); prepare it again.")
 
     def _fingerprint(self) -> str:

@@ -639,6 +639,12 @@ def test_checksums_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     set_bytes(tmp_path / "store", "distance.npy", np.load(tmp_path / "store" / "distance.npy") + 1)
     with pytest.raises(InputError, match=r"damaged .distance.npy has another checksum"):
         open_store(tmp_path / "store").verify()
+    metadata = tmp_path / "store" / "metadata.json"
+    content = json.loads(metadata.read_text())
+    content["checksums"]["distamce"] = content["checksums"].pop("distance")
+    metadata.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"damaged .distamce.npy has another checksum"):
+        open_store(tmp_path / "store").verify()
 
 
 def test_foreign_directories_are_left_alone(tmp_path: Path) -> None:
