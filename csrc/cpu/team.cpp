@@ -3,7 +3,7 @@
 // our directives call are defined here, as LLVM's runtime defines them (openmp/runtime/src/kmp.h), hidden from all others.
 // What gcc compiled shares the libgomp that PyTorch loaded, and has no need of this.
 //
-// A region has the pool's threads if no other region has them, else one thread alone: no result depends on their number.
+// A region has the workers if no other region has them, else one thread alone: no result depends on their number.
 #ifndef _WIN32
 #include <pthread.h>
 #endif
@@ -124,16 +124,16 @@ struct Region {
   }
 };
 
-class Pool {
+class Workers {
  public:
-  // False: another region has the threads.
+  // False: another region has them.
   bool run(const Region& region, int32_t size) {
     std::unique_lock<std::mutex> lock(busy_, std::try_to_lock);
     if (!lock) return false;
     try {
-      for (; workers_ < size - 1; ++workers_) std::thread(&Pool::work, this, workers_ + 1, call_.now()).detach();
+      for (; count_ < size - 1; ++count_) std::thread(&Workers::work, this, count_ + 1, call_.now()).detach();
     } catch (const std::system_error&) {  // as many as the system gives
-      size = workers_ + 1;
+      size = count_ + 1;
     }
     region_ = &region;
     team_.size = size;
@@ -156,25 +156,25 @@ class Pool {
   }
 
   std::mutex busy_;
-  int32_t workers_ = 0;
+  int32_t count_ = 0;
   Signal call_;  // number of the region << 16 | its threads
   const Region* region_ = nullptr;
   Team team_;
 };
 
 // Never destroyed: its threads sleep until the process ends. The threads of a process that forks stay behind in it.
-Pool* pool = nullptr;
+Workers* workers = nullptr;
 
-Pool& the_pool() {
+Workers& the_workers() {
   static const bool once = [] {
-    pool = new Pool;
+    workers = new Workers;
 #ifndef _WIN32
-    pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+    pthread_atfork(nullptr, nullptr, [] { workers = new Workers; });
 #endif
     return true;
   }();
   (void)once;
-  return *pool;
+  return *workers;
 }
 
 // The part of iterations lower..upper that is this thread's, as clang asks for it: all of them at once, in order.
@@ -232,7 +232,7 @@ void __kmpc_fork_call(void*, int32_t n, Body body, ...) {
   for (int32_t k = 0; k < n; ++k) region.shared[k] = va_arg(arguments, void*);
   va_end(arguments);
   const int32_t size = std::exchange(wanted, 1);
-  if (size > 1 && size < 1 << 16 && !self && the_pool().run(region, size)) return;
+  if (size > 1 && size < 1 << 16 && !self && the_workers().run(region, size)) return;
   Team alone;
   region.run(alone, 0);
 }
