@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -156,7 +156,7 @@ def run_over(
     values: list[np.ndarray] = []
     with in_eval_mode(models):
         if (store := _as_store(inputs)) is not None:
-            chunks = _of_store(model, function, store, parameters, batch_atoms, progress, device)
+            chunks = _of_store(model, function, store, width, parameters, batch_atoms, progress, device)
         else:
             call = function if is_captured else _moving(function, device)
             read = read_inputs(inputs, targets=(), timeout=timeout, disorder=parameters.disorder)
@@ -260,6 +260,7 @@ def _of_store(
     model: Any,
     function: Predictor,
     store: GraphStore,
+    width: int,
     parameters: GraphParameters,
     batch_atoms: int,
     progress: Callable[[int], None] | None,
@@ -274,37 +275,35 @@ def _of_store(
             f"The store was prepared with {has}, and the model wants {wants}; prepare it alike, or predict from the "
             "structures."
         )
-    many = _PREPARED * _CHUNK
-    chunks = [(first, min(first + many, len(store))) for first in range(0, len(store), many)]
-    cuts = [list(_cuts(store.row_counts[first:stop], batch_atoms)) for first, stop in chunks]
-    every = [(first + a, first + b) for (first, _), some in zip(chunks, cuts, strict=True) for a, b in some]
-    batches = _store_batches(store, every, device, _distance_dtype(model), _AHEAD if device.type == "cuda" else 0)
-    begun: _Begun | None = None
-    table = model.element_table.cpu()  # once, since the copy waits for the GPU
     if store.n_rejected:
         logger.warning("%d inputs of %s were left out when it was prepared, with no row.", store.n_rejected, store.path)
     is_stricter = parameters.isolated == "error" and store.parameters.isolated != "error"
-    for (first, stop), some in zip(chunks, cuts, strict=True):
-        failures, outputs = store.isolated(first, stop) if is_stricter else {}, []
-        failures = {crystal: f"{store.ids[crystal]}: {sentence}" for crystal, sentence in failures.items()}
-        for crystal, number in store.lacking(table, first, stop).items():
-            failures[crystal] = without_vector(store.ids[crystal], number)
-            if not 0 <= number < len(table):
-                raise InputError(failures[crystal])
-        for batch in islice(batches, len(some)):
-            with torch.inference_mode():  # on a GPU it is on its way while the next batch is put together
-                outputs.append(function(batch))
+    failures = store.isolated() if is_stricter else {}
+    failures = {crystal: f"{store.ids[crystal]}: {sentence}" for crystal, sentence in failures.items()}
+    for crystal, number in store.lacking(model.element_table.cpu()).items():
+        failures[crystal] = without_vector(store.ids[crystal], number)
+    good = np.setdiff1d(np.arange(len(store)), list(failures))
+    many = _PREPARED * _CHUNK
+    ranges = [(first, min(first + many, len(store))) for first in range(0, len(store), many)]
+    parts = [good[slice(*np.searchsorted(good, ends))] for ends in ranges]
+    cuts = [[part[slice(*cut)] for cut in _cuts(store.row_counts[part], batch_atoms)] for part in parts]
+    ahead = _AHEAD if device.type == "cuda" else 0
+    batches = _store_batches(store, chain.from_iterable(cuts), device, _distance_dtype(model), ahead)
+    begun: _Begun | None = None
+    for (first, stop), part, some in zip(ranges, parts, cuts, strict=True):
+        with torch.inference_mode():  # on a GPU it is on its way while the next batch is put together
+            outputs = [function(batch) for batch in islice(batches, len(some))]
         if begun is not None:  # which the GPU has done by now
-            yield _finished(store, begun, progress)
-        begun = _Begun(first, stop, outputs, failures)
+            yield _finished(store, begun, width, failures, progress)
+        begun = _Begun(first, stop, part, outputs)
     if begun is not None:
-        yield _finished(store, begun, progress)
+        yield _finished(store, begun, width, failures, progress)
 
 
 def _store_batches(
-    store: GraphStore, cuts: Iterable[tuple[int, int]], device: torch.device, dtype: torch.dtype, ahead: int
+    store: GraphStore, chosen: Iterable[np.ndarray], device: torch.device, dtype: torch.dtype, ahead: int
 ) -> Iterator[GraphBatch]:
-    """The crystals between each two numbers, on ``device``; threads put so many together ``ahead`` of the consumer."""
+    """Each choice of crystals, on ``device``; threads put so many batches together ``ahead`` of the consumer."""
     begun: deque[tuple[np.ndarray, Packing | None]] = deque()
 
     def finished() -> GraphBatch:
@@ -312,8 +311,7 @@ def _store_batches(
         batch = packing.on(device)[0] if packing is not None else store.batch(indices).to(device)
         return batch if dtype == torch.float32 else batch.to(dtype=dtype)
 
-    for cut in cuts:
-        indices = np.arange(*cut)
+    for indices in chosen:
         packing = store.packing(indices, np.zeros(0, np.float32), pin=device.type == "cuda") if ahead else None
         begun.append((indices, packing))
         if len(begun) > ahead:
@@ -327,28 +325,24 @@ class _Begun(NamedTuple):
 
     first: int
     stop: int
+    good: np.ndarray
+    """Those of them that have outputs, in order."""
     outputs: list[torch.Tensor]
-    failures: dict[int, str]
-    """Sentences of crystals that have graphs, and no prediction."""
 
 
-def _finished(store: GraphStore, begun: _Begun, progress: Callable[[int], None] | None) -> Chunk:
-    count = begun.stop - begun.first
-    names, errors = store.ids[begun.first : begun.stop], _nothing(count)
-    with torch.inference_mode():
-        values = torch.cat(begun.outputs).double().cpu().numpy()
-    is_good = np.ones(count, dtype=bool)
-    for crystal, sentence in begun.failures.items():
-        at = crystal - begun.first
-        errors[at], values[at], is_good[at] = sentence, np.nan, False
-    _mark(values, np.flatnonzero(is_good), names, errors)
+def _finished(
+    store: GraphStore, begun: _Begun, width: int, failures: dict[int, str], progress: Callable[[int], None] | None
+) -> Chunk:
+    first, stop = begun.first, begun.stop
+    names, errors = store.ids[first:stop], [failures.get(crystal) for crystal in range(first, stop)]
+    values = np.full((stop - first, width), np.nan)
+    if begun.outputs:
+        with torch.inference_mode():
+            values[begun.good - first] = torch.cat(begun.outputs).double().cpu().numpy()
+    _mark(values, begun.good - first, names, errors)
     if progress is not None:
-        progress(begun.stop)
+        progress(stop)
     return names, values, errors
-
-
-def _nothing(count: int) -> list[str | None]:
-    return [None] * count
 
 
 def _moving(function: Predictor, device: torch.device) -> Predictor:

@@ -374,10 +374,15 @@ def test_a_store_is_predicted_as_its_structures(tmp_path, monkeypatch):
         assert list(found["id"]) == list(expected["id"]) and list(found["error"]) == list(expected["error"])
         np.testing.assert_allclose(found["target"], expected["target"], atol=2e-5)
     assert all("element table lacks" in found["error"][k] for k in (4, 13)) and found["error"].isna().any()
-    graph = sf.build_graph(inputs[0])
-    bad = replace(graph, numbers=graph.numbers + 300)
-    with pytest.raises(sf.InputError, match=f"^b has an atom of atomic number {bad.numbers[0]}, which .* leave it out"):
-        sf.predict(model, GraphStore.from_graphs([graph, bad], ids=["a", "b"], parameters=store.parameters))
+    graph = sf.build_graph(inputs[found["error"].isna().argmax()])
+    bad = replace(graph, numbers=graph.numbers + 300)  # beyond the table: in no batch
+    for graphs in ([graph, bad, graph], [bad] * 7):  # of two chunks, too, without any batch
+        ids = [f"x{k}" for k in range(len(graphs))]
+        found = sf.predict(model, GraphStore.from_graphs(graphs, ids=ids, parameters=store.parameters))
+        assert found["id"].tolist() == ids and [g is bad for g in graphs] == found["target"].isna().tolist()
+        assert found["error"][1] == (
+            f"x1 has an atom of atomic number {bad.numbers[0]}, which the model's element table lacks; leave it out."
+        )
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -417,14 +422,15 @@ def test_a_batch_of_a_store_is_on_its_way_before_the_next_is_put_together(tmp_pa
 
 @pytest.mark.parametrize("ahead", [0, 1, 3, 20])
 def test_batches_of_a_store_begun_ahead_are_those_of_the_store(tmp_path, monkeypatch, ahead):
-    store, cuts, events = sf.prepare(crystals(11), tmp_path / "store"), [(0, 3), (3, 4), (4, 9), (9, 11)], []
+    store, events = sf.prepare(crystals(11), tmp_path / "store"), []
+    chosen = [np.array(some) for some in ([0, 1, 2], [3], [4, 6, 8], [10, 9])]
     packing = type(store).packing
     monkeypatch.setattr(
         type(store), "packing", lambda self, *given, **how: events.append("begin") or packing(self, *given, **how)
     )
-    for number, batch in enumerate(prediction._store_batches(store, cuts, torch.device("cpu"), torch.float64, ahead)):
+    for number, batch in enumerate(prediction._store_batches(store, chosen, torch.device("cpu"), torch.float64, ahead)):
         assert events.count("begin") == (min(number + ahead + 1, 4) if ahead else 0)
-        expected = store.batch(np.arange(*cuts[number])).to(dtype=torch.float64)
+        expected = store.batch(chosen[number]).to(dtype=torch.float64)
         for name in ("numbers", "weight", "sender", "distance", "row_ptr", "crystal_ptr", "atom_class"):
             found, wanted = getattr(batch, name), getattr(expected, name)
             assert found.dtype is wanted.dtype and torch.equal(found, wanted), name
