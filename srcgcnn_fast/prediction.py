@@ -282,7 +282,9 @@ def _of_store(
     failures = {crystal: f"{store.ids[crystal]}: {sentence}" for crystal, sentence in failures.items()}
     for crystal, number in store.lacking(model.element_table.cpu()).items():
         failures[crystal] = without_vector(store.ids[crystal], number)
-    good = np.setdiff1d(np.arange(len(store)), list(failures))
+    is_good = np.ones(len(store), dtype=bool)
+    is_good[list(failures)] = False
+    good = np.flatnonzero(is_good)
     many = _PREPARED * _CHUNK
     ranges = [(first, min(first + many, len(store))) for first in range(0, len(store), many)]
     parts = [good[slice(*np.searchsorted(good, ends))] for ends in ranges]
@@ -334,7 +336,7 @@ def _finished(
     store: GraphStore, begun: _Begun, width: int, failures: dict[int, str], progress: Callable[[int], None] | None
 ) -> Chunk:
     first, stop = begun.first, begun.stop
-    names, errors = store.ids[first:stop], [failures.get(crystal) for crystal in range(first, stop)]
+    names, errors = store.ids[first:stop], list(map(failures.get, range(first, stop)))
     values = np.full((stop - first, width), np.nan)
     if begun.outputs:
         with torch.inference_mode():
