@@ -49,10 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not has_file:
         parser = _parser()
         arguments, others = parser.parse_known_args(words)
-        if others and os.path.exists(others[0]):  # a shell writes *.cif out
-            parser.error(f"{others[0]} is one path too many; of several structure files give the folder")
         if others:
-            parser.error(f"unrecognized arguments: {' '.join(others)}")
+            parser.error(_too_many(words, others))
         arguments.argv = words
     # Read when torch loads OpenMP (of GCC, of LLVM): idle threads spin for 50 µs or 1 ms. More stalls a shared machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -104,6 +102,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _rank() == 0:
             print(f"{what}{hint}", file=sys.stderr)
         return status
+
+
+def _too_many(words: Sequence[str], others: Sequence[str]) -> str:
+    """What to say of ``others``, those of the words that no command takes."""
+    first, before = others[0], words[: words.index(others[0])]
+    is_target = "--target" in before[-2:-1] or any(word.startswith("--target=") for word in before[-1:])
+    if is_target and not first.startswith("-"):
+        return f"--target takes one name, and {first} is another; give each its own: --target NAME --target {first}"
+    if os.path.exists(first):  # a shell writes *.cif out
+        return f"{first} is one path too many; of several structure files give the folder"
+    return f"unrecognized arguments: {' '.join(others)}"
 
 
 def _usable(path: str) -> str:
@@ -461,7 +470,9 @@ def _with_file(words: Sequence[str]) -> argparse.Namespace:
     if "" in found.config:
         raise InputError("The argument config is an empty text; give the path of a YAML file, or leave it out.")
     paths = [os.path.expanduser(path) for path in found.config]
-    arguments = with_files(paths, others, _add_train_options, "srcgcnn-fast train")
+    arguments, unknown = with_files(paths, others, _add_train_options, "srcgcnn-fast train")
+    if unknown:
+        raise InputError(f"{_too_many(others, unknown)}.")
     arguments.command = train
     return arguments
 

@@ -33,8 +33,12 @@ def read_yaml(path: str | os.PathLike[str], purpose: str) -> Any:
         raise InputError(f"{path} is not YAML: {one_line(error)}") from error
 
 
-def with_files(files: Sequence[str], words: Sequence[str], add: Add, program: str) -> argparse.Namespace:
+def with_files(
+    files: Sequence[str], words: Sequence[str], add: Add, program: str
+) -> tuple[argparse.Namespace, list[str]]:
     """The options of ``words``, and of ``files`` what these do not name; those that are repeated add to each other.
+
+    Returns them, and the words that are none.
 
     Raises:
         InputError: a file holds no option, one that ``add`` does not give, or a value that it does not take.
@@ -50,7 +54,7 @@ def with_files(files: Sequence[str], words: Sequence[str], add: Add, program: st
     add(parser)
     for action in parser._actions:
         action.required = action.required and not hasattr(given, action.dest)
-    return parser.parse_args(words, given)
+    return parser.parse_known_args(words, given)
 
 
 class _FileParser(argparse.ArgumentParser):

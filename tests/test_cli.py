@@ -421,6 +421,32 @@ def test_files_in_place_of_a_folder_are_refused(tmp_path, capsys):
         assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words", [["train", "data", "--out", "run"], ["compare", "data"], ["prepare", "data", "store"]]
+)
+def test_several_names_after_one_target_are_told_how_to_be_given(words, capsys):
+    for target, other in (
+        (["--target", "a", "b"], "b"),
+        (["--target=a", "b", "c"], "b"),
+        (["--target", "a", "--target", "b", "c"], "c"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main([*words, *target])
+        assert stopped.value.code == 2
+        assert f"--target takes one name, and {other} is another; give each its own: " in capsys.readouterr().err
+
+
+def test_words_too_many_beside_a_file_of_options(tmp_path, capsys):
+    (tmp_path / "options.yaml").write_text("epochs: 1\n")
+    words = ["train", "data", "--out", "run", "--config", str(tmp_path / "options.yaml"), "--target", "a"]
+    for more, said in (
+        (["b"], "give each its own: --target NAME --target b."),
+        (["--no"], "unrecognized arguments: --no."),
+    ):
+        assert main([*words, *more]) == 2
+        assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["demo", "prepare", "train", "compare", "predict", "convert", "download", "doctor"])
 def test_every_option_is_explained(command, capsys):
     with pytest.raises(SystemExit):
