@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .geometric import GeometricConv
+from ..nn import GatedConv
+from .geometric import CGConv, GeometricConv
 from .published import PublishedConv, PublishedPooling
 from .swap import Swapped, own_class, probe_difference, relative_difference, swap, unswap
 
 logger = logging.getLogger(__name__)
 
 _KINDS: tuple[type[Swapped], ...] = (PublishedConv, PublishedPooling, GeometricConv)
+_OURS = (GatedConv, CGConv)
 _MODEL = TypeVar("_MODEL", bound=nn.Module)
 
 
@@ -29,7 +31,8 @@ def accelerate(model: _MODEL, verify: Any = None) -> _MODEL:
     ``CGConv``, in any module that holds them. Only the computation changes: parameters, buffers, names, hooks, mode,
     device, and every reference to them stay, as do the arguments that ``forward`` takes. A layer is replaced when its
     parts are the expected ones and its output, gradients and buffers agree with its own formula on a small example in
-    float64; others are left as they are and named, with the reason, in the log and by :func:`acceleration`.
+    float64; others are left as they are and named, with the reason, in the log and by :func:`acceleration`. A model of
+    this package's own layers, such as :class:`srcgcnn_fast.CGCNN`, is returned as it is, and the log says so.
 
     Where a call is beyond the operators (a hook on a part of a layer, a part that was exchanged since, arguments that
     the published layer has not, half precision, ``torch.func``, tracing, export, compilation, a mode that sees every
@@ -41,8 +44,8 @@ def accelerate(model: _MODEL, verify: Any = None) -> _MODEL:
             which it and its own formulas are run, forward and backward, on copies.
 
     Raises:
-        InputError: nothing in the model can be replaced, or with ``verify`` the results differ by more than
-            rounding; the model is then as before.
+        InputError: nothing in the model can be replaced or is this package's, or with ``verify`` the results differ by
+            more than rounding; the model is then as before.
     """
     refused, changed = {}, []
     for name, module, kind in _candidates(model):
@@ -56,12 +59,17 @@ def accelerate(model: _MODEL, verify: Any = None) -> _MODEL:
             refused[_label(name, module)] = reason
             logger.warning("%s is not accelerated: %s.", _label(name, module), reason)
     replaced = [name for name, reason in acceleration(model).items() if reason is None]
-    if not replaced:
+    if not replaced and any(isinstance(module, _OURS) for module in model.modules()):
+        logger.warning(
+            "This %s computes with the layers of this package, and is fast as it is.", own_class(model).__name__
+        )
+    elif not replaced:
         why = "; ".join(f"{name}: {reason}" for name, reason in refused.items()) or (
             "it holds no ConvLayer of a published CGCNN program and no CGConv of PyTorch Geometric"
         )
         raise InputError(f"Nothing in this {own_class(model).__name__} can be accelerated ({why}).")
-    logger.info("Accelerated: %s.", ", ".join(replaced))
+    else:
+        logger.info("Accelerated: %s.", ", ".join(replaced))
     if verify is not None:
         try:
             found = difference(model, verify)

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import srcgcnn_fast as sf
 from srcgcnn_fast.errors import InputError
-from srcgcnn_fast.interop import acceleration, difference, indexed, restore
+from srcgcnn_fast.interop import CGConv, acceleration, difference, indexed, restore
 from srcgcnn_fast.interop.switch import Difference
 
 PROGRAMS = ["written here", "txie-93/cgcnn", "cgcnn2", "SR-CGCNN, standard", "SR-CGCNN", "SR-CGCNN, all options"]
@@ -276,10 +276,18 @@ def test_the_small_example_does_without_the_callers_context(context, published):
     assert "output differs" in reasons.pop("convs.1 (ConvLayer)") and set(reasons.values()) == {None}
 
 
-@pytest.mark.parametrize("model", [nn.Linear(3, 3), sf.CGCNN()], ids=["Linear", "ours"])
-def test_nothing_to_accelerate(model):
-    with pytest.raises(InputError, match=r"Nothing in this .* can be accelerated"):
-        sf.accelerate(model)
+def test_nothing_to_accelerate():
+    with pytest.raises(InputError, match=r"Nothing in this Linear can be accelerated"):
+        sf.accelerate(nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize(
+    "model", [sf.CGCNN(), sf.SRCGCNN(), nn.Sequential(CGConv(4))], ids=["CGCNN", "SRCGCNN", "CGConv"]
+)
+def test_a_model_of_ours_is_fast_as_it_is(model, caplog):
+    assert sf.accelerate(model) is model and acceleration(model) == {}
+    name = type(model).__name__
+    assert caplog.messages == [f"This {name} computes with the layers of this package, and is fast as it is."]
 
 
 def test_verify(published, caplog, published_batch):
