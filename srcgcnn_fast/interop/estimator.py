@@ -116,7 +116,10 @@ class CrystalRegressor(_base.RegressorMixin, _base.BaseEstimator):  # type: igno
             InputError: a structure cannot be predicted.
         """
         _validation.check_is_fitted(self)
-        table = predict(self.model_, _structures(X))
+        structures = _structures(X)
+        table = predict(self.model_, structures)
+        if len(table) != len(structures):
+            raise InputError("A path in X holds several structures, and X has one a row; give each of them itself.")
         for error in table["error"].dropna():
             raise InputError(str(error))
         values = table[list(self.model_.metadata.targets)].to_numpy(np.float64)

@@ -72,7 +72,8 @@ class CrystalFeaturizer(_Base):  # type: ignore[misc]
             return_errors: one more entry for each structure: NaN, or the sentence that says what is wrong.
 
         Raises:
-            InputError: a structure has no features and ``ignore_errors`` is not set, or ``return_errors`` without it.
+            InputError: a structure has no features and ``ignore_errors`` is not set, or ``return_errors`` without it;
+                a path holds several structures.
         """
         if return_errors and not ignore_errors:
             raise InputError("return_errors goes with ignore_errors=True; set both.")
@@ -81,6 +82,10 @@ class CrystalFeaturizer(_Base):  # type: ignore[misc]
         entries = getattr(entries, "to_numpy", lambda: entries)()
         structures = [_only(entry) for entry in entries]
         _, values, errors = run_over([self._network], structures, self._network.features, len(self.feature_labels()))
+        if len(values) != len(structures):
+            raise InputError(
+                "A path holds several structures, and a row has features of one; give each of them itself."
+            )
         if not ignore_errors:
             for error in errors:
                 if error is not None:

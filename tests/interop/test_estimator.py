@@ -10,6 +10,7 @@ from srcgcnn_fast.errors import InputError
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 pytest.importorskip("lightning", reason="Lightning is not installed")
+from ase import io as ase_io
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_score, train_test_split
@@ -66,6 +67,15 @@ def test_inside_scikit_learn(alloys):
     grid = {"model": ["cgcnn", "sr-cgcnn"], "lr": np.logspace(-2, -2, 1), "n_conv": np.arange(1, 2)}
     search = GridSearchCV(CrystalRegressor(**SMALL | {"epochs": 2}), grid, cv=2, error_score="raise").fit(X, y)
     assert search.best_params_["model"] in ("cgcnn", "sr-cgcnn")
+
+
+def test_a_file_of_several_structures_is_not_taken_for_one(alloys, tmp_path):
+    crystals, y = alloys
+    ase_io.write(tmp_path / "two.extxyz", crystals[:2])
+    fitted = CrystalRegressor(**SMALL | {"epochs": 1}).fit(crystals, y)
+    for given in ([tmp_path / "two.extxyz"], [str(tmp_path / "two.extxyz"), crystals[2]]):
+        with pytest.raises(InputError, match="holds several structures"):
+            fitted.predict(given)
 
 
 def test_several_targets(alloys):

@@ -12,6 +12,7 @@ from srcgcnn_fast.errors import InputError
 from srcgcnn_fast.graph import collate
 
 pytest.importorskip("ase", reason="ASE is not installed")
+from ase import io as ase_io
 from ase.build import bulk
 
 from srcgcnn_fast.interop.featurizer import CrystalFeaturizer
@@ -49,6 +50,15 @@ def test_from_a_saved_model(model, tmp_path):
     other = CrystalFeaturizer(sf.CGCNN(1, 16, 8))
     other.model = str(saved)  # as set_params of matminer's classes does
     assert other.featurize(CRYSTALS[1]) == expected
+
+
+def test_a_file_of_several_structures_is_not_taken_for_one(model, tmp_path):
+    ase_io.write(tmp_path / "two.extxyz", CRYSTALS[1:3])
+    for given in ([tmp_path / "two.extxyz"], [CRYSTALS[0], str(tmp_path / "two.extxyz")]):
+        with pytest.raises(InputError, match="holds several structures"):
+            CrystalFeaturizer(model).featurize_many(given, ignore_errors=True)
+    with pytest.raises(InputError, match="holds several structures"):
+        CrystalFeaturizer(model).featurize(tmp_path / "two.extxyz")
 
 
 def test_bad_input(model):
