@@ -85,7 +85,7 @@ def replace_directory(new: Path, target: Path) -> None:
     for tries in range(_TRIES):
         try:
             if target.exists():
-                _remove(aside)
+                remove(aside, target)
                 os.rename(target, aside)
             os.rename(new, target)
             break
@@ -94,7 +94,7 @@ def replace_directory(new: Path, target: Path) -> None:
                 restore(target)
                 raise
     with suppress(OSError):  # the new one is there
-        _remove(aside)
+        remove(aside, target)
 
 
 def restore(path: str | os.PathLike[str]) -> None:
@@ -141,11 +141,13 @@ def _aside(target: Path) -> Path:
     return target.parent / f".{target.name}.set-aside"
 
 
-def _remove(aside: Path) -> None:
-    """Under another name, so that nobody takes what is left for a whole one if this is interrupted."""
-    if aside.exists():
-        gone = Path(tempfile.mkdtemp(prefix=f"{aside.stem}.", dir=aside.parent))
-        os.rename(aside, gone / aside.name)
+def remove(folder: Path, target: Path) -> None:
+    """Remove ``folder``, if it is there, which lies beside ``target``: under another name, so that nobody takes what is
+    left for a whole one if this is interrupted, and :func:`sweep` finds it.
+    """
+    if folder.exists():
+        gone = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        os.rename(folder, gone / folder.name)
         shutil.rmtree(gone, ignore_errors=True)
 
 

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from hashlib import sha256
@@ -19,9 +18,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import torch
+
 from . import __version__
 from .errors import InputError, require
-from .files import write_text
+from .files import remove, write_text
 from .graph import GraphParameters, Record, read_inputs
 from .graph.store import GraphStore, existing, is_store, join_stores, prepare_part
 from .prediction import predict, write_table
@@ -94,7 +95,8 @@ def predict_shards(
     folder = Path(out).absolute()
     weights = sha256(json.dumps([type(loaded).__name__, loaded.hyperparameters], sort_keys=True).encode())
     for name, value in [*loaded.state_dict().items(), ("element_table", loaded.element_table)]:
-        weights.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        held = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # NumPy has no bfloat16
+        weights.update(name.encode() + held.numpy().tobytes())
     metadata = [list(loaded.metadata.targets), list(loaded.metadata.mean), list(loaded.metadata.std)]
     _claim(folder, shards, {"model": [weights.hexdigest(), *metadata], "graph": asdict(graph)})
     settings = {"isolated": graph.isolated, "disorder": graph.disorder}
@@ -145,7 +147,7 @@ def prepare_shards(
     missing = [shard for shard in shards if not is_store(folder / shard.name)]
     _run(_Prepare, (str(folder), parameters, names), missing, workers)
     store = join_stores([folder / shard.name for shard in shards], target, source, names)
-    shutil.rmtree(folder)
+    remove(folder, target)
     return store
 
 
@@ -177,8 +179,6 @@ class _Prepare:
 
 
 def _one_thread() -> None:
-    import torch
-
     torch.set_num_threads(1)
 
 

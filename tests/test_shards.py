@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -157,6 +158,35 @@ def test_a_store_of_shards_is_that_of_the_whole(folder: Path, tmp_path: Path, mo
     for name in ("numbers", "weight", "sender", "distance", "row_ptr", "crystal_ptr", "atom_class"):
         assert torch.equal(getattr(a, name), getattr(b, name)), name
     assert not (tmp_path / "s.parts").exists()
+
+
+def test_an_end_while_the_parts_are_removed_is_no_end_of_the_call(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_this_process(monkeypatch)
+    remove = shutil.rmtree
+
+    def interrupted(path: Path, **options: bool) -> None:
+        if plan := list(path.rglob("_shards.json")):
+            plan[0].unlink()
+            raise KeyboardInterrupt
+        remove(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sf.prepare_shards(folder, tmp_path / "s", rows=9)
+    assert len(sf.prepare_shards(folder, tmp_path / "s", rows=9)) == 61
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["in", "s"]
+
+
+def test_a_model_in_bfloat16_is_told_from_another(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_this_process(monkeypatch)
+    assert sf.predict_shards(model().bfloat16(), folder, tmp_path / "out") == 71
+    with pytest.raises(InputError, match="result of another call"):
+        sf.predict_shards(model(), folder, tmp_path / "out")
 
 
 def spoilt(folder: Path, kind: str) -> None:
