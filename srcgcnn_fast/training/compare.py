@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -241,7 +242,7 @@ def _mean_predictor_mae(data: GraphDataModule, part: str) -> float:
 def _write(comparison: Comparison) -> None:
     out, contestants = comparison.out_dir, comparison.contestants
     report = _report(comparison)
-    write_text(out / "compare.json", json.dumps(report, indent=2) + "\n")
+    write_text(out / "compare.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
     write_text(out / "compare.md", _markdown(comparison, report))
     panels = {c.name: (c.evaluation.target[:, 0], c.evaluation.predicted[:, 0]) for c in contestants}
     parity_plot(out / "parity.png", panels, comparison.target, comparison.unit)
@@ -264,7 +265,7 @@ def _report(comparison: Comparison) -> dict[str, Any]:
                 "hyperparameters": c.fit.model.hyperparameters,
                 "conv_parameters": c.conv_parameters,
                 "parameters": sum(p.numel() for p in c.fit.model.parameters()),
-                **c.evaluation.metrics,
+                **{name: x if math.isfinite(x) else None for name, x in c.evaluation.metrics.items()},
                 "val_mae": c.fit.best["val_mae"],
                 "best_epoch": c.fit.best["epoch"],
                 "seconds": c.seconds,

@@ -68,6 +68,12 @@ def test_without_a_test_part_the_validation_part_is_scored(alloys, tmp_path):
     assert result.part == "val" and len(result.cgcnn.evaluation.ids) == 16
 
 
+def test_the_record_of_one_scored_crystal_is_json(alloys, tmp_path):
+    compare(alloys, "energy", out_dir=tmp_path, epochs=1, split=(0.8, 0.19, 0.005))
+    read = json.loads((tmp_path / "compare.json").read_text(), parse_constant=pytest.fail)  # NaN is none to others
+    assert read["crystals"]["test"] == 1 and read["models"]["CGCNN"]["r2"] is None
+
+
 def test_seed_and_mean_are_those_of_the_runs(alloys, tmp_path):
     result = compare(alloys, "energy", out_dir=tmp_path, epochs=1, seed=3)
     for contestant, name in zip(result.contestants, ("cgcnn", "sr_cgcnn"), strict=True):
