@@ -442,7 +442,7 @@ def _folds(arguments: argparse.Namespace, store: Any, init: Any) -> list[Any]:
 
     from .training import k_folds, matbench_folds
 
-    if not arguments.folds.isdigit():
+    if not arguments.folds.isdecimal():
         return matbench_folds(store, arguments.folds, arguments.seed)
     values = store.target_array(arguments.target)
     usable = np.flatnonzero(np.isfinite(values).any(axis=1))

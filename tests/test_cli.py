@@ -96,6 +96,7 @@ def test_train_writes_a_run(trained, source, capsys):
         "best.ckpt", "config.yaml", "graphs", "last.ckpt", "metrics.csv", "model", "run.json", "test_predictions.csv",
     ]  # fmt: skip
     assert len(pd.read_csv(trained / "test_predictions.csv")) == 4
+    assert not any(b"\r" in table.read_bytes() for table in trained.glob("*.csv"))  # as in predict's
     again = ["train", source, "--target", TARGET, "--epochs", "1", "--out", trained, "--atom-fea-len", "16"]
     assert "already holds a run" in refused(capsys, *again)
     assert main([str(word) for word in (*again, "--resume")]) == 0
@@ -300,6 +301,7 @@ def test_a_target_named_fold_has_no_folds(source, tmp_path, capsys):
     frame.to_parquet(tmp_path / "f.parquet")
     argv = ("train", tmp_path / "f.parquet", "--target", "fold", *SHORT, "--out", tmp_path / "cv")
     assert "has a column fold, so no target may; rename it" in refused(capsys, *argv, "--folds", "2")
+    assert "The folds of ² need the package matbench" in refused(capsys, *argv, "--folds", "²")  # a digit, no number
 
 
 def test_folds_and_split_files(source, tmp_path, capsys):

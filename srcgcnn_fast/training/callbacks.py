@@ -150,6 +150,7 @@ class RunBar(ProgressBar):
 def write_table(path: str | os.PathLike[str], rows: list[dict[str, float]]) -> None:
     """As a CSV file; a row may lack what others have, as those of a run from before it was measured do."""
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
+        names = list(dict.fromkeys(key for row in rows for key in row))
+        writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -41,7 +41,7 @@ class Evaluation:
         names = [f"{name}{suffix}" for name in self.target_names for suffix in suffixes]
         values = np.stack([self.target, self.predicted, *spread], axis=2).reshape(len(self.ids), -1)
         with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
+            writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["id", *names])
             writer.writerows([name, *row] for name, row in zip(self.ids, values.tolist(), strict=True))
         return Path(path)

@@ -86,6 +86,8 @@ def cross_validate(
     for data in parts:
         if "fold" in data.targets:
             raise InputError("The table of all folds' predictions has a column fold, so no target may; rename it.")
+        if not len(data.parts["test"].indices):
+            raise InputError("A fold has no test crystals to score; give each some.")
         check_trainable(build(data), data, recipe)  # every fold, before the first is trained
     for k, data in enumerate(parts):
         torch.manual_seed(seed)
@@ -188,7 +190,7 @@ def _run(
 
 def _write(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Path:
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
     return path

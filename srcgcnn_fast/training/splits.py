@@ -99,7 +99,7 @@ def _rows(path: Path, column: str) -> Iterable[tuple[str, str]]:
                 header, rows = list(reader.fieldnames or []), list(reader)
     except FileNotFoundError as error:
         raise InputError(f"There is no split file {path}; check the path.") from error
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, csv.Error) as error:
         raise InputError(f"{path} is not a split file ({error}); give a CSV, Parquet or JSON file.") from error
     key = next((name for name in ID_COLUMNS if name in header), None)
     if key is None or column not in header:

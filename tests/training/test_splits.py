@@ -87,6 +87,9 @@ def test_a_bad_split_file_is_a_sentence(alloys, tmp_path, text, says):
     (tmp_path / "s.json").write_text("[1, 2")
     with pytest.raises(InputError, match="not a split file"):
         read_split(tmp_path / "s.json", alloys)
+    (tmp_path / "s.csv").write_text('id,split\n0,"train\n' + 20000 * "1,train\n")  # a quotation mark too many
+    with pytest.raises(InputError, match="not a split file"):
+        read_split(tmp_path / "s.csv", alloys)
     twins = GraphStore.from_graphs([alloys[0], alloys[1]], ids=["0", "0"])
     (tmp_path / "good.csv").write_text("id,split\n0,train\n")
     with pytest.raises(InputError, match="share an id"):
@@ -191,6 +194,9 @@ def test_a_fold_that_cannot_train_is_found_before_the_first_is_trained(alloys, t
     folds = [Split(np.arange(80), np.arange(80, 120), np.arange(120, 160)), Split(np.arange(80), low[-9:], low[-9:])]
     make_data = lambda split: GraphDataModule(alloys, "high", split=split)  # noqa: E731
     with pytest.raises(InputError, match="one class only"):
+        cross_validate(lambda _: SRCGCNN(1, 8, 8, classification=True), make_data, folds, tmp_path / "cv")
+    folds[1] = Split(np.arange(80), np.arange(80, 120), np.arange(0))
+    with pytest.raises(InputError, match="has no test crystals"):
         cross_validate(lambda _: SRCGCNN(1, 8, 8, classification=True), make_data, folds, tmp_path / "cv")
     assert not (tmp_path / "cv").exists()
 
