@@ -178,6 +178,8 @@ def save_ensemble(ensemble: Ensemble, directory: str | os.PathLike[str]) -> Path
 
 def check_replaceable(target: Path) -> None:
     """Raises InputError: ``target`` holds something else than an ensemble, or something beside it."""
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target} is a file; give save_ensemble a directory.")
     held = sorted(file.name for file in target.iterdir()) if target.exists() else []
     foreign = [name for name in held if name != ENSEMBLE and not name.startswith("member_")]
     if foreign or (held and ENSEMBLE not in held):

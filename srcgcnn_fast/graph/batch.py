@@ -196,6 +196,16 @@ def with_element_vectors(graphs: Sequence[CrystalGraph]) -> list[np.ndarray]:
     return given
 
 
+def check_graphs(graphs: Iterable[Any]) -> None:
+    """Raises InputError: one of them is none."""
+    for position, graph in enumerate(graphs):
+        if isinstance(graph, InputError):
+            raise InputError(f"Graph {position} could not be built ({graph}); leave it out.") from graph
+        if not isinstance(graph, CrystalGraph):
+            kind = type(graph).__name__
+            raise InputError(f"Item {position} is a {kind}, no CrystalGraph; make one with build_graph().")
+
+
 def collate(graphs: Iterable[CrystalGraph] | CrystalGraph, distance_dtype: torch.dtype = torch.float32) -> GraphBatch:
     """Join graphs, or one, into a batch on the CPU.
 
@@ -206,12 +216,7 @@ def collate(graphs: Iterable[CrystalGraph] | CrystalGraph, distance_dtype: torch
     graphs = [graphs] if isinstance(graphs, CrystalGraph) else list(graphs)
     if not graphs:
         raise InputError("A batch needs at least one crystal graph; collate() was given none.")
-    for position, graph in enumerate(graphs):
-        if isinstance(graph, InputError):
-            raise InputError(f"Graph {position} could not be built ({graph}); leave it out.") from graph
-        if not isinstance(graph, CrystalGraph):
-            kind = type(graph).__name__
-            raise InputError(f"Item {position} is a {kind}, no CrystalGraph; make one with build_graph().")
+    check_graphs(graphs)
     rows = offsets([g.n_rows for g in graphs])
     edges = offsets([g.n_edges for g in graphs])
     if max(rows[-1], edges[-1]) > np.iinfo(np.int32).max:

@@ -19,7 +19,7 @@ import torch
 from .. import __version__
 from ..errors import InputError
 from ..files import read_directory, restore
-from .batch import CrystalGraph, GraphBatch, offsets, with_element_vectors
+from .batch import CrystalGraph, GraphBatch, check_graphs, offsets, with_element_vectors
 from .elements import element_features, with_vector
 from .packing import Packer, Packing, check_sizes
 from .parameters import GraphParameters
@@ -146,10 +146,11 @@ class GraphStore:
             parameters: what the graphs were built with.
 
         Raises:
-            InputError: there are no graphs, or ids or targets are not one for each graph.
+            InputError: there are no graphs, something else is among them, or ids or targets are not one for each graph.
         """
         if not graphs:
             raise InputError("A store needs at least one graph; from_graphs() was given none.")
+        check_graphs(graphs)
         names = [str(i) for i in ids] if ids is not None else [str(i) for i in range(len(graphs))]
         columns = {name: np.asarray(values, dtype=np.float64) for name, values in (targets or {}).items()}
         for name, column in {"ids": np.array(names), **columns}.items():

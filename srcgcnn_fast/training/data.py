@@ -235,6 +235,8 @@ class GraphDataModule(pl.LightningDataModule):
             raise InputError("A test store was given without a validation store; give both, or one store to split.")
         whole = _dataset(store, self.targets)
         if val_store is None:
+            if not hasattr(split, "__len__"):
+                raise InputError(f"The split is {split!r}; give three fractions, or the indices of three parts.")
             is_given = isinstance(split, Split) or (len(split) == 3 and all(np.ndim(part) for part in split))
             parts = zip(Split._fields, split if is_given else random_split(whole.usable(), split, seed), strict=True)
             self.parts = {name: Part(whole, _indices(name, part)) for name, part in parts}

@@ -163,6 +163,10 @@ def _in_training(
     model: CGCNN | SRCGCNN, data: GraphDataModule, recipe: Recipe, seed: int = 0, captured: bool = False
 ) -> Iterator[TrainingModule]:
     """Frozen parts learn again afterwards, whatever came between; a model that was not trained is as it was."""
+    if not hasattr(model, "metadata"):
+        raise InputError(f"fit trains a CGCNN or SRCGCNN, not a {type(model).__name__}; give one of those.")
+    if not isinstance(data, GraphDataModule):
+        raise InputError(f"fit trains on a GraphDataModule, not on a {type(data).__name__}; make one of a store.")
     metadata, modes = model.metadata, [(part, part.training) for part in model.modules()]
     module = TrainingModule(model, data, recipe, seed, captured=captured)
     try:

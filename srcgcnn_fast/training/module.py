@@ -87,6 +87,10 @@ class Recipe:
         for name, value in vars(self).items():
             plain = tuple(map(as_python, value)) if isinstance(value, tuple | list) else as_python(value)
             object.__setattr__(self, name, plain)
+        for name in ("lr", "muon_lr", "weight_decay", "momentum", "gamma", "gradient_clip", "warmup", "ema"):
+            value, kinds = getattr(self, name), (int, float, type(getattr(type(self), name)))  # None is one of some
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                raise InputError(f"{name} is {value!r}; give a number.")
         object.__setattr__(self, "epochs", _whole("epochs", self.epochs))
         if self.patience is not None:
             object.__setattr__(self, "patience", _whole("patience", self.patience))

@@ -245,6 +245,8 @@ def test_in_memory_store() -> None:
         GraphStore.from_graphs(graphs(3), targets={"gap": [1]})
     with pytest.raises(InputError, match="at least one graph"):
         GraphStore.from_graphs([])
+    with pytest.raises(InputError, match="Graph 1 could not be built"):
+        GraphStore.from_graphs([graphs(1)[0], InputError("no atoms")])
 
 
 def test_chunks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

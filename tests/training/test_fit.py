@@ -682,6 +682,15 @@ def test_bad_requests_are_sentences(alloys, tmp_path):
                   {"milestones": (10, 20.5)}, {"milestones": [1, "a"]}, {"milestones": (None,)}):  # fmt: skip
         with pytest.raises(InputError, match=rf"{next(iter(wrong))} is .*; give a whole number of epochs"):
             Recipe(**wrong)
+    for wrong in ({"lr": "1e-3"}, {"lr": None}, {"warmup": True}, {"ema": "0.99"}, {"weight_decay": [0.1]}):
+        with pytest.raises(InputError, match=rf"{next(iter(wrong))} is .*; give a number"):
+            Recipe(**wrong)
+    with pytest.raises(InputError, match=r"The split is 0\.8; give three fractions"):
+        GraphDataModule(alloys, "energy", split=0.8)
+    with pytest.raises(InputError, match="trains a CGCNN or SRCGCNN, not a Linear"):
+        fit(torch.nn.Linear(1, 1), GraphDataModule(alloys, "energy"), tmp_path / "run", accelerator="cpu")
+    with pytest.raises(InputError, match="on a GraphDataModule, not on a GraphStore"):
+        fit(SRCGCNN(), alloys, tmp_path / "run", accelerator="cpu")
     whole = Recipe(epochs=3.0, patience=np.float64(2), milestones=[np.int64(4), 5.0])
     assert whole == Recipe(epochs=3, patience=2, milestones=(4, 5)) and isinstance(whole.epochs, int)
     with pytest.raises(InputError, match="0 epochs"):

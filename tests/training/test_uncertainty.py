@@ -283,6 +283,10 @@ def test_a_directory_of_the_other_kind_is_refused_before_anything_is_trained(all
     with pytest.raises(InputError, match="new directory"):
         fit(model(), data, tmp_path / "two", recipe, accelerator="cpu")
     assert not (tmp_path / "two" / "run.json").exists()
+    (tmp_path / "three").mkdir()
+    (tmp_path / "three" / "model").write_text("mine")
+    with pytest.raises(InputError, match="is a file; give save_ensemble a directory"):
+        train_ensemble(lambda _: model(), data, tmp_path / "three", recipe, accelerator="cpu")
 
 
 def test_the_calibration_of_dropout_travels_with_the_model(trained, tmp_path):
