@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from tqdm import tqdm
 
+from ..errors import InputError
 from ..files import atomic_path
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class RunFiles(Checkpoint):
 
 class Checkpoints(TorchCheckpointIO):
     """Writes a checkpoint where it belongs, whole or not at all; Lightning's way is by the directory of temporary
-    files, which may be on another disk.
+    files, which may be on another disk. Nothing in one is executed, which ``Trainer.fit`` can be told since 2.6 alone.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -94,6 +95,14 @@ class Checkpoints(TorchCheckpointIO):
                 temporary.write_bytes(data.getbuffer())
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from error
+
+    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file fails anywhere inside the unpickler
+            kind = type(error).__name__
+            raise InputError(f"{path} is damaged ({kind}); copy it again, or start another run.") from error
+        return found
 
 
 class RunBar(ProgressBar):

@@ -140,10 +140,10 @@ def fit(
                 default_root_dir=directory,
             )
             with _signals():
-                trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+                trainer.fit(module, data, ckpt_path=checkpoint)
         # A process that was killed between the last checkpoint and this table left an old one.
         distributed.on_rank_zero(files.write)
-        best = distributed.on_rank_zero(torch.load, directory / "best.ckpt", map_location="cpu", weights_only=True)
+        best = distributed.on_rank_zero(Checkpoints().load_checkpoint, directory / "best.ckpt")
         module.load_state_dict(best["state_dict"])
         model.cpu().eval()
         scores = {name: value for name, value in files.best.items() if math.isfinite(value)}

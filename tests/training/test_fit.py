@@ -769,6 +769,31 @@ def test_a_run_leaves_the_process_as_it_was(alloys, tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
+def test_lightning_before_2_6_resumes_too_and_executes_nothing(alloys, tmp_path, monkeypatch):
+    begin = pl.Trainer.fit
+
+    def before(self, model, train_dataloaders=None, val_dataloaders=None, datamodule=None, ckpt_path=None):
+        return begin(self, model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
+
+    monkeypatch.setattr(pl.Trainer, "fit", before)
+    with pytest.raises(RuntimeError, match="stopped"):
+        run(alloys, tmp_path, callbacks=[StopIn(2)])
+    assert len(run(alloys, tmp_path, resume=True).history) == 4
+    (tmp_path / "best.ckpt").write_bytes(b"")
+    with pytest.raises(InputError, match=r"best\.ckpt is damaged"):
+        run(alloys, tmp_path, resume=True)
+    last = tmp_path / "last.ckpt"
+    torch.save({"state_dict": print}, last)
+    for data, said in (
+        (last.read_bytes(), "UnpicklingError"),
+        (last.read_bytes()[:99], "RuntimeError"),
+        (b"", "EOFError"),
+    ):
+        last.write_bytes(data)
+        with pytest.raises(InputError, match=rf"last\.ckpt is damaged \({said}\)"):
+            run(alloys, tmp_path, resume=True)
+
+
 def test_checkpoints_go_to_their_disk_alone_and_a_full_one_is_named(alloys, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "another disk"))  # which is not there
     write, checkpoints = Path.write_bytes, []
