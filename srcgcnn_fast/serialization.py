@@ -20,6 +20,7 @@ from .files import atomic_directory, read_directory
 from .graph.build import GraphParameters
 from .graph.elements import element_features
 from .nn import CGCNN, SRCGCNN, ModelMetadata
+from .nn.models import CrystalModel
 
 FORMAT = "srcgcnn_fast model"
 FORMAT_VERSION = 1
@@ -100,6 +101,18 @@ def check_parts(model: CGCNN | SRCGCNN) -> None:
                 f"{name} has an eps of {own:g}, of which no file has a record: loaded again it would have {eps:g}, and "
                 "predict otherwise; set it to that."
             )
+
+
+def loaded(model: Any) -> CGCNN | SRCGCNN:
+    """A model, or that of a path.
+
+    Raises:
+        InputError: it is neither, or as of :func:`load_model`.
+    """
+    found: Any = load_model(model) if isinstance(model, str | os.PathLike) else model
+    if not isinstance(getattr(found, "_orig_mod", found), CrystalModel):  # torch.compile wraps
+        raise InputError(f"Give a CGCNN or SRCGCNN, or the path of one, in place of the {type(found).__name__}.")
+    return found  # type: ignore[no-any-return]
 
 
 def load_model(path: str | os.PathLike[str]) -> CGCNN | SRCGCNN:

@@ -26,7 +26,7 @@ from .files import remove, write_text
 from .graph import GraphParameters, Record, read_inputs
 from .graph.store import GraphStore, existing, is_store, join_stores, prepare_part
 from .prediction import predict, write_table
-from .serialization import load_model, save_model
+from .serialization import load_model, loaded, save_model
 
 if TYPE_CHECKING:
     from .nn import CGCNN, SRCGCNN
@@ -89,15 +89,15 @@ def predict_shards(
         InputError: Ray is not installed, source or model cannot be read, or ``out`` holds the result of another call.
     """
     shards = _shards(source, rows, ())
-    loaded = load_model(model) if isinstance(model, str | os.PathLike) else model
-    graph = loaded.metadata.graph
+    held = loaded(model)
+    graph = held.metadata.graph
     graph = replace(graph, isolated=isolated or graph.isolated, disorder=disorder or graph.disorder)
     folder = Path(out).absolute()
-    weights = sha256(json.dumps([type(loaded).__name__, loaded.hyperparameters], sort_keys=True).encode())
-    for name, value in [*loaded.state_dict().items(), ("element_table", loaded.element_table)]:
-        held = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # NumPy has no bfloat16
-        weights.update(name.encode() + held.numpy().tobytes())
-    metadata = [list(loaded.metadata.targets), list(loaded.metadata.mean), list(loaded.metadata.std)]
+    weights = sha256(json.dumps([type(held).__name__, held.hyperparameters], sort_keys=True).encode())
+    for name, value in [*held.state_dict().items(), ("element_table", held.element_table)]:
+        data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # NumPy has no bfloat16
+        weights.update(name.encode() + data.numpy().tobytes())
+    metadata = [list(held.metadata.targets), list(held.metadata.mean), list(held.metadata.std)]
     _claim(folder, shards, {"model": [weights.hexdigest(), *metadata], "graph": asdict(graph)})
     settings = {"isolated": graph.isolated, "disorder": graph.disorder}
     if isinstance(model, str | os.PathLike):

@@ -17,7 +17,7 @@ from ..graph import CrystalGraph, GraphBatch, build_graph, collate
 from ..graph.crystal import from_ase
 from ..graph.elements import with_vector, without_vector
 from ..nn import CGCNN, SRCGCNN
-from ..serialization import load_model
+from ..serialization import loaded
 from .smoothing import is_no_stack, soft_choice, weighted_convolve
 
 _ase: Any = require("ase.calculators.calculator", "An ASE calculator", "io")
@@ -60,7 +60,7 @@ class CrystalCalculator(_ase.Calculator):  # type: ignore[misc]
         smoothing: float | None = None,
     ) -> None:
         super().__init__()
-        model = load_model(model) if isinstance(model, str | os.PathLike) else model
+        model = loaded(model)
         with torch.inference_mode(False):  # that forces can be asked of it
             self.model = copy.deepcopy(model).double().eval().requires_grad_(False)
         if any(isinstance(x, torch.dtype) for x in self.model.state_dict().values()):  # as packed weights name theirs

@@ -12,7 +12,7 @@ import torch
 from ..errors import InputError
 from ..nn import CGCNN, SRCGCNN
 from ..prediction import run_over
-from ..serialization import load_model
+from ..serialization import loaded
 
 try:
     from matminer.featurizers.base import BaseFeaturizer as _Base
@@ -45,7 +45,7 @@ class CrystalFeaturizer(_Base):  # type: ignore[misc]
 
     def __init__(self, model: CGCNN | SRCGCNN | str | os.PathLike[str]) -> None:
         self.model = model
-        self._loaded = (model, load_model(model) if isinstance(model, str | os.PathLike) else model)
+        self._loaded = (model, loaded(model))
 
     @property
     def _network(self) -> CGCNN | SRCGCNN:

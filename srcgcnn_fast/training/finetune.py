@@ -7,7 +7,7 @@ import os
 import torch
 
 from ..nn import CGCNN, SRCGCNN
-from ..serialization import check_parts, load_model
+from ..serialization import check_parts, loaded
 from .data import GraphDataModule
 from .module import normalizer
 
@@ -28,8 +28,7 @@ def fine_tuned(
         InputError: ``source`` cannot be read, is pruned or otherwise not what its hyperparameters say, or its graphs
             are not those of ``data``.
     """
-    if isinstance(source, str | os.PathLike):
-        source = load_model(source)
+    source = loaded(source)
     check_parts(source)  # or the copy would keep the random weights of what has another name in it
     data.check_graphs(source.metadata.graph)
     options = source.hyperparameters

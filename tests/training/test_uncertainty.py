@@ -11,7 +11,9 @@ import pytest
 import torch
 from ase.build import bulk
 
-from srcgcnn_fast import CGCNN, SRCGCNN, GraphParameters, InputError, load_model, predict
+from srcgcnn_fast import CGCNN, SRCGCNN, GraphParameters, InputError, load_model, predict, predict_shards
+from srcgcnn_fast.interop.calculator import CrystalCalculator
+from srcgcnn_fast.interop.featurizer import CrystalFeaturizer
 from srcgcnn_fast.nn import ModelMetadata
 from srcgcnn_fast.training import (
     Evaluation,
@@ -27,6 +29,7 @@ from srcgcnn_fast.training import (
     fit,
     train_ensemble,
 )
+from srcgcnn_fast.training.alloys import write_alloys
 from srcgcnn_fast.training.calibration import ONE_STD, _factor
 from srcgcnn_fast.uncertainty import (
     DROPOUT_SCALE,
@@ -271,6 +274,19 @@ def test_a_spread_of_rounding_is_not_calibrated(alloys):
     with pytest.raises(InputError, match="errors, is rounding"):
         calibrate(pair, GraphDataModule(alloys, "energy"))
     assert pair.scale == (3.0,)
+
+
+def test_an_ensemble_is_no_model_where_one_is_wanted(alloys, tmp_path):
+    pair, data = Ensemble([model(), model(1)]), GraphDataModule(alloys, "energy")
+    write_alloys(tmp_path / "a.parquet", 2)
+    for take in (
+        CrystalCalculator,
+        CrystalFeaturizer,
+        lambda given: fine_tuned(given, data),
+        lambda given: predict_shards(given, tmp_path / "a.parquet", tmp_path / "out"),
+    ):
+        with pytest.raises(InputError, match="Give a CGCNN or SRCGCNN, or the path of one, in place of the Ensemble"):
+            take(pair)
 
 
 def test_a_directory_of_the_other_kind_is_refused_before_anything_is_trained(alloys, tmp_path):
