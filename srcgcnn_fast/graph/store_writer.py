@@ -325,11 +325,8 @@ class StoreWriter:
         """What an interrupted preparation can go on from."""
         if self.key is None:
             return
-        files: dict[str, list[int]] = {}
         columns = {f"{_COLUMN}{k}": column for k, column in enumerate(self._columns.values())}
-        for name, file in {**self._files, **columns}.items():
-            file.flush()
-            files[name] = [file.length, file.checksum]
+        files = {name: [file.length, file.checksum] for name, file in {**self._files, **columns}.items()}
         self._reasons.flush()
         files[REJECTED] = [self.rejected, self._reasons.tell()]
         _write_progress(self.folder, self.key, self.done, files, list(self._columns), self.first_rejected)
@@ -364,7 +361,10 @@ class StoreWriter:
 
 
 class _NpyFile:
-    """A one-dimensional .npy file that grows; its length is written into the header on closing."""
+    """A one-dimensional .npy file that grows; its length is written into the header on closing.
+
+    It is open while it is written to alone: a store may have more targets than a process may have files open.
+    """
 
     _HEADER = 128
 
@@ -373,30 +373,25 @@ class _NpyFile:
         end = self._HEADER + length * self.dtype.itemsize
         if length and path.stat().st_size < end:
             raise InputError(f"{path.parent} is damaged ({path.name} is cut short); remove it and prepare again.")
-        self._file = path.open("r+b" if length else "wb")
-        self._write_header()
-        self._file.truncate(end)
-        self._file.seek(end)
+        with path.open("r+b" if length else "wb") as file:
+            file.write(self._header())
+            file.truncate(end)
 
-    def _write_header(self) -> None:
+    def _header(self) -> bytes:
         text = f"{{'descr': {self.dtype.str!r}, 'fortran_order': False, 'shape': ({self.length},), }}"
-        self._file.write(b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + text.ljust(117).encode() + b"\n")
+        return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + text.ljust(117).encode() + b"\n"
 
     def append(self, array: np.ndarray) -> None:
         data = np.ascontiguousarray(array, dtype=self.dtype)
         if len(data):
-            self._file.write(data.data)
+            with self.path.open("ab") as file:
+                file.write(data.data)
             self.checksum = checksum(data, self.checksum)
             self.length += len(data)
-
-    def flush(self) -> None:
-        self._file.flush()
 
     def has_numbers(self) -> bool:
         return bool(np.isfinite(np.load(self.path)).any())
 
     def close(self) -> None:
-        if not self._file.closed:
-            self._file.seek(0)
-            self._write_header()
-            self._file.close()
+        with self.path.open("r+b") as file:
+            file.write(self._header())

@@ -260,6 +260,18 @@ def test_chunks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert (tmp_path / "whole" / f"{name}.npy").read_bytes() == (tmp_path / "parts" / f"{name}.npy").read_bytes()
 
 
+def test_a_store_may_have_more_targets_than_a_process_may_have_files_open(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="no limits of open files here")
+    rows = [Record(str(k), crystal(k), {f"t{j}": float(j + k) for j in range(300)}) for k in range(2)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))  # as a Mac has it
+    try:
+        store = prepare(rows, tmp_path / "s")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert store.targets["t299"].tolist() == [299, 300] and len(store.targets) == 300
+
+
 def test_records_are_read_as_they_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "_CHUNK_CRYSTALS", 4)
     alive = most = 0
