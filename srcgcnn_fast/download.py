@@ -114,7 +114,7 @@ def _columns(rows: Iterator[Row], names: dict[str, str], limit: int | None) -> t
         found["frac_coords"].append(np.ravel(crystal.frac_coords))
         found["atomic_numbers"].append(np.asarray(crystal.numbers))
         for field, name in names.items():
-            found[name].append(_number(values[field]))
+            found[name].append(_number(values.get(field)))
     return found, skipped
 
 

@@ -141,6 +141,7 @@ def jarvis(dataset: str) -> list[dict[str, Any]]:
         {"jid": "JVASP-1", "atoms": {**copper, "cartesian": False}, **energies, "optb88vdw_bandgap": "na"},
         {"jid": "JVASP-2", "atoms": {**salt, "cartesian": True}, **energies},
         {"jid": "JVASP-3", "atoms": {**copper, "elements": ["Xx"], "cartesian": False}, **energies},
+        {"jid": "JVASP-4", "atoms": {**copper, "cartesian": False}, "formation_energy_peratom": -1.0},
     ]
 
 
@@ -149,8 +150,8 @@ def test_jarvis(monkeypatch, tmp_path, capsys):
     found = download("jarvis", tmp_path / "j.parquet")
     assert capsys.readouterr().out == ""
     table = pd.read_parquet(tmp_path / "j.parquet")
-    assert table["material_id"].tolist() == ["JVASP-1", "JVASP-2"] and "JVASP-3" in found.skipped[0]
-    assert table["optb88vdw_bandgap"].isna().tolist() == [True, False]
+    assert table["material_id"].tolist() == ["JVASP-1", "JVASP-2", "JVASP-4"] and "JVASP-3" in found.skipped[0]
+    assert table["optb88vdw_bandgap"].isna().tolist() == [True, False, True]  # written so, there, not named
     assert found.targets == ("formation_energy_per_atom", "optb88vdw_bandgap")
     assert np.reshape(table["frac_coords"][1], (-1, 3)) == pytest.approx(SALT.frac_coords)
     with pytest.raises(InputError, match=r"dft_4d of JARVIS .*Check DB name"):
