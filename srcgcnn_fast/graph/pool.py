@@ -21,15 +21,22 @@ from .crystal import AnyCrystal
 # The working directory is not searched, whose files may have any names; what is printed must not reach the replies.
 _SERVE = (
     "import sys; sys.path = [x for x in sys.path if x]; import os; replies = os.dup(1); os.dup2(2, 1); "
-    "from srcgcnn_fast.graph.pool import serve; serve({limit}, replies)"
+    "from srcgcnn_fast.graph.pool import serve; serve({limit}, replies, {seconds})"
 )
 _READY = b"\0ready\n"
 MEMORY_LIMIT = 4 * 2**30
 """Bytes that a process may take to read a file; where the system has such limits (Linux)."""
+_GRACE = 10.0
+"""Seconds beyond its time limit after which a process ends itself, should nobody be there any more to end it."""
+_LONG = 1e8
+"""Seconds, which timers take."""
 
 
-def serve(limit: int, output: int) -> None:
-    """The loop of a worker: paths come in on stdin, a Crystal or the sentence of its error goes out for each."""
+def serve(limit: int, output: int, seconds: float) -> None:
+    """The loop of a worker: paths come in on stdin, a Crystal or the sentence of its error goes out for each.
+
+    It ends if a file takes more than ``seconds``.
+    """
     from .cif import read_carefully
     from .quick_cif import gemmi_cif, read_quickly
 
@@ -45,6 +52,7 @@ def serve(limit: int, output: int) -> None:
         except EOFError:
             return
         for path in paths:
+            _end_in(seconds)
             found: AnyCrystal | str | None = read_quickly(path)
             if found is None:
                 _send(replies, None)  # the other side then knows which file takes so long
@@ -56,6 +64,13 @@ def serve(limit: int, output: int) -> None:
                     found = f"{path.name} needs more than {limit / 2**30:g} GiB of memory to read; simplify the file."
             pickle.dump(found, replies)
         replies.flush()
+        _end_in(0)
+
+
+def _end_in(seconds: float) -> None:
+    """Whatever this process does then, where the system has such timers; 0 takes it back."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def _limit_memory(limit: int) -> None:
@@ -80,7 +95,7 @@ class _Worker:
         places = [x or os.getcwd() for x in sys.path]  # where this process finds its modules
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _SERVE.format(limit=MEMORY_LIMIT)],
+            [sys.executable, "-c", _SERVE.format(limit=MEMORY_LIMIT, seconds=min(timeout + _GRACE, _LONG))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -5,6 +5,7 @@ import gzip
 import json
 import math
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -1075,6 +1076,31 @@ def test_a_file_that_never_ends_costs_its_time_limit(tmp_path: Path) -> None:
         assert time.monotonic() - start < 40
     finally:
         pool.close()
+
+
+_KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+from srcgcnn_fast.graph import pool as module
+module._GRACE = 0.5
+pool = module.CifPool(timeout=1.0, workers=1)
+pool.submit([Path(sys.argv[1])])
+while not pool._started or pool._started[0]._deadline == float("inf"):
+    time.sleep(0.01)
+print(pool._started[0].process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks a process up where Linux has it")
+def test_a_reader_of_a_file_that_never_ends_does_not_outlive_a_killed_process_for_ever(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "stuck.cif")
+    run = subprocess.run([sys.executable, "-c", _KILLED, tmp_path / "stuck.cif"], capture_output=True, text=True)
+    status = Path(f"/proc/{int(run.stdout)}/stat")
+    end = time.monotonic() + 30
+    while status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < end, "it is there still"
+        time.sleep(0.05)
 
 
 def test_files_of_the_working_directory_and_what_is_printed_at_the_start_do_not_reach_a_reader(
