@@ -151,10 +151,10 @@ def read_study(path: str | os.PathLike[str]) -> Study:
         raise InputError(f"There is no study {path}; give a YAML file or one of: {names}.")
     content = read_yaml(file, "Reading a study")
     top = _mapping(file.name, content, ("title", "text", "targets", "seeds", "scored", "recipe", "sections"))
-    sections = tuple(_section(top, section) for section in top.get("sections") or ())
+    sections = tuple(_section(top, section) for section in _listed(top.get("sections")))
     if not sections:
         raise InputError(f"{file} has no sections; list at least one.")
-    return Study(top.get("title", file.stem), sections, top.get("text", ""))
+    return Study(_text(top, "title", file.stem), sections, _text(top, "text"))
 
 
 def pair_study(
@@ -203,7 +203,7 @@ def _changed(
 def _section(top: Mapping[str, Any], content: Any) -> Section:
     keys = ("title", "text", "targets", "seeds", "scored", "recipe", "variants")
     own = _mapping("A section", content, keys)
-    title = own.get("title", "")
+    title = _text(own, "title")
     joined = {**top, **own}
     recipe = {**_named(title, "recipe", top), **_named(title, "recipe", own)}
     variants = tuple(_variant(name, recipe, v) for name, v in _named(title, "variants", own).items())
@@ -215,7 +215,7 @@ def _section(top: Mapping[str, Any], content: Any) -> Section:
         raise InputError(f"The section {title!r} needs variants and targets; name them.")
     if scored not in ("val", "test"):
         raise InputError(f"The section {title!r} is scored on {scored!r}; write val or test.")
-    return Section(title, variants, tuple(targets), tuple(seeds), scored, own.get("text", ""))
+    return Section(title, variants, tuple(targets), tuple(seeds), scored, _text(own, "text"))
 
 
 def _check_distinct(where: str, targets: Sequence[str], seeds: Sequence[int]) -> None:
@@ -260,6 +260,12 @@ def _number(name: str, key: str, value: Any, whole: bool = False) -> Any:
     except (TypeError, ValueError) as error:
         raise InputError(f"{name}: {key} is {value!r}; write a {kind}.") from error
     return int(number) if whole else number
+
+
+def _text(content: Mapping[str, Any], key: str, default: str = "") -> str:
+    """YAML takes 2024 for a number."""
+    value = content.get(key)
+    return default if value is None else str(value)
 
 
 def _listed(value: Any) -> list[Any]:

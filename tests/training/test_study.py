@@ -90,6 +90,7 @@ def test_the_innermost_setting_counts(tmp_path):
         ("targets: [gap]", "target: [gap]", "A section says target"),
         ("targets: [energy]", "targets: []", "'One' needs variants and targets"),
         ("sections:", "parts:", "says parts"),
+        ("sections:", "sections: 5\ntext:", "A section holds no names with values"),
         ("seeds: [0, 1]", "seeds: [0", "is not YAML"),
         ("seeds: [0, 1]", "seeds: [0, 1, 0]", "The seed 0 is named twice in the section 'One', .*; name each once"),
         ("seeds: [5]", "seeds: [5, 5]", "The seed 5 is named twice in the section 'Two'"),
@@ -123,6 +124,14 @@ def test_one_target_or_seed_may_stand_without_brackets(tmp_path):
     assert (section.targets, section.seeds) == (("energy",), (3,))
     recipe = section.variants[0].recipe
     assert (recipe.epochs, recipe.freeze) == (7, ("head",)) and isinstance(recipe.epochs, int)
+
+
+def test_titles_and_texts_that_yaml_takes_for_something_else(tmp_path):
+    text = TEXT.replace("title: One", "title: 1\n    text: 2.5").replace("title: Two", "title:")
+    (tmp_path / "s.yaml").write_text(f"title: 2024\ntext: 2024-05-01\n{text}")
+    found = read_study(tmp_path / "s.yaml")
+    assert (found.title, found.text) == ("2024", "2024-05-01")
+    assert [(section.title, section.text) for section in found.sections] == [("1", "2.5"), ("", "")]
 
 
 def test_an_argument_that_a_model_does_not_have(alloys, tmp_path):
