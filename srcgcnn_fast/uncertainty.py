@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -181,7 +182,7 @@ def check_replaceable(target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise InputError(f"{target} is a file; give save_ensemble a directory.")
     held = sorted(file.name for file in target.iterdir()) if target.exists() else []
-    foreign = [name for name in held if name != ENSEMBLE and not name.startswith("member_")]
+    foreign = [name for name in held if name != ENSEMBLE and not re.fullmatch(r"member_\d+", name)]
     if foreign or (held and ENSEMBLE not in held):
         names = ", ".join((foreign or held)[:4])
         raise InputError(f"{target} holds other files ({names}); give save_ensemble a new directory.")

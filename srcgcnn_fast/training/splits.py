@@ -49,8 +49,8 @@ def read_split(
     no graph) are passed over; both are counted in the log.
 
     Raises:
-        InputError: the file cannot be read, names another part, an id twice, or no crystal of the store, or two
-            crystals of the store have the same id.
+        InputError: the file cannot be read, names another part, puts an id into two, or names no crystal of the store,
+            or two crystals of the store have the same id.
     """
     path = Path(path)
     part_of: dict[str, str] = {}

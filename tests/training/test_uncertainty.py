@@ -276,6 +276,15 @@ def test_a_spread_of_rounding_is_not_calibrated(alloys):
     assert pair.scale == (3.0,)
 
 
+def test_an_ensemble_replaces_one_alone(tmp_path):
+    pair = Ensemble([model(), model(1)])
+    for _ in range(2):
+        save_ensemble(pair, tmp_path / "pair")
+    (tmp_path / "pair" / "member_notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"holds other files \(member_notes\.txt\)"):
+        save_ensemble(pair, tmp_path / "pair")
+
+
 def test_an_ensemble_is_no_model_where_one_is_wanted(alloys, tmp_path):
     pair, data = Ensemble([model(), model(1)]), GraphDataModule(alloys, "energy")
     write_alloys(tmp_path / "a.parquet", 2)
