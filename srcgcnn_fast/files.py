@@ -147,7 +147,7 @@ def remove(folder: Path, target: Path) -> None:
     """
     if folder.exists():
         gone = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        os.rename(folder, gone / folder.name)
+        os.rename(folder, gone / target.name)
         shutil.rmtree(gone, ignore_errors=True)
 
 
@@ -164,4 +164,6 @@ def sweep(path: str | os.PathLike[str]) -> None:
     """Remove what processes killed inside :func:`atomic_path` left beside ``path``; nobody else may write it now."""
     target = Path(path)
     for scratch in target.parent.glob(f".{escape(target.name)}." + 8 * "[a-z0-9_]"):  # as tempfile names them
-        shutil.rmtree(scratch, ignore_errors=True)
+        with suppress(OSError):
+            if os.listdir(scratch) in ([], [target.name]):  # else it is somebody's, with eight letters by chance
+                shutil.rmtree(scratch, ignore_errors=True)

@@ -169,9 +169,12 @@ def test_what_was_killed_is_swept_and_nothing_beside_it(tmp_path):
     kept = {".m.set-aside", ".m.abcd123", ".m.abcd12345", ".mm.abcd1234", "m.abcd1234", ".m1.abcd1234"}
     for name in (*kept, ".m.abcd123_", ".m[1].abcd1234"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / name.strip(".").partition(".")[0]).mkdir()  # what was being written
+    (tmp_path / ".m.previous").mkdir()  # a copy of a model that somebody made
+    (tmp_path / ".m.previous" / "config.json").write_text("{}")
     sweep(tmp_path / "m")
     sweep(tmp_path / "m[1]")
+    kept.add(".m.previous")
     assert {path.name for path in tmp_path.iterdir()} == kept
 
 

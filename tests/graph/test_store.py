@@ -530,6 +530,15 @@ def test_a_kill_while_a_store_is_replaced(
         assert listing(tmp_path) == ["store", "t.parquet"]
 
 
+def test_a_copy_of_a_store_with_such_a_name_as_temporary_files_have_is_kept(tmp_path: Path) -> None:
+    prepare(records(), tmp_path / "s").verify()
+    os.rename(tmp_path / "s", tmp_path / ".s.previous")
+    (tmp_path / ".s.12345678" / "s").mkdir(parents=True)  # of a process that was killed
+    prepare(records(), tmp_path / "s")
+    assert listing(tmp_path) == [".s.previous", "s"]
+    open_store(tmp_path / ".s.previous").verify()
+
+
 def test_appending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pyarrow")
     monkeypatch.setattr(store_module, "_CHUNK_CRYSTALS", 4)
