@@ -20,7 +20,7 @@ from .capture import CapturedModel
 from .errors import InputError, require
 from .files import atomic_path
 from .graph import GraphBatch, GraphStore, Record, build_graphs, collate, open_store, read_inputs
-from .graph.elements import MAX_ATOMIC_NUMBER, MIXES_BUILT_IN, element_features, with_vector, without_vector
+from .graph.elements import MAX_ATOMIC_NUMBER, MIXES_BUILT_IN, is_built_in, with_vector, without_vector
 from .graph.readers import is_series
 from .graph.store import is_store
 from .nn.models import in_eval_mode
@@ -392,13 +392,13 @@ def _graphs(
         errors="collect",
         distance_dtype=distance_dtype,
     )
-    is_built_in = np.array_equal(model.element_table.cpu().float().numpy(), element_features())
+    mixes = is_built_in(model.element_table)
     has_vector = with_vector(model.element_table, np.arange(MAX_ATOMIC_NUMBER + 1))
     graphs = {}
     for i, graph in zip(good, built, strict=True):
         if isinstance(graph, InputError):
             errors[i] = f"{records[i].id}: {graph}"
-        elif graph.atom_features is not None and not is_built_in:
+        elif graph.atom_features is not None and not mixes:
             errors[i] = f"{records[i].id}: {MIXES_BUILT_IN}"
         elif not has_vector[graph.numbers].all():
             errors[i] = without_vector(records[i].id, graph.numbers[~has_vector[graph.numbers]][0])

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -18,7 +17,7 @@ from . import __version__
 from .errors import InputError, one_line
 from .files import atomic_directory, read_directory
 from .graph.build import GraphParameters
-from .graph.elements import element_features
+from .graph.elements import is_built_in
 from .nn import CGCNN, SRCGCNN, ModelMetadata
 from .nn.models import CrystalModel
 
@@ -41,7 +40,7 @@ def save_model(model: CGCNN | SRCGCNN, directory: str | os.PathLike[str]) -> Pat
     target = Path(directory).resolve()
     check_replaceable(target)
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    if not _is_built_in(model.element_table):
+    if not is_built_in(model.element_table):
         tensors["element_table"] = model.element_table.detach().cpu().contiguous().clone()
     weights = save(tensors)
     config = _config(model) | {"weights_sha256": hashlib.sha256(weights).hexdigest()}
@@ -77,7 +76,7 @@ def _config(model: CGCNN | SRCGCNN) -> dict[str, Any]:
         "units": list(metadata.units),
         "normalizer": {"mean": list(metadata.mean), "std": list(metadata.std)},
         "graph": asdict(metadata.graph),
-        "element_table": _BUILT_IN_TABLE if _is_built_in(model.element_table) else "element_table",
+        "element_table": _BUILT_IN_TABLE if is_built_in(model.element_table) else "element_table",
         "extra": metadata.extra,
     }
 
@@ -240,8 +239,3 @@ def _write_directory(target: Path, files: dict[str, bytes]) -> None:
                     os.fsync(file.fileno())
     except OSError as error:
         raise InputError(f"Cannot write {target}: {error.strerror or error}; choose another directory.") from error
-
-
-def _is_built_in(table: torch.Tensor) -> bool:
-    built_in = element_features()
-    return tuple(table.shape) == built_in.shape and np.array_equal(table.detach().cpu().float().numpy(), built_in)

@@ -144,7 +144,12 @@ MIXES_BUILT_IN = (
 )
 
 
-def is_built_in_table(path: Path) -> bool:
+def is_built_in(table: Any) -> bool:
+    """Does a model's ``table``, a tensor (U, A) on any device, hold the vectors that are here?"""
+    return np.array_equal(table.detach().cpu().float().numpy(), element_features())
+
+
+def is_built_in_file(path: Path) -> bool:
     """Does an ``atom_init.json`` of the published programs (atomic number -> vector) hold the vectors that are here?"""
     built_in = element_features()
     try:

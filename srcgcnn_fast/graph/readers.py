@@ -36,7 +36,7 @@ from .crystal import (
     from_pymatgen,
     settled,
 )
-from .elements import ELEMENT_SYMBOLS, is_built_in_table
+from .elements import ELEMENT_SYMBOLS, is_built_in_file
 from .pool import CifPool
 from .quick_cif import read_quickly
 
@@ -535,7 +535,7 @@ def _may_hold_structures(name: str) -> bool:
 
 def _check_atom_init(path: Path) -> None:
     """Published data folders hold the element vectors; ours are the model's, so say where the two differ."""
-    if path.is_file() and not is_built_in_table(path):
+    if path.is_file() and not is_built_in_file(path):
         logger.warning(
             "%s differs from the built-in element vectors and is not read: the model's own are used; "
             "to train with others, set model.element_table in Python.",

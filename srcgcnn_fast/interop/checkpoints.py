@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import InputError, one_line
 from ..files import atomic_path
 from ..graph.build import GraphParameters
-from ..graph.elements import MAX_ATOMIC_NUMBER, element_features
+from ..graph.elements import MAX_ATOMIC_NUMBER, element_features, is_built_in
 from ..nn import CGCNN, SRCGCNN, ModelMetadata
 from ..serialization import check_parts
 
@@ -121,9 +121,8 @@ def save_upstream_checkpoint(model: CGCNN | SRCGCNN, path: str | os.PathLike[str
     else:
         args |= {"conv_mode": "standard", "n_conv": options["n_conv"]}
     args[_OURS] = {"targets": list(metadata.targets), "units": list(metadata.units), "graph": asdict(graph)}
-    table = model.element_table.detach().cpu().float().numpy()
-    if table.any() and not np.array_equal(table, element_features()):
-        args[_OURS]["element_table"] = table.tolist()
+    if model.element_table.any() and not is_built_in(model.element_table):
+        args[_OURS]["element_table"] = model.element_table.detach().cpu().float().tolist()
     best = metadata.extra.get("best_epoch", {})  # of our training, which comes after that of a file
     before = metadata.extra.get("best_mae_error", 0.0 if options["classification"] else _NO_ERROR_YET)
     score = best.get("val_auc" if options["classification"] else "val_mae", before)

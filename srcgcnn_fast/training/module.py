@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..capture import CapturedTraining
 from ..errors import InputError
-from ..graph.elements import MIXES_BUILT_IN, element_features, without_vector
+from ..graph.elements import MIXES_BUILT_IN, is_built_in, without_vector
 from ..graph.parameters import as_python
 from ..nn import CGCNN, SRCGCNN, ModelMetadata
 from ..uncertainty import DROPOUT_SCALE
@@ -165,7 +165,7 @@ class TrainingModule(pl.LightningModule):
         self.seed = seed
         self.classification = bool(model.hyperparameters["classification"])
         is_mixed = any(part.dataset.store.is_mixed for part in data.parts.values())
-        if is_mixed and not np.array_equal(model.element_table.cpu().float().numpy(), element_features()):
+        if is_mixed and not is_built_in(model.element_table):
             raise InputError(f"Some crystals are disordered: {MIXES_BUILT_IN}")
         _check_elements(model.element_table, data)
         given = data.target_values("train")
