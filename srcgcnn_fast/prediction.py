@@ -91,7 +91,12 @@ def predict(
     pandas = require("pandas", "A table of predictions", extra="io")
     predictor = _predictor(model, dropout_passes)
     models = predictor.models if isinstance(predictor, Sampler) else [predictor]
-    metadata = models[0].metadata
+    metadata, outputs = models[0].metadata, models[0].hyperparameters["n_targets"]
+    if len(metadata.targets) != outputs:
+        raise InputError(
+            f"The model has {outputs} output(s), and its metadata name {len(metadata.targets)} targets "
+            f"({', '.join(metadata.targets)}); give each its name."
+        )
     suffixes = ("", "_std") if isinstance(predictor, Sampler) else ("",)
     columns = [f"{target}{suffix}" for target in metadata.targets for suffix in suffixes]
     if {"id", "error"} & set(columns) or len(set(columns)) < len(columns):
