@@ -24,6 +24,7 @@ from .graph.elements import MAX_ATOMIC_NUMBER, MIXES_BUILT_IN, is_built_in, with
 from .graph.readers import is_series
 from .graph.store import is_store
 from .nn.models import in_eval_mode
+from .serialization import check_metadata
 from .uncertainty import MonteCarloDropout, Sampler, load_predictor
 
 if TYPE_CHECKING:
@@ -91,12 +92,8 @@ def predict(
     pandas = require("pandas", "A table of predictions", extra="io")
     predictor = _predictor(model, dropout_passes)
     models = predictor.models if isinstance(predictor, Sampler) else [predictor]
-    metadata, outputs = models[0].metadata, models[0].hyperparameters["n_targets"]
-    if len(metadata.targets) != outputs:
-        raise InputError(
-            f"The model has {outputs} output(s), and its metadata name {len(metadata.targets)} targets "
-            f"({', '.join(metadata.targets)}); give each its name."
-        )
+    check_metadata(models[0])
+    metadata = models[0].metadata
     suffixes = ("", "_std") if isinstance(predictor, Sampler) else ("",)
     columns = [f"{target}{suffix}" for target in metadata.targets for suffix in suffixes]
     if {"id", "error"} & set(columns) or len(set(columns)) < len(columns):

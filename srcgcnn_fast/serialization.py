@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ def check_savable(model: CGCNN | SRCGCNN) -> None:
     if type(model) not in _MODELS.values():
         raise InputError(f"save_model writes CGCNN and SRCGCNN models, not {type(model).__name__}; give one of those.")
     check_parts(model)
+    check_metadata(model)
     try:
         json.dumps(_config(model), allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -79,6 +80,17 @@ def _config(model: CGCNN | SRCGCNN) -> dict[str, Any]:
         "element_table": _BUILT_IN_TABLE if is_built_in(model.element_table) else "element_table",
         "extra": metadata.extra,
     }
+
+
+def check_metadata(model: CGCNN | SRCGCNN) -> None:
+    """Raises InputError: the model's outputs have not each a target, unit, mean and std."""
+    metadata, outputs = model.metadata, model.hyperparameters["n_targets"]
+    replace(metadata)  # whose constructor compares them with each other
+    if len(metadata.targets) != outputs:
+        raise InputError(
+            f"The model has {outputs} output(s), and its metadata name {len(metadata.targets)} targets "
+            f"({', '.join(metadata.targets)}); give each its name."
+        )
 
 
 def check_parts(model: CGCNN | SRCGCNN) -> None:

@@ -288,12 +288,16 @@ def write_poscar(path, scale: float) -> None:
     path.write_text(f"salt\n{scale}\n1 0 0\n0 1 0\n0 0 1\nNa Cl\n4 4\nDirect\n{rows}\n")
 
 
-@pytest.mark.parametrize(("targets", "outputs"), [(("a", "b"), 1), ("gap", 1), (("a",), 2)])
+@pytest.mark.parametrize(("targets", "outputs"), [(("a", "b"), 1), (("a",), 2)])
 def test_no_output_has_two_names_and_none_has_none(targets, outputs):
-    model = sf.CGCNN(1, 8, 8, n_targets=outputs)
+    crystals = [(4 * np.eye(3), [[0, 0, 0]], [29])]
+    model, count = sf.CGCNN(1, 8, 8, n_targets=outputs), len(targets)
     model.metadata.targets = targets
-    with pytest.raises(sf.InputError, match=rf"The model has {outputs} output\(s\), and its metadata name"):
-        sf.predict(model, [(4 * np.eye(3), [[0, 0, 0]], [29])])
+    with pytest.raises(sf.InputError, match=f"there are {count} targets, {outputs} units"):
+        sf.predict(model, crystals)
+    model.metadata = ModelMetadata(targets, ("",) * count, (0.0,) * count, (1.0,) * count)
+    with pytest.raises(sf.InputError, match=rf"The model has {outputs} output\(s\), and its metadata name {count}"):
+        sf.predict(model, crystals)
 
 
 def test_a_folder_needs_no_targets(tmp_path):

@@ -372,3 +372,12 @@ def test_published_checkpoint_as_a_directory(data_dir, tmp_path, make_batch):
     batch = make_batch("plain")
     with torch.no_grad():
         assert torch.equal(again.predict(batch), model.predict(batch))
+
+
+@pytest.mark.parametrize("change", [{"targets": ("a", "b")}, {"units": ()}, {"std": (1.0, 2.0)}])
+def test_a_model_that_could_not_be_loaded_is_not_saved(tmp_path, change):
+    model = sf.CGCNN(1, 8, 8)
+    vars(model.metadata).update(change)
+    with pytest.raises(sf.InputError, match="one unit, mean and std per target"):
+        sf.save_model(model, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
