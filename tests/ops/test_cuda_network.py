@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import math
 import types
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import srcgcnn_fast as sf
 from srcgcnn_fast import functional
-from srcgcnn_fast.ops import cpu, fused, reference, registry, triton
+from srcgcnn_fast.ops import cpu, cuda_conv, fused, reference, registry, triton
 from srcgcnn_fast.ops import cuda as backend
 from srcgcnn_fast.ops import library as library_of_operators
 from srcgcnn_fast.ops.cpu import Graph
@@ -452,6 +454,99 @@ def test_dynamo_traces_cuda_tensors_without_a_break(make_batch, monkeypatch, mod
     assert out.device.type == "cuda"
     operators = ["edge_moments", "gated_conv", "gated_conv"] if training else ["gated_conv_network"]
     assert [name.split("srcgcnn_fast.")[1].split("'")[0] for name in found] == operators
+
+
+def parts(x: torch.Tensor, key):
+    """``x[key]``, which a CPU build of torch has no such tensors for."""
+    dim = 0
+    for place in key if isinstance(key, tuple) else (key,):
+        if isinstance(place, int):
+            x = x.select(dim, place)
+            continue
+        x = x.unsqueeze(dim) if place is None else torch.ops.aten.slice(x, dim, place.start, place.stop)
+        dim += 1
+    return x
+
+
+def forward_and_backward(function: type[torch.autograd.Function], constants: tuple, seen: list[str]):
+    """Its ``apply``, which goes backward at once: autograd's engine needs the device."""
+
+    def apply(*given):
+        ctx = types.SimpleNamespace(set_materialize_grads=lambda _: None)
+        ctx.save_for_backward = lambda *kept: setattr(ctx, "saved_tensors", kept)
+        reals = [isinstance(x, torch.Tensor) and x.is_floating_point() for x in given]
+        ctx.needs_input_grad = [
+            real and all(x is not y for y in constants) for x, real in zip(given, reals, strict=True)
+        ]
+        out = function.forward(ctx, *given)
+        gradients = function.backward(ctx, torch.empty_like(out))
+        found = [None if g is None else (g.shape, g.dtype, g.device) for g in gradients]
+        kinds = zip(given, ctx.needs_input_grad, strict=True)
+        assert found == [(x.shape, x.dtype, x.device) if wanted else None for x, wanted in kinds], function
+        seen.append(function.__name__)
+        return out
+
+    return staticmethod(apply)
+
+
+@pytest.mark.parametrize("features", [False, True])
+@pytest.mark.parametrize(
+    ("make", "at_once", "differentiates"),
+    [
+        (sf.CGCNN, True, {"_DeviceConvolutions"}),
+        (sf.SRCGCNN, True, {"_DeviceConvolutions"}),
+        (partial(sf.SRCGCNN, dropout=0.5), True, {"_DeviceConvolutions", "CrystalMean"}),
+        (partial(sf.SRCGCNN, recurrent_layer_norm=True), False, {"_Lookup", "_DeviceConvolutions", "CrystalMean"}),
+        (partial(sf.SRCGCNN, recurrent_learnable_alpha=True), False, {"_Lookup", "_DeviceConvolutions", "CrystalMean"}),
+    ],
+)
+def test_whole_models_read_nothing_back_and_have_all_on_one_device(
+    make_batch, monkeypatch, make, at_once, differentiates, features
+):
+    """Tensors that say they are on a GPU, and have no values, go through a model; no kernel is launched. What reads a
+    value raises, and so does what joins tensors of two devices.
+    """
+    monkeypatch.undo()
+    monkeypatch.setattr(FakeTensor, "__getitem__", parts)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    calls: list[str] = []
+
+    class Native:
+        def __getattr__(self, name):
+            return lambda *_: calls.append(name) or (1 << 20 if name != "cuda_filter_at" else 0)
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    batch = make_batch("weighted")
+    names = ("numbers", "weight", "sender", "distance", "row_ptr", "crystal_ptr", "atom_class")
+    tensors = {name: fake_on_cuda(mode, getattr(batch, name)) for name in names}
+    if features:
+        tensors["edge_features"] = fake_on_cuda(mode, torch.zeros(len(batch.sender), 41))
+    given = sf.GraphBatch(**tensors)
+    model = Exported(make(2, 64), mode).model
+    for name in ("triton_problem", "cuda_problem"):
+        monkeypatch.setattr(registry, name, lambda *_: None)
+    for module in (backend, cuda_conv):
+        monkeypatch.setattr(module, "native", Native)
+    monkeypatch.setattr(triton, "launching", lambda device: nullcontext(0) if device.type == "cuda" else None)
+    monkeypatch.setattr(torch.Tensor, "data_ptr", lambda _: 16)
+    monkeypatch.setattr(fused, "_eager", lambda h, device="cpu": h.device.type == device)
+    monkeypatch.setattr(fused, "_are_plain", lambda *_: True)
+    monkeypatch.setattr(fused, "Tensor", FakeTensor)  # as which they pass for ordinary ones
+    differentiated: list[str] = []
+    constants = tuple(tensors.values())
+    for function in (fused._DeviceConvolutions, fused._Lookup, fused.CrystalMean):
+        monkeypatch.setattr(function, "apply", forward_and_backward(function, constants, differentiated))
+    of_mean = fused._CrystalMeanBackward  # whose own gradient is the mean, and so on
+    monkeypatch.setattr(of_mean, "apply", lambda *given: of_mean.forward(types.SimpleNamespace(), *given))
+    with mode, torch.no_grad():
+        out = model.predict(given)
+        assert out.device.type == "cuda" and out.shape == (batch.num_crystals, 1)
+        assert calls and ("cuda_stack" in calls) is at_once
+        calls.clear(), differentiated.clear()
+        out = model.train()(given)
+        assert out.device.type == "cuda" and out.shape == (batch.num_crystals, 1)
+    assert "cuda_conv" in calls and "cuda_stack" not in calls
+    assert set(differentiated) == differentiates
 
 
 @pytest.mark.parametrize("selected", ["cuda", "triton"])
