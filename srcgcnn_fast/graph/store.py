@@ -258,37 +258,34 @@ class GraphStore:
                 taken[name] = gather(name, kind)
         return taken
 
-    def lacking(self, table: torch.Tensor, first: int = 0, stop: int | None = None) -> dict[int, int]:
-        """Crystals from ``first`` to ``stop`` - 1 with an element that ``table`` (U, A) has no vector for, and which.
+    def lacking(self, table: torch.Tensor) -> dict[int, int]:
+        """Crystals with an element that ``table`` (U, A) has no vector for, and which.
 
         A vector of zeros is none. Nothing is looked up for crystals with their own atom features.
         """
         if "atom_features" in self._arrays:
             return {}
-        begins = self._first["row"][first : len(self) + 1 if stop is None else stop + 1]
-        numbers = self._arrays["numbers"][begins[0] : begins[-1]]
+        numbers = self._arrays["numbers"]
         rows = np.flatnonzero(~with_vector(table, numbers))
-        crystals = first + np.searchsorted(begins[1:] - begins[0], rows, side="right")
+        crystals = np.searchsorted(self._first["row"][1:], rows, side="right")
         return dict(zip(crystals[::-1].tolist(), numbers[rows[::-1]].tolist(), strict=True))
 
-    def isolated(self, first: int = 0, stop: int | None = None) -> dict[int, str]:
-        """Crystals from ``first`` to ``stop`` - 1 with atoms without any neighbour, and the sentence about each."""
+    def isolated(self) -> dict[int, str]:
+        """Crystals with atoms without any neighbour, and the sentence about each."""
         from .symmetry import isolated_failure
 
-        chosen = slice(first, len(self) + 1 if stop is None else stop + 1)
-        begins, edges = self._first["row"][chosen], self._first["edge"][chosen]
-        degree = self._arrays["degree"][begins[0] : begins[-1]]
+        begins, degree = self._first["row"], self._arrays["degree"]
         is_alone = degree == 0
         if self.parameters.padded:  # to full lists, of what is farther than the radius
-            at = edges[0] + np.cumsum(degree) - degree
+            at = np.cumsum(degree, dtype=np.int64) - degree
             is_alone[~is_alone] = self._arrays["distance"][at[~is_alone]] > self.parameters.radius
-        crystals = np.searchsorted(begins[1:] - begins[0], np.flatnonzero(is_alone), side="right")
+        crystals = np.searchsorted(begins[1:], np.flatnonzero(is_alone), side="right")
         found = {}
         for crystal in np.unique(crystals).tolist():
-            graph = self[first + crystal]
-            atoms = is_alone[begins[crystal] - begins[0] : begins[crystal + 1] - begins[0]][graph.atom_class]
+            graph = self[crystal]
+            atoms = is_alone[begins[crystal] : begins[crystal + 1]][graph.atom_class]
             detail = np.array([atoms.sum(), atoms.argmax()])
-            found[first + crystal] = isolated_failure(detail, graph.numbers[graph.atom_class], self.parameters.radius)
+            found[crystal] = isolated_failure(detail, graph.numbers[graph.atom_class], self.parameters.radius)
         return found
 
     @property
