@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import compress
 from typing import Any, NamedTuple
@@ -317,6 +319,7 @@ class GraphDataModule(pl.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             worker_init_fn=_leave_sigterm,
+            multiprocessing_context=_context() if self.num_workers else None,
         )
 
     def train_dataloader(self) -> DataLoader[Item]:
@@ -327,6 +330,13 @@ class GraphDataModule(pl.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[Item]:
         return self._loader("test", False, *place(self.trainer))
+
+
+def _context() -> str | None:
+    """On Linux a fork, unless the program has chosen: at once, and without running its script again. The server that
+    Python 3.14 forks from instead is ended by the signal that schedulers send to all processes of a job."""
+    is_chosen = multiprocessing.get_start_method(allow_none=True) is not None
+    return "fork" if sys.platform == "linux" and not is_chosen else None
 
 
 def _leave_sigterm(_worker: int) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
@@ -32,6 +34,13 @@ class Batches(DataLoader[Item]):
         # Not before a batch is wanted: Lightning asks for an iterator before it says what the device is.
         yield from self._timed(self._on_device() if self.device.type == "cuda" else super().__iter__())
 
+    def _get_iterator(self) -> Any:
+        """As always; worker processes, which SIGTERM does not end (``data.py``), end with the program that holds it."""
+        batches = super()._get_iterator()
+        if self.num_workers:
+            atexit.register(_end_workers, weakref.ref(batches))
+        return batches
+
     def _timed(self, batches: Iterator[Item]) -> Iterator[Item]:
         while True:
             start = time.perf_counter()
@@ -52,6 +61,11 @@ class Batches(DataLoader[Item]):
             item = finish()
             finish = next(begun, None)
             yield item
+
+
+def _end_workers(iterator: weakref.ref[Any]) -> None:
+    if (batches := iterator()) is not None:
+        batches._shutdown_workers()
 
 
 def unchanged(item: T) -> T:

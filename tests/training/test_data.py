@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import multiprocessing
+import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -135,6 +139,33 @@ def test_workers_yield_the_same_batches(alloys):
     alone, helped = (GraphDataModule(alloys, "energy", batch_size=40, num_workers=n) for n in (0, 2))
     for (a, ta, _), (b, tb, _) in zip(alone.train_dataloader(), helped.train_dataloader(), strict=True):
         assert torch.equal(ta, tb) and torch.equal(a.sender, b.sender)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere Python's own way is taken")
+@pytest.mark.parametrize(("chosen", "name"), [(None, "ForkProcess"), ("forkserver", "Process")])
+def test_workers_are_forks_whatever_pythons_default_is_unless_the_program_has_chosen(alloys, monkeypatch, chosen, name):
+    context = multiprocessing.context._default_context
+    monkeypatch.setattr(context, "_default_context", multiprocessing.get_context("forkserver"))  # that of Python 3.14
+    monkeypatch.setattr(context, "_actual_context", None)
+    if chosen is not None:
+        multiprocessing.set_start_method(chosen)
+    before = set(multiprocessing.active_children())
+    batches = iter(GraphDataModule(alloys, "energy", batch_size=40, num_workers=1).train_dataloader())
+    next(batches)
+    assert [type(child).__name__ for child in {*multiprocessing.active_children()} - before] == [name]
+
+
+def test_workers_end_with_a_program_that_has_not_come_to_their_end(alloys, tmp_path):
+    (tmp_path / "store.pickle").write_bytes(pickle.dumps(alloys))
+    program = """
+import pickle
+from srcgcnn_fast.training import GraphDataModule
+alloys = pickle.load(open("store.pickle", "rb"))
+batches = iter(GraphDataModule(alloys, "energy", batch_size=5, num_workers=2).train_dataloader())
+print(len(next(batches)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr
 
 
 def test_crystals_without_target_are_left_out_and_counted(alloys, caplog):
