@@ -76,7 +76,8 @@ def build() -> None:
 def checks(say: Callable[..., None], dry_run: bool, compiling: dict[str, Job]) -> dict[str, Any]:
     """The conformance tests on the GPU, beside them the sanitizer on small graphs and the compilation of peers."""
     found: dict[str, Any] = {}
-    pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=8", "tests/gpu")
+    hangs = ("-o", "faulthandler_timeout=50")  # says where a test stands that takes longer
+    pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=8", *hangs, "tests/gpu")
     small = (sys.executable, str(HERE / "small.py"))
     if dry_run:
         env = {"SRCGCNN_GPU_DRY_RUN": "1"}
@@ -124,8 +125,9 @@ def steps(bench: Any, programs: set[str]) -> dict[str, tuple[float, Callable[[],
         for work in measured.SIZES:
             found[f"{kind} {work}"] = 10, line(kind, work, *everything)
     small = ("same graph, captured", "native", "native, captured", "published", "published, compiled")
-    for kind in candidates.MODELS:  # of a size that people train with
-        found[f"{kind} training step, 256 crystals"] = 10, line(kind, "training step", *small, size=256)
+    for kind in candidates.MODELS:
+        name = f"{kind} training step, {measured.SMALL} crystals"
+        found[name] = 10, line(kind, "training step", *small, size=measured.SMALL)
     found["one crystal"] = 30, lambda: measured.latency(bench)
     found["rates"] = 10, lambda: measured.rates(bench)
     found["store"] = 10, lambda: measured.from_store(bench)
@@ -137,7 +139,7 @@ def steps(bench: Any, programs: set[str]) -> dict[str, tuple[float, Callable[[],
         lambda: {"table": kernels.table([], [kernels.times(kernels.batches(bench.dry_run), bench.device)])},
     )
     found["ceilings"] = 5, lambda: measured.ceilings(bench)
-    found["training"] = 20, lambda: measured.training(bench)
+    found["training"] = 45, lambda: measured.training(bench)
     found["SR-CGCNN inference, as shipped"] = (
         10, line("SR-CGCNN", "inference", "native", "published", "published, as shipped", size=4096)
     )  # fmt: skip
