@@ -33,6 +33,7 @@ import torch  # noqa: E402
 import srcgcnn_fast as sf  # noqa: E402
 from srcgcnn_fast import prediction  # noqa: E402
 from srcgcnn_fast.graph import GraphBatch, GraphStore  # noqa: E402
+from srcgcnn_fast.ops import cuda_conv  # noqa: E402
 from srcgcnn_fast.ops import triton as backend  # noqa: E402
 
 COMPILED = ("published, compiled", "split, compiled")
@@ -388,6 +389,21 @@ def training(bench: Bench) -> dict[str, Any]:
             history = fit(sf.SRCGCNN(), data, folder, recipe, accelerator=accelerator, captured=captured).history
         name = f"batches of {size}" + ", captured" * captured
         found[name] = {k: history[-1][k] for k in ("crystals_per_second", "data_wait")}
+    return found
+
+
+def blocks(bench: Bench) -> dict[str, float]:
+    """Milliseconds of a training step of SR-CGCNN, with other numbers of blocks that share out its rows."""
+    _, same = crystals.forms(bench.size(SIZES["training step"]), bench.device)
+    found, kept = {}, cuda_conv.PROGRAMS
+    try:
+        for count in (132, 264, 396, 528):
+            cuda_conv.PROGRAMS = count
+            made = candidate(bench, "SR-CGCNN", "same graph", same, same)
+            assert not isinstance(made, str)
+            found[str(count)] = one(bench, made, "training step", "float32")["ms"]
+    finally:
+        cuda_conv.PROGRAMS = kept
     return found
 
 

@@ -138,6 +138,7 @@ def steps(bench: Any, programs: set[str]) -> dict[str, tuple[float, Callable[[],
         30,
         lambda: {"table": kernels.table([], [kernels.times(kernels.batches(bench.dry_run), bench.device)])},
     )
+    found["blocks"] = 5, lambda: measured.blocks(bench)
     found["ceilings"] = 5, lambda: measured.ceilings(bench)
     found["training"] = 45, lambda: measured.training(bench)
     found["SR-CGCNN inference, as shipped"] = (
