@@ -118,3 +118,14 @@ def test_an_error_that_ends_a_device_leaves_the_report_what_came_before():
         print(found)
     """
     assert run("-c", code) == "failed: RuntimeError: an illegal memory access was encountered\n"
+
+
+def test_what_failed_before_a_command_was_stopped_is_told():
+    code = """if True:
+        import sys; sys.path[:0] = ['benchmarks/gpu']; import run
+        run.LOGS.mkdir(parents=True, exist_ok=True)
+        said = "import time; print('[gw0] [ 5%] FAILED tests/a.py::test_b', *'12345', sep='\\\\n'); time.sleep(60)"
+        print(run.Job('slow', sys.executable, '-c', said, limit=3).result())
+    """
+    found = run("-c", code)
+    assert "FAILED tests/a.py::test_b" in found and "stopped after 3 s" in found and "'code': None" in found

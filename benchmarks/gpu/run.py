@@ -59,8 +59,8 @@ class Job:
             more = f"stopped after {time.monotonic() - self.begin:.0f} s"
         code = None if more else self.process.returncode
         lines = self.log.read_text(errors="replace").strip().splitlines()
-        told = [line for line in lines if line.startswith(("FAILED", "ERROR", "========= "))]
-        tail = [line[:160] for line in (told[-25:] if code else []) + lines[-3:]] + [more] * bool(more)
+        told = [x for x in lines if x.startswith(("FAILED", "ERROR", "========= ")) or " FAILED " in x]
+        tail = [x[:160] for x in ([] if code == 0 else told[-25:]) + lines[-3:]] + [more] * bool(more)
         return {"code": code, "seconds": time.monotonic() - self.begin, "tail": "\n".join(dict.fromkeys(tail))}
 
 
@@ -78,7 +78,7 @@ def checks(say: Callable[..., None], dry_run: bool, compiling: dict[str, Job]) -
     """The conformance tests on the GPU, beside them the sanitizer on small graphs and the compilation of peers."""
     found: dict[str, Any] = {}
     hangs = ("-o", "faulthandler_timeout=50")  # says where a test stands that takes longer
-    pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=8", *hangs, "tests/gpu")
+    pytest = (sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--durations=8", *hangs, "tests/gpu")
     small = (sys.executable, str(HERE / "small.py"))
     if dry_run:
         env = {"SRCGCNN_GPU_DRY_RUN": "1"}
