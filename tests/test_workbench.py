@@ -75,3 +75,57 @@ def test_names_of_kernels(name, short):
         ).strip()
         == short
     )
+
+
+def test_kernels_without_those_that_are_compiled_are_not_measured():
+    """Triton's would stand in their place."""
+    wrong = "import sys; sys.path[:0] = ['benchmarks/gpu']; import kernels; kernels.need_compiled()"
+    done = subprocess.run([sys.executable, "-c", wrong], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("The compiled kernels cannot run: ")
+
+
+def test_kernels_of_runs_before_one_that_fails_are_told():
+    code = """if True:
+        import sys; sys.path[:0] = ['benchmarks/gpu']; import kernels, torch
+        from pathlib import Path
+        from types import SimpleNamespace
+        run = dict(work=dict(kernels=dict(k=dict(launches=1, us=5.0)), out=torch.tensor([1.0, 2.0]), rows=4))
+        codes = [0, 1]
+        def child(words):
+            torch.save(run, Path(words[words.index('--child') + 1]).with_name('found.pt'))
+            return SimpleNamespace(returncode=codes.pop(0))
+        kernels.subprocess.run, kernels.batches = child, lambda _: {}
+        sys.argv = ['kernels.py']
+        try:
+            kernels.main()
+        except SystemExit as end:
+            print(end)
+    """
+    found = run("-c", code)
+    assert "| `k` | 1 | 5.0 |" in found and found.endswith("The kernels of this build did not run.\n")
+
+
+def test_an_error_that_ends_a_device_leaves_the_report_what_came_before():
+    """Whatever asks the device afterwards raises, the giving back of its memory too."""
+    code = """if True:
+        import sys; sys.path[:0] = ['benchmarks/gpu', 'benchmarks']; import measured, torch
+        def lost(*_, **__):
+            raise RuntimeError('an illegal memory access was encountered')
+        bench = measured.Bench(False, 1.0)
+        measured.candidate = torch.cuda.empty_cache = lost
+        found = measured._attempt(bench, 'CGCNN', 'native', 'inference', (None, None))
+        bench.free()
+        print(found)
+    """
+    assert run("-c", code) == "failed: RuntimeError: an illegal memory access was encountered\n"
+
+
+def test_what_failed_before_a_command_was_stopped_is_told():
+    code = """if True:
+        import sys; sys.path[:0] = ['benchmarks/gpu']; import run
+        run.LOGS.mkdir(parents=True, exist_ok=True)
+        said = "import time; print('[gw0] [ 5%] FAILED tests/a.py::test_b', *'12345', sep='\\\\n'); time.sleep(60)"
+        print(run.Job('slow', sys.executable, '-c', said, limit=3).result())
+    """
+    found = run("-c", code)
+    assert "FAILED tests/a.py::test_b" in found and "stopped after 3 s" in found and "'code': None" in found

@@ -73,6 +73,15 @@ def take_from(folder: Path) -> None:
         raise RuntimeError(f"{srcgcnn_fast.__file__} was imported instead of what lies in {folder}.")
 
 
+def need_compiled() -> None:
+    """Else Triton's kernels would be taken for the compiled ones."""
+    import srcgcnn_fast as sf
+
+    status = sf.backends()["cuda"]
+    if not status.available:
+        raise SystemExit(f"The compiled kernels cannot run: {status.reason}.")
+
+
 def times(given: dict[str, dict[str, torch.Tensor]], device: str, work: str = "") -> dict[str, Any]:
     """Each work -> its kernels, and what came out: outputs, then gradients. ``given``: from :func:`batches`."""
     import srcgcnn_fast as sf
@@ -187,6 +196,8 @@ def main() -> None:
     if options.child:
         if options.build:
             take_from(options.build)
+        if not options.dry_run:
+            need_compiled()
         found = times(torch.load(options.child), device, options.work)
         torch.save(found, options.child.with_name("found.pt"))
         return
@@ -196,6 +207,7 @@ def main() -> None:
         build += ["--no-build-isolation"] * bool(find_spec("scikit_build_core"))  # which needs no network
         subprocess.run([*build, "--target", str(built), str(options.beside.resolve())], check=True)
     runs: dict[str, list[dict[str, Any]]] = {"before": [], "now": []}
+    failed = ""
     with tempfile.TemporaryDirectory() as folder:
         torch.save(batches(options.dry_run), path := Path(folder, "batches.pt"))
         words = [sys.executable, "-P", __file__, "--child", str(path), "--work", options.work]
@@ -203,9 +215,13 @@ def main() -> None:
         for which in ("now", "before", "before", "now") if options.beside else ("now", "now"):
             command = [*words, "--build", str(built)] if which == "before" else words
             if subprocess.run(command).returncode:
-                raise SystemExit(f"The kernels {'of --beside' if which == 'before' else 'of this build'} did not run.")
+                failed = f"The kernels {'of --beside' if which == 'before' else 'of this build'} did not run."
+                break
             runs[which].append(torch.load(path.with_name("found.pt")))
-    print(table(runs["before"], runs["now"]))
+    if runs["now"]:  # what there is, should a later run have failed
+        print(table(runs["before"], runs["now"]))
+    if failed:
+        raise SystemExit(failed)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ import torch  # noqa: E402
 import srcgcnn_fast as sf  # noqa: E402
 from srcgcnn_fast import prediction  # noqa: E402
 from srcgcnn_fast.graph import GraphBatch, GraphStore  # noqa: E402
+from srcgcnn_fast.ops import cuda_conv  # noqa: E402
 from srcgcnn_fast.ops import triton as backend  # noqa: E402
 
 COMPILED = ("published, compiled", "split, compiled")
@@ -40,6 +42,8 @@ OURS = ("native", "same graph, TF32", "same graph, bfloat16", "Triton")
 CAPTURED = "published, compiled with CUDA graphs"
 SIZES = {"inference": 65536, "training step": 4096}
 """Crystals of the targets."""
+SMALL = 256
+"""Crystals of a training step of a size that people train with."""
 LEAST = 1024
 """Crystals below which a program that has too little memory is not tried."""
 ROUNDS, WARM_UP = 10, 3
@@ -94,7 +98,8 @@ class Bench:
     def free(self) -> None:
         gc.collect()
         if not self.dry_run:
-            torch.cuda.empty_cache()
+            with suppress(RuntimeError):  # of an error that ends all work on the device, which whoever goes on meets
+                torch.cuda.empty_cache()
 
 
 def failure(error: BaseException) -> str:
@@ -387,6 +392,21 @@ def training(bench: Bench) -> dict[str, Any]:
     return found
 
 
+def blocks(bench: Bench) -> dict[str, float]:
+    """Milliseconds of a training step of SR-CGCNN, with other numbers of blocks that share out its rows."""
+    _, same = crystals.forms(bench.size(SIZES["training step"]), bench.device)
+    found, kept = {}, cuda_conv.PROGRAMS
+    try:
+        for count in (132, 264, 396, 528):
+            cuda_conv.PROGRAMS = count
+            made = candidate(bench, "SR-CGCNN", "same graph", same, same)
+            assert not isinstance(made, str)
+            found[str(count)] = one(bench, made, "training step", "float32")["ms"]
+    finally:
+        cuda_conv.PROGRAMS = kept
+    return found
+
+
 TILES = [
     backend.Tile(2, 4, 64, 4),
     backend.Tile(4, 4, 64, 8),
@@ -431,12 +451,13 @@ def compile_peers(kind: str) -> None:
     for name in COMPILED:
         if name != COMPILED[0] and kind == "SR-CGCNN":
             print(latency(bench), flush=True)
-        for work, size in SIZES.items():
+        for work, size in (*SIZES.items(), *[("training step", SMALL)] * (name == COMPILED[0])):
             forms = crystals.forms(bench.size(size), bench.device)
             found = _attempt(bench, kind, name, work, forms)
             print(
-                f"{bench.elapsed():4.0f} s", kind, name, work, found if isinstance(found, str) else "done", flush=True
-            )
+                f"{bench.elapsed():4.0f} s", kind, name, work, size, found if isinstance(found, str) else "done",
+                flush=True,
+            )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -92,6 +92,14 @@ def _plain(name: str, found: Any) -> list[str]:
     return [f"{name}:"] + [f"    {k}: {v:.4g}" if isinstance(v, float) else f"    {k}: {v}" for k, v in cells.items()]
 
 
+_TITLES = {
+    "store": "crystals/s from a store, and of each part alone",
+    "blocks": "ms of a training step of SR-CGCNN, by blocks that share out its rows",
+    "ceilings": "ceilings",
+    "training": "training",
+}
+
+
 def _checks(found: dict[str, Any]) -> list[str]:
     lines = []
     for name, x in found.items():
@@ -108,8 +116,8 @@ def step(name: str, found: Any) -> list[str]:
         return _rates(found)
     if "inference" in name or "training step" in name:
         return _line(name, found)
-    if name in ("store", "training", "ceilings"):
-        return _plain({"store": "crystals/s from a store, and of each part alone"}.get(name, name), found)
+    if name in _TITLES:
+        return _plain(_TITLES[name], found)
     return [f"{name}: {found}"] if isinstance(found, str) else []
 
 

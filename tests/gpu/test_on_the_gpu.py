@@ -298,6 +298,27 @@ def test_bits_repeat(backend, make_batch, model_type):
 
 
 @each_backend
+def test_equal_rows_have_the_mean_of_one(backend):
+    """However many: plain sums in float32 drift by 7e-5."""
+
+    def copper(n: int) -> GraphBatch:
+        """A crystal of n atoms, each its own neighbour."""
+        index = torch.arange(n + 1, dtype=torch.int32)
+        whole = torch.tensor([0, n], dtype=torch.int32)
+        batch = GraphBatch(index[:n] * 0 + 29, torch.ones(n), index[:n], torch.full((n,), 2.5), index, whole, index[:n])
+        return batch.to(DEVICE)
+
+    torch.manual_seed(0)
+    many, one, rows = copper(40_000), copper(1), torch.rand(1, 64, device=DEVICE)
+    mean = functional.crystal_mean(rows.expand(40_000, 64).contiguous().requires_grad_(), many)
+    assert difference(mean, rows) < 3e-7
+    model = sf.SRCGCNN().to(DEVICE).eval()
+    for is_training in (False, True):
+        with torch.set_grad_enabled(is_training):
+            assert difference(model.features(many), model.features(one)) < 2e-6
+
+
+@each_backend
 @pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
 def test_training_steps_of_whole_models(backend, make_batch, monkeypatch, model_type):
     """All channels at once backward, and chunks in turn, as in batches of more than 65 536 rows."""
@@ -677,6 +698,34 @@ def test_captured_training(make_batch, model_type):
             torch.testing.assert_close(
                 found[1][name], expected, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
             )
+
+
+@cuda_only
+def test_captured_training_follows_what_is_frozen_or_replaced(make_batch):
+    """Norms that stop, weights that stop, a parameter at another address, other settings: each has its own graphs."""
+    torch.manual_seed(0)
+    model, batch = sf.SRCGCNN(2, 20).to(DEVICE).train(), make_batch("weighted").to(DEVICE)
+    call = sf.CapturedTraining(model)
+    for change in (
+        lambda: None,
+        lambda: model.recurrent_bn1s[0].eval(),
+        lambda: model.embedding.requires_grad_(False),
+        lambda: setattr(model.fc_out, "weight", nn.Parameter(2 * model.fc_out.weight.detach())),
+        lambda: setattr(model.embedding.weight, "data", 2 * model.embedding.weight.detach()),  # which is frozen
+        lambda: setattr(model.recurrent_bn2s[0], "momentum", 0.5),
+    ):
+        change()
+        graphs, found = len(call._graphs), []
+        for given in (model, call):
+            model.zero_grad()
+            for norm in (*model.recurrent_bn1s, *model.recurrent_bn2s):
+                norm.reset_running_stats()  # in place
+            given(batch).sum().backward()
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            found.append([x.clone() for x in (*gradients, *model.buffers())])
+        assert len(call._graphs) == graphs + 1
+        for expected, ours in zip(*found, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
 
 
 @cuda_only
