@@ -38,7 +38,7 @@ def kinds_and_modes(kinds: list[str]) -> pytest.MarkDecorator:
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     assert a.shape == b.shape
     assert torch.isfinite(a).all()
-    a, b = a.detach().double().cpu(), b.detach().double()
+    a, b = a.detach().double().cpu(), b.detach().double().cpu()
     return float((a - b).norm() / b.norm().clamp_min(1e-30))
 
 

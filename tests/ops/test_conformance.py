@@ -110,7 +110,7 @@ def test_gated_conv(backend, make_batch, kind, training, dtype):
 @pytest.mark.parametrize(("width", "n_features"), [(64, 41), (8, 41), (7, 41), (1, 3), (33, 5), (48, 9), (128, 60)])
 def test_any_width_and_number_of_gaussians(backend, make_batch, width, n_features):
     for dtype in dtypes(backend):
-        seeds = range(8) if width < 8 else (0,)
+        seeds = range(8) if width <= 8 else (0,)
         compare(backend, make_batch("weighted", seed=5), width, n_features, dtype, (True, True), seeds)
 
 

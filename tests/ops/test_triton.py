@@ -69,7 +69,7 @@ class Problem(convolution.Problem):
 @runs
 @kinds_and_modes(["twelve", "weighted", "ragged", "isolated", "one atom", "no edges"])
 def test_convolution(kind, training):
-    seeds = range(5) if kind in ("isolated", "one atom") else range(1)  # few numbers say little about roundings
+    seeds = range(1) if kind in ("weighted", "ragged") else range(5)  # few numbers say little about roundings
     compare([Problem(kind, 16, 41, seed=seed) for seed in seeds], training)
 
 
