@@ -63,6 +63,11 @@ def test_architectures(configure, definitions, environment, expected):
     ("definition", "reason", "mend"),
     [
         ("CMAKE_CUDA_COMPILER=NOTFOUND", "no nvcc was found", TOOLKIT),
+        (
+            "refused",
+            "/[^ ]+/nvcc does not compile with this C[+][+] compiler",
+            "set CUDAHOSTCXX to one that it takes, often an older g[+][+]",
+        ),
         ("CMAKE_CUDA_COMPILER=old", "nvcc 11.0.[0-9]+ is older than 12.4", TOOLKIT),
         ("WIN32=1", "there are no CUDA kernels for Windows", "use Linux, or WSL"),
         (
@@ -71,7 +76,7 @@ def test_architectures(configure, definitions, environment, expected):
             "leave it out",
         ),
     ],
-    ids=["no nvcc", "old nvcc", "Windows", "old GPU"],
+    ids=["no nvcc", "C++ compiler", "old nvcc", "Windows", "old GPU"],
 )
 def test_why_they_are_not_built(configure, tmp_path, definition, reason, mend, asked):
     """Left out with the reason, which the package keeps; demanded, an error with the mend."""
@@ -81,7 +86,11 @@ def test_why_they_are_not_built(configure, tmp_path, definition, reason, mend, a
         compiler.write_text(f'#!/bin/sh\nexec {shutil.which("nvcc")} -include {header} "$@"\n')
         compiler.chmod(0o755)
         definition = f"CMAKE_CUDA_COMPILER={compiler}"
-    said, commands = configure([f"SRCGCNN_CUDA={asked}", definition], {})
+    away = [f"CMAKE_IGNORE_PATH={Path(shutil.which('nvcc')).parent}"] if definition.endswith("NOTFOUND") else []
+    given, environment = [definition], {}
+    if definition.endswith("refused"):
+        given, environment = [], {"CUDAHOSTCXX": shutil.which("false")}
+    said, commands = configure([f"SRCGCNN_CUDA={asked}", *given, *away], environment)
     if asked == "ON":
         assert not commands
         assert re.search(rf"SRCGCNN_CUDA=ON, but {reason}: {mend}, or configure with SRCGCNN_CUDA=AUTO\.", said)
