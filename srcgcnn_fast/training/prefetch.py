@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -38,7 +39,7 @@ class Batches(DataLoader[Item]):
         """As always; worker processes, which SIGTERM does not end (``data.py``), end with the program that holds it."""
         batches = super()._get_iterator()
         if self.num_workers:
-            atexit.register(_end_workers, weakref.ref(batches))
+            atexit.register(_end_workers, weakref.ref(batches), os.getpid())
         return batches
 
     def _timed(self, batches: Iterator[Item]) -> Iterator[Item]:
@@ -63,8 +64,8 @@ class Batches(DataLoader[Item]):
             yield item
 
 
-def _end_workers(iterator: weakref.ref[Any]) -> None:
-    if (batches := iterator()) is not None:
+def _end_workers(iterator: weakref.ref[Any], owner: int) -> None:
+    if os.getpid() == owner and (batches := iterator()) is not None:  # not in a process that was forked from it
         batches._shutdown_workers()
 
 

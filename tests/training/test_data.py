@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import multiprocessing
+import os
 import pickle
 import subprocess
 import sys
@@ -155,17 +156,25 @@ def test_workers_are_forks_whatever_pythons_default_is_unless_the_program_has_ch
     assert [type(child).__name__ for child in {*multiprocessing.active_children()} - before] == [name]
 
 
-def test_workers_end_with_a_program_that_has_not_come_to_their_end(alloys, tmp_path):
+@pytest.mark.parametrize("forks", [False, True] if hasattr(os, "fork") else [False])
+def test_workers_end_with_the_program_that_began_them(alloys, tmp_path, forks):
+    """Which has not come to their end; not with a process that was forked from it."""
     (tmp_path / "store.pickle").write_bytes(pickle.dumps(alloys))
     program = """
-import pickle
+import os, pickle, sys
 from srcgcnn_fast.training import GraphDataModule
 alloys = pickle.load(open("store.pickle", "rb"))
 batches = iter(GraphDataModule(alloys, "energy", batch_size=5, num_workers=2).train_dataloader())
-print(len(next(batches)))
+next(batches)
+if len(sys.argv) > 1:
+    if not (child := os.fork()):
+        sys.exit()
+    os.waitpid(child, 0)
+    print(sum(1 for _ in zip(range(10), batches)))
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=100)
-    assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr
+    command = [sys.executable, "-c", program, *["fork"] * forks]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (0, "10\n" if forks else ""), done.stderr
 
 
 def test_crystals_without_target_are_left_out_and_counted(alloys, caplog):
