@@ -716,7 +716,8 @@ def test_a_full_disk_is_one_sentence(trained, source, tmp_path):
         ["convert", model, tmp_path / "model.pth.tar"],
     ]
     words = json.dumps([[str(word) for word in call] for call in calls])
-    result = subprocess.run([sys.executable, "-c", code, words], capture_output=True, text=True)
+    # -B, since Python would keep what it could write of a compiled module, too.
+    result = subprocess.run([sys.executable, "-B", "-c", code, words], capture_output=True, text=True)
     assert result.stdout.strip() == "[2, 2, 2]", result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("error")]
     assert errors == ["error: File too large; make room, and give the command again."] * 3
