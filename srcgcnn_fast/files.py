@@ -19,6 +19,8 @@ _TRIES = 100
 """To rename a directory that other processes rename, too."""
 _READS = 10
 """Of a directory that others replace meanwhile."""
+_OF_FILE_MANAGERS = (".DS_Store", ".directory", "Thumbs.db", "desktop.ini")
+"""What Finder, Dolphin and Explorer leave in a folder that somebody has looked at."""
 
 
 @contextmanager
@@ -70,6 +72,11 @@ def _written(target: Path, replace: Callable[[Path, Path], None]) -> Iterator[Pa
             raise InputError(f"Cannot write {target}: {error.strerror or error}; choose another name.") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def names_in(folder: Path) -> list[str]:
+    """What is in ``folder``, sorted, without what file managers leave there."""
+    return sorted(set(os.listdir(folder)).difference(_OF_FILE_MANAGERS))
 
 
 def replace_directory(new: Path, target: Path) -> None:

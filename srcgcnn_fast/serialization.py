@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 
 from . import __version__
 from .errors import InputError, one_line
-from .files import atomic_directory, read_directory
+from .files import atomic_directory, names_in, read_directory
 from .graph.build import GraphParameters
 from .graph.elements import is_built_in
 from .nn import CGCNN, SRCGCNN, ModelMetadata
@@ -231,7 +231,7 @@ def check_replaceable(target: Path) -> None:
         return
     if not target.is_dir():
         raise InputError(f"{target} is a file; give save_model a directory.")
-    held = sorted(entry.name for entry in target.iterdir())
+    held = names_in(target)
     if not held:
         return
     foreign = [name for name in held if name not in (_CONFIG, _WEIGHTS)]

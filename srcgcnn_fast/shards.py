@@ -22,7 +22,7 @@ import torch
 
 from . import __version__
 from .errors import InputError, require
-from .files import remove, write_text
+from .files import names_in, remove, write_text
 from .graph import GraphParameters, Record, read_inputs
 from .graph.store import GraphStore, existing, is_store, join_stores, prepare_part
 from .prediction import predict, write_table
@@ -220,7 +220,7 @@ def _claim(folder: Path, shards: Sequence[Shard], settings: dict[str, Any]) -> N
         if json.loads(file.read_bytes()) != plan:
             raise InputError(f"{folder} holds the result of another call; choose another directory, or remove it.")
         return
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and names_in(folder):
         raise InputError(f"{folder} holds something else; choose another directory.")
     write_text(file, json.dumps(plan))
 

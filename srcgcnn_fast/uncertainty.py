@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .files import atomic_directory, read_directory, restore
+from .files import atomic_directory, names_in, read_directory, restore
 from .graph.batch import GraphBatch
 from .nn import CGCNN, SRCGCNN, ModelMetadata
 from .serialization import load_model, save_model
@@ -181,7 +181,7 @@ def check_replaceable(target: Path) -> None:
     """Raises InputError: ``target`` holds something else than an ensemble, or something beside it."""
     if target.exists() and not target.is_dir():
         raise InputError(f"{target} is a file; give save_ensemble a directory.")
-    held = sorted(file.name for file in target.iterdir()) if target.exists() else []
+    held = names_in(target) if target.exists() else []
     foreign = [name for name in held if name != ENSEMBLE and not re.fullmatch(r"member_\d+", name)]
     if foreign or (held and ENSEMBLE not in held):
         names = ", ".join((foreign or held)[:4])

@@ -202,6 +202,19 @@ def test_nothing_foreign_is_replaced(tmp_path):
     assert (tmp_path / "foreign" / "config.json").exists() and (tmp_path / "file").read_text() == "x"
 
 
+@pytest.mark.parametrize("name", [".DS_Store", ".directory", "Thumbs.db", "desktop.ini"])
+def test_what_a_file_manager_left_is_no_file_of_anybody(name, tmp_path):
+    for place, save in (("model", sf.save_model), ("pair", save_pair)):
+        (tmp_path / place).mkdir()
+        for _ in range(2):
+            (tmp_path / place / name).write_bytes(b"icons")
+            save(make_model(), tmp_path / place)
+
+
+def save_pair(model, place):
+    save_ensemble(Ensemble([model, make_model()]), place)
+
+
 def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(sf.InputError, match="Linear"):
         sf.save_model(torch.nn.Linear(2, 2), tmp_path / "m")

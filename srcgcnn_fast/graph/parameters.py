@@ -47,11 +47,11 @@ class GraphParameters:
 
     def __post_init__(self) -> None:
         radius, count, tolerance = self.radius, self.max_neighbors, self.symmetry_tolerance
-        if not (_is_real(radius) and math.isfinite(radius) and radius > 0):
+        if not (is_real(radius) and math.isfinite(radius) and radius > 0):
             raise InputError(f"radius must be a positive number of Å, not {radius!r}.")
         if isinstance(count, bool) or not isinstance(count, Integral) or not 1 <= count < 2**31:
             raise InputError(f"max_neighbors must be a whole number of at least 1, not {count!r}.")
-        if tolerance is not None and not (_is_real(tolerance) and 0 < tolerance < 0.1):
+        if tolerance is not None and not (is_real(tolerance) and 0 < tolerance < 0.1):
             raise InputError(
                 f"symmetry_tolerance must be a number between 0 and 0.1 Å, or None for the full graph, "
                 f"not {tolerance!r}."
@@ -74,5 +74,6 @@ class GraphParameters:
         return max(0, math.ceil((self.radius + step - dmin) / step))
 
 
-def _is_real(value: object) -> bool:
+def is_real(value: object) -> bool:
+    """Is it a number, of Python or NumPy?"""
     return isinstance(value, Real) and not isinstance(value, bool)

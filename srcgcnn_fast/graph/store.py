@@ -18,7 +18,7 @@ import torch
 
 from .. import __version__
 from ..errors import InputError
-from ..files import read_directory, restore
+from ..files import names_in, read_directory, restore
 from .batch import CrystalGraph, GraphBatch, check_graphs, offsets, with_element_vectors
 from .elements import element_features, with_vector
 from .packing import Packer, Packing, check_sizes
@@ -662,7 +662,7 @@ def existing(folder: Path) -> dict[str, Any] | None:
 def _existing(folder: Path) -> dict[str, Any] | None:
     if not folder.exists():
         return None
-    if folder.is_dir() and not any(folder.iterdir()):
+    if folder.is_dir() and not names_in(folder):
         return None
     try:
         return _read_metadata(folder)

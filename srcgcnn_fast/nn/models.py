@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
+from numbers import Integral
 from threading import Lock
 from typing import Any
 
@@ -16,7 +17,7 @@ from .. import functional
 from ..errors import InputError
 from ..graph.batch import GraphBatch
 from ..graph.elements import element_features
-from ..graph.parameters import as_python
+from ..graph.parameters import as_python, is_real
 from ..ops.fused import lookup
 from .conv import GatedConv, batch_norm_states, stand_in_for
 from .frozen import Frozen
@@ -27,8 +28,8 @@ _PATIENCE = 16
 
 def _positive(**values: int) -> None:
     for name, value in values.items():
-        if value < 1:
-            raise InputError(f"{name} must be at least 1, not {value}.")
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise InputError(f"{name} must be a whole number of at least 1, not {value!r}.")
 
 
 def _check_batch(batch: Any) -> None:
@@ -119,10 +120,12 @@ class CrystalModel(nn.Module):
         )  # fmt: skip
         if classification and n_targets > 1:
             raise InputError(f"A classifier has one target, not {n_targets}; train one model per class label.")
-        if not step > 0:
-            raise InputError(f"The Gaussians' step must be positive, not {step}.")
-        if dropout is not None and not 0 <= dropout < 1:
-            raise InputError(f"dropout is a probability from 0 to below 1, not {dropout}.")
+        if not (is_real(step) and step > 0):
+            raise InputError(f"The Gaussians' step must be a positive number of Å, not {step!r}.")
+        if not is_real(dmin):
+            raise InputError(f"dmin, the first Gaussian's centre, must be a number of Å, not {dmin!r}.")
+        if dropout is not None and not (is_real(dropout) and 0 <= dropout < 1):
+            raise InputError(f"dropout is a probability from 0 to below 1, not {dropout!r}.")
         self._hyperparameters: dict[str, Any] = {
             "atom_fea_len": atom_fea_len,
             "h_fea_len": h_fea_len,

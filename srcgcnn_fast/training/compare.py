@@ -16,7 +16,7 @@ import torch
 
 from .. import __version__
 from ..errors import InputError
-from ..files import write_text
+from ..files import names_in, write_text
 from ..graph.parameters import GraphParameters, as_python
 from ..graph.store import GraphStore
 from ..nn import CGCNN, SRCGCNN
@@ -200,7 +200,7 @@ def _check_replaceable(*runs: Path) -> None:
     for run in runs:
         if run.exists() and not run.is_dir():
             raise InputError(f"{run} is a file, not a run; write the comparison to another directory.")
-        if run.exists() and any(run.iterdir()) and not (run / "run.json").is_file():
+        if run.exists() and names_in(run) and not (run / "run.json").is_file():
             raise InputError(f"{run} holds other files than a run; write the comparison to another directory.")
 
 

@@ -670,6 +670,13 @@ def test_checksums_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         open_store(tmp_path / "store").verify()
 
 
+def test_what_a_file_manager_left_in_the_place_of_a_store(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    for _ in range(2):
+        (tmp_path / "store" / ".DS_Store").write_bytes(b"icons")
+        assert len(prepare(records(), tmp_path / "store")) > 0
+
+
 def test_foreign_directories_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")

@@ -397,10 +397,16 @@ def test_a_seed_gives_the_published_initialisation():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"n_conv": 0}, "n_conv must be at least 1"),
-        ({"atom_fea_len": 0}, "atom_fea_len must be at least 1"),
+        ({"n_conv": 0}, "n_conv must be a whole number of at least 1, not 0"),
+        ({"n_conv": 3.0}, "n_conv must be a whole number of at least 1, not 3.0"),
+        ({"atom_fea_len": "64"}, "atom_fea_len must be a whole number of at least 1, not '64'"),
+        ({"n_h": True}, "n_h must be a whole number"),
         ({"classification": True, "n_targets": 2}, "one target"),
-        ({"step": 0.0}, "step must be positive"),
+        ({"step": 0.0}, "step must be a positive number of Å"),
+        ({"step": "0.2"}, "step must be a positive number of Å, not '0.2'"),
+        ({"dmin": None}, "dmin, .* must be a number of Å, not None"),
+        ({"dropout": 1.0}, "dropout is a probability from 0 to below 1, not 1.0"),
+        ({"dropout": "0.1"}, "dropout is a probability"),
     ],
 )
 def test_bad_arguments(arguments, says):
