@@ -11,8 +11,6 @@
 namespace srcgcnn {
 namespace {
 
-const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
-
 // The current device, and what a block may have of its shared memory.
 struct Device {
   int processors, shared;

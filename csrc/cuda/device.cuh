@@ -1,4 +1,4 @@
-// What the kernels need of the device: gate arithmetic, products on tensor cores, vectors of channels, a search.
+// What the kernels need of the device: gate arithmetic, products on tensor cores, vectors of channels, a search; its errors.
 // tests/ops/cuda/emulation.h supplies the same names for an ordinary compiler.
 #pragma once
 #include <stdint.h>
@@ -19,6 +19,13 @@
 namespace srcgcnn {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
+
+// CUDA's message, or null. An error stays the thread's last one until it is asked for: the next launch would have it, too.
+inline const char* message(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
 
 #ifdef __CUDACC__
 namespace device {

@@ -10,8 +10,6 @@ namespace {
 
 constexpr int kThreads = 256, kMostParts = 1024;
 
-const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
-
 // Numbers of a field in a batch of these sizes.
 SRCGCNN_HOST_DEVICE int64_t count_of(const BatchPadding& p, int field, int64_t rows, int64_t edges, int64_t crystals) {
   switch (field) {

@@ -6,8 +6,6 @@ namespace {
 
 constexpr int W = SRCGCNN_WIDTH;
 
-const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
-
 // A block's shared memory, and the rows of it.
 template <int kWarps, class T>
 struct Room {

@@ -271,7 +271,7 @@ def crystal_mean(h: Tensor, row_weight: Tensor, crystal_ptr: Tensor) -> Tensor:
 def crystal_mean_backward(grad: Tensor, row_weight: Tensor, crystal_ptr: Tensor) -> Tensor:
     """(B, F) -> (N, F): its gradient."""
     (b, width), n = grad.shape, len(row_weight)
-    out = grad.new_empty(n, width)
+    out = grad.new_empty(n, width) if b else grad.new_full((n, width), float("nan"))  # rows of no crystal
     _call(
         "mean_backward", {"n_rows": b, "n_edges": n, "F": width}, grad=grad, row_weight=row_weight, ptr=crystal_ptr,
         out=out,

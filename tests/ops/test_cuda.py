@@ -200,6 +200,16 @@ def test_an_error_of_cuda_is_raised(library, make_batch):
         problem.found()
 
 
+def test_an_error_of_cuda_is_raised_once(library, make_batch):
+    """Not by the next launch, too."""
+    problem = Problem(make_batch("isolated"), 16, 41, 1, True)
+    library.gpu(4, 8 << 10)  # no room for a block
+    with pytest.raises(RuntimeError, match="CUDA: invalid value"):
+        problem.found()
+    library.gpu(*H100)
+    problem.check()
+
+
 def test_a_batch_without_rows(make_batch):
     problem = Problem(make_batch("isolated"), 16, 41, 1, True)
     none = torch.zeros(0, dtype=torch.int32)

@@ -514,7 +514,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 }
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int size) {
-  if (size > emulation::shared_per_processor - 1024) return cudaErrorInvalidValue;
+  if (size > emulation::shared_per_processor - 1024) return emulation::last_error = cudaErrorInvalidValue;
   emulation::allowed[reinterpret_cast<const void*>(kernel)] = size;
   return cudaSuccess;
 }
