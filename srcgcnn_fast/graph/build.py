@@ -27,7 +27,7 @@ _CHUNK_ATOMS = 4096  # atoms per kernel call where there are several threads, at
 _BATCH_ATOMS = 100_000  # atoms that build_graphs collects before it calls the kernels
 _MAX_COORDINATE = 1e9
 _CROWDED = 0.5  # Å; the shortest bond, of hydrogen, has 0.74
-_COMPILE_SECONDS = 30
+_COMPILE_SECONDS = 20
 
 
 class Mixture(NamedTuple):

@@ -43,6 +43,7 @@ EDGE_SLACK = 1e-8  # Å; a neighbour at the cutoff radius up to rounding is insi
 _BINNED_ATOMS = 96  # from here on a crystal is searched through bins
 _GROUP = 32  # atoms that go through each step of the search together, so that none waits for what was just written
 RANKED = 128  # up to here a rank sort (vectorised, quadratic) is the fastest
+_FEW_LEFT = 16  # numbers that are sorted by insertion
 _PADDING = 2 * ROW  # places behind what is compared, read and written in whole vectors
 _MAX_GHOSTS = 100_000_000
 _MAX_IMAGE = 2**31 - 1
@@ -51,7 +52,7 @@ ATOMS, CELLS, GHOSTS, BINNED, BINS, TRANSLATIONS, PAIRS, EDGES = range(8)
 """What kernels need room for; an array of so many numbers says how much there is, and what was needed if too little."""
 _matrix, _whole_matrix = on_stack(types.float64, 3, 3), on_stack(types.int64, 3, 4)
 _triple, _whole_triple = on_stack(types.float64, 3), on_stack(types.int64, 3)
-_ranks = on_stack(types.int64, WIDTH)
+_ranks, _later = on_stack(types.int64, WIDTH), on_stack(types.int64, 128)
 _group = on_stack(types.int64, _GROUP)
 
 
@@ -267,12 +268,61 @@ def _sort_into_bins(ghosts, xs, ys, zs, ghost, inverse, low, scale, bins, bin_pt
         new_xs[t], new_ys[t], new_zs[t], new_ghost[t] = xs[g], ys[g], zs[g], ghost[g]
 
 
+@inlined
+def _is_before(key, index, a, b):
+    return key[a] < key[b] or (key[a] == key[b] and index[a] < index[b])
+
+
+@inlined
+def _swap(key, index, a, b):
+    key[a], key[b] = key[b], key[a]
+    index[a], index[b] = index[b], index[a]
+
+
 @jit
-def _sort_many(key, index, sorted_key, sorted_index):
-    order = np.argsort(key)
-    for a in range(key.shape[0]):
-        sorted_key[a] = key[order[a]]
-        sorted_index[a] = index[order[a]]
+def sort_many(key, index, start, count):
+    """Sort so many pairs from ``start`` on, equal keys by index. NumPy's would take 8 s more to compile."""
+    later, waiting = _later(), 0
+    low, high = start, start + count - 1
+    while True:
+        if high - low < _FEW_LEFT:
+            for a in range(low + 1, high + 1):
+                k, i, b = key[a], index[a], a
+                while b > low and (key[b - 1] > k or (key[b - 1] == k and index[b - 1] > i)):
+                    key[b], index[b] = key[b - 1], index[b - 1]
+                    b -= 1
+                key[b], index[b] = k, i
+            if waiting == 0:
+                return
+            waiting -= 2
+            low, high = later[waiting], later[waiting + 1]
+            continue
+        middle = (low + high) // 2  # the median of three comes to the end
+        if _is_before(key, index, middle, low):
+            _swap(key, index, middle, low)
+        if _is_before(key, index, high, low):
+            _swap(key, index, high, low)
+        if _is_before(key, index, middle, high):
+            _swap(key, index, middle, high)
+        a, b = low, high
+        while True:
+            a += 1
+            while _is_before(key, index, a, high):
+                a += 1
+            b -= 1
+            while _is_before(key, index, high, b):
+                b -= 1
+            if a >= b:
+                break
+            _swap(key, index, a, b)
+        _swap(key, index, a, high)
+        if a - low > high - a:  # the larger part waits, so that no more than the logarithm of all do
+            later[waiting], later[waiting + 1] = low, a - 1
+            low = a + 1
+        else:
+            later[waiting], later[waiting + 1] = a + 1, high
+            high = a - 1
+        waiting += 2
 
 
 @inlined
@@ -285,7 +335,9 @@ def _sort(key, index, start, m, sorted_key, sorted_index, place, rank):
             end_few(sorted_key, sorted_index, place + FEW)
         return
     if m > RANKED:
-        _sort_many(key[start : start + m], index[start : start + m], sorted_key[place:], sorted_index[place:])
+        for k in range(m):
+            sorted_key[place + k], sorted_index[place + k] = key[start + k], index[start + k]
+        sort_many(sorted_key, sorted_index, place, m)
     else:
         blocks = (m + WIDTH - 1) // WIDTH
         for block in range(blocks):

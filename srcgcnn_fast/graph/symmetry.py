@@ -21,6 +21,7 @@ from .neighbors import (
     RANKED,
     leave_workspace,
     search_some,
+    sort_many,
     symbol,
     take_workspace,
     workspace,
@@ -59,11 +60,9 @@ _ranks = on_stack(types.int64, WIDTH)
 
 @jit
 def _sort_run(members, keys, begin, end):
-    """Sort members and keys of begin … end - 1 by key; equal ones stay in order where there are few."""
+    """Sort members and keys of begin … end - 1 by key; equal ones stay in order, which is that of the members."""
     if end - begin > RANKED:
-        order = np.argsort(keys[begin:end])
-        members[begin:end] = members[begin:end][order]
-        keys[begin:end] = keys[begin:end][order]
+        sort_many(keys, members, begin, end - begin)
         return
     old_keys, old_members, rank = _run_of_keys(), _run_of_members(), _ranks()
     count = end - begin
@@ -219,19 +218,19 @@ def _refine(numbers, first, size, sender, distance, place, images, count, width,
     Returns the number of colours. ``members`` lists the atoms by colour; ``starts`` marks the first of each class.
     """
     atoms = numbers.shape[0]
-    most = 0
+    zero = most = np.int64(0)
     for i in range(atoms):
         degree[i] = min(size[i], count)
         most = max(most, degree[i])
         size[i] = _find_shells(distance, first[i], size[i], degree[i], width, opens)
         members[i], keys[i], starts[i] = i, numbers[i], i == 0
-    _split(members, 0, atoms, starts, keys, 0.0)
+    _split(members, zero, atoms, starts, keys, 0.0)
     colours = _number(members, starts, colour)
     changed = True
     while changed and colours < atoms:
         _order_atoms(True, False, members, starts, first, size, opens, sender, distance, place, images, tint, colour)
         changed = False
-        start = 0
+        start = zero
         while start < atoms:
             begin, end = start, start + 1
             while end < atoms and not starts[end]:

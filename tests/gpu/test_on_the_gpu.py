@@ -849,7 +849,7 @@ def salts(count: int) -> list[tuple]:
 
 
 def graphs_of(count: int) -> list[CrystalGraph]:
-    """Graphs from no neighbour search, which each process of the tests would compile for half a minute."""
+    """Graphs from no neighbour search, which each process of the tests would compile for 20 s."""
     rng, found = np.random.default_rng(0), []
     for n in rng.integers(1, 9, count):
         edges = rng.integers(0, n, 12 * n), np.sort(rng.uniform(2, 8, (n, 12)), axis=1).ravel()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from srcgcnn_fast.errors import InputError
-from srcgcnn_fast.graph.neighbors import OK, NeighborList, kernel, neighbor_list, search
+from srcgcnn_fast.graph.neighbors import OK, NeighborList, kernel, neighbor_list, search, sort_many
 
 RADII = (3.0, 5.0, 8.0)
 
@@ -256,3 +256,19 @@ def _successor(x):
 def test_a_number_of_neighbors_is_a_whole_one(count):
     with pytest.raises(InputError, match="a whole number of at least 1, or None"):
         neighbor_list(np.eye(3) * 4, [[0, 0, 0]], [29], 5.0, max_neighbors=count)
+
+
+@pytest.mark.parametrize("order", ["any", "sorted", "backwards"])
+@pytest.mark.parametrize("kinds", [2, 50, 10**6])
+def test_more_neighbours_than_are_ranked_are_sorted_by_distance_and_number(order, kinds):
+    rng = np.random.default_rng(kinds)
+    for count in (0, 1, 2, 3, 15, 16, 17, 130, 1000):
+        key, index = rng.integers(0, kinds, count + 5).astype(float), rng.permutation(count + 5)
+        if order != "any":
+            key.sort()
+            key = key if order == "sorted" else key[::-1].copy()
+        before, within = (key.copy(), index.copy()), slice(3, 3 + count)
+        sort_many(key, index, 3, count)
+        right = np.lexsort((before[1][within], before[0][within])) + 3
+        right = np.concatenate([np.arange(3), right, np.arange(3 + count, 5 + count)])
+        assert (key == before[0][right]).all() and (index == before[1][right]).all()
