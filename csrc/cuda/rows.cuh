@@ -505,7 +505,7 @@ __global__ void __launch_bounds__(128) order_weights(const DeviceConv g) {
       order_column(g.out_x, 4 * of_half, column, all, [&](int k) {
         const int quarter = k / of_half;
         const int64_t n = quarter % 2 * all + k - quarter * of_half;
-        return column < all ? g.weight[n * columns + quarter / 2 * all + column] : 0.0f;
+        return column < all ? g.weight[n * columns + quarter / 2 * all + column] * rstd1_of(g, n) : 0.0f;
       });
       return;
     }
@@ -563,13 +563,13 @@ __global__ void __launch_bounds__(kPartThreads) vector_gradients(const __grid_co
     d_gamma += sums[32 * warp + lane_of()];
     d_beta += sums[kPartThreads + 32 * warp + lane_of()];
   }
-  const float a = g.gamma1[of_all] * rstd1_of(g, of_all), edges = g.a[3 * g.all];
-  g.out[n] = a;
+  const float edges = g.a[3 * g.all];
+  g.out[n] = g.gamma1[of_all];
   g.out[2 * F + n] = float(d_beta / edges);
   g.out[4 * F + n] = float(d_gamma / edges);
   g.d_gamma1[of_all] = float(d_gamma);
   g.d_beta1[of_all] = float(d_beta);
-  if (g.d_bias) g.d_bias[of_all] = g.train1 ? 0.0f : float(d_beta) * a;
+  if (g.d_bias) g.d_bias[of_all] = g.train1 ? 0.0f : float(d_beta) * g.gamma1[of_all] * rstd1_of(g, of_all);
   if (n >= F) return;
   g.d_beta2[n] = g.a[n];
   g.d_gamma2[n] = g.a[g.all + n];
@@ -583,7 +583,7 @@ __global__ void __launch_bounds__(kPartThreads) weight_gradient(const DeviceConv
   double* sums = reinterpret_cast<double*>(shared);
   const int F = int(g.F), K = int(g.n_features), all = int(g.all), columns = 2 * all + K, n = int(blockIdx.x);
   const int of_all = n / F * all + n % F;
-  const float* w = g.weight + int64_t(of_all) * columns;
+  const float *w = g.weight + int64_t(of_all) * columns, rstd = rstd1_of(g, of_all);
   float* out = g.d_weight + int64_t(of_all) * columns;
   // Teams of threads take the parts in turn, a thread a number.
   const int numbers = 2 * all, at_once = numbers < kPartThreads ? numbers : kPartThreads, teams = kPartThreads / at_once;
@@ -599,7 +599,7 @@ __global__ void __launch_bounds__(kPartThreads) weight_gradient(const DeviceConv
     __syncthreads();
     if (!there || team) continue;
     for (int t = 1; t < teams; ++t) sum += sums[threadIdx.x + t * at_once];
-    out[k] = float(sum);
+    out[k] = float(sum * rstd);
   }
   for (int first = 0; first < K; first += 32) {
     const int k = first + lane_of();
@@ -619,9 +619,9 @@ __global__ void __launch_bounds__(kPartThreads) weight_gradient(const DeviceConv
     double d = g.grad[k * 2 * F + n];
     if (g.train1) {
       for (int warp = 1; warp < kPartWarps; ++warp) sum += sums[32 * warp + lane_of()];
-      d -= g.e_sum[k] * g.c1[n] + sum * rstd1_of(g, of_all) * g.c2[n];
+      d -= g.e_sum[k] * g.c1[n] + sum * rstd * g.c2[n];
     }
-    out[2 * all + k] = float(d * g.a[n]);
+    out[2 * all + k] = float(d * g.a[n] * rstd);
   }
 }
 

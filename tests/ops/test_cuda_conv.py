@@ -122,6 +122,17 @@ def test_products_of_rows_and_channels_of_any_size(width):
     assert ((found - of_rows(h, weight)).abs() <= 4e-7 * of_rows(h.abs(), weight.abs())).all()
 
 
+@pytest.mark.parametrize("training", TRAINING, ids=MODES)
+def test_channels_whose_weights_differ_in_scale(training):
+    """Which batch norm takes out again: no channel's gradient is lost beside another's."""
+    problem, scale = Problem("weighted", 20, 41), 10.0 ** torch.linspace(-6, 6, 40, dtype=torch.float64)
+    problem.parameters[1] = problem.parameters[1] * scale[torch.arange(40) * 7 % 40, None]
+    if not training[0]:
+        problem.state[0] = problem.state[0] * scale[torch.arange(40) * 7 % 40]
+        problem.state[1] = problem.state[1] * scale[torch.arange(40) * 7 % 40] ** 2
+    compare([problem], training)
+
+
 @pytest.mark.parametrize("size", [1e-25, 1e20])
 def test_gradients_of_any_size(size):
     problem = Problem("weighted", 33, 41)
