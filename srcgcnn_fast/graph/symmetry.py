@@ -218,7 +218,7 @@ def _refine(numbers, first, size, sender, distance, place, images, count, width,
     Returns the number of colours. ``members`` lists the atoms by colour; ``starts`` marks the first of each class.
     """
     atoms = numbers.shape[0]
-    zero = most = np.int64(0)
+    zero = most = np.int64(0)  # for a literal Numba compiles what is called with it a second time
     for i in range(atoms):
         degree[i] = min(size[i], count)
         most = max(most, degree[i])
