@@ -258,7 +258,6 @@ SRCGCNN_DEVICE void prepare_table(float* to, const Prepared<W, T>& at, const Lay
   const DeviceLayer& layer = layers.of[0];
   const int F = plan.F, columns = 2 * F + plan.n_features;
   for (int place = int(blockIdx.x); place < plan.n_table; place += int(gridDim.x)) {
-    __syncthreads();
     products_with(
         layers.table + int64_t(place) * plan.n_atom, plan.n_atom, F,
         [&](int c) { return layers.embedding.weight + int64_t(c) * plan.n_atom; },
@@ -270,12 +269,8 @@ SRCGCNN_DEVICE void prepare_table(float* to, const Prepared<W, T>& at, const Lay
       Channels<V> x;
 #pragma unroll
       for (int v = 0; v < V; ++v) x.x[v] = lane_of() * V + v < F ? row[lane_of() * V + v] : 0.0f;
-      if (plan.n_steps)
-        Row<W, sizeof(T) == 2>::store(held + Row<W, sizeof(T) == 2>::first_word(), held + W, x);
-      else
-        store<V>(held + lane_of() * V, x);
+      Row<W, sizeof(T) == 2>::store(held + Row<W, sizeof(T) == 2>::first_word(), held + W, x);
     }
-    if (!plan.n_steps) continue;
     products_with(
         row, F, 4 * W,
         [&](int n) -> const float* {
@@ -459,10 +454,7 @@ SRCGCNN_DEVICE void read_features(const Block<W, kWarps, kHalf>& b, const Device
       x.x[v] = c < F ? NAN : 0.0f;
       if (from >= 0 && c < F) x.x[v] = data[int64_t(from) * stride + c];
     }
-    if (b.s.at.plan.n_steps)
-      Row<W, kHalf>::store(b.words(row), b.unit(row), x);
-    else
-      store<V>(b.h(row, lane_of() * V), x);
+    Row<W, kHalf>::store(b.words(row), b.unit(row), x);
   }
 }
 
@@ -1094,7 +1086,7 @@ __global__ void __launch_bounds__(Shape<W, kWarps>::threads, Shape<W, kWarps>::b
       const int n = __shfl_sync(kAllLanes, next, count - 1) - first;
       const Block<W, kWarps, kHalf> b{s, shared, first, n, Places<W, typename Storage<kHalf>::type>::of(n, s.words)};
       find_crystals(b, begin, next - begin, count);
-      if (!s.at.plan.n_table || !s.at.plan.n_steps) read_features(b, s.h);
+      if (!s.at.plan.n_table) read_features(b, s.h);
       if (!g.edge_term) {
         find_shells(b);
         __syncthreads();

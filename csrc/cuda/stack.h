@@ -39,7 +39,7 @@ constexpr int kMostReadout = 16, kWidestReadout = 1024;
 
 // What a call computes, and its sizes.
 struct DevicePlan {
-  int32_t F, n_steps, n_features;  // n_features: of an edge
+  int32_t F, n_steps, n_features;  // n_steps: at least 1; n_features: of an edge
   int32_t precision;               // DevicePrecision
   int32_t shared;                  // all steps have one weight
   int32_t n_table, n_atom;         // a table (n_table, n_atom) that an embedding makes (n_table, F); 0: there is none

@@ -59,6 +59,7 @@ class Problem:
             "no edges": np.zeros(3, int),
             "long": np.arange(300) % 9,
             "large": np.full(500, 12),
+            "many rows": np.arange(66_000) % 2,
             "popular": np.full(130, 7),
             "nothing": np.zeros(0, int),
         }[kind]

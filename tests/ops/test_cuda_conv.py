@@ -229,6 +229,10 @@ def test_moments_of_the_edges(features, n_features):
     convolution.moments_of_the_edges(Problem("ragged", 8, n_features, features=features))
 
 
+def test_sums_over_more_rows_than_warps_of_a_launch():
+    convolution.moments_of_the_edges(Problem("many rows", 1, 3))
+
+
 @pytest.mark.parametrize("width", [7, 20, 64, 100])
 def test_sums_of_neighbors(width):
     """About a mean of some rows; NaN for a row with an index outside, and for the edges of bad pointers."""

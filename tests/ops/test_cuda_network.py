@@ -30,16 +30,18 @@ pytestmark = pytest.mark.usefixtures("on_the_emulation")
 
 
 class Whole:
-    """A network on a batch of graphs, in float64: a table of 10 elements of 7 numbers, convolutions, a readout."""
+    """A network on a batch of graphs, in float64: a table of elements of 7 numbers, convolutions, a readout."""
 
-    def __init__(self, batch, width=16, n_steps=2, shared=True, sizes=(20, 1), features=False, by_species=True) -> None:
+    def __init__(
+        self, batch, width=16, n_steps=2, shared=True, sizes=(20, 1), features=False, by_species=True, n_elements=10
+    ) -> None:
         self.convolutions = Problem(batch, width, 41, n_steps, shared, features)
         g = torch.Generator().manual_seed(len(sizes))
         self.rand = lambda *s: torch.rand(*s, generator=g, dtype=torch.float64)
         self.embedding = Dense(self.rand(width, 7), self.rand(width) - 0.5)
         n = len(self.convolutions.h)
-        self.species = (torch.arange(n, dtype=torch.int32) * 7 % 10).contiguous() if by_species else None
-        self.table = self.rand(10 if by_species else n, 7)
+        self.species = (torch.arange(n, dtype=torch.int32) * 7 % n_elements).contiguous() if by_species else None
+        self.table = self.rand(n_elements if by_species else n, 7)
         ends = (width, *sizes)
         pairs = zip(ends, sizes, strict=False)
         self.readout = [Dense((self.rand(out, i) - 0.5) * 2 / math.sqrt(i), self.rand(out) - 0.5) for i, out in pairs]
@@ -108,6 +110,12 @@ def test_a_width_whose_rows_do_not_end_where_vectors_begin(library, make_batch):
     """122 rows of 65 numbers in the scratch, before what lanes read four at a time."""
     library.gpu(*MIDDLE)
     Whole(make_batch("plain"), 65, n_steps=1, sizes=()).check()
+
+
+@pytest.mark.parametrize("descending", [False, True])
+def test_a_table_of_more_elements_than_blocks(library, make_batch, descending):
+    library.gpu(*H100, descending)
+    Whole(make_batch("plain"), n_elements=300).check()
 
 
 @KINDS_OF_WEIGHTS
