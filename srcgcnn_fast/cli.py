@@ -88,9 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug or not (is_full or number in (errno.EACCES, errno.EPERM, errno.EROFS, *_NO_PATH)):
             raise
         where = f"{error.filename}: " if error.filename else ""
-        mend = "give another path" if number in _NO_PATH else "check its permissions"
-        mend = "make room, and give the command again" if is_full else mend
-        print(f"error: {where}{os.strerror(number)}; {mend}.", file=sys.stderr)
+        advice = "give another path" if number in _NO_PATH else "check its permissions"
+        advice = "make room, and give the command again" if is_full else advice
+        print(f"error: {where}{os.strerror(number)}; {advice}.", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and stop.code != 143:

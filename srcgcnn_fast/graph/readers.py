@@ -902,8 +902,8 @@ def _read_json(path: Path) -> Iterator[Record]:
     except (OSError, EOFError, gzip.BadGzipFile, ValueError, RecursionError) as error:
         yield Record(stem, None, {}, f"{path.name} is not a JSON file ({one_line(error)}); export it again.")
         return
-    if isinstance(content, Mapping) and (mend := _other_table(content)):
-        yield Record(stem, None, {}, f"{path.name} is {mend}.")
+    if isinstance(content, Mapping) and (kind := _other_table(content)):
+        yield Record(stem, None, {}, f"{path.name} is {kind}.")
         return
     if isinstance(content, Mapping) and ("sites" in content or _is_entry(content)):
         entries: Iterable[tuple[str, Any]] = [(stem, content)]

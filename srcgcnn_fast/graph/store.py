@@ -731,8 +731,8 @@ def _check_result(
         raise InputError(f"None of the {writer.rejected - rejected} inputs of {where} became a graph; {reason}")
     for name in targets or ():
         if not writer.has_values(name):
-            mend = name_it(*writer.first_rejected) if writer.first_rejected else "fill it in, or choose another."
-            raise InputError(f"No crystal of {where} has a value of the target {name}; {mend}")
+            advice = name_it(*writer.first_rejected) if writer.first_rejected else "fill it in, or choose another."
+            raise InputError(f"No crystal of {where} has a value of the target {name}; {advice}")
 
 
 def name_it(id: str, reason: str) -> str:
