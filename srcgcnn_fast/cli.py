@@ -696,7 +696,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_graph_options(sub)
 
     sub = command(train, "Train one model, score it, and save it for predict.")
-    sub.add_argument("--config", metavar="FILE", help="YAML with any of these options; the command line goes first")
+    sub.add_argument("--config", metavar="FILE", help="YAML with any of these options; the command line overrides it")
     _add_train_options(sub)
 
     sub = command(compare, "Train a CGCNN and an SR-CGCNN under identical settings and tabulate error, size and time.")

@@ -65,7 +65,7 @@ def cross_validate(
     resume: bool = False,
     **options: Any,
 ) -> CrossValidation:
-    """Train one model a fold, from the same seed, in ``run_dir/fold_0``, …; score each on the crystals it never saw.
+    """Train one model per fold, from the same seed, in ``run_dir/fold_0``, …; score each on the crystals it never saw.
 
     Args:
         build: makes an untrained model for a data module, such as ``lambda data: CGCNN()``; it is called after the
