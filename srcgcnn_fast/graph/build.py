@@ -438,10 +438,10 @@ def build_graph(
         symmetry_tolerance: Å up to which distances count as equal when atoms of one symmetry kind are merged into
             one row with a weight. Predictions are those of the full graph. None for the full graph.
         padded: fill short rows as the published programs do.
-        isolated: "keep" accepts atoms without any neighbour, "warn" too and counts their crystals in the log.
-        disorder: what sites mean that are not one full atom: "majority" takes the species with the largest share (and
-            leaves out a site that is vacant rather than anything else), "average" mixes the built-in element vectors
-            by occupancy into ``atom_features``; a vacancy adds nothing.
+        isolated: "keep" accepts atoms without any neighbour, "warn" does so and counts their crystals in the log.
+        disorder: for sites that are not one full atom: "majority" takes the species with the largest share (if that is
+            the vacancy, the site is left out), "average" mixes the built-in element vectors by occupancy into
+            ``atom_features``; a vacancy adds nothing.
         distance_dtype: float32, or float64.
 
     Raises:
@@ -509,12 +509,12 @@ def build_graphs(
 
 def _check_several(structures: Any) -> None:
     """Raises InputError: they are one structure, a path, or nothing that structures are taken from."""
-    from .readers import _is_single
+    from .readers import is_single
 
     name = type(structures).__name__
     if isinstance(structures, str | os.PathLike):
         kind, advice = f"the path {structures}", "give [path], or the crystals that read_inputs finds there"
-    elif _is_single(structures):
+    elif is_single(structures):
         kind, advice = f"one {name}", "give [structure]"
     elif isinstance(structures, Mapping) or hasattr(structures, "columns") or not isinstance(structures, Iterable):
         kind, advice = f"a {name}", "give the values of a dictionary, or a column of a table"
