@@ -513,6 +513,12 @@ def compare(arguments: argparse.Namespace) -> None:
     print(f"compare.md, compare.json, parity.png, learning_curves.png and both models are in {result.out_dir}")
 
 
+def _changed(arguments: argparse.Namespace, names: Sequence[str]) -> str:
+    """Which of these options of compare or predict are not at their defaults."""
+    given = [name for name in names if getattr(arguments, name) != arguments.defaults[name]]
+    return ", ".join("--" + name.replace("_", "-") for name in given)
+
+
 def _compare_study(arguments: argparse.Namespace, targets: list[str]) -> None:
     import shlex
 
@@ -524,11 +530,8 @@ def _compare_study(arguments: argparse.Namespace, targets: list[str]) -> None:
         raise InputError(f"--seeds stands in place of --seed {arguments.seed}; give one of them.")
     if arguments.study:
         fixed = ["lr", "optimizer", "schedule", "batch_size", "seed", "atom_fea_len", "h_fea_len"]
-        fixed += ["n_conv", "n_recurrent_steps"]
-        given = [name for name in fixed if getattr(arguments, name) != arguments.defaults[name]]
-        if given:
-            options = ", ".join("--" + name.replace("_", "-") for name in given)
-            raise InputError(f"The study {arguments.study} says itself what {options} would; change it there.")
+        if given := _changed(arguments, [*fixed, "n_conv", "n_recurrent_steps"]):
+            raise InputError(f"The study {arguments.study} says itself what {given} would; change it there.")
         changes = (targets, arguments.seeds or (), arguments.epochs, arguments.precision)
         study = read_study(arguments.study).changed(*changes)
     else:
@@ -574,10 +577,8 @@ def predict(arguments: argparse.Namespace) -> int:
         from .shards import predict_shards
 
         names = ("dropout_passes", "batch_atoms", "device", "captured", "precision", "backend")
-        given = [name for name in names if getattr(arguments, name) != arguments.defaults[name]]
-        if given:
-            options = ", ".join("--" + name.replace("_", "-") for name in given)
-            raise InputError(f"The workers of --ray predict on CPUs, by one model, with no {options}; leave it out.")
+        if given := _changed(arguments, names):
+            raise InputError(f"The workers of --ray predict on CPUs, by one model, with no {given}; leave it out.")
         policies = {"isolated": arguments.isolated, "disorder": arguments.disorder}
         rows = predict_shards(arguments.model, arguments.input, arguments.out, workers=arguments.ray, **policies)
         print(f"{rows:,} rows; written to {arguments.out}, a directory of Parquet files")
