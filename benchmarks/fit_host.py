@@ -39,9 +39,9 @@ class Nothing:
 def pretend() -> None:
     """Tensors of the CPU go the way of a GPU's; sorting and sums by species, which a GPU does, take no time either."""
     nothing = Nothing()
-    fused._eager = lambda _h, device="cpu": device == "cuda"  # type: ignore[assignment]
+    fused.is_eager = lambda _h, device="cpu": device == "cuda"  # type: ignore[assignment]
     fused.shells = lambda _edges: (None, None, None)  # type: ignore[assignment]
-    fused._missing = lambda _h: 0  # type: ignore[assignment]
+    fused.missing_channels = lambda _h: 0  # type: ignore[assignment]
     registry.trains_compiled = lambda _h: True  # type: ignore[assignment]
     cuda_conv.native = lambda: nothing
     triton.sum_by_species = lambda grad, _species, count: grad.new_zeros(count, grad.shape[1])

@@ -52,10 +52,10 @@ class Sizes(NamedTuple):
 class CapturedModel:
     """``model.predict`` for small batches on a GPU: a CUDA graph for each size of batch, captured at its first use.
 
-    A batch is padded with a crystal of its own to the next size, 2^k or 3·2^(k-1) rows, so that a few graphs serve all
-    batches; the last 32 are kept. Batches may lie on the CPU, from where they go to the GPU in one copy. The model's
-    weights may change in place between calls; moving or replacing them needs a new ``CapturedModel``. Precision,
-    backend and autocast are those in force at the capture. Threads that call it take turns.
+    A batch is padded with an extra crystal to the next size, 2^k or 3·2^(k-1) rows, so that a few graphs serve all
+    batches; the last 32 are kept. Batches may be on the CPU, from where they go to the GPU in one copy. The model's
+    weights may change in place between calls; if they are moved or replaced, make a new ``CapturedModel``. Precision,
+    backend and autocast are those at the time of the capture. Threads that call it take turns.
 
     Args:
         model: on a CUDA device, in eval mode.
@@ -211,12 +211,12 @@ _SETTINGS = ("momentum", "eps", "p")
 class CapturedTraining:
     """``model(batch)`` in training on a GPU: two CUDA graphs for each size of batch, captured at its first use.
 
-    The outputs, (B, n_targets) or a classifier's (B, 2), have a gradient as those of ``model(batch)``: in a training
-    loop it takes the model's place. A batch is padded with rows of weight 0, which change nothing but the order of some
-    sums, and what a dropout draws, to the next size of eight for each power of two; graphs of the last eight sizes are
-    kept, of small batches 32, with the memory of a step each. Batches may lie on the CPU. Weights may change in place,
-    by an optimiser; moving the model or replacing a buffer needs a new ``CapturedTraining``. Precision and autocast are
-    those in force at the capture. The compiled kernels alone do so.
+    The outputs, (B, n_targets) or a classifier's (B, 2), have gradients like those of ``model(batch)``, so that it can
+    replace the model in a training loop. A batch is padded to the next size, of which there are eight for each power of
+    two, with rows of weight 0, which change only the order of some sums and the numbers that a dropout draws. Graphs of
+    the last eight sizes are kept, of small batches 32; each holds the memory of a step. Batches may be on the CPU.
+    Weights may change in place, by an optimiser; if the model is moved or a buffer replaced, make a new
+    ``CapturedTraining``. Precision and autocast are those at the time of the capture. It needs the compiled kernels.
 
     Args:
         model: on a CUDA device, in training mode whenever it is called; its batch norms have a momentum, and are not

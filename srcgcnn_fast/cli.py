@@ -88,9 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug or not (is_full or number in (errno.EACCES, errno.EPERM, errno.EROFS, *_NO_PATH)):
             raise
         where = f"{error.filename}: " if error.filename else ""
-        mend = "give another path" if number in _NO_PATH else "check its permissions"
-        mend = "make room, and give the command again" if is_full else mend
-        print(f"error: {where}{os.strerror(number)}; {mend}.", file=sys.stderr)
+        advice = "give another path" if number in _NO_PATH else "check its permissions"
+        advice = "make room, and give the command again" if is_full else advice
+        print(f"error: {where}{os.strerror(number)}; {advice}.", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and stop.code != 143:
@@ -513,6 +513,12 @@ def compare(arguments: argparse.Namespace) -> None:
     print(f"compare.md, compare.json, parity.png, learning_curves.png and both models are in {result.out_dir}")
 
 
+def _changed(arguments: argparse.Namespace, names: Sequence[str]) -> str:
+    """Which of these options of compare or predict are not at their defaults."""
+    given = [name for name in names if getattr(arguments, name) != arguments.defaults[name]]
+    return ", ".join("--" + name.replace("_", "-") for name in given)
+
+
 def _compare_study(arguments: argparse.Namespace, targets: list[str]) -> None:
     import shlex
 
@@ -524,11 +530,8 @@ def _compare_study(arguments: argparse.Namespace, targets: list[str]) -> None:
         raise InputError(f"--seeds stands in place of --seed {arguments.seed}; give one of them.")
     if arguments.study:
         fixed = ["lr", "optimizer", "schedule", "batch_size", "seed", "atom_fea_len", "h_fea_len"]
-        fixed += ["n_conv", "n_recurrent_steps"]
-        given = [name for name in fixed if getattr(arguments, name) != arguments.defaults[name]]
-        if given:
-            options = ", ".join("--" + name.replace("_", "-") for name in given)
-            raise InputError(f"The study {arguments.study} says itself what {options} would; change it there.")
+        if given := _changed(arguments, [*fixed, "n_conv", "n_recurrent_steps"]):
+            raise InputError(f"The study {arguments.study} says itself what {given} would; change it there.")
         changes = (targets, arguments.seeds or (), arguments.epochs, arguments.precision)
         study = read_study(arguments.study).changed(*changes)
     else:
@@ -574,10 +577,8 @@ def predict(arguments: argparse.Namespace) -> int:
         from .shards import predict_shards
 
         names = ("dropout_passes", "batch_atoms", "device", "captured", "precision", "backend")
-        given = [name for name in names if getattr(arguments, name) != arguments.defaults[name]]
-        if given:
-            options = ", ".join("--" + name.replace("_", "-") for name in given)
-            raise InputError(f"The workers of --ray predict on CPUs, by one model, with no {options}; leave it out.")
+        if given := _changed(arguments, names):
+            raise InputError(f"The workers of --ray predict on CPUs, by one model, with no {given}; leave it out.")
         policies = {"isolated": arguments.isolated, "disorder": arguments.disorder}
         rows = predict_shards(arguments.model, arguments.input, arguments.out, workers=arguments.ray, **policies)
         print(f"{rows:,} rows; written to {arguments.out}, a directory of Parquet files")
@@ -696,7 +697,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_graph_options(sub)
 
     sub = command(train, "Train one model, score it, and save it for predict.")
-    sub.add_argument("--config", metavar="FILE", help="YAML with any of these options; the command line goes first")
+    sub.add_argument("--config", metavar="FILE", help="YAML with any of these options; the command line overrides it")
     _add_train_options(sub)
 
     sub = command(compare, "Train a CGCNN and an SR-CGCNN under identical settings and tabulate error, size and time.")

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from . import __version__
+from .errors import InputError
 from .ops import registry
 
 _PACKAGES = ("torch", "triton", "numpy", "numba", "safetensors", "pymatgen", "ase", "pandas", "pyarrow", "lightning")
@@ -43,6 +44,16 @@ def _cuda_lines() -> list[str]:
     return names
 
 
+def _for_cpu_tensors() -> str:
+    """Their backend; if a backend or SIMD level is forced that cannot run, the error that every call raises."""
+    if registry.forced_backend() is None and "SRCGCNN_FAST_SIMD" not in os.environ:
+        return "cpu" if registry.core is not None else "reference"
+    try:
+        return registry.select(torch.empty(0, 0))
+    except InputError as error:
+        return f"none: {error}"
+
+
 def report() -> str:
     """Versions, backends, SIMD level, OpenMP runtime, threads, devices, environment: one line each."""
     core = registry.core
@@ -54,8 +65,7 @@ def report() -> str:
     for status in backends.values():
         state = "usable" if status.available else "built, not usable" if status.built else "not built"
         lines.append(f"  {status.name:12s} {state:18s} {status.reason}")
-    chosen = registry.forced_backend() or ("cpu" if core is not None else "reference")
-    lines.append(f"  CPU tensors take: {chosen}")
+    lines.append(f"  CPU tensors take: {_for_cpu_tensors()}")
     if torch.cuda.is_available():
         fastest = next(name for name in ("cuda", "triton", "reference") if backends[name].available)
         lines.append(f"  CUDA tensors take: {registry.forced_backend() or fastest} (float32; other types: reference)")

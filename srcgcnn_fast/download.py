@@ -127,7 +127,7 @@ def _number(value: Any) -> float:
     return number if math.isfinite(number) else math.nan
 
 
-def _asked(what: str, mend: str, ask: Callable[[], Any]) -> Any:
+def _asked(what: str, advice: str, ask: Callable[[], Any]) -> Any:
     """What ``ask`` returns; whatever its package raises becomes one sentence."""
     try:
         with contextlib.redirect_stdout(sys.stderr):  # some packages print while they load
@@ -135,7 +135,7 @@ def _asked(what: str, mend: str, ask: Callable[[], Any]) -> Any:
     except InputError:
         raise
     except Exception as error:  # each package has its own kinds, beside those of the network
-        raise InputError(f"{what} could not be had ({one_line(error)}); {mend}") from error
+        raise InputError(f"{what} could not be had ({one_line(error)}); {advice}") from error
 
 
 def _materials_project(
@@ -159,8 +159,8 @@ def _materials_project(
         with client.MPRester(key) as rester:
             return rester.materials.summary.search(**query)
 
-    mend = f"check the network, the key in {KEY} and the names asked for."
-    documents = _asked("The crystals of the Materials Project", mend, ask)
+    advice = f"check the network, the key in {KEY} and the names asked for."
+    documents = _asked("The crystals of the Materials Project", advice, ask)
     for name in targets:
         if documents and not hasattr(documents[0], name):
             raise InputError(
@@ -178,8 +178,8 @@ def _matbench(
     if task in _COMPOSITIONS:
         raise InputError(f"{task} has compositions without structures, which these models do not take; choose another.")
     retrieval = require("matminer.datasets", "Downloading matbench", extra="data")
-    mend = "check the network and the name of the task."
-    table = _asked(f"The data of {task}", mend, lambda: retrieval.load_dataset(task))
+    advice = "check the network and the name of the task."
+    table = _asked(f"The data of {task}", advice, lambda: retrieval.load_dataset(task))
     fields = [name for name in table.columns if name != "structure"]
     _check_fields(task, targets, fields)
     digits, stem = len(str(len(table))), task.replace("matbench", "mb").replace("_", "-")
@@ -196,8 +196,8 @@ def _jarvis(
     figshare = require("jarvis.db.figshare", "Downloading JARVIS", extra="data")
     dataset = dataset or "dft_3d"
     targets = targets or ["formation_energy_peratom", "optb88vdw_bandgap"]
-    mend = "check the network, and the name against the list in jarvis-tools."
-    entries = _asked(f"The data set {dataset} of JARVIS", mend, lambda: figshare.data(dataset))
+    advice = "check the network, and the name against the list in jarvis-tools."
+    entries = _asked(f"The data set {dataset} of JARVIS", advice, lambda: figshare.data(dataset))
     if entries:
         _check_fields(dataset, targets, [name for name in entries[0] if name != "atoms"])
     rows = ((str(e.get("jid", i)), _jarvis_arrays(e["atoms"]), e) for i, e in enumerate(entries))

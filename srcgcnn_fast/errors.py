@@ -7,7 +7,7 @@ from types import ModuleType
 
 
 class InputError(ValueError):
-    """Bad input. Its message is one sentence that names the input and the mend."""
+    """Bad input. Its message is one sentence that names the input and says what to do."""
 
 
 _LONGEST = 400

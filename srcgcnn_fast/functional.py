@@ -159,7 +159,7 @@ def crystal_mean(atom_fea: Tensor, batch: GraphBatch) -> Tensor:
         InputError: ``atom_fea`` has another shape.
     """
     _check_features(atom_fea, batch, None)
-    traced = torch.compiler.is_compiling() or registry._is_transformed()
+    traced = torch.compiler.is_compiling() or registry.is_transformed()
     if traced or atom_fea.dtype not in (torch.float32, torch.float64):
         return reference.crystal_mean(atom_fea, batch.weight, batch.crystal_ptr)
     mean: Tensor
@@ -331,7 +331,7 @@ def is_plain(device: torch.device) -> bool:
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
-        and not registry._is_transformed()
+        and not registry.is_transformed()
         and torch._C._get_tracing_state() is None
         and not torch.is_autocast_enabled(device.type)
         and registry.forced_backend() in (None, device.type)
@@ -394,7 +394,7 @@ def _stack(
     infers = plain and not _needs_autograd(h, batch, layers)
     through_statistics = trains and _requires_grad(batch)
     is_reference = registry.select(h, through_statistics, infers) == "reference"
-    has_own = is_synchronized and fused._eager(h)  # kernels that exchange statistics themselves
+    has_own = is_synchronized and fused.is_eager(h)  # kernels that exchange statistics themselves
     # A table pays where many rows share its rows, and the steps after the first have none. A traced graph keeps no
     # table, and would otherwise be bound to batches on one side of this comparison.
     tracing = torch.compiler.is_compiling()

@@ -73,9 +73,10 @@ def predict(
         dropout_passes: predict so many times with the model's dropout left on, for a mean and a standard deviation.
         batch_atoms: most graph rows in one forward pass; one larger crystal goes alone.
         timeout: seconds for reading one CIF file among several.
-        isolated: what an atom without any neighbour means for its crystal, in place of the model's own setting:
-            "error" an error row, "keep" a prediction, "warn" one that the log counts.
-        disorder: what sites mean that are not one full atom, likewise: "error", "majority" or "average".
+        isolated: for crystals that have an atom without neighbours, in place of the model's own setting: "error" gives
+            an error row, "keep" a prediction, "warn" a prediction that the log counts.
+        disorder: for sites that are not one full atom, in place of the model's own setting: "error", "majority" or
+            "average".
         captured: on a GPU, replay a CUDA graph for each size of batch (:class:`srcgcnn_fast.CapturedModel`), which pays
             for small ``batch_atoms``.
         progress: called after each input is read, with the number read so far.

@@ -499,6 +499,15 @@ def test_doctor(capsys):
     assert "reference" in capsys.readouterr().out
 
 
+def test_doctor_says_that_a_forced_backend_is_an_error(monkeypatch):
+    from srcgcnn_fast import doctor
+
+    taken = {"reference": "reference", "triton": "none: Backend 'triton' cannot ", "x": "none: There is no backend 'x'"}
+    for name, backend in taken.items():
+        monkeypatch.setenv("SRCGCNN_FAST_BACKEND", name)
+        assert f"  CPU tensors take: {backend}" in doctor.report()
+
+
 @pytest.mark.parametrize("fastest", ["cuda", "triton", "reference"])
 def test_doctor_names_what_cuda_tensors_take(monkeypatch, fastest):
     from srcgcnn_fast import doctor

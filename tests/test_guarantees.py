@@ -45,9 +45,9 @@ def tensors(batch: GraphBatch) -> tuple[torch.Tensor, ...]:
 
 UNBOUND = {"backed_size_oblivious": True} if hasattr(_config, "backed_size_oblivious") else {}
 ALONE = ["one crystal", "one atom"] if UNBOUND else []  # which programs refuse otherwise
-MEND = {"check_guards": False} if torch.__version__.startswith("2.9.") else {}  # a NameError of that version
+WORKAROUND = {"check_guards": False} if torch.__version__.startswith("2.9.") else {}  # a NameError of that version
 EXPORTED = f"""
-        run = torch.export.load(sys.argv[1]).module(**{MEND})
+        run = torch.export.load(sys.argv[1]).module(**{WORKAROUND})
 """
 COMPILED = """
         run = torch._inductor.aoti_load_package(sys.argv[1])
@@ -71,7 +71,7 @@ def test_a_program_takes_other_numbers_of_rows_and_crystals(model_type, trains, 
     program = exported(model, make_batch("plain"))
     for kind in ("plain", "weighted", "many crystals", *ALONE):
         batch = make_batch(kind, seed=1)
-        torch.testing.assert_close(program.module(**MEND)(*tensors(batch)), model(batch))
+        torch.testing.assert_close(program.module(**WORKAROUND)(*tensors(batch)), model(batch))
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def counted(
         cuda.native = cuda_conv.native = lambda: library
         if work == "training":  # calls on tensors of the CPU go where those on a GPU's go
             registry.select, registry.trains_compiled = lambda *_, **__: "cuda", lambda _: True
-            fused._eager, fused._missing = lambda _, device="cpu": device == "cuda", lambda _: 0
+            fused.is_eager, fused.missing_channels = lambda _, device="cpu": device == "cuda", lambda _: 0
             fused.shells = lambda _: (None, None, None)
         else:
             cpu.NetworkParameters = cuda.NetworkParameters

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..training.plots import _figure, _save
+from ..training.plots import new_figure, save_figure
 
 if TYPE_CHECKING:
     from .ceilings import Ceilings
@@ -31,7 +31,7 @@ def bar_chart(path: Path, rows: Sequence[Row], described: str) -> Path:
     """Crystals per second of every backend, with the most threads that were measured."""
     threads = max(row.threads for row in rows)
     rows = [row for row in rows if row.threads == threads and (row.backend, row.graph) != ("reference", "native")]
-    figure, axes = _figure(2, width=5.0, height=4.0)
+    figure, axes = new_figure(2, width=5.0, height=4.0)
     for axis, work in zip(axes, ("inference", "training step"), strict=True):
         shown = [row for row in rows if row.work == work]
         models = list(dict.fromkeys(row.model for row in shown))
@@ -52,13 +52,13 @@ def bar_chart(path: Path, rows: Sequence[Row], described: str) -> Path:
     patches = [axes[0].bar(0, 0, color=_COLOURS[name], label=_LABELS[name]) for name in series]
     figure.legend(handles=patches, loc="outside lower center", ncols=1, frameon=False, fontsize=9)
     figure.suptitle(f"{described}; float32, {_threads(threads)}", fontsize=10)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def roofline(path: Path, rows: Sequence[Row], ceilings: Mapping[int, Ceilings], described: str) -> Path:
     """Measured time per edge and step of every kernel against the floor that this machine's ceilings set."""
     counts = sorted(ceilings)
-    figure, axes = _figure(len(counts), width=6.2, height=4.6)
+    figure, axes = new_figure(len(counts), width=6.2, height=4.6)
     for axis, count in zip(axes, counts, strict=True):
         shown = [row for row in rows if row.threads == count and row.graph == "same graph"]
         kernels = list(dict.fromkeys((row.model, row.work) for row in shown))
@@ -90,7 +90,7 @@ def roofline(path: Path, rows: Sequence[Row], ceilings: Mapping[int, Ceilings], 
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.suptitle(f"Time against this machine's measured ceilings; {described}", fontsize=10)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _threads(count: int) -> str:

@@ -173,7 +173,7 @@ def build_packed(
     ):
         raise InputError(
             f"Packed crystals are lattices (B, 3, 3), frac_coords (N, 3), numbers (N,) and ptr (B + 1,) from 0 to N, "
-            f"not {lattices.shape}, {frac_coords.shape}, {wide_numbers.shape} and {ptr.shape}; mend the arrays."
+            f"not {lattices.shape}, {frac_coords.shape}, {wide_numbers.shape} and {ptr.shape}; correct the arrays."
         )
     errors = _unusable(lattices, frac_coords, wide_numbers, ptr)
     if errors:
@@ -246,17 +246,17 @@ def _unusable(lattices: np.ndarray, frac_coords: np.ndarray, numbers: np.ndarray
     for b, atom in _first_of_each(~known, ptr):
         errors[b] = (
             f"Atomic number {numbers[atom]:g} at site {atom - ptr[b] + 1} is not one of the elements 1 to "
-            f"{MAX_ATOMIC_NUMBER}; mend the species."
+            f"{MAX_ATOMIC_NUMBER}; correct the species."
         )
     for b, atom in _first_of_each(~inside, ptr):
         errors[b] = (
             f"The fractional coordinates {frac_coords[atom].tolist()} at site {atom - ptr[b] + 1} are not finite "
-            f"numbers below {_MAX_COORDINATE:g}; mend the coordinates."
+            f"numbers below {_MAX_COORDINATE:g}; correct the coordinates."
         )
     for b in np.flatnonzero(~fine).tolist():
         errors[b] = (
             f"The lattice {lattices[b].tolist()} has an entry that is not a finite number below "
-            f"{_MAX_COORDINATE:g} Å; mend the lattice."
+            f"{_MAX_COORDINATE:g} Å; correct the lattice."
         )
     return errors
 
@@ -438,10 +438,10 @@ def build_graph(
         symmetry_tolerance: Å up to which distances count as equal when atoms of one symmetry kind are merged into
             one row with a weight. Predictions are those of the full graph. None for the full graph.
         padded: fill short rows as the published programs do.
-        isolated: "keep" accepts atoms without any neighbour, "warn" too and counts their crystals in the log.
-        disorder: what sites mean that are not one full atom: "majority" takes the species with the largest share (and
-            leaves out a site that is vacant rather than anything else), "average" mixes the built-in element vectors
-            by occupancy into ``atom_features``; a vacancy adds nothing.
+        isolated: "keep" accepts atoms without any neighbour, "warn" does so and counts their crystals in the log.
+        disorder: for sites that are not one full atom: "majority" takes the species with the largest share (if that is
+            the vacancy, the site is left out), "average" mixes the built-in element vectors by occupancy into
+            ``atom_features``; a vacancy adds nothing.
         distance_dtype: float32, or float64.
 
     Raises:
@@ -509,18 +509,18 @@ def build_graphs(
 
 def _check_several(structures: Any) -> None:
     """Raises InputError: they are one structure, a path, or nothing that structures are taken from."""
-    from .readers import _is_single
+    from .readers import is_single
 
     name = type(structures).__name__
     if isinstance(structures, str | os.PathLike):
-        kind, mend = f"the path {structures}", "give [path], or the crystals that read_inputs finds there"
-    elif _is_single(structures):
-        kind, mend = f"one {name}", "give [structure]"
+        kind, advice = f"the path {structures}", "give [path], or the crystals that read_inputs finds there"
+    elif is_single(structures):
+        kind, advice = f"one {name}", "give [structure]"
     elif isinstance(structures, Mapping) or hasattr(structures, "columns") or not isinstance(structures, Iterable):
-        kind, mend = f"a {name}", "give the values of a dictionary, or a column of a table"
+        kind, advice = f"a {name}", "give the values of a dictionary, or a column of a table"
     else:
         return
-    raise InputError(f"build_graphs takes a list of structures, not {kind}; {mend}.")
+    raise InputError(f"build_graphs takes a list of structures, not {kind}; {advice}.")
 
 
 def _build_batch(
@@ -562,11 +562,11 @@ def _as_arrays(structure: Any, disorder: str) -> Arrays:
             raise ValueError("atomic numbers are not numbers")
     except (TypeError, ValueError) as error:
         raise InputError(
-            f"A crystal is (lattice, frac_coords, numbers) of plain numbers, but {error}; mend the arrays."
+            f"A crystal is (lattice, frac_coords, numbers) of plain numbers, but {error}; correct the arrays."
         ) from error
     if lattice.shape != (3, 3) or numbers.ndim != 1 or frac_coords.shape != (len(numbers), 3):
         raise InputError(
             f"A crystal is a (3, 3) lattice, (n, 3) fractional coordinates and n atomic numbers, not {lattice.shape}, "
-            f"{frac_coords.shape} and {numbers.shape}; mend the shapes."
+            f"{frac_coords.shape} and {numbers.shape}; correct the shapes."
         )
     return lattice, frac_coords, numbers, None

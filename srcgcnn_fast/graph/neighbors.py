@@ -811,10 +811,10 @@ def neighbor_list(
     if lattice.shape != (3, 3) or frac_coords.ndim != 2 or frac_coords.shape != (len(numbers), 3):
         raise InputError(
             f"A crystal is a (3, 3) lattice, (n, 3) fractional coordinates and n atomic numbers, not {lattice.shape}, "
-            f"{frac_coords.shape} and {numbers.shape}; mend the shapes."
+            f"{frac_coords.shape} and {numbers.shape}; correct the shapes."
         )
     if not (np.isfinite(lattice).all() and np.isfinite(frac_coords).all() and np.abs(frac_coords).max(initial=0) < 1e9):
-        raise InputError("A lattice or fractional coordinate is NaN, infinite or beyond 1e9; mend the coordinates.")
+        raise InputError("A lattice or fractional coordinate is NaN, infinite or beyond 1e9; correct the coordinates.")
     is_count = max_neighbors is None or (isinstance(max_neighbors, Integral) and not isinstance(max_neighbors, bool))
     if not (0 < radius < math.inf) or not is_count or (max_neighbors is not None and max_neighbors < 1):
         raise InputError(

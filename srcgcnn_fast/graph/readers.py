@@ -81,8 +81,8 @@ def as_crystal(structure: Any, name: str | None = None, disorder: str = "error")
             ``Structure`` or its dictionary, ASE ``Atoms``, or the path of a file that holds one structure.
             Oxidation states are ignored and deuterium counts as hydrogen.
         name: what error messages call it.
-        disorder: what sites mean that are not one full atom: "error"; "majority", the species (or vacancy) with the
-            largest share; "average", all of them, as a :class:`~srcgcnn_fast.graph.crystal.MixedCrystal`.
+        disorder: for sites that are not one full atom: "error"; "majority", the species (or vacancy) with the largest
+            share; "average", all of them, as a :class:`~srcgcnn_fast.graph.crystal.MixedCrystal`.
 
     Raises:
         InputError: it is none of these; it is disordered and must not be; it is empty, not finite, or not periodic;
@@ -177,7 +177,7 @@ def _records(source: Any, targets: Sequence[str] | None, timeout: float, skip: i
             raise InputError(f"{path} does not exist; give the path of a structure file or folder.")
         if path.is_dir():
             return _read_folder(path, wanted, timeout, skip)
-        if _kind(path) == "parquet":
+        if file_kind(path) == "parquet":
             return _read_parquet(path, wanted, skip)
         return islice(_read_file(path, wanted), skip, None)
     if hasattr(source, "columns") and hasattr(source, "iloc"):
@@ -187,7 +187,7 @@ def _records(source: Any, targets: Sequence[str] | None, timeout: float, skip: i
         )
     is_column = is_series(source)
     items: Iterator[_Item]
-    if not is_column and _is_single(source):
+    if not is_column and is_single(source):
         items, count = iter([_Item("0", source)]), 1
     elif is_column or isinstance(source, Mapping):
         items = (_Item(str(key), x, is_named=True, wanted=wanted, is_one=is_column) for key, x in source.items())
@@ -244,7 +244,7 @@ def is_series(value: Any) -> bool:
     return hasattr(value, "iloc") and hasattr(value, "index") and not hasattr(value, "columns")
 
 
-def _is_single(value: Any) -> bool:
+def is_single(value: Any) -> bool:
     return (
         _is_arrays(value)
         or _is_structure(value)
@@ -262,7 +262,7 @@ def _is_entry(value: Any) -> bool:
     if not (_is_structure(held) or _has(held, "sites")):
         return False
     others = (x for key, x in value.items() if key != "structure")
-    return any(not (_is_single(x) or _kind(x) or _has(x, "structure")) for x in others)
+    return any(not (is_single(x) or file_kind(x) or _has(x, "structure")) for x in others)
 
 
 def _plain_dictionary(value: Mapping[str, Any], name: str) -> Crystal | None:
@@ -337,7 +337,7 @@ def _read_items(items: Iterable[_Item], count: int, timeout: float, skip: int = 
     """Records in the order of the ``count`` (-1: unknown) items; many CIF files are read by other processes, too."""
     items = iter(items)
     while skip > 0 and (item := next(items, None)) is not None:
-        if item.error is not None or _kind(item.value) in ("cif", "poscar"):
+        if item.error is not None or file_kind(item.value) in ("cif", "poscar"):
             skip -= 1
         else:
             records = _finish(item)
@@ -416,7 +416,7 @@ def _cores() -> int:
 
 
 def _is_cif_file(item: _Item) -> bool:
-    return item.error is None and _kind(item.value) == "cif" and os.path.isfile(item.value)
+    return item.error is None and file_kind(item.value) == "cif" and os.path.isfile(item.value)
 
 
 def _groups(items: Iterable[_Item]) -> Iterator[tuple[bool, list[_Item]]]:
@@ -516,7 +516,7 @@ def _read_folder(folder: Path, wanted: list[str] | None, timeout: float, skip: i
         raise InputError(
             f"{folder} has no structure files; put CIF, POSCAR, extended XYZ, JSON or Parquet files there."
         )
-    if wanted and all(_kind(p) in ("cif", "poscar") for p in files):
+    if wanted and all(file_kind(p) in ("cif", "poscar") for p in files):
         raise InputError(
             f"{folder} has no id_prop.csv and so no target {', '.join(wanted)}; add one with rows id,target."
         )
@@ -530,7 +530,7 @@ def is_read(folder: Path, name: str) -> bool:
 
 
 def _may_hold_structures(name: str) -> bool:
-    return bool(_kind(name)) and not name.startswith(".") and name != _ATOM_INIT
+    return bool(file_kind(name)) and not name.startswith(".") and name != _ATOM_INIT
 
 
 def _check_atom_init(path: Path) -> None:
@@ -656,7 +656,7 @@ def _structure_file(folder: Path, id: str, present: set[str]) -> Path | None:
     names = [f"{id}{suffix}" for suffix in (".cif", ".cif.gz", ".json", ".json.gz", ".vasp", ".extxyz", ".xyz")]
     for name in [*names, id] if id else ():
         is_here = name in present or (os.sep in name and (folder / name).is_file())
-        if is_here and name != _ATOM_INIT and _kind(name):
+        if is_here and name != _ATOM_INIT and file_kind(name):
             return folder / name
     return None
 
@@ -672,7 +672,7 @@ def _chosen(names: Sequence[str], wanted: list[str] | None, where: str, hint: st
 # ---- files
 
 
-def _kind(value: Any) -> str | None:
+def file_kind(value: Any) -> str | None:
     """The format that a path's name stands for; None where there is none."""
     if not isinstance(value, str | os.PathLike):
         return None
@@ -699,7 +699,7 @@ def _stem(path: Path) -> str:
 
 
 def _read_file(path: Path, wanted: list[str] | None, *, is_part: bool = False) -> Iterator[Record]:
-    kind = _kind(path)
+    kind = file_kind(path)
     if kind is None:
         raise InputError(
             f"{path.name} is of no known kind; name it *.cif, POSCAR, *.vasp, *.extxyz, *.json(.gz), *.db or *.parquet."
@@ -902,8 +902,8 @@ def _read_json(path: Path) -> Iterator[Record]:
     except (OSError, EOFError, gzip.BadGzipFile, ValueError, RecursionError) as error:
         yield Record(stem, None, {}, f"{path.name} is not a JSON file ({one_line(error)}); export it again.")
         return
-    if isinstance(content, Mapping) and (mend := _other_table(content)):
-        yield Record(stem, None, {}, f"{path.name} is {mend}.")
+    if isinstance(content, Mapping) and (kind := _other_table(content)):
+        yield Record(stem, None, {}, f"{path.name} is {kind}.")
         return
     if isinstance(content, Mapping) and ("sites" in content or _is_entry(content)):
         entries: Iterable[tuple[str, Any]] = [(stem, content)]

@@ -23,7 +23,7 @@ from .batch import CrystalGraph, GraphBatch, check_graphs, offsets, with_element
 from .elements import element_features, with_vector
 from .packing import Packer, Packing, check_sizes
 from .parameters import GraphParameters
-from .readers import Record, _kind, files_elsewhere, read_inputs
+from .readers import Record, file_kind, files_elsewhere, read_inputs
 from .store_writer import (
     DTYPES,
     FORMAT,
@@ -108,9 +108,8 @@ class _Ids(Sequence[str]):
 class GraphStore:
     """n prepared graphs. ``store[i]`` is one, ``store.batch(indices)`` joins many without a loop over crystals.
 
-    A store on disk is memory-mapped: its pages are shared by all processes, and a pickled store is its path, which must
-    hold the same store still when it is unpickled.
-    Images of neighbours are not kept.
+    A store on disk is memory-mapped: all processes share its pages. It is pickled as its path, where the same store
+    must still be when it is unpickled. Images of neighbours are not kept.
     """
 
     def __init__(self, arrays: Mapping[str, np.ndarray], info: StoreInfo, path: Path | None = None) -> None:
@@ -488,18 +487,18 @@ def prepare(
 ) -> GraphStore:
     """Read crystals, build their graphs and write them to the directory ``path``, whole or not at all.
 
-    What cannot be read or built is kept in ``rejected`` with its reason. A store that is there already is used as it
-    is when source, parameters and targets are the same, and replaced otherwise. Memory stays bounded. When a
-    preparation from files is interrupted, or its process killed, the next call with the same arguments continues it
-    (from ``.NAME.partial`` beside the store).
+    Inputs that cannot be read or built are listed in ``rejected`` with the reason. An existing store is reused if
+    source, parameters and targets are the same, and replaced otherwise. Memory stays bounded. If a preparation from
+    files is interrupted or killed, the next call with the same arguments continues it (from ``.NAME.partial`` beside
+    the store).
 
     Args:
         source: whatever :func:`srcgcnn_fast.graph.readers.read_inputs` takes.
         path: the directory of the store.
         parameters: how a crystal becomes a graph; ``GraphParameters()`` by default.
         targets: names of the targets to keep, or one name; by default all that the source has.
-        append: add to the store that is there, whose parameters hold; a source that it holds already is not added
-            again, and refused where it has changed since. Whoever has the store open keeps the old one.
+        append: add to the store that is there, with its parameters. A source that it contains already is not added
+            again, and is refused if it has changed since. Whoever has the store open keeps the old one.
         progress: True for a progress bar, or a function that is told the number of inputs done so far.
 
     Raises:
@@ -682,7 +681,8 @@ def _source_key(source: Any) -> dict[str, Any] | None:
     found: list[tuple[str, Any]] = [(root.name, root)]
     if root.is_dir():
         with os.scandir(root) as entries:
-            found = sorted((e.name, e) for e in entries if e.is_file() and (e.name == "id_prop.csv" or _kind(e.name)))
+            files = [e for e in entries if e.is_file() and (e.name == "id_prop.csv" or file_kind(e.name))]
+        found = sorted((e.name, e) for e in files)
         found += [(str(path), path) for path in files_elsewhere(root)]
     stamps = [(name, entry.stat().st_size, entry.stat().st_mtime_ns) for name, entry in found]
     return {"source": str(root), "files": len(stamps), "stamps": sha256(repr(stamps).encode()).hexdigest()}
@@ -731,8 +731,8 @@ def _check_result(
         raise InputError(f"None of the {writer.rejected - rejected} inputs of {where} became a graph; {reason}")
     for name in targets or ():
         if not writer.has_values(name):
-            mend = name_it(*writer.first_rejected) if writer.first_rejected else "fill it in, or choose another."
-            raise InputError(f"No crystal of {where} has a value of the target {name}; {mend}")
+            advice = name_it(*writer.first_rejected) if writer.first_rejected else "fill it in, or choose another."
+            raise InputError(f"No crystal of {where} has a value of the target {name}; {advice}")
 
 
 def name_it(id: str, reason: str) -> str:

@@ -31,14 +31,14 @@ class CrystalCalculator(_ase.Calculator):  # type: ignore[misc]
     """An ASE calculator of a copy of the model in float64.
 
     Every target is a property under its own name and in its own unit: ``calculator.get_property("band_gap", atoms)``.
-    Where one is an energy per atom, ``energy`` (eV, of the whole cell), ``forces`` (eV/Å) and ``stress`` (eV/Å³,
-    Voigt) are there too: the exact derivatives of the predicted energy, by autograd through the distances.
+    If one is an energy per atom, there are also ``energy`` (eV, of the whole cell), ``forces`` (eV/Å) and ``stress``
+    (eV/Å³, Voigt): the exact derivatives of the predicted energy, by autograd through the distances.
 
     The energy is smooth only as long as every atom keeps its ``max_neighbors`` neighbours: where the 12th and the 13th
-    change places it jumps. ``smoothing`` takes the jumps away: neighbours get a weight that falls from 1 to 0 over the
-    last ``smoothing`` Å before a cutoff of the atom's own, which is where the weights of an atom add up to
-    ``max_neighbors``. Where the 13th neighbour is farther than the 12th by more than ``smoothing``, energies are the
-    model's own; elsewhere, and within ``smoothing`` of the model's radius, they differ.
+    swap, it jumps. ``smoothing`` removes the jumps: each neighbour has a weight that falls from 1 to 0 over the last
+    ``smoothing`` Å before a cutoff. Each atom has its own cutoff, chosen such that its weights add up to
+    ``max_neighbors``. If the 13th neighbour is farther than the 12th by more than ``smoothing``, energies are the
+    model's own; otherwise, and within ``smoothing`` of the model's radius, they differ.
 
     Args:
         model: a model, or what :func:`srcgcnn_fast.load_model` takes.

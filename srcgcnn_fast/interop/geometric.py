@@ -11,10 +11,11 @@ from torch.nn.functional import linear, softplus
 
 from ..errors import InputError
 from ..graph.batch import GraphBatch
+from ..nn.frozen import is_untouched
 from ..ops import fused, reference, registry
 from ..ops.reference import BatchNorm, Edges
 from .indexed import TensorCache, blocks, edge_batch, own_copy
-from .swap import Swapped, arguments, is_traced, own_formula, untouched
+from .swap import Swapped, arguments, is_traced, own_formula
 
 _AGGREGATIONS = {"add": "add", "sum": "add", "mean": "mean", "max": "max"}
 _MODULES = {"add": "SumAggregation", "mean": "MeanAggregation", "max": "MaxAggregation"}
@@ -279,7 +280,7 @@ def _cg_conv(
 
 def _is_plain(linear: nn.Module) -> bool:
     """Is it computed by its weight and bias alone, without anybody watching?"""
-    return type(linear).forward is nn.Linear.forward and untouched(linear)
+    return type(linear).forward is nn.Linear.forward and is_untouched(linear)
 
 
 def _finish(module: Any, total: Tensor, target: Tensor, edges: Tensor, aggr: str) -> Tensor:
@@ -375,10 +376,10 @@ def _operands(h: Tensor, weight: Tensor, bias: Tensor | None, features: Tensor |
     """Layer, graph and moments as the operators take them, and what widens (N, F) to their width."""
     zero = weight.new_zeros(weight.shape[0])
     width = h.shape[1]
-    more = fused._missing(h)
+    more = fused.missing_channels(h)
     # 1 / sqrt(0 + 1) is exactly 1, for the channels that widening adds too.
     norms = [BatchNorm(None, None, zero[:n], zero[:n], False, 0.0, 1.0) for n in (2 * width, width)]
-    layer = fused._layer(weight, bias, norms[0], norms[1], width, more)
+    layer = fused.operator_layer(weight, bias, norms[0], norms[1], width, more)
     edges = _plain_edges(batch, features)
     graph = batch.cached(("graph", h.dtype), lambda: fused.with_shells(edges)) if features is None else None
     graph = fused.with_shells(edges) if graph is None else graph

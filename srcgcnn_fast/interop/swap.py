@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, one_line
+from ..nn.frozen import is_untouched
 
 logger = logging.getLogger(__name__)
 
@@ -88,14 +89,6 @@ def unswap(modules: Iterable[Any]) -> None:
         module.__class__ = own
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def untouched(module: nn.Module) -> bool:
-    """Has it no hook, and the forward of its class?"""
-    return "forward" not in module.__dict__ and not any(getattr(module, name) for name in _HOOKS)
-
-
 def arguments(
     module: Any, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any] | None:
@@ -130,7 +123,7 @@ def own_formula(module: Any, *more: nn.Module | None) -> bool:
         return True
     reason = module._kind.refusal(module)
     if reason is None:
-        if all(part is None or untouched(part) for part in (*module._modules.values(), *more)):
+        if all(part is None or is_untouched(part) for part in (*module._modules.values(), *more)):
             return False
         reason = "a part of it has a hook or a forward of its own"
     _say_once(f"a {own_class(module).__name__} computes its own formula, since {reason}")

@@ -34,9 +34,9 @@ def accelerate(model: _MODEL, verify: Any = None) -> _MODEL:
     float64; others are left as they are and named, with the reason, in the log and by :func:`acceleration`. A model of
     this package's own layers, such as :class:`srcgcnn_fast.CGCNN`, is returned as it is, and the log says so.
 
-    Where a call is beyond the operators (a hook on a part of a layer, a part that was exchanged since, arguments that
-    the published layer has not, half precision, ``torch.func``, tracing, export, compilation, a mode that sees every
-    operator, such as ``FlopCounterMode``), a replaced layer computes its own formula.
+    A replaced layer computes its own formula when the operators cannot take a call: with a hook on a part of a layer, a
+    part that was replaced since, arguments that the published layer does not have, half precision, ``torch.func``,
+    tracing, export, compilation, or a mode that sees every operator, such as ``FlopCounterMode``.
 
     Args:
         model: a module that holds such layers, at any depth; calling this twice changes nothing.

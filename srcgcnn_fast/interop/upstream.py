@@ -155,7 +155,7 @@ def to_pyg(batch: GraphBatch) -> dict[str, Tensor]:
 def from_pyg(data: Any) -> GraphBatch:
     """The batch of a PyTorch Geometric ``Data`` or ``Batch`` (or of anything with such attributes, or keys).
 
-    Read are: ``edge_index`` (2, E), sender first; atoms from ``z`` (N,) or, as features, from ``x`` (N, A); edges
+    It reads ``edge_index`` (2, E), sender first; atoms from ``z`` (N,) or, as features, from ``x`` (N, A); edges
     from distances ``edge_weight`` (E,) in Å (or an ``edge_attr`` with one column), or, as features, from
     ``edge_attr`` (E, K); ``batch`` (N,), absent for one crystal. Edges are sorted by receiver, then distance.
 

@@ -15,6 +15,12 @@ _PARTS = ("_modules", "_parameters", "_buffers")
 _dtype = attrgetter("dtype")
 
 
+def is_untouched(module: nn.Module) -> bool:
+    """Has it no hook, and the forward of its class?"""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooks and "forward" not in module.__dict__
+
+
 class Frozen:
     """A network, and the places in its model that it follows from, with what was there.
 

@@ -19,9 +19,10 @@ from ..graph.batch import GraphBatch
 from ..graph.elements import element_features
 from ..graph.parameters import as_python, is_real
 from ..ops.fused import lookup
-from .conv import GatedConv, batch_norm_states, stand_in_for
-from .frozen import Frozen
+from .conv import GatedConv
+from .frozen import Frozen, is_untouched
 from .metadata import ModelMetadata
+from .norm import batch_norm_states, stand_in_for
 
 _PATIENCE = 16
 
@@ -39,8 +40,7 @@ def _check_batch(batch: Any) -> None:
 
 def _is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     """Is it computed by its parameters alone, without anybody watching?"""
-    watched = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return type(module) is kind and not watched and "forward" not in module.__dict__
+    return type(module) is kind and is_untouched(module)
 
 
 def _with_first(states: list[functional.BatchNorm]) -> list[functional.BatchNorm]:

@@ -26,7 +26,7 @@ def shells(edges: Edges) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The distinct distances of every crystal, which the kernels of a GPU do without."""
     if edges.features is not None or edges.distance.device.type != "cpu":
         return None, None, None
-    find = cpu.edge_shells if _eager(edges.distance) else _ops.edge_shells
+    find = cpu.edge_shells if is_eager(edges.distance) else _ops.edge_shells
     found: tuple[Tensor, Tensor, Tensor] = find(
         edges.distance.detach().contiguous(), edges.sender, edges.row_ptr, edges.crystal_ptr
     )
@@ -45,7 +45,7 @@ def moments(row_weight: Tensor, graph: Graph, n_features: int) -> Moments:
     features = None if features is None else features.detach()
     if runs_compiled(row_weight):
         return Moments(row_weight, *cuda_conv.edge_moments(row_weight, graph, n_features))
-    if _eager(row_weight):
+    if is_eager(row_weight):
         return Moments(row_weight, *cpu.edge_moments(row_weight, graph, n_features))
     return Moments(row_weight, *_ops.edge_moments(row_weight, distance.detach(), features, *others, n_features))
 
@@ -83,7 +83,7 @@ def _constants(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Ten
 _kept_constants: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
 
-def _layer(weight: Tensor, bias: Tensor | None, bn1: BatchNorm, bn2: BatchNorm, width: int, more: int) -> Layer:
+def operator_layer(weight: Tensor, bias: Tensor | None, bn1: BatchNorm, bn2: BatchNorm, width: int, more: int) -> Layer:
     """The layer as the operators take it, widened by ``more`` channels of zeros."""
     vectors = []
     for norm, size in ((bn1, 2 * width), (bn2, width)):
@@ -112,7 +112,8 @@ def _in_type_of(weight: Tensor, statistics: Tensor) -> Tensor:
     return statistics.to(weight.dtype)
 
 
-def _missing(h: Tensor) -> int:
+def missing_channels(h: Tensor) -> int:
+    """How many channels of zeros fill the last vector of the CPU kernels."""
     return -h.shape[1] % cpu.kernel_width(h.dtype) if h.device.type == "cpu" else 0
 
 
@@ -257,7 +258,7 @@ def is_again(grad: Tensor) -> bool:
 
 def _is_batched(grad: Tensor) -> bool:
     """Of vmap, or of ``torch.autograd.grad`` with ``is_grads_batched``."""
-    return registry._is_transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
+    return registry.is_transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 class _SharedConvolutions(_Convolutions):
@@ -266,7 +267,7 @@ class _SharedConvolutions(_Convolutions):
     backward = staticmethod(once_differentiable(_Convolutions.backward))  # type: ignore[assignment]
 
 
-def _eager(h: Tensor, device: str = "cpu") -> bool:
+def is_eager(h: Tensor, device: str = "cpu") -> bool:
     """Is this a call on tensors of the device that nobody traces?"""
     return (
         h.device.type == device
@@ -299,7 +300,7 @@ def lookup(table: Tensor, species: Tensor) -> Tensor:
     Raises:
         InputError: on the CPU, ``species`` leave the table; on a GPU to look would mean to wait.
     """
-    if _eager(table, "cuda") and not registry._is_transformed():
+    if is_eager(table, "cuda") and not registry.is_transformed():
         found: Tensor = _Lookup.apply(table, species)
         return found
     indices = species.long()  # vmap of torch 2.6 takes no others
@@ -313,7 +314,7 @@ def lookup(table: Tensor, species: Tensor) -> Tensor:
 
 def runs_compiled(h: Tensor) -> bool:
     """Is this a call that the CUDA kernels for training take without PyTorch's dispatcher?"""
-    return _eager(h, "cuda") and not registry._is_transformed() and registry.trains_compiled(h)
+    return is_eager(h, "cuda") and not registry.is_transformed() and registry.trains_compiled(h)
 
 
 class CrystalMean(torch.autograd.Function):
@@ -473,12 +474,12 @@ def gated_convs(
     with other processes where nothing is traced; for others see :mod:`.synchronized`. With ``pool``, which gives the
     mean over each crystal's rows, the result is that, (B, F); kernels that can do so themselves do.
     """
-    width, more = h.shape[1], _missing(h)
+    width, more = h.shape[1], missing_channels(h)
     wide = pad(h, (0, more)) if more else h.contiguous()
-    given = [_layer(*layer, width, more) for layer in layers]
+    given = [operator_layer(*layer, width, more) for layer in layers]
     statistics: Sequence[Tensor]
     shared = None
-    if _eager(h):
+    if is_eager(h):
         edge_values = graph.distance if graph.features is None else graph.features
         parameters = [x for layer in given for x in layer[:6]]
         is_shared = any(norm.training and norm.group is not None for layer in layers for norm in layer[2:])
@@ -577,7 +578,7 @@ def _pairs(parameters: Sequence[Tensor | None]) -> list[Dense]:
 
 def takes_readout(h: Tensor, layers: Sequence[Dense]) -> bool:
     """Is this a call of the kernels, and can they take these layers?"""
-    return _eager(h) and len(layers) <= cpu.MOST_LAYERS and _are_plain(h, layers)
+    return is_eager(h) and len(layers) <= cpu.MOST_LAYERS and _are_plain(h, layers)
 
 
 def _are_plain(h: Tensor, layers: Sequence[Dense]) -> bool:
@@ -616,8 +617,8 @@ def network(
 ) -> Tensor:
     """Embedding, convolutions with fixed statistics and readout at once, without gradients."""
     width = layers[0][0].shape[0] // 2
-    folded = [_layer(*layer, width, 0) for layer in layers]
-    if _eager(h, h.device.type):
+    folded = [operator_layer(*layer, width, 0) for layer in layers]
+    if is_eager(h, h.device.type):
         backend = cuda if h.device.type == "cuda" else cpu
         return backend.network(h, species, embedding, folded, graph, row_weight, readout_layers)
     dense: list[Tensor | None] = [None, None] if embedding is None else [*embedding]
@@ -635,7 +636,7 @@ def network_parameters(
 ) -> cpu.NetworkParameters | cuda.NetworkParameters | None:
     """Those of :func:`network` with a table, for many calls; None where kernels would read copies of them."""
     width = layers[0][0].shape[0] // 2
-    folded = [_layer(*layer, width, 0) for layer in layers]
+    folded = [operator_layer(*layer, width, 0) for layer in layers]
     for (weight, bias, bn1, bn2), layer in zip(layers, folded, strict=True):
         given = weight, bias, *bn1[:2], *bn2[:2], *bn1[2:4], *bn2[2:4]
         if any(x is not None and x is not read for x, read in zip(given, layer, strict=False)):
@@ -667,12 +668,12 @@ def stack(
     species: Tensor | None = None,
 ) -> Tensor:
     """All convolutions with fixed statistics and without gradients; ``shared``: they have one weight."""
-    width, more = h.shape[1], _missing(h)
-    folded = [_layer(*layer, width, more) for layer in layers]
+    width, more = h.shape[1], missing_channels(h)
+    folded = [operator_layer(*layer, width, more) for layer in layers]
     if shared and more:  # widened once, so that it is one still
         folded = [layer._replace(weight=folded[0].weight) for layer in folded]
     wide = pad(h, (0, more)) if more else h.contiguous()
-    if _eager(h):
+    if is_eager(h):
         out = cpu.stack(wide, folded, graph, species)
     else:
         rows = wide if species is None else embedding(species, wide)

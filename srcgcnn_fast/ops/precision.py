@@ -17,7 +17,7 @@ _bfloat16 = False
 
 @contextmanager
 def use_precision(name: str) -> Iterator[None]:
-    """Compute on GPUs, inside the ``with`` block and in all threads, as exactly as ``name`` says.
+    """Set the precision of computations on GPUs, inside the ``with`` block and in all threads.
 
     * ``"float32"``: float32's digits everywhere.
     * ``"tf32"``: matrix products multiply 10-bit mantissas, as under ``torch.backends.cuda.matmul.allow_tf32``, which
@@ -26,8 +26,8 @@ def use_precision(name: str) -> Iterator[None]:
       products, is stored in bfloat16. Features between the steps, sums, statistics and gradients stay float32, and so
       does the arithmetic along edges.
 
-    Without it, convolutions follow PyTorch's flag. It permits, and does not demand: the CPU and the reference backend
-    keep float32. A backward pass follows what is in force when it runs.
+    Without it, convolutions follow PyTorch's flag. It permits lower precision but does not force it: the CPU and the
+    reference backend keep float32. A backward pass uses the precision that is set when it runs.
 
     Raises:
         InputError: there is no such precision.

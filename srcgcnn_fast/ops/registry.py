@@ -196,7 +196,7 @@ def select(
         no_cuda = _cuda_refusal(h, inference, width)
         name = "cuda" if no_cuda is None or forced else name
     reason = no_cuda if name == "cuda" else _refusal(h)
-    if _is_transformed():
+    if is_transformed():
         reason = "torch.func transforms and forward-mode derivatives go through the reference"
     elif edge_statistics_grad:
         reason = "gradients of distances through the batch norm of a training batch exist in the reference only"
@@ -225,7 +225,7 @@ def refuse_tracing() -> None:
         )
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Is this a call inside vmap, jvp …? The compiled operators would have no tangent there, or run row by row."""
     if torch.compiler.is_compiling():
         return False

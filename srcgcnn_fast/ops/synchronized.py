@@ -170,9 +170,9 @@ def _messages(
     h: Tensor, graph: Graph, moments: Moments, weight: Tensor, bias: Tensor | None, bn1: BatchNorm, has_bias: bool
 ) -> Tensor:
     """m (N, F); without ``has_bias`` the mean of z is meant without the bias, whose gradient is then zero."""
-    width, more = h.shape[1], fused._missing(h)
+    width, more = h.shape[1], fused.missing_channels(h)
     wide = pad(h, (0, more)) if more else h.contiguous()
-    layer = fused._layer(weight, bias if has_bias else None, bn1, _NO_SECOND_NORM, width, more)
+    layer = fused.operator_layer(weight, bias if has_bias else None, bn1, _NO_SECOND_NORM, width, more)
     edge_values = graph.distance if graph.features is None else graph.features
     m: Tensor = _Messages.apply(graph, moments, None if has_bias else bias, wide, edge_values, *layer)
     return m[:, :width] if more else m
@@ -192,7 +192,7 @@ def gated_convs(
     ``around`` is needed where a first norm trains and the CPU kernels are not called as they are, ``species`` is taken
     by those alone.
     """
-    if fused._eager(h):
+    if fused.is_eager(h):
         return fused.gated_convs(h, graph, moments, layers, species)
     row_weight = moments.row_weight[:, None]
     for weight, bias, bn1, bn2 in layers:

@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..uncertainty import DROPOUT_SCALE, MonteCarloDropout, Sampler
 from .data import GraphDataModule
 from .evaluate import Evaluation, evaluate
-from .plots import _figure, _save
+from .plots import new_figure, save_figure
 
 _ROUNDING = 1e4
 """Errors over spread from which on the spread is that of single precision."""
@@ -87,7 +87,7 @@ def calibration_plot(path: str | os.PathLike[str], found: Evaluation, scale: tup
     if found.std is None:
         raise InputError("This evaluation has no standard deviation; evaluate an ensemble, or dropout left on.")
     raw = dataclasses.replace(found, std=found.std / np.array(scale))
-    figure, axes = _figure(len(found.target_names), width=4.2, height=4.2)
+    figure, axes = new_figure(len(found.target_names), width=4.2, height=4.2)
     for k, (axis, name) in enumerate(zip(axes, found.target_names, strict=True)):
         axis.plot((0, 1), (0, 1), color="0.6", linewidth=1)
         axis.plot(levels, coverage(raw, levels)[k], color="#d1603d", label="as predicted")
@@ -96,4 +96,4 @@ def calibration_plot(path: str | os.PathLike[str], found: Evaluation, scale: tup
         axis.set_xlabel("expected share of crystals within the interval")
         axis.legend(frameon=False, loc="upper left", fontsize=9)
     axes[0].set_ylabel("observed share")
-    return _save(figure, path)
+    return save_figure(figure, path)

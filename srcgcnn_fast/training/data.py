@@ -197,8 +197,8 @@ class GraphDataModule(pl.LightningDataModule):
         length_buckets: training batches of crystals of similar size.
         num_workers: processes that assemble batches ahead; 0 assembles in the training process.
 
-    Crystals without any of the targets are left out and counted in the log; one of several that is missing is NaN.
-    What is trained on and also validates or tests is counted, too, another crystal of the same id and graph included.
+    Crystals without any of the targets are left out and counted in the log; a missing one of several targets is NaN.
+    Validation and test crystals that are also trained on are counted, too, including others with the same id and graph.
 
     Raises:
         InputError: a store does not exist, there is no target, one does not exist or is named twice, too few crystals

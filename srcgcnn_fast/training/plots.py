@@ -24,7 +24,7 @@ def parity_plot(
     dpi: int = 150,
 ) -> Path:
     """Predicted against given values, one panel per model: ``panels[title] = (target (n,), predicted (n,))``."""
-    figure, axes = _figure(len(panels), width=4.2, height=4.2)
+    figure, axes = new_figure(len(panels), width=4.2, height=4.2)
     values = np.concatenate([np.concatenate(pair) for pair in panels.values()])
     low, high = float(values.min()), float(values.max())
     margin = 0.05 * (high - low) or 1.0
@@ -37,7 +37,7 @@ def parity_plot(
         axis.set(xlim=limits, ylim=limits, aspect="equal")
         axis.set_xlabel(f"{_label(quantity, unit)}, given")
     axes[0].set_ylabel(f"{_label(quantity, unit)}, predicted")
-    return _save(figure, path, dpi)
+    return save_figure(figure, path, dpi)
 
 
 def learning_curves(
@@ -47,7 +47,7 @@ def learning_curves(
     dpi: int = 150,
 ) -> Path:
     """Training loss and the MAE on the validation set against the epoch, one line per model."""
-    figure, (left, right) = _figure(2, width=4.4, height=3.4)
+    figure, (left, right) = new_figure(2, width=4.4, height=3.4)
     for colour, (name, rows) in zip(COLOURS, histories.items(), strict=False):
         epochs = [row["epoch"] for row in rows]
         left.plot(epochs, [row["train_loss"] for row in rows], label=name, color=colour)
@@ -58,14 +58,14 @@ def learning_curves(
         if all(row[name] > 0 for rows in histories.values() for row in rows):
             axis.set_yscale("log")
     right.legend(frameon=False)
-    return _save(figure, path, dpi)
+    return save_figure(figure, path, dpi)
 
 
 def depth_plot(
     path: str | os.PathLike[str], steps: Mapping[int, np.ndarray], layers: Mapping[str, float], unit: str = ""
 ) -> Path:
     """Mean absolute error against T, ``steps[T] = (S,)`` of S seeds; the error of each CGCNN as a line across."""
-    figure, (axis,) = _figure(1, width=5.5, height=3.6)
+    figure, (axis,) = new_figure(1, width=5.5, height=3.6)
     for k, (name, error) in enumerate(layers.items()):
         axis.axhline(error, label=name, color=COLOURS[0], linestyle=("-", "--", ":")[k % 3])
     means = [float(errors.mean()) for errors in steps.values()]
@@ -74,14 +74,14 @@ def depth_plot(
     axis.set_xticks(list(steps))
     axis.set(xlabel="steps T", ylabel=_label("MAE", unit))
     axis.legend(frameon=False)
-    return _save(figure, path, 100)
+    return save_figure(figure, path, 100)
 
 
 def size_plot(
     path: str | os.PathLike[str], groups: Mapping[str, tuple[int, Mapping[str, float]]], unit: str = ""
 ) -> Path:
     """Mean absolute error by size, ``groups[range] = (crystals, {model: error})``."""
-    figure, (axis,) = _figure(1, width=6.0, height=3.4)
+    figure, (axis,) = new_figure(1, width=6.0, height=3.4)
     names = list(next(iter(groups.values()))[1])
     for k, (name, colour) in enumerate(zip(names, COLOURS, strict=False)):
         places = np.arange(len(groups)) + (k - (len(names) - 1) / 2) * 0.8 / len(names)
@@ -89,28 +89,28 @@ def size_plot(
     axis.set_xticks(range(len(groups)), [f"{name}\n({count})" for name, (count, _) in groups.items()])
     axis.set(xlabel="atoms in the cell (crystals)", ylabel=_label("MAE", unit))
     axis.legend(frameon=False)
-    return _save(figure, path, 100)
+    return save_figure(figure, path, 100)
 
 
 def element_plot(
     path: str | os.PathLike[str], numbers: np.ndarray, errors: Mapping[str, np.ndarray], unit: str = ""
 ) -> Path:
     """Mean absolute error of the crystals with each element: atomic ``numbers`` (n,), ``errors[model]`` (n,)."""
-    figure, (axis,) = _figure(1, width=11.0, height=3.4)
+    figure, (axis,) = new_figure(1, width=11.0, height=3.4)
     for (name, values), colour in zip(errors.items(), COLOURS, strict=False):
         axis.plot(range(len(numbers)), values, "o-", label=name, color=colour, markersize=3.5, linewidth=0.8)
     labels = ["\n" * (k % 2) + ELEMENT_SYMBOLS[z] for k, z in enumerate(numbers)]  # on two lines, else they touch
     axis.set_xticks(range(len(numbers)), labels, fontsize=7)
     axis.set(ylabel=_label("MAE", unit), xlim=(-1, len(numbers)), ylim=(0, None))
     axis.legend(frameon=False)
-    return _save(figure, path, 100)
+    return save_figure(figure, path, 100)
 
 
 def _label(quantity: str, unit: str) -> str:
     return f"{quantity.replace('_', ' ')} ({unit})" if unit else quantity.replace("_", " ")
 
 
-def _figure(columns: int, width: float, height: float) -> tuple[Any, Sequence[Any]]:
+def new_figure(columns: int, width: float, height: float) -> tuple[Any, Sequence[Any]]:
     require("matplotlib", "Plotting", extra="train")
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # the pyplot state would choose a display
     from matplotlib.figure import Figure
@@ -124,7 +124,7 @@ def _figure(columns: int, width: float, height: float) -> tuple[Any, Sequence[An
     return figure, axes
 
 
-def _save(figure: Any, path: str | os.PathLike[str], dpi: int = 150) -> Path:
+def save_figure(figure: Any, path: str | os.PathLike[str], dpi: int = 150) -> Path:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=dpi)
     return Path(path)

@@ -41,7 +41,7 @@ _STYLE = (
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean absolute error of one model less that of another on the same crystals, with a 95 % interval."""
+    """Mean absolute error of one model minus that of another on the same crystals, with a 95 % interval."""
 
     mean: float
     low: float
@@ -49,10 +49,10 @@ class Difference:
 
 
 def paired_difference(errors: np.ndarray, others: np.ndarray, seed: int = 0) -> Difference:
-    """Of absolute errors ``errors`` less ``others``, both (S seeds, n crystals), crystal by crystal and seed by seed.
+    """The mean of absolute errors ``errors`` - ``others``, both (S seeds, n crystals), paired by crystal and seed.
 
-    The interval is the bootstrap's 2.5 to 97.5 %, crystals and seeds drawn anew together: it says how far another test
-    set and other seeds would move the difference. With one seed it is that of the crystals alone.
+    The interval is the bootstrap's 2.5 to 97.5 %, with crystals and seeds resampled together: it says how far another
+    test set and other seeds would move the difference. With one seed only crystals are resampled.
     """
     rng = np.random.default_rng(seed)
     gaps = errors - others
@@ -79,10 +79,9 @@ def compare_study(
 ) -> Path:
     """Do every run of ``study`` that is not done yet and write its report into ``out_dir``; returns report.html.
 
-    Runs are kept in ``out_dir/runs`` by what decides them (model, recipe, precision, seed, graphs, data, version), so
-    that an interrupted study goes on where it stopped, in the middle of a run, too, and a changed one does only what is
-    new.
-    The report is written anew after every section, and after Ctrl-C or SIGTERM with what there is.
+    Runs are kept in ``out_dir/runs``, identified by all that determines them (model, recipe, precision, seed, graphs,
+    data, version). So an interrupted study continues where it stopped, even within a run, and a changed one trains
+    only what is new. The report is written after every section, and after Ctrl-C or SIGTERM with the runs so far.
 
     Args:
         source: anything that ``prepare`` reads, a prepared store or its path.

@@ -65,7 +65,7 @@ def cross_validate(
     resume: bool = False,
     **options: Any,
 ) -> CrossValidation:
-    """Train one model a fold, from the same seed, in ``run_dir/fold_0``, …; score each on the crystals it never saw.
+    """Train one model per fold, from the same seed, in ``run_dir/fold_0``, …; score each on the crystals it never saw.
 
     Args:
         build: makes an untrained model for a data module, such as ``lambda data: CGCNN()``; it is called after the
@@ -155,15 +155,15 @@ def train_ensemble(
 
 def _check_build(build: Build, data: GraphDataModule) -> None:
     """Is it called with the data, and makes a new model each time?"""
-    mend = "give a function that makes a model for the data, such as lambda data: CGCNN()."
+    advice = "give a function that makes a model for the data, such as lambda data: CGCNN()."
     if isinstance(build, type | torch.nn.Module) or not callable(build):
-        raise InputError(f"build is a {type(build).__name__}; {mend}")
+        raise InputError(f"build is a {type(build).__name__}; {advice}")
     try:
         inspect.signature(build).bind(data)
     except TypeError as error:
-        raise InputError(f"build cannot be called with the data module ({error}); {mend}") from None
+        raise InputError(f"build cannot be called with the data module ({error}); {advice}") from None
     if build(data) is build(data):  # which would learn from one run to the next
-        raise InputError(f"build gives the same model at each call; {mend}")
+        raise InputError(f"build gives the same model at each call; {advice}")
 
 
 def _start_alike(build: Build, data: GraphDataModule, seed: int) -> bool:

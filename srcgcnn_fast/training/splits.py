@@ -120,8 +120,8 @@ def k_folds(
     """
     indices = np.asarray(indices, dtype=np.int64)
     if not 2 <= k <= len(indices):
-        mend = f"ask for 2 to {len(indices)}" if len(indices) > 1 else "give more crystals"
-        raise InputError(f"{len(indices)} crystals cannot be cut into {k} folds; {mend}.")
+        advice = f"ask for 2 to {len(indices)}" if len(indices) > 1 else "give more crystals"
+        raise InputError(f"{len(indices)} crystals cannot be cut into {k} folds; {advice}.")
     generator = np.random.default_rng(seed)
     order = generator.permutation(len(indices))
     classes = np.zeros(len(indices)) if labels is None else np.asarray(labels)

@@ -190,10 +190,10 @@ def test_isolated_atoms():
     ("crystal", "words"),
     [
         ((np.eye(3) * 4, [[0, 0, 0], [0.5, 0.5, 0.5], [1.00001, 0, -1]], [26, 8, 8]), r"sites 1 \(Fe\) and 3 \(O\)"),
-        ((np.eye(3) * 4, [[0, 0, np.nan]], [26]), "site 1 .*mend the coordinates"),
-        ((np.eye(3) * 4, [[0.5, 0, 0], [0, -np.inf, 0]], [26, 26]), "site 2 .*mend the coordinates"),
-        ((np.eye(3) * 4, [[1e12, 0, 0]], [26]), "1e.09; mend the coordinates"),
-        ((np.full((3, 3), np.nan), [[0, 0, 0]], [26]), "mend the lattice"),
+        ((np.eye(3) * 4, [[0, 0, np.nan]], [26]), "site 1 .*correct the coordinates"),
+        ((np.eye(3) * 4, [[0.5, 0, 0], [0, -np.inf, 0]], [26, 26]), "site 2 .*correct the coordinates"),
+        ((np.eye(3) * 4, [[1e12, 0, 0]], [26]), "1e.09; correct the coordinates"),
+        ((np.full((3, 3), np.nan), [[0, 0, 0]], [26]), "correct the lattice"),
         ((np.ones((3, 3)), [[0, 0, 0]], [26]), "singular"),
         ((np.zeros((3, 3)), [[0, 0, 0]], [26]), "singular"),
         (([[4, 0, 0], [0, 4, 0], [4, 4, 1e-12]], [[0, 0, 0]], [26]), "singular"),
@@ -263,7 +263,7 @@ def test_packed_graphs_with_errors_between():
             if b in packed.errors:
                 assert packed.crystal_ptr[b] == packed.crystal_ptr[b + 1]
                 assert packed.atom_ptr[b] == packed.atom_ptr[b + 1]
-                with pytest.raises(InputError, match=r"mend|singular"):
+                with pytest.raises(InputError, match=r"correct|singular"):
                     packed.graph(b)
             else:
                 assert_same(packed.graph(b), graph)

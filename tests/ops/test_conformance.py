@@ -162,7 +162,7 @@ def test_the_gate_is_right_at_both_ends(most):
         zero, one = torch.zeros(2 * width, dtype=dtype), torch.ones(2 * width, dtype=dtype)
         bn1 = BatchNorm(zero, torch.cat([f, c]).to(dtype), zero, one)
         bn2 = BatchNorm(None, None, zero[:width], one[:width])
-        layer = fused._layer(torch.zeros(2 * width, 2 * width + 1, dtype=dtype), None, bn1, bn2, width, 0)
+        layer = fused.operator_layer(torch.zeros(2 * width, 2 * width + 1, dtype=dtype), None, bn1, bn2, width, 0)
         row_weight = torch.ones(1, dtype=dtype)
         m = cpu.conv(
             row_weight * zero[None, :width], layer, fused.with_shells(edges), cpu.Moments(row_weight, *[None] * 5)

@@ -60,7 +60,7 @@ def test_architectures(configure, definitions, environment, expected):
 
 @pytest.mark.parametrize("asked", ["AUTO", "ON"])
 @pytest.mark.parametrize(
-    ("definition", "reason", "mend"),
+    ("definition", "reason", "advice"),
     [
         ("CMAKE_CUDA_COMPILER=NOTFOUND", "no nvcc was found", TOOLKIT),
         (
@@ -78,8 +78,8 @@ def test_architectures(configure, definitions, environment, expected):
     ],
     ids=["no nvcc", "C++ compiler", "old nvcc", "Windows", "old GPU"],
 )
-def test_why_they_are_not_built(configure, tmp_path, definition, reason, mend, asked):
-    """Left out with the reason, which the package keeps; demanded, an error with the mend."""
+def test_why_they_are_not_built(configure, tmp_path, definition, reason, advice, asked):
+    """Left out with the reason, which the package keeps; demanded, an error with the advice."""
     if definition.endswith("old"):
         header, compiler = tmp_path / "old.h", tmp_path / "nvcc"
         header.write_text(OLD)
@@ -93,7 +93,7 @@ def test_why_they_are_not_built(configure, tmp_path, definition, reason, mend, a
     said, commands = configure([f"SRCGCNN_CUDA={asked}", *given, *away], environment)
     if asked == "ON":
         assert not commands
-        assert re.search(rf"SRCGCNN_CUDA=ON, but {reason}: {mend}, or configure with SRCGCNN_CUDA=AUTO\.", said)
+        assert re.search(rf"SRCGCNN_CUDA=ON, but {reason}: {advice}, or configure with SRCGCNN_CUDA=AUTO\.", said)
     else:
         assert re.search(rf"Building for the CPU only \(SRCGCNN_CUDA=AUTO\): {reason}\.", said)
         assert re.search(rf"SRCGCNN_CUDA_BUILD=[\\\" ]*not built: {reason}", commands)

@@ -278,9 +278,9 @@ def test_the_gate_is_right_at_both_ends():
 @pytest.fixture
 def pretend_gpu(monkeypatch):
     """Calls on tensors of the CPU go where those on a GPU's go."""
-    monkeypatch.setattr(fused, "_eager", lambda _h, device="cpu": device == "cuda")
+    monkeypatch.setattr(fused, "is_eager", lambda _h, device="cpu": device == "cuda")
     monkeypatch.setattr(fused, "shells", lambda _edges: (None, None, None))
-    monkeypatch.setattr(fused, "_missing", lambda _h: 0)
+    monkeypatch.setattr(fused, "missing_channels", lambda _h: 0)
     monkeypatch.setattr(registry, "trains_compiled", lambda _h: True)
 
 
@@ -749,7 +749,7 @@ def test_statistics_of_several_processes(monkeypatch):
         gated_conv_backward=lambda d, h, m, *a: backend.conv_backward(d, h, m, *split(a), a[-1]),
     )
     monkeypatch.setattr(synchronized, "_ops", operators)
-    monkeypatch.setattr(fused, "_eager", lambda _h, _device="cpu": False)
+    monkeypatch.setattr(fused, "is_eager", lambda _h, _device="cpu": False)
     problem, training = Problem("weighted", 32, 41), (True, True)
     truth, plain = (problem.expected(dtype, training) for dtype in (torch.float64, torch.float32))
     graph, leaves = problem.graph(), [x.float().clone().requires_grad_() for x in problem.parameters]

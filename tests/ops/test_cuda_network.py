@@ -537,7 +537,7 @@ def test_whole_models_read_nothing_back_and_have_all_on_one_device(
         monkeypatch.setattr(module, "native", Native)
     monkeypatch.setattr(triton, "launching", lambda device: nullcontext(0) if device.type == "cuda" else None)
     monkeypatch.setattr(torch.Tensor, "data_ptr", lambda _: 16)
-    monkeypatch.setattr(fused, "_eager", lambda h, device="cpu": h.device.type == device)
+    monkeypatch.setattr(fused, "is_eager", lambda h, device="cpu": h.device.type == device)
     monkeypatch.setattr(fused, "_are_plain", lambda *_: True)
     monkeypatch.setattr(fused, "Tensor", FakeTensor)  # as which they pass for ordinary ones
     differentiated: list[str] = []

@@ -47,12 +47,14 @@ def test_golden_values_and_conformance(level, at_lower_levels):
 
 
 def test_an_unknown_level_is_an_error(tmp_path):
-    code = "import torch, srcgcnn_fast as sf; print(sf.backends()['cpu'].reason); sf.GatedConv(8)"
+    code = "import torch, srcgcnn_fast as sf; from srcgcnn_fast.doctor import report; print(report()); sf.GatedConv(8)"
     code += "; from srcgcnn_fast.ops import registry; registry.select(torch.zeros(1))"
     environment = {**os.environ, "SRCGCNN_FAST_SIMD": "v9"}
     run = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert run.returncode != 0
-    assert "SRCGCNN_FAST_SIMD=v9 is not a level of this processor; choose one of" in run.stdout
+    said = "the compiled kernels do not load: SRCGCNN_FAST_SIMD=v9 is not a level of this processor; choose one of"
+    assert f"  cpu          built, not usable  {said}" in run.stdout
+    assert f"  CPU tensors take: none: {said}" in run.stdout
     assert "InputError" in run.stderr

@@ -193,12 +193,12 @@ def in_step(name: str) -> tuple[dict, dict | None]:
 @contextmanager
 def without_own_exchange(wanted: bool) -> Iterator[None]:
     """Take the operators, and so the way of a GPU, in place of the kernels that exchange statistics themselves."""
-    before = fused._eager
+    before = fused.is_eager
     try:
-        fused._eager = (lambda _h, _device="cpu": False) if wanted else before
+        fused.is_eager = (lambda _h, _device="cpu": False) if wanted else before
         yield
     finally:
-        fused._eager = before
+        fused.is_eager = before
 
 
 class KillIn(pl.Callback):
