@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 import tempfile
+import types
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -113,18 +115,21 @@ def padding_library(emulation):
 def fenced(monkeypatch: pytest.MonkeyPatch):
     """Tensors for kernels to write: what is forgotten is NaN, not an old right answer; what is written beside them is
     found at the end."""
-    fence, blocks = 32, []
+    fence, around, filling = 32, [], types.SimpleNamespace(value=math.nan)
 
     def new_empty(like: torch.Tensor, *size, dtype: torch.dtype | None = None) -> torch.Tensor:
         shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
-        blocks.append(torch.full((shape.numel() + 2 * fence,), 7, dtype=dtype or like.dtype))
-        inside = blocks[-1][fence:-fence].view(shape)
-        return inside.fill_(float("nan")) if inside.is_floating_point() else inside
+        count, whole = shape.numel(), -(-shape.numel() // 8) * 8  # of 16 bytes, so that it is aligned wherever it ends
+        block = torch.full((whole + 2 * fence,), 7, dtype=dtype or like.dtype)
+        before, inside, behind = block.split([fence, count, fence + whole - count])
+        around.extend((before, behind))
+        inside = inside.view(shape)
+        return inside.fill_(filling.value) if inside.is_floating_point() else inside
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
     monkeypatch.setattr(torch, "empty_like", lambda x: x.new_empty(x.shape))
-    yield
-    assert all((block[:fence] == 7).all() and (block[-fence:] == 7).all() for block in blocks)
+    yield filling
+    assert all((x == 7).all() for x in around)
 
 
 @pytest.fixture
