@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from ..nn import CGCNN, SRCGCNN
+from ..nn import CGCNN, SRCGCNN, ModelMetadata
 from ..serialization import check_parts, loaded
 from .data import GraphDataModule
 from .module import normalizer
@@ -18,7 +18,8 @@ def fine_tuned(
     """A copy of ``source`` to be trained on ``data``; what it keeps as it is, ``Recipe.freeze`` says.
 
     An output of the same target starts as it is: its weights are rescaled to the normaliser of ``data``, so that the
-    first predictions are those of ``source``. Outputs of other targets start anew, from torch's random state.
+    first predictions are those of ``source``. Outputs of other targets start anew, from torch's random state. The
+    metadata has the targets, units and graphs of ``data``, and mean and standard deviation of its training targets.
 
     Args:
         source: a model, a directory that ``save_model`` wrote, or a published ``.pth.tar``.
@@ -39,6 +40,11 @@ def fine_tuned(
     state = source.state_dict()
     outputs = {name: state.pop(name) for name in ("fc_out.weight", "fc_out.bias")}
     model.load_state_dict(state, strict=False)
+    if is_class:
+        model.metadata = ModelMetadata(data.targets, data.units, graph=data.graph_parameters)
+    else:
+        mean, std = normalizer(data.target_values("train"), data.targets)
+        model.metadata = ModelMetadata(data.targets, data.units, tuple(mean), tuple(std), data.graph_parameters)
     if is_class != source.hyperparameters["classification"]:
         return model
     known = {name: k for k, name in enumerate(source.metadata.targets)}
@@ -48,7 +54,6 @@ def fine_tuned(
                 model.fc_out.weight.copy_(outputs["fc_out.weight"])
                 model.fc_out.bias.copy_(outputs["fc_out.bias"])
             return model
-        mean, std = normalizer(data.target_values("train"), data.targets)
         for k, old in ((k, known[name]) for k, name in enumerate(data.targets) if name in known):
             ratio = source.metadata.std[old] / std[k]
             shift = (source.metadata.mean[old] - mean[k]) / std[k]

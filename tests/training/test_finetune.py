@@ -31,7 +31,11 @@ def test_the_same_target_starts_with_the_same_predictions(alloys, targets):
     before, data = source(("high", "energy")), GraphDataModule(alloys, targets, batch_size=32)
     expected = evaluate(before, GraphDataModule(alloys, ["high", "energy"], batch_size=32)).predicted[:, 1]
     model = fine_tuned(before, data)
+    untrained = evaluate(model, data).predicted[:, targets.index("energy")]
+    assert untrained == pytest.approx(expected, abs=2e-6)
+    metadata = model.metadata
     TrainingModule(model, data, Recipe())  # sets the normaliser of the new data
+    assert metadata == model.metadata
     assert model.metadata.std != before.metadata.std
     ids = GraphDataModule(alloys, ["high", "energy"]).ids("test")
     found = evaluate(model, data)
