@@ -182,8 +182,8 @@ def _records(source: Any, targets: Sequence[str] | None, timeout: float, skip: i
         return islice(_read_file(path, wanted), skip, None)
     if hasattr(source, "columns") and hasattr(source, "iloc"):
         raise InputError(
-            "A DataFrame is not read, since its columns may mean anything; give its column of structures, or the "
-            "Parquet file."
+            "A DataFrame is not read, since its columns may mean anything; give its column of structures, "
+            'frame.to_dict("records") where there is a column "structure" beside ids and targets, or the Parquet file.'
         )
     is_column = is_series(source)
     items: Iterator[_Item]

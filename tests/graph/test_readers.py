@@ -419,8 +419,13 @@ def test_records_of_the_caller_stay_as_they_are() -> None:
 def test_tables_of_pandas_and_numbers_beyond_all_floats() -> None:
     pd = pytest.importorskip("pandas", reason="pandas is not installed")
     frame = pd.DataFrame({"lattice": [CELL.ravel()], "frac_coords": [COORDS.ravel()], "atomic_numbers": [NUMBERS]})
-    with pytest.raises(InputError, match="A DataFrame is not read"):
+    with pytest.raises(InputError, match=r'A DataFrame is not read.* frame\.to_dict\("records"\) where there is'):
         read_inputs(frame)
+    rows = pd.DataFrame({"id": ["a", "b"], "structure": [structure()] * 2, "gap": [0.5, 2.0]}).to_dict("records")
+    assert [(x.id, x.targets, x.error) for x in read_inputs(rows)] == [
+        ("a", {"gap": 0.5}, None),
+        ("b", {"gap": 2.0}, None),
+    ]
     with pytest.raises(InputError, match="The Series object is not a crystal"):
         as_crystal(frame.iloc[0])
     entry = {"structure": structure().as_dict(), "huge": 10**400, "gap": 1}
