@@ -107,9 +107,11 @@ def _as_crystal(structure: Any, name: str | None) -> AnyCrystal:
         return from_ase(structure, label)
     if _has(structure, "sites"):
         return _from_dictionary(structure, name or "The structure dictionary")
-    raise InputError(
-        f"{label} is not a crystal; give a pymatgen Structure, ASE Atoms, a path, or (lattice, frac_coords, numbers)."
+    is_held = _is_structure(getattr(structure, "structure", None))  # as by an entry of a phase diagram
+    wanted = (
+        "its .structure" if is_held else "a pymatgen Structure, ASE Atoms, a path, or (lattice, frac_coords, numbers)"
     )
+    raise InputError(f"{label} is not a crystal; give {wanted}.")
 
 
 def read_inputs(
@@ -513,9 +515,9 @@ def _read_folder(folder: Path, wanted: list[str] | None, timeout: float, skip: i
         return _select(_read_items(items, len(items), timeout, skip), names)
     files = [folder / name for name in sorted(_file_names(folder)) if _may_hold_structures(name)]
     if not files:
-        raise InputError(
-            f"{folder} has no structure files; put CIF, POSCAR, extended XYZ, JSON or Parquet files there."
-        )
+        has_folders = any(entry.is_dir() for entry in os.scandir(folder))
+        mend = "folders in it are not read, so give a dictionary name -> path of" if has_folders else "put there"
+        raise InputError(f"{folder} has no structure files; {mend} CIF, POSCAR, extended XYZ, JSON or Parquet files.")
     if wanted and all(_kind(p) in ("cif", "poscar") for p in files):
         raise InputError(
             f"{folder} has no id_prop.csv and so no target {', '.join(wanted)}; add one with rows id,target."

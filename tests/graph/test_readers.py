@@ -705,7 +705,10 @@ def test_folder_without_table(tmp_path: Path) -> None:
 def test_missing_and_empty_sources(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere\.cif does not exist"):
         read_inputs(tmp_path / "nowhere.cif")
-    with pytest.raises(InputError, match="has no structure files"):
+    with pytest.raises(InputError, match="has no structure files; put there CIF"):
+        read_inputs(tmp_path)
+    (tmp_path / "run").mkdir()
+    with pytest.raises(InputError, match="files; folders in it are not read, so give a dictionary name -> path of CIF"):
         read_inputs(tmp_path)
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(InputError, match=r"notes\.txt is of no known kind"):
