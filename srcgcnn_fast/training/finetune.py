@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import torch
@@ -11,6 +12,8 @@ from ..serialization import check_parts, loaded
 from .data import GraphDataModule
 from .module import normalizer
 
+logger = logging.getLogger(__name__)
+
 
 def fine_tuned(
     source: CGCNN | SRCGCNN | str | os.PathLike[str], data: GraphDataModule, *, classification: bool | None = None
@@ -18,8 +21,9 @@ def fine_tuned(
     """A copy of ``source`` to be trained on ``data``; what it keeps as it is, ``Recipe.freeze`` says.
 
     An output of the same target starts as it is: its weights are rescaled to the normaliser of ``data``, so that the
-    first predictions are those of ``source``. Outputs of other targets start anew, from torch's random state. The
-    metadata has the targets, units and graphs of ``data``, and mean and standard deviation of its training targets.
+    first predictions are those of ``source``. Outputs of other targets start anew, from torch's random state, and the
+    log says so. The metadata has the targets, units and graphs of ``data``, and mean and standard deviation of its
+    training targets.
 
     Args:
         source: a model, a directory that ``save_model`` wrote, or a published ``.pth.tar``.
@@ -45,12 +49,16 @@ def fine_tuned(
     else:
         mean, std = normalizer(data.target_values("train"), data.targets)
         model.metadata = ModelMetadata(data.targets, data.units, tuple(mean), tuple(std), data.graph_parameters)
-    if is_class != source.hyperparameters["classification"]:
-        return model
-    known = {name: k for k, name in enumerate(source.metadata.targets)}
+    is_same_kind = is_class == source.hyperparameters["classification"]
+    known = {name: k for k, name in enumerate(source.metadata.targets) if is_same_kind}
+    if anew := [name for name in data.targets if name not in known]:
+        has = f"the model has {', '.join(source.metadata.targets)}"
+        if not is_same_kind:
+            has = f"the model is {'no' if is_class else 'a'} classifier"
+        logger.warning("The output for %s starts from random weights, since %s", ", ".join(anew), has)
     with torch.no_grad():
         if is_class:
-            if data.targets == source.metadata.targets:
+            if known and not anew:
                 model.fc_out.weight.copy_(outputs["fc_out.weight"])
                 model.fc_out.bias.copy_(outputs["fc_out.bias"])
             return model
