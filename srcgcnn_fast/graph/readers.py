@@ -902,7 +902,8 @@ def _read_json(path: Path) -> Iterator[Record]:
             raise ValueError("the file is empty")
         content = json.loads(text)
     except (OSError, EOFError, gzip.BadGzipFile, ValueError, RecursionError) as error:
-        yield Record(stem, None, {}, f"{path.name} is not a JSON file ({one_line(error)}); export it again.")
+        mend = "write its lines as one list" if "Extra data: line 2" in str(error) else "export it again"
+        yield Record(stem, None, {}, f"{path.name} is not a JSON file ({one_line(error)}); {mend}.")
         return
     if isinstance(content, Mapping) and (mend := _other_table(content)):
         yield Record(stem, None, {}, f"{path.name} is {mend}.")
@@ -946,7 +947,7 @@ def _other_table(content: Mapping[str, Any]) -> str:
 
 
 def _holds_sites(value: Any) -> bool:
-    return _has(value, "sites")
+    return _has(value, "sites") or (isinstance(value, str) and _has(_json_or_none(value), "sites"))
 
 
 def _matbench_entries(content: Mapping[str, Any], stem: str) -> Iterator[tuple[str, Any]]:

@@ -630,6 +630,7 @@ def test_json_that_others_write_by_default_is_named(tmp_path: Path) -> None:
     held = structure().as_dict()
     pytest.importorskip("ase.io").write(tmp_path / "ase.json", pytest.importorskip("ase.build").bulk("Cu"))
     (tmp_path / "columns.json").write_text(json.dumps({"structure": {"0": held, "1": held}, "gap": {"0": 1, "1": 2}}))
+    (tmp_path / "texts.json").write_text(json.dumps({"structure": {"0": json.dumps(held)}, "gap": {"0": 1}}))
     (tmp_path / "names.json").write_text(json.dumps({"structure": {"structure": held}, "b": {"structure": held}}))
     said = [(r.id, r.error) for r in read_inputs(tmp_path)]
     assert said == [
@@ -637,6 +638,7 @@ def test_json_that_others_write_by_default_is_named(tmp_path: Path) -> None:
         ("columns", 'columns.json is a table of pandas by columns; write it by to_json(…, orient="records").'),
         ("structure", None),
         ("b", None),
+        ("texts", 'texts.json is a table of pandas by columns; write it by to_json(…, orient="records").'),
     ]
 
 
@@ -1010,6 +1012,7 @@ def test_other_bad_files(tmp_path: Path) -> None:
     bad = {
         "e.json": ("", "e.json is not a JSON file"),
         "f.json": ("{", "f.json is not a JSON file"),
+        "lines.json": ('{"a": 1}\n{"a": 2}\n', "(Extra data: line 2 column 1 (char 9)); write its lines as one list."),
         "g.json": ("3", "g.json holds no structures"),
         "h.json": ("[]", "h.json holds no structures"),
         "i.json": ('{"a": 3}', "a (i.json) is not a pymatgen Structure dictionary"),
