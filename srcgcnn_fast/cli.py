@@ -263,8 +263,10 @@ def _check_combination(arguments: argparse.Namespace, init: Any) -> None:
         raise InputError("--tensorboard and --logger wandb are two logs, and a run has one; give one of them.")
     if arguments.batch_size is not None and arguments.batch_rows is not None:
         raise InputError("--batch-rows stands in place of --batch-size; give one of them.")
-    if init is not None and (given := _given(arguments, _NETWORK)):
-        raise InputError(f"--init fixes the network, so {given} would change nothing; drop it.")
+    if init is not None:
+        own = {"model": "cgcnn" if type(init).__name__ == "CGCNN" else "sr-cgcnn", **init.hyperparameters}
+        if given := _given(arguments, [name for name in _NETWORK if getattr(arguments, name) != own.get(name)]):
+            raise InputError(f"--init fixes the network, so {given} would change nothing; drop it.")
     for names, option, value in _IDLE:
         if getattr(arguments, option) != value and (given := _given(arguments, names)):
             raise InputError(f"{given} would change nothing without --{option} {value}; give that, or drop it.")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from .graph.build import GraphParameters
 from .graph.elements import is_built_in
 from .nn import CGCNN, SRCGCNN, ModelMetadata
 from .nn.models import CrystalModel
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "srcgcnn_fast model"
 FORMAT_VERSION = 1
@@ -83,14 +87,28 @@ def _config(model: CGCNN | SRCGCNN) -> dict[str, Any]:
 
 
 def check_metadata(model: CGCNN | SRCGCNN) -> None:
-    """Raises InputError: the model's outputs have not each a target, unit, mean and std."""
-    metadata, outputs = model.metadata, model.hyperparameters["n_targets"]
+    """Raises InputError: the model's outputs have not each a target, unit, mean and std. Gaussians that end before the
+    radius are told in the log.
+    """
+    metadata, p = model.metadata, model.hyperparameters
+    outputs, radius, end = p["n_targets"], metadata.graph.radius, p["dmin"] + (p["nbr_fea_len"] - 1) * p["step"]
+    if end + p["step"] / 2 < radius:
+        _warn_of_gaussians(end, radius, metadata.graph.n_gaussians(p["dmin"], p["step"]))
     replace(metadata)  # whose constructor compares them with each other
     if len(metadata.targets) != outputs:
         raise InputError(
             f"The model has {outputs} output(s), and its metadata name {len(metadata.targets)} targets "
             f"({', '.join(metadata.targets)}); give each its name."
         )
+
+
+@cache
+def _warn_of_gaussians(end: float, radius: float, wanted: int) -> None:
+    logger.warning(
+        "The model's Gaussians end at %.3g Å and its graphs at %.3g Å, so it tells no distances beyond apart; make it "
+        "with nbr_fea_len=%d, or set metadata.graph to what it was trained on.",
+        end, radius, wanted,
+    )  # fmt: skip
 
 
 def check_parts(model: CGCNN | SRCGCNN) -> None:

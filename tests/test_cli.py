@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 
-from srcgcnn_fast import load_model
+from srcgcnn_fast import CGCNN, load_model, save_model
 from srcgcnn_fast import predict as sf_predict
 from srcgcnn_fast.cli import main
 from srcgcnn_fast.prediction import write_table
@@ -111,10 +111,12 @@ def test_train_writes_a_run(trained, source, capsys):
         f"{NARROW} --model cgcnn --n-conv 2 --schedule multistep --lr-milestones 2 --batch-rows 99",
         f"{NARROW} --target stable --classification --class-weights 1 2 --split 0.5 0.3 0.2",
         "--init {model} --freeze embedding --loss mae",
+        "--init {stack} --model cgcnn --n-conv 2",
     ],
 )
 def test_a_run_of_the_command_line_repeats_from_its_file(trained, source, tmp_path, options):
-    data, words = str(with_classes(tmp_path, source)), options.format(model=trained / "model").split()
+    stack = save_model(CGCNN(2, 8, 8), tmp_path / "stack")
+    data, words = str(with_classes(tmp_path, source)), options.format(model=trained / "model", stack=stack).split()
     target = () if "--target" in words else ("--target", TARGET)
     assert main(["train", data, *target, "--epochs", "1", "--out", str(tmp_path / "run"), *words]) == 0
     assert main(["train", "--config", str(tmp_path / "run" / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
@@ -141,7 +143,7 @@ def test_a_run_of_the_command_line_repeats_from_its_file(trained, source, tmp_pa
         ("--split .5 .3 .2 --val v.parquet", "--split would change nothing beside --val"),
         ("--init {model} --model cgcnn --n-conv 2", "fixes the network, so --model and --n-conv would change nothing"),
         ("--init {model} --n-recurrent-steps 4", "--n-recurrent-steps would change nothing; drop"),
-        ("--init {model} --atom-fea-len 16 --h-fea-len 16 --n-h 2", "--atom-fea-len and --h-fea-len and --n-h would"),
+        ("--init {model} --atom-fea-len 24 --h-fea-len 16 --n-h 2", "--atom-fea-len and --h-fea-len and --n-h would"),
         ("--patience 0", "A patience of 0 epochs stops at once"),
         ("--split 80 10 10", "is not three fractions (train, val, test) that sum to at most 1"),
         ("--split .5 .5 .5", "is not three fractions"),

@@ -54,6 +54,16 @@ def refusal(path) -> str:
     return str(caught.value)
 
 
+def test_gaussians_that_end_before_the_radius_are_told_once(tmp_path, caplog):
+    serialization._warn_of_gaussians.cache_clear()
+    for options in ({}, {"nbr_fea_len": 17, "step": 0.5}, {"nbr_fea_len": 46, "dmin": -1.0}):
+        sf.save_model(CGCNN(1, **SMALL, **options), tmp_path / "model")
+    assert not caplog.text
+    for name in ("a", "b"):
+        sf.save_model(CGCNN(1, **SMALL, nbr_fea_len=31), tmp_path / name)
+    assert caplog.text.count("Gaussians end at 6 Å and its graphs at 8 Å") == caplog.text.count("nbr_fea_len=41") == 1
+
+
 @pytest.mark.parametrize("build", MODELS)
 def test_round_trip_is_bit_identical(build, tmp_path, make_batch):
     model = make_model(build)

@@ -16,6 +16,7 @@ MIN_HEIGHT = 0.01
 """Å; a cell whose opposite faces are closer than this is called singular."""
 OCCUPANCY_TOLERANCE = 1e-3
 """A site counts as full when its occupancy is within this of 1."""
+_SYMBOLS = {*ELEMENT_SYMBOLS[1:], "D", "T"}
 
 
 class Crystal(NamedTuple):
@@ -167,7 +168,7 @@ def from_pymatgen(structure: Any, name: str = "The structure") -> AnyCrystal:
     if not all(structure.lattice.pbc):
         raise InputError(f"{name} is not periodic in all directions (pbc {structure.lattice.pbc}); set pbc to True.")
     held = [_composition(site, index, name) for index, site in enumerate(structure)]
-    numbers = [max(x, key=lambda pair: (pair[1], -pair[0]))[0] for x in held]
+    numbers = [x[0][0] if len(x) == 1 else max(x, key=lambda pair: (pair[1], -pair[0]))[0] for x in held]
     crystal = checked_crystal(structure.lattice.matrix, structure.frac_coords, numbers, name)
     mixed = [len(x) > 1 or abs(x[0][1] - 1) > OCCUPANCY_TOLERANCE for x in held]
     if not any(mixed):
@@ -183,12 +184,11 @@ def from_pymatgen(structure: Any, name: str = "The structure") -> AnyCrystal:
 
 
 def _composition(site: Any, index: int, name: str) -> Composition:
-    held: Counter[int] = Counter()
-    for species, share in site.species.items():
-        symbol = getattr(species, "element", species).symbol
-        if symbol not in ELEMENT_SYMBOLS and symbol not in ("D", "T"):
+    held: dict[int, float] = {}
+    for species, share in site.species.items():  # which may be ions, and have what their elements have
+        if (symbol := species.symbol) not in _SYMBOLS:
             raise InputError(f"{name} has the unknown element {symbol} at site {index + 1}; only H to Fm are known.")
-        held[int(getattr(species, "element", species).Z)] += share
+        held[species.Z] = held.get(species.Z, 0) + share
     shares = tuple((number, round(float(share), 6)) for number, share in sorted(held.items()) if share > 0)
     if not shares:
         raise InputError(f"{name} is disordered (site {index + 1} holds nothing); remove the site.")

@@ -107,9 +107,11 @@ def _as_crystal(structure: Any, name: str | None) -> AnyCrystal:
         return from_ase(structure, label)
     if _has(structure, "sites"):
         return _from_dictionary(structure, name or "The structure dictionary")
-    raise InputError(
-        f"{label} is not a crystal; give a pymatgen Structure, ASE Atoms, a path, or (lattice, frac_coords, numbers)."
+    is_held = _is_structure(getattr(structure, "structure", None))  # as by an entry of a phase diagram
+    wanted = (
+        "its .structure" if is_held else "a pymatgen Structure, ASE Atoms, a path, or (lattice, frac_coords, numbers)"
     )
+    raise InputError(f"{label} is not a crystal; give {wanted}.")
 
 
 def read_inputs(
@@ -182,8 +184,8 @@ def _records(source: Any, targets: Sequence[str] | None, timeout: float, skip: i
         return islice(_read_file(path, wanted), skip, None)
     if hasattr(source, "columns") and hasattr(source, "iloc"):
         raise InputError(
-            "A DataFrame is not read, since its columns may mean anything; give its column of structures, or the "
-            "Parquet file."
+            "A DataFrame is not read, since its columns may mean anything; give its column of structures, "
+            'frame.to_dict("records") where there is a column "structure" beside ids and targets, or the Parquet file.'
         )
     is_column = is_series(source)
     items: Iterator[_Item]
@@ -513,9 +515,9 @@ def _read_folder(folder: Path, wanted: list[str] | None, timeout: float, skip: i
         return _select(_read_items(items, len(items), timeout, skip), names)
     files = [folder / name for name in sorted(_file_names(folder)) if _may_hold_structures(name)]
     if not files:
-        raise InputError(
-            f"{folder} has no structure files; put CIF, POSCAR, extended XYZ, JSON or Parquet files there."
-        )
+        has_folders = any(entry.is_dir() for entry in os.scandir(folder))
+        advice = "folders in it are not read, so give a dictionary name -> path of" if has_folders else "put there"
+        raise InputError(f"{folder} has no structure files; {advice} CIF, POSCAR, extended XYZ, JSON or Parquet files.")
     if wanted and all(file_kind(p) in ("cif", "poscar") for p in files):
         raise InputError(
             f"{folder} has no id_prop.csv and so no target {', '.join(wanted)}; add one with rows id,target."
@@ -900,7 +902,8 @@ def _read_json(path: Path) -> Iterator[Record]:
             raise ValueError("the file is empty")
         content = json.loads(text)
     except (OSError, EOFError, gzip.BadGzipFile, ValueError, RecursionError) as error:
-        yield Record(stem, None, {}, f"{path.name} is not a JSON file ({one_line(error)}); export it again.")
+        advice = "write its lines as one list" if "Extra data: line 2" in str(error) else "export it again"
+        yield Record(stem, None, {}, f"{path.name} is not a JSON file ({one_line(error)}); {advice}.")
         return
     if isinstance(content, Mapping) and (kind := _other_table(content)):
         yield Record(stem, None, {}, f"{path.name} is {kind}.")
@@ -944,7 +947,7 @@ def _other_table(content: Mapping[str, Any]) -> str:
 
 
 def _holds_sites(value: Any) -> bool:
-    return _has(value, "sites")
+    return _has(value, "sites") or (isinstance(value, str) and _has(_json_or_none(value), "sites"))
 
 
 def _matbench_entries(content: Mapping[str, Any], stem: str) -> Iterator[tuple[str, Any]]:

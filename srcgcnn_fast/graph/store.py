@@ -370,7 +370,10 @@ class GraphStore:
         for name in names:
             if name not in self.targets:
                 has = ", ".join(self.targets) or "none"
-                raise InputError(f"{self.path or 'The store'} has no target {name}; it has {has}.")
+                raise InputError(
+                    f"{self.path or 'The store'} has no target {name}; it has {has} (of what is true or false, those "
+                    "that prepare's targets name)."
+                )
         return np.stack([self.targets[name] for name in names], axis=1) if names else np.zeros((len(self), 0))
 
     def __reduce__(self) -> tuple[Any, ...]:

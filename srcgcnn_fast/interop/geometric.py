@@ -124,7 +124,7 @@ class GeometricConv(Swapped):
         if aggregation.__name__ != name or not aggregation.__module__.startswith("torch_geometric."):
             return f"its aggr_module is {aggregation.__name__}, not {name}"
         for name in _METHODS:
-            if name in vars(module):
+            if name in vars(module) and not _is_of_pyg(module, vars(module)[name]):
                 return f"its {name} was replaced on the object"
         if module.node_dim != -2 or module.decomposed_layers != 1:
             return "its node_dim or decomposed_layers is not the default"
@@ -141,6 +141,11 @@ class GeometricConv(Swapped):
         widths = (channels,) if isinstance(channels, int) else channels
         x = [torch.randn(5, width, dtype=torch.float64, generator=generator) for width in widths]
         return [(x[0], edge_index, edge_attr)] if len(x) == 1 else [(tuple(x), edge_index, edge_attr)]
+
+    def _set_jittable_templates(self, raise_on_error: bool = False) -> None:
+        """The module's own class has them. PyTorch Geometric asks where a module is copied or unpickled, and would then
+        take these for the plain methods, by which explanations mask edges.
+        """
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         given = arguments(self, _ARGUMENTS, args, kwargs)
@@ -159,6 +164,12 @@ class GeometricConv(Swapped):
         if graph is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         return _cg_conv(self, source, target, edges, features, graph)
+
+
+def _is_of_pyg(module: Any, method: Any) -> bool:
+    """Is it what an explanation leaves on the object when it ends: the method that the class has?"""
+    forms = [getattr(type(module), f"_{form}_propagate", None) for form in ("orig", "jinja")]
+    return getattr(method, "__self__", None) is module and method.__func__ in forms
 
 
 def _is_propagation_hook(name: str) -> bool:

@@ -49,13 +49,13 @@ def random_split(indices: np.ndarray, fractions: Sequence[float], seed: int) -> 
     Of four or more, each part with a fraction above 0 gets at least one.
 
     Raises:
-        InputError: the fractions are not three numbers in 0…1 that sum to at most 1.
+        InputError: the fractions are not three numbers in 0…1 that sum to at most 1, or ``indices`` is no list of them.
     """
     if len(fractions) != 3 or not (min(fractions) >= 0 and sum(fractions) <= 1 + 1e-9):
         raise InputError(
             f"The split {tuple(fractions)} is not three fractions (train, val, test) that sum to at most 1."
         )
-    order = np.random.default_rng(seed).permutation(np.asarray(indices, dtype=np.int64))
+    order = np.random.default_rng(seed).permutation(as_indices("What is split", indices))
     cuts = np.rint(np.cumsum(fractions) * len(order)).astype(int)
     if len(order) >= 4:  # of three, two must be trained on
         least = np.cumsum(np.greater(fractions, 0))
@@ -241,7 +241,7 @@ class GraphDataModule(pl.LightningDataModule):
                 raise InputError(f"The split is {split!r}; give three fractions, or the indices of three parts.")
             is_given = isinstance(split, Split) or (len(split) == 3 and all(np.ndim(part) for part in split))
             parts = zip(Split._fields, split if is_given else random_split(whole.usable(), split, seed), strict=True)
-            self.parts = {name: Part(whole, _indices(name, part)) for name, part in parts}
+            self.parts = {name: Part(whole, as_indices(f"The {name} part of a split", part)) for name, part in parts}
         else:
             datasets = {"train": whole, "val": _dataset(val_store, self.targets)}
             datasets["test"] = _dataset(test_store, self.targets) if test_store else datasets["val"]
@@ -417,13 +417,13 @@ def _check_numbers(targets: tuple[str, ...], seed: int, num_workers: int) -> Non
         raise InputError(f"{num_workers} workers are too many for this machine; give at most {most} (0 is often best).")
 
 
-def _indices(name: str, part: Sequence[int] | np.ndarray) -> np.ndarray:
-    """As int64; a list may be empty."""
+def as_indices(name: str, part: Sequence[int] | np.ndarray) -> np.ndarray:
+    """As int64; a list may be empty. ``name`` begins the sentence of an InputError."""
     indices = np.asarray(part)
     if indices.ndim != 1 or (len(indices) and indices.dtype.kind not in "iu"):
         raise InputError(
-            f"The {name} part of a split is a list of indices, not an array of {indices.dtype} {indices.shape}; "
-            "np.flatnonzero makes them of a mask."
+            f"{name} is a list of indices, not an array of {indices.dtype} {indices.shape}; np.flatnonzero makes them "
+            "of a mask, and np.arange of a number of crystals."
         )
     return indices.astype(np.int64)
 

@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import InputError, require
 from ..graph.readers import ID_COLUMNS
 from ..graph.store import GraphStore
-from .data import Split
+from .data import Split, as_indices
 
 logger = logging.getLogger(__name__)
 
@@ -116,9 +116,9 @@ def k_folds(
         labels: class of each index; test and validation part of every fold then have about the same shares of them.
 
     Raises:
-        InputError: there are fewer than two folds, or more than crystals.
+        InputError: there are fewer than two folds, or more than crystals, or ``indices`` is no list of them.
     """
-    indices = np.asarray(indices, dtype=np.int64)
+    indices = as_indices("What is cut into folds", indices)
     if not 2 <= k <= len(indices):
         advice = f"ask for 2 to {len(indices)}" if len(indices) > 1 else "give more crystals"
         raise InputError(f"{len(indices)} crystals cannot be cut into {k} folds; {advice}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -326,6 +327,8 @@ def test_structures_of_other_programs(tmp_path):
             build_graphs(alone)
     with pytest.raises(InputError, match="The PeriodicSite object is not a crystal"):
         build_graph(structure[0])
+    with pytest.raises(InputError, match=r"The SimpleNamespace object is not a crystal; give its \.structure\.$"):
+        build_graph(SimpleNamespace(structure=structure, energy=-1.0))  # as pymatgen's ComputedStructureEntry
 
 
 HARD_CASES = {

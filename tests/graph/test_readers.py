@@ -419,8 +419,13 @@ def test_records_of_the_caller_stay_as_they_are() -> None:
 def test_tables_of_pandas_and_numbers_beyond_all_floats() -> None:
     pd = pytest.importorskip("pandas", reason="pandas is not installed")
     frame = pd.DataFrame({"lattice": [CELL.ravel()], "frac_coords": [COORDS.ravel()], "atomic_numbers": [NUMBERS]})
-    with pytest.raises(InputError, match="A DataFrame is not read"):
+    with pytest.raises(InputError, match=r'A DataFrame is not read.* frame\.to_dict\("records"\) where there is'):
         read_inputs(frame)
+    rows = pd.DataFrame({"id": ["a", "b"], "structure": [structure()] * 2, "gap": [0.5, 2.0]}).to_dict("records")
+    assert [(x.id, x.targets, x.error) for x in read_inputs(rows)] == [
+        ("a", {"gap": 0.5}, None),
+        ("b", {"gap": 2.0}, None),
+    ]
     with pytest.raises(InputError, match="The Series object is not a crystal"):
         as_crystal(frame.iloc[0])
     entry = {"structure": structure().as_dict(), "huge": 10**400, "gap": 1}
@@ -625,6 +630,7 @@ def test_json_that_others_write_by_default_is_named(tmp_path: Path) -> None:
     held = structure().as_dict()
     pytest.importorskip("ase.io").write(tmp_path / "ase.json", pytest.importorskip("ase.build").bulk("Cu"))
     (tmp_path / "columns.json").write_text(json.dumps({"structure": {"0": held, "1": held}, "gap": {"0": 1, "1": 2}}))
+    (tmp_path / "texts.json").write_text(json.dumps({"structure": {"0": json.dumps(held)}, "gap": {"0": 1}}))
     (tmp_path / "names.json").write_text(json.dumps({"structure": {"structure": held}, "b": {"structure": held}}))
     said = [(r.id, r.error) for r in read_inputs(tmp_path)]
     assert said == [
@@ -632,6 +638,7 @@ def test_json_that_others_write_by_default_is_named(tmp_path: Path) -> None:
         ("columns", 'columns.json is a table of pandas by columns; write it by to_json(…, orient="records").'),
         ("structure", None),
         ("b", None),
+        ("texts", 'texts.json is a table of pandas by columns; write it by to_json(…, orient="records").'),
     ]
 
 
@@ -700,7 +707,10 @@ def test_folder_without_table(tmp_path: Path) -> None:
 def test_missing_and_empty_sources(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere\.cif does not exist"):
         read_inputs(tmp_path / "nowhere.cif")
-    with pytest.raises(InputError, match="has no structure files"):
+    with pytest.raises(InputError, match="has no structure files; put there CIF"):
+        read_inputs(tmp_path)
+    (tmp_path / "run").mkdir()
+    with pytest.raises(InputError, match="files; folders in it are not read, so give a dictionary name -> path of CIF"):
         read_inputs(tmp_path)
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(InputError, match=r"notes\.txt is of no known kind"):
@@ -1002,6 +1012,7 @@ def test_other_bad_files(tmp_path: Path) -> None:
     bad = {
         "e.json": ("", "e.json is not a JSON file"),
         "f.json": ("{", "f.json is not a JSON file"),
+        "lines.json": ('{"a": 1}\n{"a": 2}\n', "(Extra data: line 2 column 1 (char 9)); write its lines as one list."),
         "g.json": ("3", "g.json holds no structures"),
         "h.json": ("[]", "h.json holds no structures"),
         "i.json": ('{"a": 3}', "a (i.json) is not a pymatgen Structure dictionary"),

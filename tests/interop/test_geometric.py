@@ -328,6 +328,24 @@ def test_hooks_of_message_passing_are_called():
     assert torch.equal(other(*inputs), expected) and seen == [1]
 
 
+def test_explanations_mask_the_edges_and_leave_layers_as_they_were(operator_calls):
+    explain = pytest.importorskip("torch_geometric.explain.algorithm.utils")
+    other, inputs = theirs(5, 4), graph()
+    fast = sf.accelerate(copy.deepcopy(other))
+    layers, found = [other, fast, copy.deepcopy(fast)], []
+    operator_calls.clear()
+    for layer in layers:
+        mask = torch.linspace(-1, 1, 200, dtype=torch.float64, requires_grad=True)
+        explain.set_masks(layer, mask, inputs[1])
+        out = layer(*inputs)
+        found.append(torch.cat([out.flatten(), *torch.autograd.grad(out.sum(), mask)]))
+        explain.clear_masks(layer)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2]) and not operator_calls
+    for layer in layers[1:]:
+        assert_same(layer, other, *inputs)
+    assert len(operator_calls) == 2
+
+
 def halve_messages(layer):
     layer.message = lambda x_i, x_j, edge_attr: 0.5 * type(layer).message(layer, x_i, x_j, edge_attr)
 

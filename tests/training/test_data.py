@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from srcgcnn_fast import InputError
 from srcgcnn_fast.graph import GraphStore, collate, prepare
-from srcgcnn_fast.training import GraphDataModule, Split, random_split
+from srcgcnn_fast.training import GraphDataModule, Split, k_folds, random_split
 from srcgcnn_fast.training.alloys import write_alloys
 from srcgcnn_fast.training.data import EpochSampler
 
@@ -52,6 +52,13 @@ def test_each_part_of_a_small_set_that_is_asked_for_has_a_crystal():
 def test_bad_fractions_are_refused(fractions):
     with pytest.raises(InputError, match="fractions"):
         random_split(np.arange(10), fractions, 0)
+
+
+@pytest.mark.parametrize("indices", [10, np.arange(10) > 4], ids=["a number", "a mask"])
+@pytest.mark.parametrize("cut", [lambda x: random_split(x, (0.8, 0.1, 0.1), 0), lambda x: k_folds(x, 2)])
+def test_only_a_list_of_indices_is_cut(cut, indices):
+    with pytest.raises(InputError, match=r"a list of indices, not an array of .*np\.arange of a number of crystals\."):
+        cut(indices)
 
 
 @settings(max_examples=60, deadline=None)

@@ -31,7 +31,11 @@ def test_the_same_target_starts_with_the_same_predictions(alloys, targets):
     before, data = source(("high", "energy")), GraphDataModule(alloys, targets, batch_size=32)
     expected = evaluate(before, GraphDataModule(alloys, ["high", "energy"], batch_size=32)).predicted[:, 1]
     model = fine_tuned(before, data)
+    untrained = evaluate(model, data).predicted[:, targets.index("energy")]
+    assert untrained == pytest.approx(expected, abs=2e-6)
+    metadata = model.metadata
     TrainingModule(model, data, Recipe())  # sets the normaliser of the new data
+    assert metadata == model.metadata
     assert model.metadata.std != before.metadata.std
     ids = GraphDataModule(alloys, ["high", "energy"]).ids("test")
     found = evaluate(model, data)
@@ -41,28 +45,31 @@ def test_the_same_target_starts_with_the_same_predictions(alloys, targets):
 
 
 @pytest.mark.parametrize(
-    ("was", "target", "options"),
+    ("was", "target", "options", "why"),
     [
-        (("energy",), "volume", {}),
-        (("energy",), "high", {"classification": True}),
-        (("high",), "high", {"classification": True}),
-        (("other",), "high", {}),
+        (("energy",), "volume", {}, "the model has energy"),
+        (("energy",), "high", {"classification": True}, "the model is no classifier"),
+        (("high",), "high", {"classification": True}, "the model is no classifier"),
+        (("other",), "high", {}, "the model has other"),
     ],
     ids=["target", "classifier", "of the same", "class"],
 )
-def test_another_target_gets_a_new_output(alloys, was, target, options):
+def test_another_target_gets_a_new_output(alloys, caplog, was, target, options, why):
     before = source(was, **({"classification": True} if was == ("other",) else {}))
     model = fine_tuned(before, GraphDataModule(alloys, target), **options)
+    assert f"The output for {target} starts from random weights, since {why}" in caplog.text
     for old in before.fc_out.weight:
         assert not any(torch.equal(old, new) for new in model.fc_out.weight)
     assert torch.equal(before.conv_to_fc.weight, model.conv_to_fc.weight)
     assert model.classification is bool(options or before.classification)
 
 
-def test_a_classifier_goes_on(alloys):
+def test_a_classifier_goes_on(alloys, caplog):
     before, data = source(("high",), classification=True), GraphDataModule(alloys, "high")
     assert np.array_equal(evaluate(fine_tuned(before, data), data).predicted, evaluate(before, data).predicted)
+    assert "random weights" not in caplog.text
     again = fine_tuned(before, data, classification=False)
+    assert "since the model is a classifier" in caplog.text
     assert not any(torch.equal(again.fc_out.weight[0], old) for old in before.fc_out.weight / again.metadata.std[0])
 
 
