@@ -216,14 +216,14 @@ class CapturedTraining:
     two, with rows of weight 0, which change only the order of some sums and the numbers that a dropout draws. Graphs of
     the last eight sizes are kept, of small batches 32; each holds the memory of a step. Batches may be on the CPU.
     Weights may change in place, by an optimiser; if the model is moved or a buffer replaced, make a new
-    ``CapturedTraining``. Precision and autocast are those at the time of the capture. It needs the compiled kernels.
+    ``CapturedTraining``. Precision, backend and autocast are those at the time of the capture.
 
     Args:
         model: on a CUDA device, in training mode whenever it is called; its batch norms have a momentum, and are not
             synchronised.
 
     Raises:
-        InputError: the model is elsewhere or does not train, its norms are others, the compiled kernels cannot take it,
+        InputError: the model is elsewhere or does not train, its norms are others, no kernels of the GPU can take it,
             or a gradient is asked for twice, or after a later batch took the place of its own.
     """
 
@@ -232,8 +232,10 @@ class CapturedTraining:
         self.device = model.fc_out.weight.device
         if self.device.type != _DEVICE:
             raise InputError(f"A CUDA graph needs a model on a CUDA device, not on {self.device}; call the model.")
-        if not fused.runs_compiled(model.fc_out.weight):
-            raise InputError("Captured training needs the compiled CUDA kernels and float32; call the model itself.")
+        if not fused.runs_on_gpu(model.fc_out.weight):
+            raise InputError(
+                "Captured training needs float32 and the kernels for GPUs, compiled or Triton's; call the model itself."
+            )
         for norm in model.modules():
             if isinstance(norm, torch.nn.modules.batchnorm._BatchNorm):
                 if norm.momentum is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -45,8 +46,8 @@ def moments(row_weight: Tensor, graph: Graph, n_features: int) -> Moments:
     features = None if features is None else features.detach()
     if runs_compiled(row_weight):
         return Moments(row_weight, *cuda_conv.edge_moments(row_weight, graph, n_features))
-    if is_eager(row_weight):
-        return Moments(row_weight, *cpu.edge_moments(row_weight, graph, n_features))
+    if (kernels := _kernels(row_weight, row_weight)) is not None:
+        return Moments(row_weight, *kernels.edge_moments(row_weight, graph, n_features))
     return Moments(row_weight, *_ops.edge_moments(row_weight, distance.detach(), features, *others, n_features))
 
 
@@ -142,6 +143,14 @@ class _Shared:
         return cpu.Joint(exchange.messages, exchange.gradients)
 
 
+def _kernels(h: Tensor, row_weight: Tensor) -> ModuleType | None:
+    """Those of the CPU or Triton's, if they take this call without PyTorch's dispatcher; see also runs_compiled."""
+    if is_eager(h):
+        return cpu
+    by_triton = is_eager(h, "cuda") and not registry.is_transformed() and not registry.trains_compiled(h)
+    return triton if by_triton and len(row_weight) > 0 else None
+
+
 class _Convolutions(torch.autograd.Function):
     """Convolutions one after the other as one node of the autograd graph, for calls outside of compilation.
 
@@ -162,10 +171,12 @@ class _Convolutions(torch.autograd.Function):
         edge_values: Tensor,
         *parameters: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        layers = _layers_of(parameters, norms)
+        layers, kernels = _layers_of(parameters, norms), _kernels(h, moments.row_weight)
+        assert kernels is not None
         joint = [] if shared is None else [shared.statistics]
-        out, statistics, block = cpu.convs(h, layers, graph, moments, species, running, *joint)
+        out, statistics, block = kernels.convs(h, layers, graph, moments, species, running, *joint)
         ctx.graph, ctx.moments, ctx.species, ctx.norms, ctx.shared = graph, moments, species, norms, shared
+        ctx.kernels = kernels
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
         ctx.n_parameters = len(parameters)
@@ -185,7 +196,7 @@ class _Convolutions(torch.autograd.Function):
             return (*none, *_differentiable(ctx, grad, used, h, edge_values, parameters))
         of_h, edge_grad, *wanted = ctx.needs_input_grad[6:]
         joint = [] if ctx.shared is None else [ctx.shared.gradients]
-        d_h, gradients, d_edge = cpu.convs_backward(
+        d_h, gradients, d_edge = ctx.kernels.convs_backward(
             grad.contiguous(), h, statistics, block, _layers_of(parameters, ctx.norms), ctx.graph, ctx.moments,
             edge_grad, ctx.species, *joint,
         )  # fmt: skip
@@ -315,6 +326,11 @@ def lookup(table: Tensor, species: Tensor) -> Tensor:
 def runs_compiled(h: Tensor) -> bool:
     """Is this a call that the CUDA kernels for training take without PyTorch's dispatcher?"""
     return is_eager(h, "cuda") and not registry.is_transformed() and registry.trains_compiled(h)
+
+
+def runs_on_gpu(h: Tensor) -> bool:
+    """Is this a call that kernels for GPUs take without PyTorch's dispatcher, the compiled ones or Triton's?"""
+    return is_eager(h, "cuda") and not registry.is_transformed() and registry.select(h) in ("cuda", "triton")
 
 
 class CrystalMean(torch.autograd.Function):
@@ -479,7 +495,7 @@ def gated_convs(
     given = [operator_layer(*layer, width, more) for layer in layers]
     statistics: Sequence[Tensor]
     shared = None
-    if is_eager(h):
+    if _kernels(h, moments.row_weight) is not None:
         edge_values = graph.distance if graph.features is None else graph.features
         parameters = [x for layer in given for x in layer[:6]]
         is_shared = any(norm.training and norm.group is not None for layer in layers for norm in layer[2:])

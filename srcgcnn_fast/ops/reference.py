@@ -156,7 +156,7 @@ def shares(row_weight: Tensor, crystal: Tensor, n_crystals: int) -> Tensor:
     """
     weight = row_weight.to(torch.float32 if row_weight.device.type == "mps" else torch.float64)
     atoms = weight.new_zeros(n_crystals).index_add(0, crystal, weight)
-    return weight / atoms.index_select(0, crystal)
+    return weight / torch.where(atoms == 0, 1, atoms).index_select(0, crystal)
 
 
 def crystal_mean(h: Tensor, row_weight: Tensor, crystal_ptr: Tensor) -> Tensor:

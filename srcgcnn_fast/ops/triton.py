@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from . import precision
-from .cpu import Graph, Layer, Moments, counted, refuse_edge_grad
+from .cpu import STILL, Graph, Layer, Moments, Running, counted, refuse_edge_grad
 from .reference import Dense
 
 OLDEST = (3, 3)
@@ -53,6 +53,8 @@ TILES = {
     "neighbor_sum": Tile(4, 4, 64, 4),
     "edge_sum": Tile(4, 4, 64, 4),
     "edge_gram": Tile(4, 4, 64, 4),
+    "edge_statistics": Tile(16, 0, 64, 4),
+    "filter_gradient": Tile(32, 0, 64, 4),
     "flat": Tile(16, 0, 64, 4),
 }
 
@@ -122,12 +124,16 @@ def _blocks(n: int, size: int) -> int:
 class _Launch:
     """A kernel with its tile and its grid: programs over ``n`` rows, and over the blocks of each of ``columns``.
 
-    ``share``: at most _PROGRAMS programs share out the rows. ``columns`` name the constants with the blocks' sizes.
+    ``share``: at most _PROGRAMS programs share out the rows. ``each``: a program for each of them. ``columns`` name the
+    constants with the blocks' sizes; ``beside``: so many more columns, in blocks of their own.
     """
 
-    def __init__(self, name: str, n: int, share: bool = False, square: bool = False, **columns: int) -> None:
+    def __init__(
+        self, name: str, n: int, share: bool = False, square: bool = False, each: bool = False, beside: int = 0,
+        **columns: int,
+    ) -> None:  # fmt: skip
         rows, degree, channels, warps, _ = TILES.get(name, TILES["flat"])
-        self.programs = min(_PROGRAMS, _blocks(n, rows)) if share else _blocks(n, rows)
+        self.programs = n if each else min(_PROGRAMS, _blocks(n, rows)) if share else _blocks(n, rows)
         self.options: dict[str, Any] = {"ROWS": rows, "num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
         if degree:
             self.options["DEG"] = degree
@@ -135,7 +141,7 @@ class _Launch:
         for block, width in columns.items():
             size = min(channels if block == "BF" else 64, max(16, 1 << (width - 1).bit_length()))
             self.options[block] = size
-            grid += [_blocks(width, size)] * (1 + square)
+            grid += [_blocks(width, size) + _blocks(beside, size)] * (1 + square)
         self.kernel = getattr(kernels(), name)[tuple(grid)]
 
     def __call__(self, *arguments: Any, **more: Any) -> None:
@@ -280,7 +286,7 @@ def _edge_gram(row_weight: Tensor, edges: _Edges) -> Tensor:
 def _gate_sum(m: Tensor | None, out: Tensor | None, h: Tensor, linear: _Linear, layer: Layer, edges: _Edges) -> None:
     """Summed messages into ``m``, what follows from them into ``out``, each (N, F); one of them may be None."""
     n, width = h.shape
-    scale, shift, _ = _finish(layer) if out is not None else (None, None, None)
+    scale, shift = (linear.scale2, linear.shift2) if out is not None else (None, None)
     _Launch("gate_sum", n, BF=width)(
         m, out, linear.pq, h, linear.of_edges, linear.table, layer.gamma1, layer.beta1, scale, shift,
         edges.distance, edges.graph.sender, edges.graph.row_ptr, n, edges.n_edges, *edges.basis,
@@ -289,63 +295,75 @@ def _gate_sum(m: Tensor | None, out: Tensor | None, h: Tensor, linear: _Linear, 
 
 
 def _finish_with_statistics(
-    out: Tensor, h: Tensor, m: Tensor, layer: Layer, row_weight: Tensor
-) -> tuple[Tensor, Tensor]:
-    """out = softplus(h + bn2(m)), and mean and biased variance of m over the rows."""
-    count, (n, width) = row_weight.sum(), h.shape
-    mean, centred = _centre(m, row_weight, count)
-    var = torch.mv(centred.square_().T, row_weight) / count
-    scale, shift, _ = _finish(layer._replace(mean2=mean, var2=var))
-    _Launch("finish", n, BF=width)(out, h, m, scale, shift, n, F=width)
-    return mean, var
+    out: Tensor, h: Tensor, m: Tensor, layer: Layer, row_weight: Tensor, used: _Used, atoms: Tensor, running: Running
+) -> None:
+    """out = softplus(h + bn2(m)) with the statistics of m over the rows, which go into ``used``."""
+    n, width = h.shape
+    sums = _Launch("message_sums", n, share=True, BF=width)
+    parts, norm = h.new_empty(sums.programs, 4, width), h.new_empty(2, width)
+    sums(parts, m, row_weight, n, F=width)
+    _Launch("message_statistics", 1, BF=width)(
+        used.mean2, used.var2, running.mean2, running.var2, norm[0], norm[1], atoms, parts, layer.gamma2, layer.beta2,
+        layer.eps2, running.momentum2, sums.programs, F=width,
+    )  # fmt: skip
+    _Launch("finish", n, BF=width)(out, h, m, norm[0], norm[1], n, F=width)
 
 
 def _backward_messages(
-    grad: Tensor, h: Tensor, m: Tensor, layer: Layer, row_weight: Tensor
+    grad: Tensor, h: Tensor, m: Tensor, layer: Layer, row_weight: Tensor, linear: _Linear, atoms: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients at h + bn2(m) and at m, (N, F), and of gamma2 and beta2."""
+    """Gradients at h + bn2(m) and at m, (N, F), and of gamma2 and beta2. ``atoms``, their number: of the batch."""
     n, width = h.shape
-    scale, shift, rstd = _finish(layer)
     launch = _Launch("backward_finish", n, share=True, BF=width)
-    du, sums = torch.empty_like(h), h.new_empty(2, launch.programs, width)
-    launch(du, sums[0], sums[1], grad, h, m, scale, shift, layer.mean2, rstd, n, F=width)
-    d_beta, d_gamma = sums.sum(1)
-    if not layer.train2:
-        return du, du * scale, d_gamma, d_beta
+    du, parts = torch.empty_like(h), h.new_empty(launch.programs, 2, width)
+    launch(du, parts, grad, h, m, linear.scale2, linear.shift2, layer.mean2, linear.rstd2, n, F=width)
+    d_beta, d_gamma, c1, c2 = _norm_gradients(parts, layer.beta2, layer.gamma2, atoms)
+    if c1 is None:
+        return du, du * linear.scale2, d_gamma, d_beta
     dm = torch.empty_like(h)
-    c1, c2 = torch.stack([d_beta, d_gamma]) / row_weight.sum()
     _Launch("correct_rows", n, BF=width)(
-        dm, du, m, None, row_weight, scale, c1, c2, layer.mean2, rstd, n, STRIDE=width, C=width
+        dm, du, m, None, row_weight, linear.scale2, c1, c2, layer.mean2, linear.rstd2, n, STRIDE=width, C=width
     )
     return du, dm, d_gamma, d_beta
 
 
+def _norm_gradients(
+    parts: Tensor, beta: Tensor, gamma: Tensor, count: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of a norm's shift and scale, and, of statistics over ``count`` values, both divided by it."""
+    d_beta, d_gamma = torch.empty_like(beta), torch.empty_like(gamma)
+    c1, c2 = (None, None) if count is None else parts.new_empty(2, parts.shape[2])
+    launch = _Launch("norm_gradients", 1, BF=parts.shape[2])
+    launch(d_beta, d_gamma, c1, c2, parts, count, len(parts), C=parts.shape[2])
+    return d_beta, d_gamma, c1, c2
+
+
 def _correct_rows(
-    d_pq: Tensor, x: Tensor, degree: Tensor, row_weight: Tensor, a: Tensor, c1: Tensor, c2: Tensor
+    d_pq: Tensor, x: Tensor, row_ptr: Tensor, row_weight: Tensor, a: Tensor, c1: Tensor, c2: Tensor
 ) -> None:
-    """d <- a (d - w (degree c1 + c2 x)), d the first half of ``d_pq`` (N, 4F)."""
+    """d <- a (d - w (edges c1 + c2 x)), d the first half of ``d_pq`` (N, 4F)."""
     n, columns = x.shape
     _Launch("correct_rows", n, BF=columns)(
-        d_pq, d_pq, x, degree, row_weight, a, c1, c2, None, None, n, STRIDE=2 * columns, C=columns
+        d_pq, d_pq, x, row_ptr, row_weight, a, c1, c2, None, None, n, STRIDE=2 * columns, C=columns
     )
 
 
 def _backward_receivers(
     d_pq: Tensor, x_rows: Tensor | None, dy: Tensor | None, dm: Tensor, linear: _Linear, layer: Layer, edges: _Edges
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """sum_j dy into the first half of ``d_pq`` (N, 4F), sum_j x into ``x_rows`` (N, 2F), dy itself (E, 2F).
 
-    Returns the sums of dy x and of dy, (2F,), and of e dy, (K, 2F).
+    Returns parts of the sums of dy and dy x, (parts, 2, 2F), and the sum of e dy, (K, 2F).
     """
     (n, width), k, graph = dm.shape, edges.n_features, edges.graph
     launch = _Launch("backward_rows", n, share=True, BF=width, BK=k)
-    d_gamma, d_filter = (dm.new_empty(launch.programs, *shape) for shape in ((2 * width,), (k, 2 * width)))
+    parts, d_filter = (dm.new_empty(launch.programs, rows, 2 * width) for rows in (2, k))
     launch(
-        d_pq, x_rows, d_gamma, d_filter, dy, linear.pq, dm, linear.of_edges, linear.table, graph.features,
+        d_pq, x_rows, parts, d_filter, dy, linear.pq, dm, linear.of_edges, linear.table, graph.features,
         layer.gamma1, layer.beta1, edges.distance, graph.sender, graph.row_ptr, n, edges.n_edges, *edges.basis,
         **_filter("backward_rows", width, edges),
     )  # fmt: skip
-    return d_gamma.sum(0), d_pq[:, : 2 * width].sum(0), d_filter.sum(0)
+    return parts, d_filter.sum(0)
 
 
 def _backward_senders(
@@ -397,65 +415,81 @@ def _check_layer(layer: Layer, width: int, n_features: int, device: torch.device
             _check(name, x, (width if name.endswith("2") else 2 * width,), dtype, device)
 
 
-def _centre(x: Tensor, weight: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted mean over the rows, and x less it; in two steps, as gradients through batch norm feel its rounding."""
-    mean = torch.mv(x.T, weight) / count
-    mean = mean + torch.mv((x - mean).T, weight) / count
-    return mean, x - mean
+class _Used(NamedTuple):
+    """The statistics that a layer's norms used."""
+
+    mean1: Tensor
+    var1: Tensor
+    mean2: Tensor
+    var2: Tensor
 
 
-def _statistics(h: Tensor, weight: Tensor, edges: _Edges, moments: Moments) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of z = [h_i, h_j, e_ij] W^T over the edges, each (2F,), without a pass over z.
+class _Gram(NamedTuple):
+    """Centred second moments of [h_i, h_j, e_ij] over the edges, without those of e_ij alone, and the edges' number."""
 
-    From the mean and the centred second moments of [h_i, h_j, e_ij], whose blocks are sums over rows.
-    """
-    assert moments.in_degree is not None and moments.by_receiver is not None
-    assert moments.by_sender is not None and moments.sum is not None and moments.gram is not None
-    n, width = h.shape
-    graph, row_weight, in_degree = edges.graph, moments.row_weight, moments.in_degree
-    neighbors = torch.empty_like(h)
-    _Launch("neighbor_sum", n, BF=width)(neighbors, h, graph.sender, graph.row_ptr, n, edges.n_edges, F=width)
-    weighted_degree = row_weight * edges.degree
-    count = weighted_degree.sum()
-    (own_mean, own), (other_mean, other) = (_centre(h, x, count) for x in (weighted_degree, in_degree))
-    edge_mean = moments.sum / count
-    degree = edges.degree[:, None]
-    e_mean = edge_mean.to(h.dtype)
-    right = torch.cat([degree * own, neighbors - degree * other_mean, moments.by_receiver - degree * e_mean], dim=1)
-    upper = (own.T @ right.mul_(row_weight[:, None])).double()
-    column = in_degree[:, None]
-    lower = (other.T @ torch.cat([column * other, moments.by_sender - column * e_mean], dim=1)).double()
-    ee = moments.gram - count * torch.outer(edge_mean, edge_mean)
-    hh, hn, he = upper.split([width, width, edges.n_features], dim=1)
-    nn, ne = lower.split([width, edges.n_features], dim=1)
-    second = torch.cat([torch.cat(r, dim=1) for r in ((hh, hn, he), (hn.T, nn, ne), (he.T, ne.T, ee))])
-    w = weight.double()
-    mean = w @ torch.cat([own_mean.double(), other_mean.double(), edge_mean])
-    var = ((w @ second) * w).sum(1) / count
-    return mean.to(h.dtype), var.clamp_min(0).to(h.dtype)
+    upper: Tensor
+    """(F, 2F + K), of h_i with all three."""
+    lower: Tensor
+    """(F, F + K), of h_j with the other two."""
+    edges: Tensor
+    """(1,) float64, how many"""
+
+    @classmethod
+    def empty(cls, like: Tensor, n_features: int) -> _Gram:
+        width = like.shape[1]
+        upper, lower = (like.new_empty(width, k * width + n_features) for k in (2, 1))
+        return cls(upper, lower, like.new_empty(1, dtype=torch.float64))
+
+
+def _second_moments(gram: _Gram, h: Tensor, edges: _Edges, moments: Moments) -> Tensor:
+    """Fill ``gram``, whose blocks are sums over rows; means of the rows at either end of the edges, (2, F) float64."""
+    (n, width), k, graph = h.shape, edges.n_features, edges.graph
+    weights, ends = (moments.row_weight, moments.in_degree), (graph.row_ptr, n, edges.n_edges)
+    launch = _Launch("neighbor_sum", n, share=True, BF=width)
+    neighbors, sums = torch.empty_like(h), h.new_empty(launch.programs, 2 * width + 1)
+    launch(neighbors, sums, h, graph.sender, *weights, *ends, F=width)
+    means = h.new_empty(2, width, dtype=torch.float64)
+    _Launch("edge_means", 1, BF=width)(means, gram.edges, h, sums, launch.programs, F=width)
+    receiving, sending = torch.empty_like(h), torch.empty_like(h)
+    receivers, senders = (h.new_empty(n, size) for size in (2 * width + k, width + k))
+    _Launch("centred_rows", n, beside=k, BF=width)(
+        receiving, sending, receivers, senders, h, neighbors, moments.by_receiver, moments.by_sender, means,
+        moments.sum, gram.edges, *weights, *ends, F=width, K=k,
+    )  # fmt: skip
+    torch.mm(receiving.T, receivers, out=gram.upper)
+    torch.mm(sending.T, senders, out=gram.lower)
+    return means
+
+
+def _edge_statistics(
+    gram: _Gram, h: Tensor, layer: Layer, edges: _Edges, moments: Moments, used: _Used, running: Running
+) -> None:
+    """Mean and biased variance of z = [h_i, h_j, e_ij] W^T over the edges into ``used``, without a pass over z."""
+    means, width = _second_moments(gram, h, edges, moments), h.shape[1]
+    _Launch("edge_statistics", 2 * width, each=True)(
+        used.mean1, used.var1, running.mean1, running.var1, *gram[:2], moments.gram, moments.sum, gram.edges, means,
+        layer.weight, layer.bias, running.momentum1, F=width, K=edges.n_features, BF=64,
+    )  # fmt: skip
 
 
 class _Linear:
-    """x_ij = (z_ij - mean) / std as p_i + q_j + r_ij: [p, q] by rows, and what gives r."""
+    """x_ij = (z_ij - mean) / std as p_i + q_j + r_ij: [p, q] by rows, what gives r, and what the norms amount to."""
 
     def __init__(self, h: Tensor, layer: Layer, edges: _Edges, storage: torch.dtype, out: Tensor | None = None) -> None:
-        width = h.shape[1]
-        self.rstd = torch.rsqrt(layer.var1 + layer.eps1)
-        scaled = layer.weight * self.rstd[:, None]
-        shift = -layer.mean1 if layer.bias is None or layer.train1 else layer.bias - layer.mean1
-        self.of_rows = torch.cat([scaled[:, :width], scaled[:, width : 2 * width]])  # (4F, F)
-        self.shift = torch.nn.functional.pad(shift * self.rstd, (0, 2 * width))
-        self.of_edges = scaled[:, 2 * width :].T.to(storage).contiguous()  # (K, 2F)
-        self.pq = torch.addmm(self.shift.to(storage), h.to(storage), self.of_rows.T.to(storage), out=out)
+        width, k = h.shape[1], edges.n_features
+        of_rows, of_edges = (h.new_empty(*x) for x in ((width, 4 * width), (k, 2 * width)))
+        vectors = h.new_empty(11 * width)
+        shift, self.rstd1, self.a1, *second = vectors.split([4 * width, *[2 * width] * 2, *[width] * 3])
+        self.scale2, self.shift2, self.rstd2 = second
+        _Launch("order_layer", 2 * width, BF=2 * width + k)(
+            of_rows, of_edges, shift, self.rstd1, self.a1, *second, layer.weight,
+            None if layer.train1 else layer.bias, layer.mean1, layer.var1, layer.gamma1, layer.mean2, layer.var2,
+            layer.gamma2, layer.beta2, layer.eps1, layer.eps2, F=width, K=k,
+        )  # fmt: skip
+        self.of_edges = of_edges.to(storage)
+        self.pq = torch.addmm(shift.to(storage), h.to(storage), of_rows.to(storage), out=out)
         features = edges.graph.features
         self.table = None if features is None else features.to(storage) @ self.of_edges
-
-
-def _finish(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale and shift that the second batch norm amounts to, and 1 / std."""
-    rstd = torch.rsqrt(layer.var2 + layer.eps2)
-    scale = layer.gamma2 * rstd
-    return scale, layer.beta2 - layer.mean2 * scale, rstd
 
 
 def _filter(name: str, width: int, edges: _Edges) -> dict[str, Any]:
@@ -502,6 +536,45 @@ def sum_by_species(x: Tensor, species: Tensor, count: int) -> Tensor:
     return total
 
 
+class _Kept:
+    """What :func:`convs_backward` needs of the forward, in one block, in float32.
+
+    ``features`` (T - 1, N, F) between the layers, their ``messages`` (T, N, F), and of each its :class:`_Gram` and how
+    many atoms it saw.
+    """
+
+    def __init__(self, like: Tensor, n_rows: int, steps: int, n_features: int, block: Tensor | None = None) -> None:
+        width = like.shape[1]
+        of_gram = [width * (2 * width + n_features), width * (width + n_features)]
+        sizes = [4 * steps, *of_gram * steps, (steps - 1) * n_rows * width, steps * n_rows * width]
+        self.block = like.new_empty(sum(sizes)) if block is None else block
+        counts, *grams, features, messages = self.block.split(sizes)
+        self.features, self.messages = features.view(-1, n_rows, width), messages.view(-1, n_rows, width)
+        self.counts = counts.view(torch.float64).view(steps, 2, 1)
+        self.grams = [
+            _Gram(upper.view(width, -1), lower.view(width, -1), self.counts[t, 0])
+            for t, (upper, lower) in enumerate(zip(grams[::2], grams[1::2], strict=True))
+        ]
+
+
+def _layer(
+    out: Tensor, m: Tensor, used: _Used, gram: _Gram | None, atoms: Tensor, h: Tensor, layer: Layer, edges: _Edges,
+    moments: Moments, running: Running = STILL,
+) -> None:  # fmt: skip
+    """One convolution: features, summed messages and statistics into the first arguments."""
+    if layer.train1:
+        assert gram is not None
+        _edge_statistics(gram, h, layer, edges, moments, used, running)
+    for name, x, trains in zip(_Used._fields, used, (layer.train1,) * 2 + (layer.train2,) * 2, strict=True):
+        if not trains:
+            x.copy_(getattr(layer, name))
+    layer = layer._replace(mean1=used.mean1, var1=used.var1)
+    linear = _Linear(h, layer, edges, _storage())
+    _gate_sum(m, None if layer.train2 else out, h, linear, layer, edges)
+    if layer.train2:
+        _finish_with_statistics(out, h, m, layer, moments.row_weight, used, atoms, running)
+
+
 def conv(
     h: Tensor,
     layer: Layer,
@@ -516,15 +589,36 @@ def conv(
     out, m = torch.empty_like(h), torch.empty_like(h)
     if n == 0:
         return out, m, *(x.clone() for x in layer[6:10])  # type: ignore[return-value]
-    trains = (layer.train1,) * 2 + (layer.train2,) * 2
-    used = [x if replaced else x.clone() for x, replaced in zip(layer[6:10], trains, strict=True)]
-    if layer.train1:
-        used[:2] = _statistics(h, layer.weight, edges, moments)
-    layer = layer._replace(mean1=used[0], var1=used[1])
-    _gate_sum(m, None if layer.train2 else out, h, _Linear(h, layer, edges, _storage()), layer, edges)
-    if layer.train2:
-        used[2:] = _finish_with_statistics(out, h, m, layer, moments.row_weight)
-    return out, m, used[0], used[1], used[2], used[3]
+    used = _Used(*map(torch.empty_like, layer[6:10]))
+    gram = _Gram.empty(h, edges.n_features) if layer.train1 else None
+    _layer(out, m, used, gram, h.new_empty(1, dtype=torch.float64), h, layer, edges, moments)
+    return out, m, *used
+
+
+def convs(
+    h: Tensor,
+    layers: Sequence[Layer],
+    graph: Graph,
+    moments: Moments,
+    species: Tensor | None = None,
+    running: Sequence[Running] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``cpu.convs``."""
+    h = _of_rows(h, species)
+    (n, width), steps, edges = h.shape, len(layers), _checked(graph, layers, h=h)
+    _check("row_weight", moments.row_weight, (n,), h.dtype, h.device)
+    kept, statistics = _Kept(h, n, steps, edges.n_features), h.new_empty(steps, 6 * width)
+    for t, layer in enumerate(layers):
+        out = kept.features[t] if t < steps - 1 else torch.empty_like(h)
+        used = _Used(*statistics[t].split(_sizes_of(width)))
+        moves = STILL if running is None else running[t]
+        _layer(out, kept.messages[t], used, kept.grams[t], kept.counts[t, 1], h, layer, edges, moments, moves)
+        h = out
+    return h, statistics, kept.block
+
+
+def _sizes_of(width: int) -> list[int]:
+    return [2 * width, 2 * width, width, width]
 
 
 def _edge_gradient(dz: Tensor, layer: Layer, graph: Graph, width: int) -> Tensor:
@@ -550,50 +644,93 @@ def conv_backward(
 ) -> tuple[Tensor, ...]:
     """As ``cpu.conv_backward``."""
     table, h = h, _of_rows(h, species)
-    n, width = h.shape
-    edges = _checked(graph, [layer], h=h, grad=grad, m=m)
+    n, edges = h.shape[0], _checked(graph, [layer], h=h, grad=grad, m=m)
     _check("row_weight", moments.row_weight, (n,), h.dtype, h.device)
     if edge_grad:
         refuse_edge_grad([layer])
     if n == 0:
         nothing = [torch.zeros_like(x) for x in (table, layer.weight, *[layer.gamma1] * 3, *[layer.gamma2] * 2)]
         return (*nothing, torch.zeros_like(graph.distance if graph.features is None else graph.features))
-    linear = _Linear(h, layer, edges, _storage())
+    gram = None
+    if layer.train1:
+        gram = _Gram.empty(h, edges.n_features)
+        _second_moments(gram, h, edges, moments)
+    atoms = moments.row_weight.sum() if layer.train2 else None
+    dh, gradients, d_edge = _layer_backward(grad, h, m, gram, atoms, layer, edges, moments, edge_grad)
+    if species is not None:
+        dh = sum_by_species(dh, species, len(table))
+    return dh, *gradients, h.new_empty(0) if d_edge is None else d_edge
+
+
+@without_autocast
+def convs_backward(
+    grad: Tensor,
+    h: Tensor,
+    statistics: Tensor,
+    block: Tensor,
+    layers: Sequence[Layer],
+    graph: Graph,
+    moments: Moments,
+    edge_grad: bool,
+    species: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    """As ``cpu.convs_backward``."""
+    table, h = h, _of_rows(h, species)
+    (n, width), steps, edges = h.shape, len(layers), _checked(graph, layers, h=h, grad=grad)
+    _check("row_weight", moments.row_weight, (n,), h.dtype, h.device)
+    if edge_grad:
+        refuse_edge_grad(layers)
+    kept, d_edge = _Kept(h, n, steps, edges.n_features, block), None
+    gradients: list[Tensor] = []
+    for t in reversed(range(steps)):
+        used = dict(zip(_Used._fields, statistics[t].split(_sizes_of(width)), strict=True))
+        layer, x = layers[t]._replace(**used), kept.features[t - 1] if t else h
+        atoms = kept.counts[t, 1] if layer.train2 else None
+        grad, of_layer, edge = _layer_backward(
+            grad, x, kept.messages[t], kept.grams[t], atoms, layer, edges, moments, edge_grad
+        )
+        gradients = of_layer + gradients
+        if edge is not None:
+            d_edge = edge if d_edge is None else d_edge + edge
+    return grad if species is None else sum_by_species(grad, species, len(table)), gradients, d_edge
+
+
+def _layer_backward(
+    grad: Tensor, h: Tensor, m: Tensor, gram: _Gram | None, atoms: Tensor | None, layer: Layer, edges: _Edges,
+    moments: Moments, edge_grad: bool,
+) -> tuple[Tensor, list[Tensor], Tensor | None]:  # fmt: skip
+    """Gradients of h; of weight, bias, gamma1, beta1, gamma2, beta2; and of the edges."""
+    (n, width), k, graph = h.shape, edges.n_features, edges.graph
+    linear, weight, count = _Linear(h, layer, edges, _storage()), layer.weight, None
     d_pq = h.new_empty(n, 4 * width)
     x_rows = h.new_empty(n, 2 * width) if layer.train1 else None
     dy = h.new_empty(edges.n_edges, 2 * width) if edge_grad else None
-    a = layer.gamma1 * linear.rstd
-    du, dm, d_gamma2, d_beta2 = _backward_messages(grad, h, m, layer, moments.row_weight)
-    d_gamma1, d_beta1, d_filter = _backward_receivers(d_pq, x_rows, dy, dm, linear, layer, edges)
+    du, dm, d_gamma2, d_beta2 = _backward_messages(grad, h, m, layer, moments.row_weight, linear, atoms)
+    parts, d_filter = _backward_receivers(d_pq, x_rows, dy, dm, linear, layer, edges)
     correction: tuple[Tensor | None, ...] = (None,) * 4
+    of_batch: tuple[Tensor | None, ...] = (None,) * 5
+    if layer.train1:
+        assert gram is not None
+        count, of_batch = gram.edges, (*gram[:2], moments.gram, moments.sum, gram.edges)
+    d_beta1, d_gamma1, c1, c2 = _norm_gradients(parts, layer.beta1, layer.gamma1, count)
+    d_weight = torch.empty_like(weight)
+    _Launch("filter_gradient", 2 * width, each=True, BK=k)(
+        d_weight, d_filter, *of_batch, weight, linear.rstd1, linear.a1, c1, c2, F=width, K=k
+    )
     if x_rows is not None:
-        degree = edges.degree
-        c1, c2 = torch.stack([d_beta1, d_gamma1]) / (moments.row_weight @ degree)
+        assert c1 is not None and c2 is not None
         correction = c1, c2, moments.row_weight, moments.in_degree
-        d_filter = d_filter - _filter_correction(linear, moments, c1, c2)
-        _correct_rows(d_pq, x_rows, degree, moments.row_weight, a, c1, c2)
+        _correct_rows(d_pq, x_rows, graph.row_ptr, moments.row_weight, linear.a1, c1, c2)
     else:
-        d_pq[:, : 2 * width] *= a
+        d_pq[:, : 2 * width] *= linear.a1
     del x_rows
-    _backward_senders(d_pq, dm, a, correction, linear, layer, edges)
-    dh = torch.addmm(du, d_pq, torch.cat([layer.weight[:, :width], layer.weight[:, width : 2 * width]]))
-    if species is not None:
-        dh = sum_by_species(dh, species, len(table))
-    own, other = (d_pq.T @ h).split(2 * width)
-    d_weight = torch.cat([own, other, (d_filter * a).T], dim=1)
-    d_bias = torch.zeros_like(d_beta1) if layer.train1 else d_beta1 * a
-    d_edge = h.new_empty(0) if dy is None else _edge_gradient(dy.mul_(a), layer, graph, width)
-    return dh, d_weight, d_bias, d_gamma1, d_beta1, d_gamma2, d_beta2, d_edge
-
-
-def _filter_correction(linear: _Linear, moments: Moments, c1: Tensor, c2: Tensor) -> Tensor:
-    """sum_ij w_i e_ij (c1 + c2 x_ij), (K, 2F), from sums over rows."""
-    assert moments.by_receiver is not None and moments.by_sender is not None
-    assert moments.sum is not None and moments.gram is not None
-    p, q = linear.pq.float().chunk(2, dim=1)
-    ex = (moments.by_receiver * moments.row_weight[:, None]).T @ p + moments.by_sender.T @ q
-    ex += (moments.gram @ linear.of_edges.double()).to(ex.dtype)
-    return moments.sum.to(ex.dtype)[:, None] * c1 + ex * c2
+    _backward_senders(d_pq, dm, linear.a1, correction, linear, layer, edges)
+    dh = torch.addmm(du, d_pq, torch.cat([weight[:, :width], weight[:, width : 2 * width]]))
+    for half, columns in enumerate((d_pq[:, : 2 * width], d_pq[:, 2 * width :])):
+        torch.mm(columns.T, h, out=d_weight[:, half * width : (half + 1) * width])
+    d_bias = torch.zeros_like(d_beta1) if layer.train1 else d_beta1 * linear.a1
+    d_edge = None if dy is None else _edge_gradient(dy.mul_(linear.a1), layer, graph, width)
+    return dh, [d_weight, d_bias, d_gamma1, d_beta1, d_gamma2, d_beta2], d_edge
 
 
 def stack(h: Tensor, layers: Sequence[Layer], graph: Graph, species: Tensor | None = None) -> Tensor:

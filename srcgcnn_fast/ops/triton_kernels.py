@@ -134,6 +134,38 @@ def edge_vector(features, distance, e, live, ks, dmin, inverse_step, K: tl.const
 
 
 @triton.jit
+def order_layer(of_rows, of_edges, shift, rstd1, a1, scale2, shift2, rstd2, weight, bias, mean1, var1, gamma1, mean2,
+                var2, gamma2, beta2, eps1, eps2, F: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+                BF: tl.constexpr):  # fmt: skip
+    """What a convolution's parameters amount to: W / std as rows, (F, 4F), and edges, (K, 2F), are multiplied with it,
+    and the rows' shift (4F); 1 / std and gamma / std of the first norm, scale, shift and 1 / std of the second."""
+    c = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    x = tl.program_id(1) * BF + tl.arange(0, BF)
+    c_ok = c < 2 * F
+    scale = tl.div_rn(1.0, tl.sqrt_rn(tl.load(var1 + c, mask=c_ok, other=1.0) + eps1))
+    ok = c_ok[:, None] & (x < 2 * F + K)[None, :]
+    w = tl.load(weight + c[:, None] * (2 * F + K) + x[None, :], mask=ok, other=0.0) * scale[:, None]
+    row = tl.where(x < F, x * (4 * F), (x - F) * (4 * F) + 2 * F)
+    tl.store(of_rows + row[None, :] + c[:, None], w, mask=ok & (x < 2 * F)[None, :])
+    tl.store(of_edges + (x - 2 * F)[None, :] * (2 * F) + c[:, None], w, mask=ok & (x >= 2 * F)[None, :])
+    if tl.program_id(1) == 0:
+        less = -tl.load(mean1 + c, mask=c_ok, other=0.0)
+        if bias is not None:
+            less += tl.load(bias + c, mask=c_ok, other=0.0)
+        tl.store(shift + c, less * scale, mask=c_ok)
+        tl.store(shift + 2 * F + c, less * 0.0, mask=c_ok)
+        tl.store(rstd1 + c, scale, mask=c_ok)
+        tl.store(a1 + c, tl.load(gamma1 + c, mask=c_ok, other=0.0) * scale, mask=c_ok)
+        f_ok = c < F
+        second = tl.div_rn(1.0, tl.sqrt_rn(tl.load(var2 + c, mask=f_ok, other=1.0) + eps2))
+        factor = tl.load(gamma2 + c, mask=f_ok, other=0.0) * second
+        tl.store(rstd2 + c, second, mask=f_ok)
+        tl.store(scale2 + c, factor, mask=f_ok)
+        less = tl.load(mean2 + c, mask=f_ok, other=0.0) * factor
+        tl.store(shift2 + c, tl.load(beta2 + c, mask=f_ok, other=0.0) - less, mask=f_ok)
+
+
+@triton.jit
 def gate_sum(m, out, pq, h, w_e, table, gamma1, beta1, scale2, shift2, distance, sender, row_ptr, n_rows, n_edges,
              dmin, inverse_step, F: tl.constexpr, K: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr,
              DEG: tl.constexpr, BF: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
@@ -191,12 +223,12 @@ def finish(out, h, m, scale2, shift2, n_rows, F: tl.constexpr, ROWS: tl.constexp
 
 
 @triton.jit
-def backward_rows(d_rows, x_rows, d_gamma, d_filter, d_edge, pq, d_m, w_e, table, features, gamma1, beta1, distance,
+def backward_rows(d_rows, x_rows, parts, d_filter, d_edge, pq, d_m, w_e, table, features, gamma1, beta1, distance,
                   sender, row_ptr, n_rows, n_edges, dmin, inverse_step, F: tl.constexpr, K: tl.constexpr,
                   WINDOW: tl.constexpr, ROWS: tl.constexpr, DEG: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr,
                   PRECISION: tl.constexpr):  # fmt: skip
     """With dy the gradient at y and x = p_i + q_j + r_ij: sum_j dy (rows of 4F), sum_j x (2F, or None), and of each
-    program sum dy x (2F) and sum e dy (K, 2F). ``d_edge`` (E, 2F), or None, takes dy itself."""
+    program sum dy and sum dy x (2, 2F), and sum e dy (K, 2F). ``d_edge`` (E, 2F), or None, takes dy itself."""
     first_cols, first_ks = tl.program_id(1) * BF, tl.program_id(2) * BK
     cols, ks = first_cols + tl.arange(0, BF), first_ks + tl.arange(0, BK)
     cols_ok = cols < F
@@ -205,6 +237,8 @@ def backward_rows(d_rows, x_rows, d_gamma, d_filter, d_edge, pq, d_m, w_e, table
     gamma_c = tl.load(gamma1 + F + cols, mask=cols_ok, other=0.0)[None, None, :] * LOG2E
     beta_f = tl.load(beta1 + cols, mask=cols_ok, other=0.0)[None, None, :] * -LOG2E
     beta_c = tl.load(beta1 + F + cols, mask=cols_ok, other=0.0)[None, None, :] * LOG2E
+    db_f = tl.zeros([ROWS, BF], tl.float32)
+    db_c = tl.zeros([ROWS, BF], tl.float32)
     dg_f = tl.zeros([ROWS, BF], tl.float32)
     dg_c = tl.zeros([ROWS, BF], tl.float32)
     dw_f = tl.zeros([BK, BF], tl.float32)
@@ -250,14 +284,18 @@ def backward_rows(d_rows, x_rows, d_gamma, d_filter, d_edge, pq, d_m, w_e, table
                                     [ROWS * DEG, BK]))  # fmt: skip
             dw_f = tl.dot(v, tl.reshape(dy_f, [ROWS * DEG, BF]), dw_f, input_precision=PRECISION)
             dw_c = tl.dot(v, tl.reshape(dy_c, [ROWS * DEG, BF]), dw_c, input_precision=PRECISION)
+        db_f += dp_f
+        db_c += dp_c
         tl.store(d_rows + row * (4 * F) + cols[None, :], dp_f, mask=ok)  # every block of K writes the same
         tl.store(d_rows + row * (4 * F) + F + cols[None, :], dp_c, mask=ok)
         if x_rows is not None:
             tl.store(x_rows + row * (2 * F) + cols[None, :], sx_f, mask=ok)
             tl.store(x_rows + row * (2 * F) + F + cols[None, :], sx_c, mask=ok)
-    part = d_gamma + tl.program_id(0) * (2 * F) + cols
-    tl.store(part, tl.sum(dg_f, axis=0), mask=cols_ok)
-    tl.store(part + F, tl.sum(dg_c, axis=0), mask=cols_ok)
+    part = parts + tl.program_id(0) * (4 * F) + cols
+    tl.store(part, tl.sum(db_f, axis=0), mask=cols_ok)
+    tl.store(part + F, tl.sum(db_c, axis=0), mask=cols_ok)
+    tl.store(part + 2 * F, tl.sum(dg_f, axis=0), mask=cols_ok)
+    tl.store(part + 3 * F, tl.sum(dg_c, axis=0), mask=cols_ok)
     at = (tl.program_id(0) * K + ks)[:, None] * (2 * F) + cols[None, :]
     ok = (ks < K)[:, None] & cols_ok[None, :]
     tl.store(d_filter + at, dw_f, mask=ok)
@@ -322,7 +360,66 @@ def backward_senders(dq, pq, d_m, w_e, table, gamma1, beta1, a1, c1, c2, row_wei
 
 
 @triton.jit
-def backward_finish(du, d_shift, d_scale, grad, h, m, scale2, shift2, mean2, rstd2, n_rows, F: tl.constexpr,
+def norm_gradients(
+    d_beta, d_gamma, c1, c2, parts, count, n_parts, C: tl.constexpr, ROWS: tl.constexpr, BF: tl.constexpr
+):
+    """Sums of the ``parts`` (n_parts, 2, C), and, of statistics of the batch (else None), these over ``count``."""
+    cols = tl.program_id(1) * BF + tl.arange(0, BF)
+    ok = cols < C
+    beta = tl.zeros([ROWS, BF], tl.float64)
+    gamma = tl.zeros([ROWS, BF], tl.float64)
+    for k in range(0, n_parts, ROWS):
+        part = k + tl.arange(0, ROWS)
+        at = parts + part[:, None] * (2 * C) + cols[None, :]
+        there = (part < n_parts)[:, None] & ok[None, :]
+        beta += tl.load(at, mask=there, other=0.0).to(tl.float64)
+        gamma += tl.load(at + C, mask=there, other=0.0).to(tl.float64)
+    of_beta, of_gamma = tl.sum(beta, axis=0), tl.sum(gamma, axis=0)
+    tl.store(d_beta + cols, of_beta.to(tl.float32), mask=ok)
+    tl.store(d_gamma + cols, of_gamma.to(tl.float32), mask=ok)
+    if c1 is not None:
+        total = tl.load(count).to(tl.float64)
+        tl.store(c1 + cols, (of_beta / total).to(tl.float32), mask=ok)
+        tl.store(c2 + cols, (of_gamma / total).to(tl.float32), mask=ok)
+
+
+@triton.jit
+def filter_gradient(d_weight, d_filter, upper, lower, gram, e_sum, count, weight, rstd1, a1, c1, c2, F: tl.constexpr,
+                    K: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """The edges' part of the weights' gradient, of channel c: a1 (sum e dy - sum w e (c1 + c2 x)), x = (z - mean) /
+    std, the second sum from the Gram matrix of :func:`edge_statistics`. c1 None: fixed statistics."""
+    c = tl.program_id(0)
+    ks = tl.program_id(1) * BK + tl.arange(0, BK)
+    ok = ks < K
+    value = tl.load(d_filter + ks * (2 * F) + c, mask=ok, other=0.0).to(tl.float64)
+    if c1 is not None:
+        of_row = weight + c * (2 * F + K)
+        total = tl.zeros([BK], tl.float64)
+        for f in range(0, F, ROWS):
+            rows = f + tl.arange(0, ROWS)
+            there = (rows < F)[:, None] & ok[None, :]
+            x = tl.load(upper + rows[:, None] * (2 * F + K) + 2 * F + ks[None, :], mask=there, other=0.0)
+            w = tl.load(of_row + rows, mask=rows < F, other=0.0).to(tl.float64)
+            total += tl.sum(x.to(tl.float64) * w[:, None], axis=0)
+            x = tl.load(lower + rows[:, None] * (F + K) + F + ks[None, :], mask=there, other=0.0)
+            w = tl.load(of_row + F + rows, mask=rows < F, other=0.0).to(tl.float64)
+            total += tl.sum(x.to(tl.float64) * w[:, None], axis=0)
+        edges = tl.load(count)
+        vectors = tl.load(e_sum + ks, mask=ok, other=0.0)
+        for b in range(0, K, ROWS):
+            rows = b + tl.arange(0, ROWS)
+            there = (rows < K)[:, None] & ok[None, :]
+            x = tl.load(gram + rows[:, None] * K + ks[None, :], mask=there, other=0.0)
+            x -= tl.load(e_sum + rows, mask=rows < K, other=0.0)[:, None] * (vectors / edges)[None, :]
+            w = tl.load(of_row + 2 * F + rows, mask=rows < K, other=0.0).to(tl.float64)
+            total += tl.sum(x * w[:, None], axis=0)
+        value -= vectors * tl.load(c1 + c) + total * tl.load(rstd1 + c) * tl.load(c2 + c)
+    value = value * tl.load(a1 + c)
+    tl.store(d_weight + c * (2 * F + K) + 2 * F + ks, value.to(tl.float32), mask=ok)
+
+
+@triton.jit
+def backward_finish(du, parts, grad, h, m, scale2, shift2, mean2, rstd2, n_rows, F: tl.constexpr,
                     ROWS: tl.constexpr, BF: tl.constexpr):  # fmt: skip
     """du = grad softplus'(u), u = h + scale2 m + shift2, and of each program sum du and sum du (m - mean2) rstd2."""
     cols = tl.program_id(1) * BF + tl.arange(0, BF)
@@ -345,17 +442,18 @@ def backward_finish(du, d_shift, d_scale, grad, h, m, scale2, shift2, mean2, rst
         tl.store(du + at, d, mask=ok)
         by_shift += d
         by_scale += tl.where(ok, d * ((x - mean) * rstd), 0.0)
-    part = tl.program_id(0) * F + cols
-    tl.store(d_shift + part, tl.sum(by_shift, axis=0), mask=cols_ok)
-    tl.store(d_scale + part, tl.sum(by_scale, axis=0), mask=cols_ok)
+    part = parts + tl.program_id(0) * (2 * F) + cols
+    tl.store(part, tl.sum(by_shift, axis=0), mask=cols_ok)
+    tl.store(part + F, tl.sum(by_scale, axis=0), mask=cols_ok)
 
 
 @triton.jit
-def correct_rows(out, d, x, degree, row_weight, a, c1, c2, mean, rstd, n_rows, STRIDE: tl.constexpr,
+def correct_rows(out, d, x, row_ptr, row_weight, a, c1, c2, mean, rstd, n_rows, STRIDE: tl.constexpr,
                  C: tl.constexpr, ROWS: tl.constexpr, BF: tl.constexpr):  # fmt: skip
-    """out = a (d - w (degree c1 + c2 (x - mean) rstd)) row by row: what batch statistics take off a gradient.
+    """out = a (d - w (edges c1 + c2 (x - mean) rstd)) row by row: what batch statistics take off a gradient.
 
-    ``degree`` None: 1. ``mean`` None: x is normalised already. ``out`` and ``d`` have rows of STRIDE, x of C.
+    ``row_ptr`` None: 1 in place of the number of a row's edges. ``mean`` None: x is normalised already. ``out`` and
+    ``d`` have rows of STRIDE, x of C.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(1) * BF + tl.arange(0, BF)
@@ -368,30 +466,257 @@ def correct_rows(out, d, x, degree, row_weight, a, c1, c2, mean, rstd, n_rows, S
     w = tl.load(row_weight + rows, mask=rows_ok, other=0.0)[:, None]
     v = v * tl.load(c2 + cols, mask=cols_ok, other=0.0)[None, :]
     first = tl.load(c1 + cols, mask=cols_ok, other=0.0)[None, :]
-    if degree is not None:
-        first = first * tl.load(degree + rows, mask=rows_ok, other=0.0)[:, None]
+    if row_ptr is not None:
+        begin = tl.load(row_ptr + rows, mask=rows_ok, other=0)
+        end = tl.load(row_ptr + rows + 1, mask=rows_ok, other=0)
+        first = first * (end - begin).to(tl.float32)[:, None]
     at = row * STRIDE + cols[None, :]
     got = tl.load(d + at, mask=ok, other=0.0) - w * (first + v)
     tl.store(out + at, tl.load(a + cols, mask=cols_ok, other=0.0)[None, :] * got, mask=ok)
 
 
 @triton.jit
-def neighbor_sum(out, h, sender, row_ptr, n_rows, n_edges, F: tl.constexpr, ROWS: tl.constexpr, DEG: tl.constexpr,
-                 BF: tl.constexpr):  # fmt: skip
-    """out_i = sum_j h_j, (N, F)."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+def neighbor_sum(out, sums, h, sender, row_weight, in_degree, row_ptr, n_rows, n_edges, F: tl.constexpr,
+                 ROWS: tl.constexpr, DEG: tl.constexpr, BF: tl.constexpr):  # fmt: skip
+    """out_i = sum_j h_j, (N, F), and of each program the sums over its rows of w_i d_i (h_i - h_0) and of in_degree_i
+    (h_i - h_0), (2, F), and of w_i d_i, d_i the number of its edges."""
     cols = tl.program_id(1) * BF + tl.arange(0, BF)
     cols_ok = cols < F
+    first = tl.load(h + cols, mask=cols_ok, other=0.0)[None, :]
+    own = tl.zeros([ROWS, BF], tl.float32)
+    other = tl.zeros([ROWS, BF], tl.float32)
+    count = tl.zeros([ROWS], tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
+        rows = block * ROWS + tl.arange(0, ROWS)
+        rows_ok = rows < n_rows
+        ok = rows_ok[:, None] & cols_ok[None, :]
+        begin, end, bad = edge_range(row_ptr, rows, n_rows, n_edges)
+        total = tl.where(bad, float("nan"), 0.0)[:, None] + tl.zeros([ROWS, BF], tl.float32)
+        for k in range(0, tl.max(end - begin, axis=0), DEG):
+            e = begin[:, None] + (k + tl.arange(0, DEG))[None, :]
+            j, good, poison = other_end(sender, e, e < end[:, None], n_rows)
+            at = j[:, :, None] * F + cols[None, None, :]
+            x = tl.load(h + at, mask=good[:, :, None] & cols_ok[None, None, :], other=0.0)
+            total += tl.sum(x + poison[:, :, None], axis=1)
+        at = rows.to(tl.int64)[:, None] * F + cols[None, :]
+        tl.store(out + at, total, mask=ok)
+        x = tl.where(ok, tl.load(h + at, mask=ok, other=0.0) - first, 0.0)
+        weight = tl.load(row_weight + rows, mask=rows_ok, other=0.0) * (end - begin).to(tl.float32)
+        own += weight[:, None] * x
+        other += tl.load(in_degree + rows, mask=rows_ok, other=0.0)[:, None] * x
+        count += weight
+    part = sums + tl.program_id(0) * (2 * F + 1)
+    tl.store(part + cols, tl.sum(own, axis=0), mask=cols_ok)
+    tl.store(part + F + cols, tl.sum(other, axis=0), mask=cols_ok)
+    tl.store(part + 2 * F, tl.sum(count, axis=0))  # every block of F writes the same
+
+
+@triton.jit
+def edge_means(means, count, h, sums, parts, F: tl.constexpr, ROWS: tl.constexpr, BF: tl.constexpr):
+    """Means over the edges of the rows at either end, (2, F), and the number of edges, from :func:`neighbor_sum`."""
+    cols = tl.program_id(1) * BF + tl.arange(0, BF)
+    cols_ok = cols < F
+    first = tl.load(h + cols, mask=cols_ok, other=0.0).to(tl.float64)
+    own = tl.zeros([ROWS, BF], tl.float64)
+    other = tl.zeros([ROWS, BF], tl.float64)
+    edges = tl.zeros([ROWS], tl.float64)
+    for k in range(0, parts, ROWS):
+        part = k + tl.arange(0, ROWS)
+        ok = (part < parts)[:, None] & cols_ok[None, :]
+        at = sums + part[:, None] * (2 * F + 1) + cols[None, :]
+        own += tl.load(at, mask=ok, other=0.0).to(tl.float64)
+        other += tl.load(at + F, mask=ok, other=0.0).to(tl.float64)
+        edges += tl.load(sums + part * (2 * F + 1) + 2 * F, mask=part < parts, other=0.0).to(tl.float64)
+    total = tl.sum(edges, axis=0)
+    tl.store(means + cols, first + tl.sum(own, axis=0) / total, mask=cols_ok)
+    tl.store(means + F + cols, first + tl.sum(other, axis=0) / total, mask=cols_ok)
+    tl.store(count, total)
+
+
+@triton.jit
+def centred_rows(receiving, sending, receivers, senders, h, neighbors, by_receiver, by_sender, means, e_sum, count,
+                 row_weight, in_degree, row_ptr, n_rows, n_edges, F: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+                 BF: tl.constexpr):  # fmt: skip
+    """The rows about the means of the edges' two ends, (N, F) each, and what these are multiplied with for the Gram
+    matrix: about their means, sums of [h_i, h_j, e_ij] over the edges of a row, (N, 2F + K), and of [h_j, e_ij] over
+    those that it sends, (N, F + K); weighted."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rows_ok = rows < n_rows
+    row = rows.to(tl.int64)[:, None]
     begin, end, bad = edge_range(row_ptr, rows, n_rows, n_edges)
-    total = tl.where(bad, float("nan"), 0.0)[:, None] + tl.zeros([ROWS, BF], tl.float32)
-    for k in range(0, tl.max(end - begin, axis=0), DEG):
-        e = begin[:, None] + (k + tl.arange(0, DEG))[None, :]
-        j, good, poison = other_end(sender, e, e < end[:, None], n_rows)
-        at = j[:, :, None] * F + cols[None, None, :]
-        x = tl.load(h + at, mask=good[:, :, None] & cols_ok[None, None, :], other=0.0)
-        total += tl.sum(x + poison[:, :, None], axis=1)
-    at = rows.to(tl.int64)[:, None] * F + cols[None, :]
-    tl.store(out + at, total, mask=(rows < n_rows)[:, None] & cols_ok[None, :])
+    degree = tl.where(bad, float("nan"), (end - begin).to(tl.float32))[:, None]
+    weight = tl.load(row_weight + rows, mask=rows_ok, other=0.0)[:, None]
+    into = tl.load(in_degree + rows, mask=rows_ok, other=0.0)[:, None]
+    blocks: tl.constexpr = (F + BF - 1) // BF
+    if tl.program_id(1) < blocks:
+        cols = tl.program_id(1) * BF + tl.arange(0, BF)
+        cols_ok = cols < F
+        ok = rows_ok[:, None] & cols_ok[None, :]
+        at = row * F + cols[None, :]
+        x = tl.load(h + at, mask=ok, other=0.0)
+        around = tl.load(means + F + cols, mask=cols_ok, other=0.0).to(tl.float32)[None, :]
+        own = x - tl.load(means + cols, mask=cols_ok, other=0.0).to(tl.float32)[None, :]
+        other = x - around
+        near = tl.load(neighbors + at, mask=ok, other=0.0) - degree * around
+        tl.store(receiving + at, own, mask=ok)
+        tl.store(sending + at, other, mask=ok)
+        to = receivers + row * (2 * F + K) + cols[None, :]
+        tl.store(to, weight * degree * own, mask=ok)
+        tl.store(to + F, weight * near, mask=ok)
+        tl.store(senders + row * (F + K) + cols[None, :], into * other, mask=ok)
+    else:
+        ks = (tl.program_id(1) - blocks) * BF + tl.arange(0, BF)
+        ks_ok = ks < K
+        ok = rows_ok[:, None] & ks_ok[None, :]
+        mean = tl.load(e_sum + ks, mask=ks_ok, other=0.0) / tl.load(count)
+        mean = mean.to(tl.float32)[None, :]
+        e = tl.load(by_receiver + row * K + ks[None, :], mask=ok, other=0.0) - degree * mean
+        tl.store(receivers + row * (2 * F + K) + 2 * F + ks[None, :], weight * e, mask=ok)
+        e = tl.load(by_sender + row * K + ks[None, :], mask=ok, other=0.0) - into * mean
+        tl.store(senders + row * (F + K) + F + ks[None, :], e, mask=ok)
+
+
+@triton.jit
+def quadratic(matrix, stride, left, n_left, right, n_right, ROWS: tl.constexpr, BF: tl.constexpr):
+    """left^T M right in float64; M (n_left, n_right) with rows of ``stride``."""
+    total = tl.zeros([ROWS], tl.float64)
+    for a in range(0, n_left, ROWS):
+        rows = a + tl.arange(0, ROWS)
+        dot = tl.zeros([ROWS], tl.float64)
+        for b in range(0, n_right, BF):
+            cols = b + tl.arange(0, BF)
+            ok = (rows < n_left)[:, None] & (cols < n_right)[None, :]
+            x = tl.load(matrix + rows[:, None] * stride + cols[None, :], mask=ok, other=0.0).to(tl.float64)
+            y = tl.load(right + cols, mask=cols < n_right, other=0.0).to(tl.float64)
+            dot += tl.sum(x * y[None, :], axis=1)
+        total += dot * tl.load(left + rows, mask=rows < n_left, other=0.0).to(tl.float64)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def move(running, ok, value, momentum):
+    """As torch.lerp_, both of whose ends are exact."""
+    old = tl.load(running, mask=ok, other=0.0)
+    new = value.to(old.dtype)
+    change = new - old
+    tl.store(running, tl.where(momentum < 0.5, old + momentum * change, new - change * (1.0 - momentum)), mask=ok)
+
+
+@triton.jit
+def edge_statistics(mean, var, running_mean, running_var, upper, lower, gram, e_sum, count, means, weight, bias,
+                    momentum, F: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BF: tl.constexpr):  # fmt: skip
+    """Mean and biased variance of channel c of z = [h_i, h_j, e_ij] W^T over the edges, and running statistics moved
+    by them (with the bias); ``upper`` (F, 2F + K), ``lower`` (F, F + K) and ``gram`` (K, K) are the Gram matrix."""
+    c = tl.program_id(0)
+    of_own = weight + c * (2 * F + K)
+    of_other, of_edge = of_own + F, of_own + 2 * F
+    edges = tl.load(count)
+    at_row = tl.zeros([BF], tl.float64)
+    for b in tl.static_range(0, F, BF):
+        cols = b + tl.arange(0, BF)
+        ok = cols < F
+        for k in tl.static_range(2):
+            w = tl.load(of_own + k * F + cols, mask=ok, other=0.0).to(tl.float64)
+            at_row += w * tl.load(means + k * F + cols, mask=ok, other=0.0)
+    at_edge = tl.zeros([BF], tl.float64)
+    for b in tl.static_range(0, K, BF):
+        ks = b + tl.arange(0, BF)
+        w = tl.load(of_edge + ks, mask=ks < K, other=0.0).to(tl.float64)
+        at_edge += w * (tl.load(e_sum + ks, mask=ks < K, other=0.0) / edges)
+    edge_mean = tl.sum(at_edge, axis=0)
+    first = tl.sum(at_row, axis=0) + edge_mean
+    second = quadratic(upper, 2 * F + K, of_own, F, of_own, F, ROWS, BF)
+    second += 2.0 * quadratic(upper + F, 2 * F + K, of_own, F, of_other, F + K, ROWS, BF)
+    second += quadratic(lower, F + K, of_other, F, of_other, F, ROWS, BF)
+    second += 2.0 * quadratic(lower + F, F + K, of_other, F, of_edge, K, ROWS, BF)
+    second += quadratic(gram, K, of_edge, K, of_edge, K, ROWS, BF) - edges * edge_mean * edge_mean
+    second = second / edges
+    second = tl.where(second < 0, 0.0, second)  # of which a NaN is none
+    tl.store(mean + c, first.to(tl.float32))
+    tl.store(var + c, second.to(tl.float32))
+    if running_mean is not None:
+        shifted = first if bias is None else first + tl.load(bias + c).to(tl.float64)
+        move(running_mean + c, c >= 0, shifted, momentum)
+        move(running_var + c, c >= 0, second * (edges / (edges - 1.0)), momentum)
+
+
+@triton.jit
+def message_sums(parts, m, row_weight, n_rows, F: tl.constexpr, ROWS: tl.constexpr, BF: tl.constexpr):
+    """Of each program sum w over its rows, a number near the mean, what the mean is beyond it, and sum w (m - mean)^2,
+    (4, F); gradients through a batch norm feel how the mean is rounded."""
+    cols = tl.program_id(1) * BF + tl.arange(0, BF)
+    cols_ok = cols < F
+    count = tl.zeros([BF], tl.float32)
+    near = tl.zeros([BF], tl.float32)
+    beyond = tl.zeros([BF], tl.float32)
+    squares = tl.zeros([BF], tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
+        rows = block * ROWS + tl.arange(0, ROWS)
+        ok = (rows < n_rows)[:, None] & cols_ok[None, :]
+        w = tl.load(row_weight + rows, mask=rows < n_rows, other=0.0)[:, None] + tl.zeros([ROWS, BF], tl.float32)
+        x = tl.load(m + rows.to(tl.int64)[:, None] * F + cols[None, :], mask=ok, other=0.0)
+        here = tl.sum(w, axis=0)
+        least = tl.where(here == 0, 1.0, here)
+        around = tl.sum(w * x, axis=0) / least
+        near = tl.where(count == 0, around, near)
+        x = x - around[None, :]
+        change = (around - near) + tl.sum(w * x, axis=0) / least - beyond
+        total = count + here
+        share = here / tl.where(total == 0, 1.0, total)
+        squares += tl.sum(w * x * x, axis=0) + change * change * (count * share)
+        beyond += change * share
+        count = total
+    part = parts + tl.program_id(0) * (4 * F) + cols
+    tl.store(part, count, mask=cols_ok)
+    tl.store(part + F, near, mask=cols_ok)
+    tl.store(part + 2 * F, beyond, mask=cols_ok)
+    tl.store(part + 3 * F, squares, mask=cols_ok)
+
+
+@triton.jit
+def mean_of_part(at, there, F: tl.constexpr):
+    near = tl.load(at + F, mask=there, other=0.0).to(tl.float64)
+    return near + tl.load(at + 2 * F, mask=there, other=0.0).to(tl.float64)
+
+
+@triton.jit
+def message_statistics(mean, var, running_mean, running_var, scale, shift, count, parts, gamma2, beta2, eps, momentum,
+                       n_parts, F: tl.constexpr, ROWS: tl.constexpr, BF: tl.constexpr):  # fmt: skip
+    """Mean and biased variance of m over the rows from :func:`message_sums`, running statistics moved by them, and the
+    scale and shift that the norm amounts to."""
+    cols = tl.program_id(1) * BF + tl.arange(0, BF)
+    ok = cols < F
+    counts = tl.zeros([ROWS, BF], tl.float64)
+    sums = tl.zeros([ROWS, BF], tl.float64)
+    for k in range(0, n_parts, ROWS):
+        part = k + tl.arange(0, ROWS)
+        there = (part < n_parts)[:, None] & ok[None, :]
+        at = parts + part[:, None] * (4 * F) + cols[None, :]
+        n = tl.load(at, mask=there, other=0.0).to(tl.float64)
+        counts += n
+        sums += n * mean_of_part(at, there, F)
+    atoms = tl.sum(counts, axis=0)
+    tl.store(count + cols, atoms, mask=cols == 0)
+    first = tl.sum(sums, axis=0) / atoms
+    squares = tl.zeros([ROWS, BF], tl.float64)
+    for k in range(0, n_parts, ROWS):
+        part = k + tl.arange(0, ROWS)
+        there = (part < n_parts)[:, None] & ok[None, :]
+        at = parts + part[:, None] * (4 * F) + cols[None, :]
+        off = mean_of_part(at, there, F) - first[None, :]
+        n = tl.load(at, mask=there, other=0.0).to(tl.float64)
+        squares += tl.load(at + 3 * F, mask=there, other=0.0).to(tl.float64) + n * off * off
+    second = tl.sum(squares, axis=0) / atoms
+    tl.store(mean + cols, first.to(tl.float32), mask=ok)
+    tl.store(var + cols, second.to(tl.float32), mask=ok)
+    rstd = 1.0 / tl.sqrt(second + eps)
+    factor = tl.load(gamma2 + cols, mask=ok, other=0.0).to(tl.float64) * rstd
+    tl.store(scale + cols, factor.to(tl.float32), mask=ok)
+    beta = tl.load(beta2 + cols, mask=ok, other=0.0).to(tl.float64)
+    tl.store(shift + cols, (beta - first * factor).to(tl.float32), mask=ok)
+    if running_mean is not None:
+        move(running_mean + cols, ok, first, momentum)
+        move(running_var + cols, ok, second * (atoms / (atoms - 1.0)), momentum)
 
 
 @triton.jit

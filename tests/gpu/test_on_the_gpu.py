@@ -676,8 +676,9 @@ def test_captured_predictions(backend, make_batch, model_type):
 
 
 @cuda_only
+@each_backend
 @pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
-def test_captured_training(make_batch, model_type):
+def test_captured_training(backend, make_batch, model_type):
     """Steps over batches of several sizes, from the CPU and from the GPU, two of which add up their gradients."""
     kinds, found = [("plain", 1), ("weighted", 3), ("plain", 2), ("plain", 1), ("large", 1), ("weighted", 1)], []
     for captured in (False, True):

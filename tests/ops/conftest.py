@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from srcgcnn_fast import capture
 from srcgcnn_fast.ops import cuda as backend
 from srcgcnn_fast.ops import cuda_conv
 
@@ -145,3 +146,31 @@ def training_on_the_emulation(training_library, fenced, monkeypatch: pytest.Monk
     monkeypatch.setattr(cuda_conv, "native", lambda: training_library)
     training_library.gpu(3, 228 << 10)
     training_library.tensor_cores("Hopper")
+
+
+@pytest.fixture
+def replayed(monkeypatch) -> list[int]:
+    """Graphs of training on the CPU: a replay computes anew into the same memory. Holds how many were captured."""
+    captured = [0]
+
+    def recorded(run):
+        captured[0] += 1
+        made, leaves = run()
+        out, upstream = made.detach().clone(), torch.zeros_like(made)
+        gradients = torch.autograd.grad(made, leaves, upstream)
+        last = []
+
+        def forward():
+            with torch.enable_grad():
+                last[:] = [run()]
+            out.copy_(last[0][0].detach())
+
+        def backward():
+            for old, new in zip(gradients, torch.autograd.grad(*last.pop(), upstream), strict=True):
+                old.copy_(new)
+
+        return forward, out, backward, upstream, gradients
+
+    monkeypatch.setattr(capture, "_DEVICE", "cpu")
+    monkeypatch.setattr(capture, "_recorded_training", recorded)
+    return captured

@@ -16,6 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import srcgcnn_fast as sf
+from srcgcnn_fast import capture
 from srcgcnn_fast.ops import reference, triton
 from srcgcnn_fast.ops.cpu import Graph, Layer, Moments
 from srcgcnn_fast.ops.reference import BatchNorm, Edges
@@ -362,3 +363,37 @@ def rounded_rows(problem: Problem) -> Any:
     m = (m - layer.mean2.double()) / (layer.var2.double() + 1e-5).sqrt() * layer.gamma2.double() + layer.beta2.double()
     assert relative(out, torch.nn.functional.softplus(h.double() + m).cpu()) < 1e-6
     return linear
+
+
+def small_model(dtype: torch.dtype, kind: type, width: int = 40) -> sf.SRCGCNN:
+    torch.manual_seed(3)
+    model = kind(3, width, 48).to(dtype).train()
+    for module in model.modules():  # norms that do something
+        if isinstance(module, torch.nn.BatchNorm1d) and module.affine:
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.uniform_(module.bias, -0.5, 0.5)
+    return model
+
+
+def captured_steps(make_batch: Callable[..., sf.GraphBatch], width: int, kinds: list[tuple[str, int]]) -> None:
+    """Outputs, weights and running statistics over batches of other sizes, padded with rows that have no weight, are
+    those of the model's own steps; ``kinds`` are the batches' kinds and seeds, three."""
+    models, batches = [], [make_batch(kind, seed) for kind, seed in kinds]
+    for captured in (False, True):
+        model = small_model(torch.float32, sf.SRCGCNN, width)
+        call = capture.CapturedTraining(model) if captured else model
+        optimizer, outs = torch.optim.SGD(model.parameters(), 1e-2), []
+        for k in (0, 1, 2, 1):
+            batches[k].cache.clear()
+            out = call(batches[k])
+            outs.append(out)
+            out.square().mean().backward()
+            if k:  # else two gradients add up
+                optimizer.step()
+                optimizer.zero_grad()
+        models.append({**model.state_dict(), **{f"out{k}": out.detach() for k, out in enumerate(outs)}})
+    for name, expected in models[0].items():
+        if not name.endswith("fc_full.bias"):  # whose gradient is zero in exact arithmetic
+            torch.testing.assert_close(
+                models[1][name], expected, rtol=2e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )

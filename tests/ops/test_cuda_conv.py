@@ -330,16 +330,6 @@ def test_layers_in_one_node_of_the_graph(pretend_gpu, monkeypatch, training):
             assert relative(ours, exact) <= 2 * relative(plain, exact) + 3e-7, k
 
 
-def small_model(dtype: torch.dtype, kind: type, width: int = 40) -> sf.SRCGCNN:
-    torch.manual_seed(3)
-    model = kind(3, width, 48).to(dtype).train()
-    for module in model.modules():  # norms that do something
-        if isinstance(module, torch.nn.BatchNorm1d) and module.affine:
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-            torch.nn.init.uniform_(module.bias, -0.5, 0.5)
-    return model
-
-
 def batch_of(problem: Problem, dtype: torch.dtype = torch.float32) -> sf.GraphBatch:
     """Of three crystals."""
     rows = (0, 7, 8, n := len(problem.row_weight))
@@ -361,7 +351,7 @@ def test_whole_networks(pretend_gpu, training_library, monkeypatch, kind, table)
     for name, dtype in (("reference", torch.float64), ("reference", torch.float32), ("cuda", torch.float32)):
         monkeypatch.setattr(registry, "select", lambda *_a, name=name, **_k: name)
         monkeypatch.setattr(registry, "trains_compiled", lambda _h, name=name: name == "cuda")
-        model, batch = small_model(dtype, kind), batch_of(problem, dtype)
+        model, batch = convolution.small_model(dtype, kind), batch_of(problem, dtype)
         if table:  # as in a batch of many more rows than elements
             model.element_table, batch.numbers = model.element_table[:15].clone(), batch.numbers % 15
         else:
@@ -399,62 +389,15 @@ def test_gradients_that_are_asked_for_twice(pretend_gpu, monkeypatch, pooled):
     assert torch.equal(upstream, kept) and torch.equal(h, given)
 
 
-@pytest.fixture
-def replayed(monkeypatch) -> list[int]:
-    """Graphs of training on the CPU: a replay computes anew into the same memory. Holds how many were captured."""
-    captured = [0]
-
-    def recorded(run):
-        captured[0] += 1
-        made, leaves = run()
-        out, upstream = made.detach().clone(), torch.zeros_like(made)
-        gradients = torch.autograd.grad(made, leaves, upstream)
-        last = []
-
-        def forward():
-            with torch.enable_grad():
-                last[:] = [run()]
-            out.copy_(last[0][0].detach())
-
-        def backward():
-            for old, new in zip(gradients, torch.autograd.grad(*last.pop(), upstream), strict=True):
-                old.copy_(new)
-
-        return forward, out, backward, upstream, gradients
-
-    monkeypatch.setattr(capture, "_DEVICE", "cpu")
-    monkeypatch.setattr(capture, "_recorded_training", recorded)
-    return captured
-
-
 def test_captured_training_gives_the_steps_of_the_model(pretend_gpu, replayed, monkeypatch, make_batch):
-    """Outputs, weights and running statistics over batches of other sizes, padded with rows that have no weight."""
     monkeypatch.setattr(registry, "select", lambda *_a, **_k: "cuda")
-    models, batches = [], [make_batch(kind, seed) for kind, seed in (("weighted", 1), ("isolated", 1), ("weighted", 2))]
-    for captured in (False, True):
-        model = small_model(torch.float32, sf.SRCGCNN, 20)
-        call = capture.CapturedTraining(model) if captured else model
-        optimizer, outs = torch.optim.SGD(model.parameters(), 1e-2), []
-        for k in (0, 1, 2, 1):
-            batches[k].cache.clear()
-            out = call(batches[k])
-            outs.append(out)
-            out.square().mean().backward()
-            if k:  # else two gradients add up
-                optimizer.step()
-                optimizer.zero_grad()
-        models.append({**model.state_dict(), **{f"out{k}": out.detach() for k, out in enumerate(outs)}})
+    convolution.captured_steps(make_batch, 20, [("weighted", 1), ("isolated", 1), ("weighted", 2)])
     assert replayed == [2]
-    for name, expected in models[0].items():
-        if not name.endswith("fc_full.bias"):  # whose gradient is zero in exact arithmetic
-            torch.testing.assert_close(
-                models[1][name], expected, rtol=2e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
-            )
 
 
 def test_captured_training_keeps_more_graphs_of_small_batches(pretend_gpu, replayed, monkeypatch, make_batch):
     monkeypatch.setattr(registry, "select", lambda *_a, **_k: "cuda")
-    call, kept = capture.CapturedTraining(small_model(torch.float32, sf.CGCNN, 20)), []
+    call, kept = capture.CapturedTraining(convolution.small_model(torch.float32, sf.CGCNN, 20)), []
     static = lambda batch: types.SimpleNamespace(batch=batch, fill=lambda *_: None)  # noqa: E731
     monkeypatch.setattr(call, "_capture", lambda batch, _: types.SimpleNamespace(static=static(batch)))
     monkeypatch.setattr(capture._Replayed, "apply", lambda *_: None)
@@ -471,7 +414,7 @@ def test_captured_training_keeps_more_graphs_of_small_batches(pretend_gpu, repla
 
 def test_captured_training_refuses_what_would_be_wrong(pretend_gpu, replayed, monkeypatch, make_batch):
     monkeypatch.setattr(registry, "select", lambda *_a, **_k: "cuda")
-    model, batch = small_model(torch.float32, sf.CGCNN, 20), make_batch("isolated")
+    model, batch = convolution.small_model(torch.float32, sf.CGCNN, 20), make_batch("isolated")
     call = capture.CapturedTraining(model)
     first = call(batch)
     call(batch).sum().backward()
@@ -488,8 +431,8 @@ def test_captured_training_refuses_what_would_be_wrong(pretend_gpu, replayed, mo
     model.convs[0].bn1.momentum = None
     with pytest.raises(sf.InputError, match="norms with a momentum"):
         capture.CapturedTraining(model)
-    monkeypatch.setattr(registry, "trains_compiled", lambda _h: False)
-    with pytest.raises(sf.InputError, match="needs the compiled CUDA kernels"):
+    monkeypatch.setattr(registry, "select", lambda *_a, **_k: "reference")
+    with pytest.raises(sf.InputError, match="needs float32 and the kernels for GPUs"):
         capture.CapturedTraining(model)
     monkeypatch.setattr(capture, "_DEVICE", "cuda")
     with pytest.raises(sf.InputError, match="needs a model on a CUDA device, not on cpu"):
@@ -499,7 +442,7 @@ def test_captured_training_refuses_what_would_be_wrong(pretend_gpu, replayed, mo
 def test_a_capture_reaches_for_no_node_of_an_earlier_step(pretend_gpu, replayed, monkeypatch, make_batch):
     """A parameter's node belongs to the stream of the step that made it, which is held as long as its loss is."""
     monkeypatch.setattr(registry, "select", lambda *_a, **_k: "cuda")
-    model, recorded, seen = small_model(torch.float32, sf.CGCNN, 20), capture._recorded_training, []
+    model, recorded, seen = convolution.small_model(torch.float32, sf.CGCNN, 20), capture._recorded_training, []
     nodes = {x.expand_as(x).grad_fn.next_functions[0][0] for x in model.parameters()}  # alive
 
     def reached(node):
@@ -521,7 +464,7 @@ def test_a_capture_reaches_for_no_node_of_an_earlier_step(pretend_gpu, replayed,
 def test_the_index_of_a_warm_up_is_not_kept(pretend_gpu, replayed, monkeypatch, make_batch):
     """It has two numbers an edge, and every replay makes its own."""
     monkeypatch.setattr(registry, "select", lambda *_a, **_k: "cuda")
-    model, recorded = small_model(torch.float32, sf.CGCNN, 20), capture._recorded_training
+    model, recorded = convolution.small_model(torch.float32, sf.CGCNN, 20), capture._recorded_training
     gc.collect()  # else what earlier tests left might go meanwhile
     before = len(triton._transposed)
 
@@ -537,7 +480,7 @@ def test_the_index_of_a_warm_up_is_not_kept(pretend_gpu, replayed, monkeypatch, 
 
 def test_a_capture_that_fails_leaves_the_model_as_it_was(pretend_gpu, replayed, monkeypatch, make_batch):
     monkeypatch.setattr(registry, "select", lambda *_a, **_k: "cuda")
-    model = small_model(torch.float32, sf.CGCNN, 20)
+    model = convolution.small_model(torch.float32, sf.CGCNN, 20)
     before = copy.deepcopy(model.state_dict())
 
     def without_memory(run):
@@ -553,7 +496,7 @@ def test_a_capture_that_fails_leaves_the_model_as_it_was(pretend_gpu, replayed, 
 def test_captured_training_follows_what_is_frozen_or_replaced(pretend_gpu, replayed, monkeypatch, make_batch):
     """Norms that stop, weights that stop, a parameter at another address, other settings: each has its own graph."""
     monkeypatch.setattr(registry, "select", lambda *_a, **_k: "cuda")
-    model, batch = small_model(torch.float32, sf.SRCGCNN, 20), make_batch("isolated")
+    model, batch = convolution.small_model(torch.float32, sf.SRCGCNN, 20), make_batch("isolated")
     call = capture.CapturedTraining(model)
     for change in (
         lambda: None,
@@ -611,7 +554,7 @@ def test_memory_of_a_training_step(pretend_gpu, training_library, monkeypatch):
     monkeypatch.setattr(backend, "PROGRAMS", 1)
     monkeypatch.setattr(backend, "AT_ONCE", 1)
     width, rows, peaks = 64, (200, 400), []
-    model = small_model(torch.float32, sf.SRCGCNN, width)
+    model = convolution.small_model(torch.float32, sf.SRCGCNN, width)
     for n in rows:
         g, index = torch.Generator().manual_seed(0), lambda x: torch.tensor(x, dtype=torch.int32)
         draw = lambda top, k: torch.randint(1, top, (k,), generator=g, dtype=torch.int32)  # noqa: B023, E731

@@ -21,7 +21,7 @@ from convolution import TRAINING, arguments, compare, kinds_and_modes, relative
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 import srcgcnn_fast as sf
-from srcgcnn_fast.ops import precision, reference, registry
+from srcgcnn_fast.ops import fused, precision, reference, registry
 from srcgcnn_fast.ops import triton as backend
 from srcgcnn_fast.ops.cpu import Graph, Layer
 from srcgcnn_fast.ops.reference import BatchNorm, Edges
@@ -57,7 +57,8 @@ runs = pytest.mark.skipif(
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """In the interpreter, large tiles and few programs that share out the rows; "twelve" keeps those in use."""
     if DEVICE == "cpu" and "twelve" not in request.node.name:
-        large = {k: t._replace(rows=16, degree=t.degree and 8) for k, t in backend.TILES.items()}
+        rows = lambda name: 128 if name in ("edge_statistics", "filter_gradient") else 16  # noqa: E731
+        large = {k: t._replace(rows=rows(k), degree=t.degree and 8) for k, t in backend.TILES.items()}
         monkeypatch.setattr(backend, "TILES", large)
         monkeypatch.setattr(backend, "_PROGRAMS", 2)
 
@@ -74,9 +75,11 @@ def test_convolution(kind, training):
 
 
 @runs
-@pytest.mark.parametrize(("width", "n_features"), [(64, 41), (7, 41), (1, 3), (33, 5), (20, 70)])
+@pytest.mark.parametrize(("width", "n_features"), [(64, 41), (7, 41), (1, 3), (33, 5), (20, 70), (70, 5)])
 def test_any_width_and_number_of_gaussians(width, n_features):
-    kind, seeds = ("weighted", range(6 if width == 1 else 2)) if width < 8 else ("isolated", range(4))
+    kind, seeds = ("weighted", range(6 if width == 1 else 2)) if width < 8 else ("isolated", range(12))
+    if width >= 64:
+        kind, seeds = "twelve", range(2)
     compare([Problem(kind, width, n_features, seed=seed) for seed in seeds], (True, True))
 
 
@@ -97,7 +100,7 @@ def by_dot(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 def test_the_filter_from_all_gaussians(monkeypatch, width, n_features):
     """As exact as the window, which leaves out what is below 2e-9."""
     by_dot(monkeypatch, "gate_sum", "backward_rows", "backward_senders")
-    problems = [Problem("weighted" if width == 16 else "isolated", width, n_features, seed=seed) for seed in range(2)]
+    problems = [Problem("weighted" if width == 16 else "isolated", width, n_features, seed=seed) for seed in range(8)]
     compare(problems, (False, False))
     if width == 16:
         compare(problems, (True, True))
@@ -178,6 +181,54 @@ def test_whole_stack(shared):
     ours = relative(backend.stack(h, layers, problem.graph()), results[torch.float64])
     assert ours <= 2 * relative(results[torch.float32], results[torch.float64]) + 3e-7
     assert torch.equal(h, kept)
+
+
+@pytest.fixture
+def pretend_gpu(monkeypatch):
+    """Calls on tensors of the CPU go where those on a GPU's go without the compiled kernels."""
+    monkeypatch.setattr(fused, "is_eager", lambda _h, device="cpu": device == "cuda")
+    monkeypatch.setattr(fused, "shells", lambda _edges: (None, None, None))
+    monkeypatch.setattr(fused, "missing_channels", lambda _h: 0)
+    monkeypatch.setattr(registry, "trains_compiled", lambda _h: False)
+    monkeypatch.setattr(registry, "select", lambda *_a, **_k: "triton")
+
+
+@runs
+@pytest.mark.skipif(DEVICE == "cuda", reason="tests/gpu has whole models")
+@pytest.mark.parametrize("momentum", [0.1, 0.7])
+@pytest.mark.parametrize("model_type", [sf.CGCNN, sf.SRCGCNN])
+def test_a_training_step_of_a_model_in_one_node(pretend_gpu, monkeypatch, make_batch, model_type, momentum):
+    """As models call it outside of compilation: outputs, gradients, running statistics."""
+    batch, results, launched = make_batch("isolated"), [], []
+    convs = backend.convs
+    monkeypatch.setattr(backend, "convs", lambda *given: launched.append(given) or convs(*given))
+    for name, dtype in (("reference", torch.float64), ("reference", torch.float32), ("triton", torch.float32)):
+        monkeypatch.setattr(registry, "select", lambda *_a, name=name, **_k: name)
+        model = convolution.small_model(dtype, model_type, 12)
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm1d):
+                module.momentum = momentum
+        model.convs[0].bn2.eval() if model_type is sf.CGCNN else model.recurrent_bn1s[1].eval()
+        batch.cache.clear()
+        batch.distance, batch.weight = batch.distance.to(dtype), batch.weight.to(dtype)
+        out = model(batch)
+        out.square().sum().backward()
+        of_parameters = {f"grad {n}": p.grad for n, p in model.named_parameters()}
+        results.append({"out": out.detach(), **of_parameters, **dict(model.named_buffers())})
+        assert bool(launched) == (name == "triton")
+    exact, plain, ours = results
+    for name, expected in exact.items():
+        if not name.endswith("fc_full.bias") and expected.is_floating_point():
+            assert relative(ours[name], expected) <= 2 * relative(plain[name], expected) + 5e-7, name
+        elif not expected.is_floating_point():
+            assert torch.equal(ours[name], expected), name
+
+
+@runs
+@pytest.mark.skipif(DEVICE == "cuda", reason="tests/gpu captures graphs")
+def test_captured_training_gives_the_steps_of_the_model(pretend_gpu, replayed, make_batch):
+    convolution.captured_steps(make_batch, 8, [("isolated", 1), ("one crystal", 1), ("isolated", 2)])
+    assert replayed == [2]
 
 
 @runs

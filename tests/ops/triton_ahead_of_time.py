@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 
 from srcgcnn_fast.ops import precision
 from srcgcnn_fast.ops import triton as backend
-from srcgcnn_fast.ops.cpu import Graph, Layer, Moments
+from srcgcnn_fast.ops.cpu import STILL, Graph, Layer, Moments, Running
 
 _TYPES = {torch.float32: "*fp32", torch.int32: "*i32", torch.float64: "*fp64", torch.bfloat16: "*bf16"}
 DOT = {
@@ -84,10 +84,13 @@ def launches(width: int, n_features: int, few: bool = False) -> dict[Any, Any]:
             backend.stack(h, [layer], graph)
             break
         moments = Moments(zeros(n), *backend.edge_moments(zeros(n), graph, n_features))
-        backend.conv(h, layer, graph, moments)
-        backend.conv_backward(h, h, h, layer, graph, moments, False)
+        running = Running(*vectors[5:], 0.1, 0.1) if training else STILL
+        _, statistics, kept = backend.convs(h, [layer], graph, moments, None, [running])
+        backend.convs_backward(h, h, statistics, kept, [layer], graph, moments, not training)
+        if not few:
+            backend.conv(h, layer, graph, moments)
+            backend.conv_backward(h, h, h, layer, graph, moments, False)
         if not training:
-            backend.conv_backward(h, h, h, layer, graph, moments, True)
             backend.stack(h, [layer], graph)
     return recorder.launches
 
