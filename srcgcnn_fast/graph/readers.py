@@ -61,6 +61,8 @@ _GROUP = 64
 """CIF files that a process is given at a time."""
 _FEW_FILES = 256
 """Up to this many CIF files no process is started but for those that need pymatgen."""
+_BUFFER = 1 << 20
+"""Bytes of a Parquet file's column that are read at a time: else a whole row group, which may be the whole file."""
 
 
 @dataclass
@@ -976,7 +978,7 @@ def _read_parquet(path: Path, wanted: list[str] | None, skip: int = 0, *, is_par
     """Rows with the wanted targets; one file of several may lack some of them, but not all."""
     parquet = require("pyarrow.parquet", "Reading Parquet files", extra="io")
     try:
-        table = parquet.ParquetFile(path)
+        table = parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False)
     except Exception as error:
         raise InputError(f"{path.name} is not a Parquet file ({one_line(error)}); export it again.") from error
     schema = table.schema_arrow

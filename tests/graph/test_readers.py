@@ -300,6 +300,20 @@ def test_a_parquet_file_in_a_folder_is_read_row_by_row(tmp_path: Path, monkeypat
     assert len(list(read_inputs(tmp_path, skip=4))) == 6
 
 
+def test_a_row_group_is_read_in_parts(tmp_path: Path) -> None:
+    pa, parquet = (pytest.importorskip(name, reason="pyarrow is missing") for name in ("pyarrow", "pyarrow.parquet"))
+    coords = np.random.default_rng(0).random((30_000, 81))  # which no compression makes smaller
+    row = {"lattice": [CELL.ravel()], "atomic_numbers": [np.repeat(NUMBERS, 9)]}
+    table = pa.table({**{name: value * len(coords) for name, value in row.items()}, "frac_coords": list(coords)})
+    parquet.write_table(table, tmp_path / "t.parquet")
+    assert parquet.read_metadata(tmp_path / "t.parquet").num_row_groups == 1
+    del table
+    before = pa.total_allocated_bytes()
+    records = read_inputs(tmp_path / "t.parquet")
+    assert next(records).error is None
+    assert pa.total_allocated_bytes() - before < 0.5 * coords.nbytes
+
+
 def test_any_bytes_are_an_id_of_a_parquet_file(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow", reason="pyarrow is missing")
     ends = pa.py_buffer(np.array([0, 4, 8], np.int32).tobytes())
