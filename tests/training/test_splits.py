@@ -64,6 +64,23 @@ def test_a_file_gives_the_ids_of_each_part(alloys, tmp_path, kind, caplog):
     assert ("1 ids" in caplog.text) is (kind != "json")
 
 
+def test_of_a_data_set_that_is_the_split_file_two_columns_are_read(alloys, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    frame = table(alloys)
+    frame["lattice"] = [np.random.default_rng(0).normal(size=9)] * len(frame)
+    frame.to_parquet(tmp_path / "s.parquet", compression="gzip")
+    whole = read_split(tmp_path / "s.parquet", alloys)
+    column = parquet.read_metadata(tmp_path / "s.parquet").row_group(0).column(2)
+    data = bytearray((tmp_path / "s.parquet").read_bytes())
+    middle = column.dictionary_page_offset + column.total_compressed_size // 2
+    data[middle : middle + 16] = bytes(16)
+    (tmp_path / "s.parquet").write_bytes(data)
+    with pytest.raises(OSError):  # which may concern the page or its header
+        pd.read_parquet(tmp_path / "s.parquet")
+    split = read_split(tmp_path / "s.parquet", alloys)
+    assert all(np.array_equal(a, b) for a, b in zip(split, whole, strict=True))
+
+
 def test_crystals_without_a_target_leave_the_parts(alloys, tmp_path):
     table(alloys).to_csv(tmp_path / "s.csv", index=False)
     split = read_split(tmp_path / "s.csv", alloys, ["volume"])
