@@ -206,8 +206,13 @@ def write_table(frame: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
 
 def _write_json(frame: pd.DataFrame, file: Path) -> None:
     """All digits; pandas' ``to_json`` has 15 decimals, few of which are left of small numbers."""
-    rows = frame.astype(object).where(frame.notna(), None)
-    file.write_text(json.dumps(rows.to_dict("records"), indent=1) + "\n", encoding="utf-8")
+    many = _PREPARED * _CHUNK  # a dictionary a row takes ten times the room of the table
+    with file.open("w", encoding="utf-8") as lines:
+        for first in range(0, len(frame), many):
+            part = frame.iloc[first : first + many]
+            rows = part.astype(object).where(part.notna(), None).to_dict("records")
+            lines.write(("," if first else "[") + json.dumps(rows, indent=1)[1:-2])  # without its brackets
+        lines.write("\n]\n" if len(frame) else "[]\n")
 
 
 def _predictor(model: Any, dropout_passes: int | None) -> CGCNN | SRCGCNN | Sampler:

@@ -361,6 +361,19 @@ def test_tables_are_written_whole(suffix, tmp_path, monkeypatch):
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+@pytest.mark.parametrize("n", [0, 1, 4, 5])
+def test_json_is_written_some_rows_at_a_time(n, tmp_path, monkeypatch):
+    values = [0.1 * k if k % 2 else float("nan") for k in range(n)]
+    frame = pandas.DataFrame({"id": [f"é{k}" for k in range(n)], "target": values, "error": [None] * n})
+    whole = [{"id": f"é{k}", "target": 0.1 * k if k % 2 else None, "error": None} for k in range(n)]
+    counts, original = [], json.dumps
+    monkeypatch.setattr(json, "dumps", lambda rows, **options: counts.append(len(rows)) or original(rows, **options))
+    monkeypatch.setattr(prediction, "_CHUNK", 2)
+    monkeypatch.setattr(prediction, "_PREPARED", 1)
+    text = write_table(frame, tmp_path / "t.json").read_text(encoding="utf-8")
+    assert text == original(whole, indent=1) + "\n" and counts == [2] * (n // 2) + [1] * (n % 2)
+
+
 def test_tables_of_other_kinds(tmp_path):
     with pytest.raises(sf.InputError, match="xlsx"):
         write_table(pandas.DataFrame(), tmp_path / "x.xlsx")
