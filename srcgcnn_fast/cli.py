@@ -600,6 +600,7 @@ def predict(arguments: argparse.Namespace) -> int:
             isolated=arguments.isolated,
             captured=arguments.captured,
             disorder=arguments.disorder,
+            progress=True,
         )
     write_table(table, arguments.out)
     failed = table["error"].notna()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain, islice
@@ -58,7 +60,7 @@ def predict(
     isolated: Literal["error", "warn", "keep"] | None = None,
     disorder: Literal["error", "majority", "average"] | None = None,
     captured: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: bool | Callable[[int], None] | None = None,
 ) -> pd.DataFrame:
     """What ``model`` predicts for every crystal of ``inputs``, built into graphs as the model was trained on them.
 
@@ -79,7 +81,7 @@ def predict(
             "average".
         captured: on a GPU, replay a CUDA graph for each size of batch (:class:`srcgcnn_fast.CapturedModel`), which pays
             for small ``batch_atoms``.
-        progress: called after each input is read, with the number read so far.
+        progress: True for a progress bar, or a function that is told the number of inputs read so far.
 
     Returns:
         One row per input in input order, with the index of a Series: ``id``, a column per target in its unit (a
@@ -106,10 +108,11 @@ def predict(
         function = partial(_side_by_side, predictor)
     else:
         function = CapturedModel(predictor) if captured else predictor.predict
-    ids, table, errors = run_over(
-        models, inputs, function, len(columns),
-        batch_atoms=batch_atoms, timeout=timeout, isolated=isolated, disorder=disorder, progress=progress,
-    )  # fmt: skip
+    with _told(progress) as told:
+        ids, table, errors = run_over(
+            models, inputs, function, len(columns),
+            batch_atoms=batch_atoms, timeout=timeout, isolated=isolated, disorder=disorder, progress=told,
+        )  # fmt: skip
     frame = pandas.DataFrame(
         {
             "id": pandas.Series(ids, dtype=object),
@@ -120,6 +123,23 @@ def predict(
     if is_series(inputs):  # so that a column of it goes into the table that the Series is of
         frame.index = inputs.index
     return frame
+
+
+@contextmanager
+def _told(progress: bool | Callable[[int], None] | None) -> Iterator[Callable[[int], None] | None]:
+    """Who is told the number of inputs read so far: a bar, if that is asked for, which shows after a moment."""
+    if not isinstance(progress, bool):
+        yield progress
+        return
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        logger.info("Without tqdm there is no progress bar.")
+        yield None
+        return
+    pause = 0.1 if sys.stderr.isatty() else 10  # s; a log file need not hold every step
+    with tqdm(desc="predict", unit=" crystals", mininterval=pause, delay=1, disable=not progress) as bar:
+        yield lambda count: bar.update(count - bar.n)
 
 
 def _side_by_side(sampler: Sampler, batch: GraphBatch) -> torch.Tensor:

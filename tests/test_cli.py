@@ -790,7 +790,11 @@ def test_debug_shows_the_traceback(tmp_path):
         main(["predict", str(tmp_path / "missing"), str(tmp_path), "--debug"])
 
 
-def test_predict_takes_a_store_and_a_device(trained, source, tmp_path):
+def test_predict_takes_a_store_and_a_device(trained, source, tmp_path, monkeypatch):
+    from tqdm import auto
+
+    bars, made = [], auto.tqdm
+    monkeypatch.setattr(auto, "tqdm", lambda *given, **options: bars.append(made(*given, **options)) or bars[-1])
     assert main(["prepare", str(source), str(tmp_path / "store")]) == 0
     for name, given in (("store", tmp_path / "store"), ("source", source)):
         table = str(tmp_path / f"{name}.csv")
@@ -799,6 +803,7 @@ def test_predict_takes_a_store_and_a_device(trained, source, tmp_path):
     a, b = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("store", "source"))
     assert list(a["id"]) == list(b["id"]) and len(a) == 40
     np.testing.assert_allclose(a[TARGET], b[TARGET], atol=1e-5)
+    assert [(bar.desc, bar.n) for bar in bars] == [("prepare", 40), ("predict", 40), ("predict", 40)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

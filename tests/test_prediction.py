@@ -96,6 +96,26 @@ def test_iterables_are_read_in_chunks(monkeypatch):
     np.testing.assert_allclose(frame["target"], whole["target"], atol=2e-5)
 
 
+def test_a_bar_tells_how_many_inputs_are_read(monkeypatch, capsys):
+    auto, bars = pytest.importorskip("tqdm.auto"), []
+
+    class Bar(auto.tqdm):
+        def __init__(self, **options):
+            super().__init__(**options | {"delay": 0})
+            bars.append(self)
+
+    model, inputs = make_model(), crystals(3)
+    sf.predict(model, inputs, progress=True)
+    assert not capsys.readouterr().err  # within a second there is nothing to tell
+    monkeypatch.setattr(auto, "tqdm", Bar)
+    for given in (inputs, GraphStore.from_graphs(sf.build_graphs(inputs))):
+        sf.predict(model, given, progress=True)
+        assert bars[-1].n == 3 and "predict: 3 crystals" in capsys.readouterr().err
+    for silent in (None, False):
+        sf.predict(model, inputs, progress=silent)
+        assert not capsys.readouterr().err
+
+
 def test_the_rest_of_the_batch_does_not_matter(monkeypatch):
     inputs, sizes = crystals(12), []
     whole = sf.predict(make_model(), inputs)["target"]
