@@ -61,6 +61,8 @@ _GROUP = 64
 """CIF files that a process is given at a time."""
 _FEW_FILES = 256
 """Up to this many CIF files no process is started but for those that need pymatgen."""
+_ROWS = 1024
+"""Of a table, read at a time."""
 _BUFFER = 1 << 20
 """Bytes of a Parquet file's column that are read at a time: else a whole row group, which may be the whole file."""
 
@@ -863,11 +865,12 @@ def _read_ase_database(path: Path) -> Iterator[Record]:
     stem, count = _stem(path), 0
     try:
         _check_ase_database(path)
-        for row in connect(path, type="db", append=True).select():
-            info = {**row.key_value_pairs, **{k: row[k] for k in ("energy",) if k in row}}
-            id = str(info.get("material_id", info.get("id", f"{stem}-{row.id}")))
-            yield _record(id, _numbers_of(info), partial(_row_crystal, row, f"{id} ({path.name})"))
-            count += 1
+        with connect(path, type="db", append=True) as database:  # else ASE leaves a connection open for every question
+            for row in _ase_rows(database):
+                info = {**row.key_value_pairs, **{k: row[k] for k in ("energy",) if k in row}}
+                id = str(info.get("material_id", info.get("id", f"{stem}-{row.id}")))
+                yield _record(id, _numbers_of(info), partial(_row_crystal, row, f"{id} ({path.name})"))
+                count += 1
     except Exception as error:  # SQLite's, or ASE's of whatever a row may hold
         message = f"is not an ASE database ({one_line(error)}); write it again."
         if count:
@@ -877,6 +880,16 @@ def _read_ase_database(path: Path) -> Iterator[Record]:
         return
     if not count:
         yield Record(stem, None, {}, f"{path.name} has no rows; give an ASE database of structures.")
+
+
+def _ase_rows(database: Any) -> Iterator[Any]:
+    """All by their numbers, some at a time: what ASE is asked for, it takes into memory at once."""
+    last, found = 0, _ROWS
+    while found == _ROWS:
+        found = 0
+        for row in database.select(f"id>{last}", limit=_ROWS, sort="id"):
+            yield row
+            last, found = row.id, found + 1
 
 
 def _check_ase_database(path: Path) -> None:
@@ -1025,7 +1038,7 @@ def _parquet_batches(table: Any, columns: list[str], skip: int) -> Iterator[tupl
     end = 0
     for group in range(table.num_row_groups):
         row, end = end, end + table.metadata.row_group(group).num_rows
-        batches = table.iter_batches(1024, row_groups=[group], columns=columns) if end > skip else iter(())
+        batches = table.iter_batches(_ROWS, row_groups=[group], columns=columns) if end > skip else iter(())
         while max(row, skip) < end:
             try:
                 batch = next(batches)

@@ -161,6 +161,32 @@ def test_ase_database(tmp_path: Path) -> None:
     assert "none.db has no rows" in only_error(tmp_path / "none.db")
 
 
+@pytest.mark.parametrize("n", [0, 3, 4, 7])
+def test_rows_of_an_ase_database_are_read_some_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    from ase.db import connect, core
+
+    with connect(tmp_path / "t.db") as database:
+        for k in range(8):
+            database.write(Atoms("Cu", cell=CELL, pbc=True), gap=float(k))
+        database.delete([2, *range(n + 1 + (n > 0), 9)])
+    limits, select = [], core.Database.select
+    monkeypatch.setattr(readers_module, "_ROWS", 2)
+    monkeypatch.setattr(
+        core.Database,
+        "select",
+        lambda *given, **options: limits.append(options.get("limit")) or select(*given, **options),
+    )
+    records = list(read_inputs(tmp_path / "t.db"))
+    numbers = [k for k in range(1, n + 2) if k != 2]
+    assert limits == [2] * (n // 2 + 1)
+    if n:
+        assert [(r.id, r.targets) for r in records] == [(f"t-{k}", {"gap": k - 1.0}) for k in numbers]
+    else:
+        assert records[0].id == "t" and "has no rows" in records[0].error
+
+
 def test_matbench_table(tmp_path: Path) -> None:
     rows = [
         [structure().as_dict(), 0.5],
