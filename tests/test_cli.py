@@ -80,15 +80,20 @@ def test_prepare_tells_the_sizes(source, tmp_path, capsys):
     assert "1.00 times smaller" in capsys.readouterr().out
 
 
-def test_prepare_names_what_it_rejects(tmp_path, capsys):
+def test_prepare_names_what_it_rejects(tmp_path, capsys, monkeypatch):
     from ase.build import bulk
 
+    from srcgcnn_fast.graph import GraphStore
+
+    read, original = [], GraphStore.rejected.fget
+    monkeypatch.setattr(GraphStore, "rejected", property(lambda store: read.append(store) or original(store)))
     bulk("Cu").write(tmp_path / "good.cif")
     (tmp_path / "bad.cif").write_text("data_bad\n_cell_length_a what\n")
     assert main(["prepare", str(tmp_path), str(tmp_path / "store")]) == 0
     captured = capsys.readouterr()
     assert "1 crystals" in captured.out and "1 rejected" in captured.out
     assert "rejected bad" in captured.err
+    assert len(read) == 1  # it may be a long file
 
 
 def test_train_writes_a_run(trained, source, capsys):

@@ -748,5 +748,5 @@ def _log_summary(store: GraphStore) -> None:
     logger.info(
         "%s: %d crystals, %d atoms in %d rows (%.2f atoms a row), %d edges, %d rejected.",
         store.path, len(store), store.n_atoms, store.n_rows, store.n_atoms / max(store.n_rows, 1), store.n_edges,
-        len(store.rejected),
+        store.n_rejected,
     )  # fmt: skip
