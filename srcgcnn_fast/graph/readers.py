@@ -52,6 +52,8 @@ _PANDAS_INDEX = re.compile(r"__index_level_\d+__$")
 """What pandas calls the rows' numbers in a Parquet file."""
 _PAIR = re.compile(r"""(\w+)\s*=\s*("(?:\\.|[^"\\])*"|'[^']*'|\{[^}]*\}|\[[^]]*\]|\S+)""")
 """A name and its value in the second line of a frame of extended XYZ."""
+_SPACE = re.compile(r"[ \t\n\r]*")
+_DECODER = json.JSONDecoder()
 _DEUTERIUM = re.compile(r"(?<!\S)[Dd](?!\S)")
 _ATOM_INIT = "atom_init.json"
 _ATOMIC_NUMBERS = {symbol: number for number, symbol in enumerate(ELEMENT_SYMBOLS) if symbol} | {"D": 1}
@@ -915,7 +917,8 @@ def _read_json(path: Path) -> Iterator[Record]:
         text = read_text(path)
         if not text.strip():
             raise ValueError("the file is empty")
-        content = json.loads(text)
+        is_list = _is_json_list(text)
+        content = None if is_list else json.loads(text)
     except (OSError, EOFError, gzip.BadGzipFile, ValueError, RecursionError) as error:
         advice = "write its lines as one list" if "Extra data: line 2" in str(error) else "export it again"
         yield Record(stem, None, {}, f"{path.name} is not a JSON file ({one_line(error)}); {advice}.")
@@ -929,8 +932,8 @@ def _read_json(path: Path) -> Iterator[Record]:
         entries = _matbench_entries(content, stem)
     elif isinstance(content, Mapping):
         entries = content.items()
-    elif isinstance(content, list):
-        entries = ((f"{stem}-{i}", entry) for i, entry in enumerate(content))
+    elif is_list:
+        entries = ((f"{stem}-{i}", entry) for i, entry in enumerate(_json_list(text)))
     else:
         entries = []
     first = next(iter(entries := iter(entries)), None)
@@ -944,6 +947,41 @@ def _read_json(path: Path) -> Iterator[Record]:
         else:
             message = f"{id} ({path.name}) is not a pymatgen Structure dictionary; give one with lattice and sites."
             yield Record(str(id), None, {}, message)
+
+
+def _is_json_list(text: str) -> bool:
+    try:
+        return all(True for _ in _json_list(text))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _json_list(text: str) -> Iterator[Any]:
+    """The entries of a list, one at a time: all of them take some five times the room of the text.
+
+    Raises:
+        ValueError: the text is something else.
+    """
+    at = _behind_space(text, 0)
+    if not text.startswith("[", at):
+        raise ValueError
+    at = _behind_space(text, at + 1)
+    while not text.startswith("]", at):
+        entry, at = _DECODER.raw_decode(text, at)
+        yield entry
+        at = _behind_space(text, at)
+        if text.startswith(",", at):
+            at = _behind_space(text, at + 1)
+            if text.startswith("]", at):
+                raise ValueError
+        elif not text.startswith("]", at):
+            raise ValueError
+    if _behind_space(text, at + 1) < len(text):
+        raise ValueError
+
+
+def _behind_space(text: str, at: int) -> int:
+    return _SPACE.match(text, at).end()  # type: ignore[union-attr]
 
 
 def _other_table(content: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -185,6 +186,34 @@ def test_rows_of_an_ase_database_are_read_some_at_a_time(
         assert [(r.id, r.targets) for r in records] == [(f"t-{k}", {"gap": k - 1.0}) for k in numbers]
     else:
         assert records[0].id == "t" and "has no rows" in records[0].error
+
+
+def test_entries_of_a_json_list_are_read_one_at_a_time(tmp_path: Path) -> None:
+    structure = Structure(CELL, [38, 22, 8] * 9, np.random.default_rng(0).random((27, 3))).as_dict()
+    text = json.dumps([{"structure": structure, "gap": float(k)} for k in range(200)])
+    (tmp_path / "t.json").write_text(text)
+    tracemalloc.start()
+    try:
+        assert [r.targets for r in read_inputs(tmp_path / "t.json")] == [{"gap": float(k)} for k in range(200)]
+        assert tracemalloc.get_traced_memory()[1] < 3 * len(text)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "text", ["[", "[1,", "[1 2]", "[1,]", "[,]", "[] 1", "[1]]", '[{"a": 1}', "[1", "]", "[" * 10**5]
+)
+def test_a_list_that_is_not_json_is_one_row(tmp_path: Path, text: str) -> None:
+    (tmp_path / "t.json").write_text(text)
+    with pytest.raises((ValueError, RecursionError)) as caught:
+        json.loads(text)
+    assert f"t.json is not a JSON file ({one_line(caught.value)[:60]}" in only_error(tmp_path / "t.json")
+
+
+@pytest.mark.parametrize("text", ["[]", " [\n] ", "null", "3"])
+def test_a_json_file_without_structures(tmp_path: Path, text: str) -> None:
+    (tmp_path / "t.json").write_text(text)
+    assert "t.json holds no structures" in only_error(tmp_path / "t.json")
 
 
 def test_matbench_table(tmp_path: Path) -> None:
