@@ -156,12 +156,12 @@ def prepare(arguments: argparse.Namespace) -> None:
         )
     for name, reason in store.rejected[:5]:
         print(f"rejected {name_it(name, reason)}", file=sys.stderr)
-    if len(store.rejected) > 5:
-        print(f"… and {len(store.rejected) - 5} more", file=sys.stderr)
+    if store.n_rejected > 5:
+        print(f"… and {store.n_rejected - 5} more", file=sys.stderr)
     print(
         f"{len(store):,} crystals, {store.n_atoms:,} atoms in {store.n_rows:,} rows "
         f"(symmetry makes the graphs {store.n_atoms / store.n_rows:.2f} times smaller), "
-        f"{store.n_edges:,} edges; {len(store.rejected):,} rejected; "
+        f"{store.n_edges:,} edges; {store.n_rejected:,} rejected; "
         f"targets: {', '.join(sorted(store.targets)) or 'none'}\n"
         f"written to {arguments.store}"
     )
@@ -600,6 +600,7 @@ def predict(arguments: argparse.Namespace) -> int:
             isolated=arguments.isolated,
             captured=arguments.captured,
             disorder=arguments.disorder,
+            progress=True,
         )
     write_table(table, arguments.out)
     failed = table["error"].notna()

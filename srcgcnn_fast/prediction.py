@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain, islice
@@ -20,9 +22,11 @@ from .capture import CapturedModel
 from .errors import InputError, require
 from .files import atomic_path
 from .graph import GraphBatch, GraphStore, Record, build_graphs, collate, open_store, read_inputs
+from .graph.build import build_crystals
+from .graph.crystal import MixedCrystal
 from .graph.elements import MAX_ATOMIC_NUMBER, MIXES_BUILT_IN, is_built_in, with_vector, without_vector
 from .graph.readers import is_series
-from .graph.store import is_store
+from .graph.store import is_store, packed_store
 from .nn.models import in_eval_mode
 from .serialization import check_metadata
 from .uncertainty import MonteCarloDropout, Sampler, load_predictor
@@ -30,7 +34,8 @@ from .uncertainty import MonteCarloDropout, Sampler, load_predictor
 if TYPE_CHECKING:
     import pandas as pd
 
-    from .graph import CrystalGraph, GraphBatch, GraphParameters
+    from .graph import GraphBatch, GraphParameters
+    from .graph.crystal import AnyCrystal
     from .graph.packing import Packing
     from .nn import CGCNN, SRCGCNN
 
@@ -42,6 +47,8 @@ Chunk = tuple[Sequence[str], np.ndarray, list[str | None]]
 
 _CHUNK = 1024
 """Crystals read and turned into graphs at a time: what bounds the memory of a long input."""
+_CHUNK_ATOMS = 100_000
+"""Where they are large, of so many atoms."""
 _PREPARED = 16
 """So many times as many, where the graphs are there: a GPU takes a thousand in less time than their names."""
 _AHEAD = 4
@@ -58,7 +65,7 @@ def predict(
     isolated: Literal["error", "warn", "keep"] | None = None,
     disorder: Literal["error", "majority", "average"] | None = None,
     captured: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: bool | Callable[[int], None] | None = None,
 ) -> pd.DataFrame:
     """What ``model`` predicts for every crystal of ``inputs``, built into graphs as the model was trained on them.
 
@@ -79,7 +86,7 @@ def predict(
             "average".
         captured: on a GPU, replay a CUDA graph for each size of batch (:class:`srcgcnn_fast.CapturedModel`), which pays
             for small ``batch_atoms``.
-        progress: called after each input is read, with the number read so far.
+        progress: True for a progress bar, or a function that is told the number of inputs read so far.
 
     Returns:
         One row per input in input order, with the index of a Series: ``id``, a column per target in its unit (a
@@ -106,10 +113,11 @@ def predict(
         function = partial(_side_by_side, predictor)
     else:
         function = CapturedModel(predictor) if captured else predictor.predict
-    ids, table, errors = run_over(
-        models, inputs, function, len(columns),
-        batch_atoms=batch_atoms, timeout=timeout, isolated=isolated, disorder=disorder, progress=progress,
-    )  # fmt: skip
+    with _told(progress) as told:
+        ids, table, errors = run_over(
+            models, inputs, function, len(columns),
+            batch_atoms=batch_atoms, timeout=timeout, isolated=isolated, disorder=disorder, progress=told,
+        )  # fmt: skip
     frame = pandas.DataFrame(
         {
             "id": pandas.Series(ids, dtype=object),
@@ -120,6 +128,23 @@ def predict(
     if is_series(inputs):  # so that a column of it goes into the table that the Series is of
         frame.index = inputs.index
     return frame
+
+
+@contextmanager
+def _told(progress: bool | Callable[[int], None] | None) -> Iterator[Callable[[int], None] | None]:
+    """Who is told the number of inputs read so far: a bar, if that is asked for, which shows after a moment."""
+    if not isinstance(progress, bool):
+        yield progress
+        return
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        logger.info("Without tqdm there is no progress bar.")
+        yield None
+        return
+    pause = 0.1 if sys.stderr.isatty() else 10  # s; a log file need not hold every step
+    with tqdm(desc="predict", unit=" crystals", mininterval=pause, delay=1, disable=not progress) as bar:
+        yield lambda count: bar.update(count - bar.n)
 
 
 def _side_by_side(sampler: Sampler, batch: GraphBatch) -> torch.Tensor:
@@ -206,8 +231,13 @@ def write_table(frame: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
 
 def _write_json(frame: pd.DataFrame, file: Path) -> None:
     """All digits; pandas' ``to_json`` has 15 decimals, few of which are left of small numbers."""
-    rows = frame.astype(object).where(frame.notna(), None)
-    file.write_text(json.dumps(rows.to_dict("records"), indent=1) + "\n", encoding="utf-8")
+    many = _PREPARED * _CHUNK  # a dictionary a row takes ten times the room of the table
+    with file.open("w", encoding="utf-8") as lines:
+        for first in range(0, len(frame), many):
+            part = frame.iloc[first : first + many]
+            rows = part.astype(object).where(part.notna(), None).to_dict("records")
+            lines.write(("," if first else "[") + json.dumps(rows, indent=1)[1:-2])  # without its brackets
+        lines.write("\n]\n" if len(frame) else "[]\n")
 
 
 def _predictor(model: Any, dropout_passes: int | None) -> CGCNN | SRCGCNN | Sampler:
@@ -232,7 +262,15 @@ def _counted(records: Iterator[Record], progress: Callable[[int], None] | None) 
 
 
 def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
-    while chunk := list(islice(records, _CHUNK)):
+    chunk: list[Record] = []
+    atoms = 0
+    for record in records:
+        chunk.append(record)
+        atoms += len(record.crystal.numbers) if record.crystal is not None else 0
+        if len(chunk) == _CHUNK or atoms >= _CHUNK_ATOMS:
+            yield chunk
+            chunk, atoms = [], 0
+    if chunk:
         yield chunk
 
 
@@ -240,16 +278,18 @@ def _run_over_chunk(
     model: Any, records: Sequence[Record], width: int, call: Predictor, parameters: GraphParameters, batch_atoms: int
 ) -> Chunk:
     names = [record.id for record in records]
-    dtype = _distance_dtype(model)
-    graphs, errors = _graphs(model, records, parameters, np.float64 if dtype == torch.float64 else np.float32)
-    good = list(graphs)
-    cuts = _cuts(np.array([graph.n_rows for graph in graphs.values()], dtype=np.int64), batch_atoms)
+    crystals = {i: record.crystal for i, record in enumerate(records) if record.crystal is not None}
+    has_mixed = any(isinstance(crystal, MixedCrystal) for crystal in crystals.values())
+    is_packed = crystals and not has_mixed and _distance_dtype(model) == torch.float32
+    rows, join, failures = (_packed if is_packed else _graphs)(model, names, crystals, parameters)
+    errors = [failures.get(i, record.error) for i, record in enumerate(records)]
+    good = np.array(list(rows), dtype=np.int64)
+    cuts = _cuts(np.array(list(rows.values()), dtype=np.int64), batch_atoms)
     places = [good[begin:stop] for begin, stop in cuts]
-    batches = (collate([graphs[i] for i in place], dtype) for place in places)
     values = np.full((len(records), width), np.nan)
-    for place, found in zip(places, _run(call, batches), strict=True):
+    for place, found in zip(places, _run(call, map(join, places)), strict=True):
         values[place] = found
-    _mark(values, [i for place in places for i in place], names, errors)
+    _mark(values, good, names, errors)
     return names, values, errors
 
 
@@ -378,14 +418,26 @@ def _mark(values: np.ndarray, places: Any, names: Sequence[str], errors: list[st
         errors[i] = f"{names[i]}: the model's output is not finite; check its weights and the structure."
 
 
-def _graphs(
-    model: Any, records: Sequence[Record], parameters: GraphParameters, distance_dtype: Any
-) -> tuple[dict[int, CrystalGraph], list[str | None]]:
-    """The graph of each record that has one, by position, and the sentence of each that has none."""
-    errors = [record.error for record in records]
-    good = [i for i, record in enumerate(records) if record.crystal is not None]
+Built = tuple[dict[int, int], Callable[[np.ndarray], GraphBatch], dict[int, str]]
+"""Rows of each graph by the crystal's number, what joins those of some numbers, and why other crystals have none."""
+
+
+def _packed(model: Any, names: Sequence[str], crystals: dict[int, AnyCrystal], parameters: GraphParameters) -> Built:
+    """Of crystals without averaged sites, in single precision: as arrays, without an object for each."""
+    packed = build_crystals(list(crystals.values()), parameters)
+    store, numbers = packed_store(packed, parameters), list(crystals)
+    failures = {numbers[k]: f"{names[numbers[k]]}: {error}" for k, error in packed.errors.items()}
+    for k, number in store.lacking(model.element_table).items():
+        failures[numbers[k]] = without_vector(names[numbers[k]], number)
+    counts = zip(numbers, store.row_counts.tolist(), strict=True)
+    rows = {i: count for i, count in counts if i not in failures}
+    return rows, lambda chosen: store.batch(np.searchsorted(numbers, chosen)), failures
+
+
+def _graphs(model: Any, names: Sequence[str], crystals: dict[int, AnyCrystal], parameters: GraphParameters) -> Built:
+    dtype = _distance_dtype(model)
     built = build_graphs(
-        [records[i].crystal for i in good],
+        crystals.values(),
         parameters.radius,
         parameters.max_neighbors,
         parameters.symmetry_tolerance,
@@ -393,21 +445,22 @@ def _graphs(
         isolated=parameters.isolated,
         disorder=parameters.disorder,
         errors="collect",
-        distance_dtype=distance_dtype,
+        distance_dtype=np.float64 if dtype == torch.float64 else np.float32,
     )
     mixes = is_built_in(model.element_table)
     has_vector = with_vector(model.element_table, np.arange(MAX_ATOMIC_NUMBER + 1))
-    graphs = {}
-    for i, graph in zip(good, built, strict=True):
+    graphs, failures = {}, {}
+    for i, graph in zip(crystals, built, strict=True):
         if isinstance(graph, InputError):
-            errors[i] = f"{records[i].id}: {graph}"
+            failures[i] = f"{names[i]}: {graph}"
         elif graph.atom_features is not None and not mixes:
-            errors[i] = f"{records[i].id}: {MIXES_BUILT_IN}"
+            failures[i] = f"{names[i]}: {MIXES_BUILT_IN}"
         elif not has_vector[graph.numbers].all():
-            errors[i] = without_vector(records[i].id, graph.numbers[~has_vector[graph.numbers]][0])
+            failures[i] = without_vector(names[i], graph.numbers[~has_vector[graph.numbers]][0])
         else:
             graphs[i] = graph
-    return graphs, errors
+    rows = {i: graph.n_rows for i, graph in graphs.items()}
+    return rows, lambda chosen: collate([graphs[i] for i in chosen.tolist()], dtype), failures
 
 
 def _cuts(row_counts: np.ndarray, batch_atoms: int) -> Iterator[tuple[int, int]]:

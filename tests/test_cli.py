@@ -80,15 +80,20 @@ def test_prepare_tells_the_sizes(source, tmp_path, capsys):
     assert "1.00 times smaller" in capsys.readouterr().out
 
 
-def test_prepare_names_what_it_rejects(tmp_path, capsys):
+def test_prepare_names_what_it_rejects(tmp_path, capsys, monkeypatch):
     from ase.build import bulk
 
+    from srcgcnn_fast.graph import GraphStore
+
+    read, original = [], GraphStore.rejected.fget
+    monkeypatch.setattr(GraphStore, "rejected", property(lambda store: read.append(store) or original(store)))
     bulk("Cu").write(tmp_path / "good.cif")
     (tmp_path / "bad.cif").write_text("data_bad\n_cell_length_a what\n")
     assert main(["prepare", str(tmp_path), str(tmp_path / "store")]) == 0
     captured = capsys.readouterr()
     assert "1 crystals" in captured.out and "1 rejected" in captured.out
     assert "rejected bad" in captured.err
+    assert len(read) == 1  # it may be a long file
 
 
 def test_train_writes_a_run(trained, source, capsys):
@@ -790,7 +795,11 @@ def test_debug_shows_the_traceback(tmp_path):
         main(["predict", str(tmp_path / "missing"), str(tmp_path), "--debug"])
 
 
-def test_predict_takes_a_store_and_a_device(trained, source, tmp_path):
+def test_predict_takes_a_store_and_a_device(trained, source, tmp_path, monkeypatch):
+    from tqdm import auto
+
+    bars, made = [], auto.tqdm
+    monkeypatch.setattr(auto, "tqdm", lambda *given, **options: bars.append(made(*given, **options)) or bars[-1])
     assert main(["prepare", str(source), str(tmp_path / "store")]) == 0
     for name, given in (("store", tmp_path / "store"), ("source", source)):
         table = str(tmp_path / f"{name}.csv")
@@ -799,6 +808,7 @@ def test_predict_takes_a_store_and_a_device(trained, source, tmp_path):
     a, b = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("store", "source"))
     assert list(a["id"]) == list(b["id"]) and len(a) == 40
     np.testing.assert_allclose(a[TARGET], b[TARGET], atol=1e-5)
+    assert [(bar.desc, bar.n) for bar in bars] == [("prepare", 40), ("predict", 40), ("predict", 40)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -78,6 +78,13 @@ def test_a_column_of_a_table_gets_its_predictions(tmp_path):
         sf.predict(make_model(), table)
 
 
+def batches_of(monkeypatch) -> list[sf.GraphBatch]:
+    """Those that a CGCNN will be given."""
+    found, original = [], CGCNN.predict
+    monkeypatch.setattr(CGCNN, "predict", lambda model, batch: found.append(batch) or original(model, batch))
+    return found
+
+
 def test_iterables_are_read_in_chunks(monkeypatch):
     monkeypatch.setattr(prediction, "_CHUNK", 5)
     inputs, held = crystals(23), []
@@ -96,16 +103,59 @@ def test_iterables_are_read_in_chunks(monkeypatch):
     np.testing.assert_allclose(frame["target"], whole["target"], atol=2e-5)
 
 
+def test_chunks_of_large_cells_hold_fewer(monkeypatch):
+    monkeypatch.setattr(prediction, "_CHUNK_ATOMS", 20)
+    inputs, held, original = [*crystals(5), "absent.cif", *crystals(2)], [], prediction._run_over_chunk
+    monkeypatch.setattr(prediction, "_run_over_chunk", lambda m, x, *more: held.append(len(x)) or original(m, x, *more))
+    assert len(sf.predict(make_model(), inputs)) == 8 and held == [3, 4, 1]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_of_ordered_crystals_no_graph_is_made_an_object(padded, monkeypatch):
+    good, model = crystals(9), make_model()
+    model.metadata.graph = replace(model.metadata.graph, padded=padded)
+    model.element_table[good[2][2][7]] = 0
+    lattice, coords, numbers = good[0]
+    bad = [(lattice, coords * 0, numbers), "absent.cif", (np.eye(3) * 30, np.zeros((1, 3)), [10])]
+    inputs = [*good[:3], *bad, *good[3:]]
+    with monkeypatch.context() as patch:
+        patch.setattr(prediction, "_packed", prediction._graphs)
+        expected = sf.predict(model, inputs, batch_atoms=30)
+    assert expected["error"].notna().tolist() == [False, False, True, True, True, True] + [False] * 6
+    for name in ("build_graphs", "collate"):
+        monkeypatch.setattr(prediction, name, lambda *given, **options: pytest.fail("an object for each crystal"))
+    pandas.testing.assert_frame_equal(sf.predict(model, inputs, batch_atoms=30), expected, check_exact=True)
+
+
+def test_a_bar_tells_how_many_inputs_are_read(monkeypatch, capsys):
+    auto, bars = pytest.importorskip("tqdm.auto"), []
+
+    class Bar(auto.tqdm):
+        def __init__(self, **options):
+            super().__init__(**options | {"delay": 0})
+            bars.append(self)
+
+    model, inputs = make_model(), crystals(3)
+    sf.predict(model, inputs, progress=True)
+    assert not capsys.readouterr().err  # within a second there is nothing to tell
+    monkeypatch.setattr(auto, "tqdm", Bar)
+    for given in (inputs, GraphStore.from_graphs(sf.build_graphs(inputs))):
+        sf.predict(model, given, progress=True)
+        assert bars[-1].n == 3 and "predict: 3 crystals" in capsys.readouterr().err
+    for silent in (None, False):
+        sf.predict(model, inputs, progress=silent)
+        assert not capsys.readouterr().err
+
+
 def test_the_rest_of_the_batch_does_not_matter(monkeypatch):
-    inputs, sizes = crystals(12), []
+    inputs = crystals(12)
     whole = sf.predict(make_model(), inputs)["target"]
-    collate = prediction.collate
-    monkeypatch.setattr(prediction, "collate", lambda g, *a: sizes.append(len(g)) or collate(g, *a))
+    batches = batches_of(monkeypatch)
     alone = sf.predict(make_model(), inputs, batch_atoms=1)["target"]
-    assert sizes == [1] * 12
-    sizes.clear()
+    assert [batch.num_crystals for batch in batches] == [1] * 12
+    batches.clear()
     some = sf.predict(make_model(), inputs, batch_atoms=20)["target"]
-    assert sizes == [2] * 6
+    assert [batch.num_crystals for batch in batches] == [2] * 6
     backwards = sf.predict(make_model(), inputs[::-1])["target"][::-1].to_numpy()
     for other in (alone, some, backwards):
         np.testing.assert_allclose(other, whole, atol=2e-5)
@@ -189,11 +239,11 @@ def test_graphs_are_those_of_the_training(monkeypatch, padded, tolerance):
     model, inputs = make_model(), [*crystals(3), (np.eye(3) * 5, np.array(ROCK_SALT), [11] * 4 + [17] * 4)]
     default = sf.predict(model, inputs)["target"]
     model.metadata.graph = sf.GraphParameters(radius=3.0, max_neighbors=5, symmetry_tolerance=tolerance, padded=padded)
-    graphs, batches = sf.build_graphs(inputs, 3.0, 5, tolerance, padded=padded), []
+    graphs = sf.build_graphs(inputs, 3.0, 5, tolerance, padded=padded)
     assert max(g.n_edges / g.n_rows for g in graphs) <= 5
     with torch.no_grad():
         expected = model.eval().predict(sf.collate(graphs))[:, 0]
-    monkeypatch.setattr(prediction, "collate", lambda *given: batches.append(sf.collate(*given)) or batches[-1])
+    batches = batches_of(monkeypatch)
     frame = sf.predict(model, inputs)["target"]
     np.testing.assert_allclose(frame, expected.numpy(), atol=2e-5)
     assert not np.allclose(frame, default, atol=1e-3)
@@ -359,6 +409,19 @@ def test_tables_are_written_whole(suffix, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError):
         write_table(frame, path)
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("n", [0, 1, 4, 5])
+def test_json_is_written_some_rows_at_a_time(n, tmp_path, monkeypatch):
+    values = [0.1 * k if k % 2 else float("nan") for k in range(n)]
+    frame = pandas.DataFrame({"id": [f"é{k}" for k in range(n)], "target": values, "error": [None] * n})
+    whole = [{"id": f"é{k}", "target": 0.1 * k if k % 2 else None, "error": None} for k in range(n)]
+    counts, original = [], json.dumps
+    monkeypatch.setattr(json, "dumps", lambda rows, **options: counts.append(len(rows)) or original(rows, **options))
+    monkeypatch.setattr(prediction, "_CHUNK", 2)
+    monkeypatch.setattr(prediction, "_PREPARED", 1)
+    text = write_table(frame, tmp_path / "t.json").read_text(encoding="utf-8")
+    assert text == original(whole, indent=1) + "\n" and counts == [2] * (n // 2) + [1] * (n % 2)
 
 
 def test_tables_of_other_kinds(tmp_path):

@@ -16,7 +16,7 @@ import torch
 
 from ..errors import InputError
 from .batch import CrystalGraph, offsets
-from .crystal import Composition, MixedCrystal, mixed_features
+from .crystal import AnyCrystal, Composition, MixedCrystal, mixed_features
 from .elements import MAX_ATOMIC_NUMBER
 from .parameters import GraphParameters
 
@@ -206,6 +206,18 @@ def build_packed(
         results = [run(chunk) for chunk in chunks]
     packed = _join(results, good, crystals, numbers, ptr, parameters, errors)
     return _with_mixtures(packed, mixtures) if mixtures else packed
+
+
+def build_crystals(crystals: Sequence[AnyCrystal], parameters: GraphParameters) -> PackedGraphs:
+    """:func:`build_packed` of one crystal or more that are checked."""
+    return build_packed(
+        np.concatenate([c.lattice for c in crystals]).reshape(-1, 3, 3),
+        np.concatenate([c.frac_coords for c in crystals]),
+        np.concatenate([c.numbers for c in crystals]),
+        offsets([len(c.numbers) for c in crystals]),
+        parameters,
+        {b: Mixture(c.kind, c.compositions) for b, c in enumerate(crystals) if isinstance(c, MixedCrystal)},
+    )
 
 
 def _with_mixtures(packed: PackedGraphs, mixtures: Mapping[int, Mixture]) -> PackedGraphs:

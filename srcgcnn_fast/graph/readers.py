@@ -52,6 +52,8 @@ _PANDAS_INDEX = re.compile(r"__index_level_\d+__$")
 """What pandas calls the rows' numbers in a Parquet file."""
 _PAIR = re.compile(r"""(\w+)\s*=\s*("(?:\\.|[^"\\])*"|'[^']*'|\{[^}]*\}|\[[^]]*\]|\S+)""")
 """A name and its value in the second line of a frame of extended XYZ."""
+_SPACE = re.compile(r"[ \t\n\r]*")
+_DECODER = json.JSONDecoder()
 _DEUTERIUM = re.compile(r"(?<!\S)[Dd](?!\S)")
 _ATOM_INIT = "atom_init.json"
 _ATOMIC_NUMBERS = {symbol: number for number, symbol in enumerate(ELEMENT_SYMBOLS) if symbol} | {"D": 1}
@@ -61,6 +63,10 @@ _GROUP = 64
 """CIF files that a process is given at a time."""
 _FEW_FILES = 256
 """Up to this many CIF files no process is started but for those that need pymatgen."""
+_ROWS = 1024
+"""Of a table, read at a time."""
+_BUFFER = 1 << 20
+"""Bytes of a Parquet file's column that are read at a time: else a whole row group, which may be the whole file."""
 
 
 @dataclass
@@ -861,11 +867,12 @@ def _read_ase_database(path: Path) -> Iterator[Record]:
     stem, count = _stem(path), 0
     try:
         _check_ase_database(path)
-        for row in connect(path, type="db", append=True).select():
-            info = {**row.key_value_pairs, **{k: row[k] for k in ("energy",) if k in row}}
-            id = str(info.get("material_id", info.get("id", f"{stem}-{row.id}")))
-            yield _record(id, _numbers_of(info), partial(_row_crystal, row, f"{id} ({path.name})"))
-            count += 1
+        with connect(path, type="db", append=True) as database:  # else ASE leaves a connection open for every question
+            for row in _ase_rows(database):
+                info = {**row.key_value_pairs, **{k: row[k] for k in ("energy",) if k in row}}
+                id = str(info.get("material_id", info.get("id", f"{stem}-{row.id}")))
+                yield _record(id, _numbers_of(info), partial(_row_crystal, row, f"{id} ({path.name})"))
+                count += 1
     except Exception as error:  # SQLite's, or ASE's of whatever a row may hold
         message = f"is not an ASE database ({one_line(error)}); write it again."
         if count:
@@ -875,6 +882,16 @@ def _read_ase_database(path: Path) -> Iterator[Record]:
         return
     if not count:
         yield Record(stem, None, {}, f"{path.name} has no rows; give an ASE database of structures.")
+
+
+def _ase_rows(database: Any) -> Iterator[Any]:
+    """All by their numbers, some at a time: what ASE is asked for, it takes into memory at once."""
+    last, found = 0, _ROWS
+    while found == _ROWS:
+        found = 0
+        for row in database.select(f"id>{last}", limit=_ROWS, sort="id"):
+            yield row
+            last, found = row.id, found + 1
 
 
 def _check_ase_database(path: Path) -> None:
@@ -900,7 +917,8 @@ def _read_json(path: Path) -> Iterator[Record]:
         text = read_text(path)
         if not text.strip():
             raise ValueError("the file is empty")
-        content = json.loads(text)
+        is_list = _is_json_list(text)
+        content = None if is_list else json.loads(text)
     except (OSError, EOFError, gzip.BadGzipFile, ValueError, RecursionError) as error:
         advice = "write its lines as one list" if "Extra data: line 2" in str(error) else "export it again"
         yield Record(stem, None, {}, f"{path.name} is not a JSON file ({one_line(error)}); {advice}.")
@@ -914,8 +932,8 @@ def _read_json(path: Path) -> Iterator[Record]:
         entries = _matbench_entries(content, stem)
     elif isinstance(content, Mapping):
         entries = content.items()
-    elif isinstance(content, list):
-        entries = ((f"{stem}-{i}", entry) for i, entry in enumerate(content))
+    elif is_list:
+        entries = ((f"{stem}-{i}", entry) for i, entry in enumerate(_json_list(text)))
     else:
         entries = []
     first = next(iter(entries := iter(entries)), None)
@@ -929,6 +947,41 @@ def _read_json(path: Path) -> Iterator[Record]:
         else:
             message = f"{id} ({path.name}) is not a pymatgen Structure dictionary; give one with lattice and sites."
             yield Record(str(id), None, {}, message)
+
+
+def _is_json_list(text: str) -> bool:
+    try:
+        return all(True for _ in _json_list(text))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _json_list(text: str) -> Iterator[Any]:
+    """The entries of a list, one at a time: all of them take some five times the room of the text.
+
+    Raises:
+        ValueError: the text is something else.
+    """
+    at = _behind_space(text, 0)
+    if not text.startswith("[", at):
+        raise ValueError
+    at = _behind_space(text, at + 1)
+    while not text.startswith("]", at):
+        entry, at = _DECODER.raw_decode(text, at)
+        yield entry
+        at = _behind_space(text, at)
+        if text.startswith(",", at):
+            at = _behind_space(text, at + 1)
+            if text.startswith("]", at):
+                raise ValueError
+        elif not text.startswith("]", at):
+            raise ValueError
+    if _behind_space(text, at + 1) < len(text):
+        raise ValueError
+
+
+def _behind_space(text: str, at: int) -> int:
+    return _SPACE.match(text, at).end()  # type: ignore[union-attr]
 
 
 def _other_table(content: Mapping[str, Any]) -> str:
@@ -976,7 +1029,7 @@ def _read_parquet(path: Path, wanted: list[str] | None, skip: int = 0, *, is_par
     """Rows with the wanted targets; one file of several may lack some of them, but not all."""
     parquet = require("pyarrow.parquet", "Reading Parquet files", extra="io")
     try:
-        table = parquet.ParquetFile(path)
+        table = parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False)
     except Exception as error:
         raise InputError(f"{path.name} is not a Parquet file ({one_line(error)}); export it again.") from error
     schema = table.schema_arrow
@@ -1023,7 +1076,7 @@ def _parquet_batches(table: Any, columns: list[str], skip: int) -> Iterator[tupl
     end = 0
     for group in range(table.num_row_groups):
         row, end = end, end + table.metadata.row_group(group).num_rows
-        batches = table.iter_batches(1024, row_groups=[group], columns=columns) if end > skip else iter(())
+        batches = table.iter_batches(_ROWS, row_groups=[group], columns=columns) if end > skip else iter(())
         while max(row, skip) < end:
             try:
                 batch = next(batches)

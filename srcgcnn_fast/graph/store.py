@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +39,9 @@ from .store_writer import (
     mixture_arrays,
     workplace,
 )
+
+if TYPE_CHECKING:
+    from .build import PackedGraphs
 
 logger = logging.getLogger(__name__)
 
@@ -380,6 +383,18 @@ class GraphStore:
         if self.path is not None:
             return _reopened, (self.path, self._fingerprint())
         return GraphStore, (self._arrays, self._info)
+
+
+def packed_store(packed: PackedGraphs, parameters: GraphParameters) -> GraphStore:
+    """A store in memory of graphs without averaged sites, named "0", "1", ...; a crystal that failed has no rows."""
+    counts = {"row_count": packed.crystal_ptr, "edge_count": packed.edge_ptr, "atom_count": packed.atom_ptr}
+    arrays = {name: np.diff(ends) for name, ends in counts.items()}
+    arrays |= {name: getattr(packed, name) for name in ("weight", "sender", "atom_class")}
+    arrays |= {"numbers": packed.numbers.astype(np.uint8), "distance": packed.distance.astype(np.float32)}
+    arrays["degree"] = np.diff(packed.row_ptr).astype(np.int32)
+    crystals = len(arrays["row_count"])
+    arrays |= {"targets": np.zeros((crystals, 0))} | mixture_arrays([None] * crystals)
+    return GraphStore(arrays | id_arrays(list(map(str, range(crystals)))), StoreInfo(parameters))
 
 
 def _ranges(first: np.ndarray, count: np.ndarray, end: np.ndarray) -> np.ndarray:
@@ -748,5 +763,5 @@ def _log_summary(store: GraphStore) -> None:
     logger.info(
         "%s: %d crystals, %d atoms in %d rows (%.2f atoms a row), %d edges, %d rejected.",
         store.path, len(store), store.n_atoms, store.n_rows, store.n_atoms / max(store.n_rows, 1), store.n_edges,
-        len(store.rejected),
+        store.n_rejected,
     )  # fmt: skip

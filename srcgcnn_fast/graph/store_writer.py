@@ -18,8 +18,6 @@ import numpy as np
 from .. import __version__
 from ..errors import InputError
 from ..files import atomic_directory, replace_directory, sweep
-from .batch import offsets
-from .crystal import MixedCrystal
 from .parameters import GraphParameters
 from .readers import Record
 
@@ -251,20 +249,10 @@ class StoreWriter:
         return target in self._columns and self._columns[target].has_numbers()
 
     def add(self, records: Sequence[Record], parameters: GraphParameters) -> None:
-        from .build import Mixture, build_packed
+        from .build import build_crystals
 
         crystals = [record.crystal for record in records if record.crystal is not None]
-        mixed = {b: Mixture(c.kind, c.compositions) for b, c in enumerate(crystals) if isinstance(c, MixedCrystal)}
-        packed = None
-        if crystals:
-            packed = build_packed(
-                np.concatenate([c.lattice for c in crystals]).reshape(-1, 3, 3),
-                np.concatenate([c.frac_coords for c in crystals]),
-                np.concatenate([c.numbers for c in crystals]),
-                offsets([len(c.numbers) for c in crystals]),
-                parameters,
-                mixed,
-            )
+        packed = build_crystals(crystals, parameters) if crystals else None
         kept: list[Record] = []
         good: list[int] = []
         position = -1

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from itertools import compress
+from itertools import compress, islice
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -458,10 +458,15 @@ def _named(store: GraphStore, chosen: np.ndarray) -> Iterator[tuple[str, int]]:
 
 def _contents(store: GraphStore, chosen: np.ndarray, names: set[tuple[str, int]]) -> Iterator[tuple[str, int]]:
     """Id and hash of the graph of each chosen crystal of these names."""
-    for i, name in zip(np.flatnonzero(chosen).tolist(), _named(store, chosen), strict=True):
-        if name in names:
-            graph = store[i]
-            yield name[0], hash((graph.numbers.tobytes(), graph.distance.astype(np.float32).tobytes()))
+    pairs = zip(np.flatnonzero(chosen).tolist(), _named(store, chosen), strict=True)
+    wanted = (pair for pair in pairs if pair[1] in names)
+    while some := list(islice(wanted, _HASHED)):
+        batch = store.batch([i for i, _ in some])
+        numbers, distance = batch.numbers.numpy(), batch.distance.numpy()
+        rows, edges = batch.crystal_ptr.tolist(), batch.row_ptr[batch.crystal_ptr].tolist()
+        for k, (_, (id, _)) in enumerate(some):
+            of_rows, of_edges = numbers[rows[k] : rows[k + 1]], distance[edges[k] : edges[k + 1]]
+            yield id, hash((of_rows.tobytes(), of_edges.tobytes()))
 
 
 def _check_parts(parts: dict[str, Part]) -> None:

@@ -112,8 +112,8 @@ def fit(
     directory = Path(run_dir)
     with ExitStack() as claim, _in_training(model, data, recipe, seed, captured) as module:
         monitor = _monitor(module, data)
-        record = _record(module, data) | {"precision": precision}
-        checkpoint = distributed.on_rank_zero(_claim, directory, record, resume, claim)
+        record = _record(module, data)  # which reads all graphs
+        checkpoint = distributed.on_rank_zero(_claim, directory, record | {"precision": precision}, resume, claim)
         files = RunFiles(directory, monitor, larger_is_better=module.classification, patience=recipe.patience)
         unit = model.metadata.units[0] if monitor == "val_mae" else ""
         averages = [_moving_average(recipe.ema)] if recipe.ema is not None else []
@@ -147,7 +147,7 @@ def fit(
         module.load_state_dict(best["state_dict"])
         model.cpu().eval()
         scores = {name: value for name, value in files.best.items() if math.isfinite(value)}
-        model.metadata.extra |= {"training": _record(module, data), "best_epoch": scores}
+        model.metadata.extra |= {"training": record, "best_epoch": scores}
         distributed.on_rank_zero(save_model, model, directory / "model")
         return FitResult(model, files.history, files.best, time.perf_counter() - started, directory)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,11 +46,14 @@ class CrossValidation:
         scores = [{"fold": k, **found.metrics} for k, found in enumerate(self.evaluations)]
         _write(self.run_dir / "folds.csv", list(scores[0]), [list(row.values()) for row in scores])
         names = [f"{name}{suffix}" for name in self.evaluations[0].target_names for suffix in ("", "_predicted")]
-        rows = [
-            [name, k, *np.stack([given, found], axis=1).ravel().tolist()]
-            for k, fold in enumerate(self.evaluations)
-            for name, given, found in zip(fold.ids, fold.target, fold.predicted, strict=True)
+        values = [
+            np.stack([fold.target, fold.predicted], axis=2).reshape(len(fold.ids), -1) for fold in self.evaluations
         ]
+        rows = (
+            [name, k, *row]
+            for k, (fold, table) in enumerate(zip(self.evaluations, values, strict=True))
+            for name, row in zip(fold.ids, table.tolist(), strict=True)
+        )
         return _write(self.run_dir / "predictions.csv", ["id", "fold", *names], rows)
 
 
@@ -188,7 +191,7 @@ def _run(
     return fit(model, data, directory, recipe, seed=seed, resume=resume and has_begun(directory), **options)
 
 
-def _write(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Path:
+def _write(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Path:
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)

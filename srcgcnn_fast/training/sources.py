@@ -41,11 +41,9 @@ def prepared(
         store = open_store(source)
     else:
         store = prepare(source, path, parameters or default, targets=targets, progress=progress)
-        if store.rejected:
-            inputs, (name, reason) = len(store) + len(store.rejected), store.rejected[0]
-            logger.warning(
-                "%d of %d inputs are left out; the first: %s", len(store.rejected), inputs, name_it(name, reason)
-            )
+        if store.n_rejected:
+            inputs, first = len(store) + store.n_rejected, name_it(*store.rejected[0])
+            logger.warning("%d of %d inputs are left out; the first: %s", store.n_rejected, inputs, first)
         return store
     if parameters is not None and parameters != store.parameters:
         raise InputError(f"{source} was prepared with {store.parameters}; prepare it again, or drop the graph options.")

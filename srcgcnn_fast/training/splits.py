@@ -60,7 +60,7 @@ def read_split(
         if part_of.setdefault(name, part) != part:
             raise InputError(f"{path} puts {name} into {part_of[name]} and into {part}; name it once.")
     place = _places(store)
-    usable = np.isfinite(store.target_array(targets)).any(axis=1) if targets else np.ones(len(store), bool)
+    usable = np.isfinite(store.target_array(targets)).any(axis=1).tolist() if targets else [True] * len(store)
     parts: dict[str, list[int]] = {part: [] for part in PARTS}
     for name, part in part_of.items():
         if name in place and usable[place[name]]:
@@ -89,18 +89,24 @@ def _rows(path: Path, column: str) -> Iterable[tuple[str, str]]:
             parts = json.loads(path.read_text(encoding="utf-8-sig"))
             return [(str(name), part) for part, names in parts.items() for name in names]
         if path.suffix == ".parquet":
-            pandas = require("pandas", "Reading a Parquet file", extra="io")
-            table = pandas.read_parquet(path)
-            table = (table.reset_index() if table.index.name in ID_COLUMNS else table).astype(object)
-            header, rows = list(table.columns), table.where(table.notna(), "").to_dict("records")
-        else:
-            with open(path, newline="", encoding="utf-8-sig") as file:
-                reader = csv.DictReader(file)
-                header, rows = list(reader.fieldnames or []), list(reader)
+            file = require("pyarrow.parquet", "Reading a Parquet file", extra="io").ParquetFile(path)
+            header = file.schema_arrow.names
+            names = [name for name in dict.fromkeys((*ID_COLUMNS, column)) if name in header]  # structures are long
+            table = file.read(names)
+            values = zip(*(table.column(name).to_pylist() for name in names), strict=True)
+            return _pairs(path, column, header, (dict(zip(names, row, strict=True)) for row in values))
+        with open(path, newline="", encoding="utf-8-sig") as lines:
+            reader = csv.DictReader(lines)
+            return _pairs(path, column, list(reader.fieldnames or []), reader)
+    except InputError:
+        raise
     except FileNotFoundError as error:
         raise InputError(f"There is no split file {path}; check the path.") from error
-    except (OSError, ValueError, AttributeError, TypeError, csv.Error) as error:
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, csv.Error) as error:
         raise InputError(f"{path} is not a split file ({error}); give a CSV, Parquet or JSON file.") from error
+
+
+def _pairs(path: Path, column: str, header: list[str], rows: Iterable[dict[str, Any]]) -> list[tuple[str, str]]:
     key = next((name for name in ID_COLUMNS if name in header), None)
     if key is None or column not in header:
         raise InputError(f"{path} has the columns {', '.join(header)}; a split needs id (or material_id) and {column}.")

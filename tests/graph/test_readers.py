@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,60 @@ def test_ase_database(tmp_path: Path) -> None:
     assert "none.db has no rows" in only_error(tmp_path / "none.db")
 
 
+@pytest.mark.parametrize("n", [0, 3, 4, 7])
+def test_rows_of_an_ase_database_are_read_some_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    from ase.db import connect, core
+
+    with connect(tmp_path / "t.db") as database:
+        for k in range(8):
+            database.write(Atoms("Cu", cell=CELL, pbc=True), gap=float(k))
+        database.delete([2, *range(n + 1 + (n > 0), 9)])
+    limits, select = [], core.Database.select
+    monkeypatch.setattr(readers_module, "_ROWS", 2)
+    monkeypatch.setattr(
+        core.Database,
+        "select",
+        lambda *given, **options: limits.append(options.get("limit")) or select(*given, **options),
+    )
+    records = list(read_inputs(tmp_path / "t.db"))
+    numbers = [k for k in range(1, n + 2) if k != 2]
+    assert limits == [2] * (n // 2 + 1)
+    if n:
+        assert [(r.id, r.targets) for r in records] == [(f"t-{k}", {"gap": k - 1.0}) for k in numbers]
+    else:
+        assert records[0].id == "t" and "has no rows" in records[0].error
+
+
+def test_entries_of_a_json_list_are_read_one_at_a_time(tmp_path: Path) -> None:
+    structure = Structure(CELL, [38, 22, 8] * 9, np.random.default_rng(0).random((27, 3))).as_dict()
+    text = json.dumps([{"structure": structure, "gap": float(k)} for k in range(200)])
+    (tmp_path / "t.json").write_text(text)
+    tracemalloc.start()
+    try:
+        assert [r.targets for r in read_inputs(tmp_path / "t.json")] == [{"gap": float(k)} for k in range(200)]
+        assert tracemalloc.get_traced_memory()[1] < 3 * len(text)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "text", ["[", "[1,", "[1 2]", "[1,]", "[,]", "[] 1", "[1]]", '[{"a": 1}', "[1", "]", "[" * 10**5]
+)
+def test_a_list_that_is_not_json_is_one_row(tmp_path: Path, text: str) -> None:
+    (tmp_path / "t.json").write_text(text)
+    with pytest.raises((ValueError, RecursionError)) as caught:
+        json.loads(text)
+    assert f"t.json is not a JSON file ({one_line(caught.value)[:60]}" in only_error(tmp_path / "t.json")
+
+
+@pytest.mark.parametrize("text", ["[]", " [\n] ", "null", "3"])
+def test_a_json_file_without_structures(tmp_path: Path, text: str) -> None:
+    (tmp_path / "t.json").write_text(text)
+    assert "t.json holds no structures" in only_error(tmp_path / "t.json")
+
+
 def test_matbench_table(tmp_path: Path) -> None:
     rows = [
         [structure().as_dict(), 0.5],
@@ -298,6 +353,20 @@ def test_a_parquet_file_in_a_folder_is_read_row_by_row(tmp_path: Path, monkeypat
         assert next(read_inputs(tmp_path, skip=skip)).id == "mp-1"
         assert len(rows) <= skip + 2
     assert len(list(read_inputs(tmp_path, skip=4))) == 6
+
+
+def test_a_row_group_is_read_in_parts(tmp_path: Path) -> None:
+    pa, parquet = (pytest.importorskip(name, reason="pyarrow is missing") for name in ("pyarrow", "pyarrow.parquet"))
+    coords = np.random.default_rng(0).random((30_000, 81))  # which no compression makes smaller
+    row = {"lattice": [CELL.ravel()], "atomic_numbers": [np.repeat(NUMBERS, 9)]}
+    table = pa.table({**{name: value * len(coords) for name, value in row.items()}, "frac_coords": list(coords)})
+    parquet.write_table(table, tmp_path / "t.parquet")
+    assert parquet.read_metadata(tmp_path / "t.parquet").num_row_groups == 1
+    del table
+    before = pa.total_allocated_bytes()
+    records = read_inputs(tmp_path / "t.parquet")
+    assert next(records).error is None
+    assert pa.total_allocated_bytes() - before < 0.5 * coords.nbytes
 
 
 def test_any_bytes_are_an_id_of_a_parquet_file(tmp_path: Path) -> None:

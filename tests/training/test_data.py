@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from srcgcnn_fast import InputError
 from srcgcnn_fast.graph import GraphStore, collate, prepare
 from srcgcnn_fast.training import GraphDataModule, Split, k_folds, random_split
+from srcgcnn_fast.training import data as data_module
 from srcgcnn_fast.training.alloys import write_alloys
 from srcgcnn_fast.training.data import EpochSampler
 
@@ -255,6 +256,19 @@ def test_what_is_trained_on_and_scored_too_is_counted(alloys, caplog):
         GraphDataModule(other, "energy", split=Split(np.arange(50), np.arange(49, 62), np.arange(60, 62)))
     assert "2 val crystals are also trained on" in caplog.text
     assert "1 test crystals are also trained on" in caplog.text
+
+
+def test_crystals_of_one_id_are_compared_many_at_a_time(alloys, caplog, monkeypatch):
+    """As the frames of a trajectory are, of which there may be millions."""
+    graphs = [alloys[i] for i in range(60)]
+    monkeypatch.setattr(GraphStore, "__getitem__", lambda store, index: pytest.fail("one by one"))
+    sizes, original = [], GraphStore.batch
+    monkeypatch.setattr(GraphStore, "batch", lambda store, some: sizes.append(len(some)) or original(store, some))
+    monkeypatch.setattr(data_module, "_HASHED", 16)
+    store = GraphStore.from_graphs([*graphs, *graphs[:10]], ids=["a"] * 70, targets={"energy": np.zeros(70)})
+    with caplog.at_level(logging.WARNING):
+        GraphDataModule(store, "energy", split=Split(np.arange(50), np.arange(55, 65), []))
+    assert "5 val crystals are also trained on" in caplog.text and max(sizes) == 16
 
 
 def test_bad_requests_are_sentences(alloys):

@@ -273,6 +273,14 @@ def test_a_finished_run_resumes_to_itself(alloys, tmp_path):
     assert again.history == first.history
 
 
+def test_all_graphs_are_read_once_to_name_a_run(alloys, tmp_path, monkeypatch):
+    calls, original = [], GraphDataModule.graph_fingerprint
+    monkeypatch.setattr(GraphDataModule, "graph_fingerprint", lambda data: calls.append(data) or original(data))
+    extra = run(alloys, tmp_path, epochs=1).model.metadata.extra
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert len(calls) == 1 and record == json.loads(json.dumps(extra["training"])) | {"precision": "float32"}
+
+
 def test_numpy_numbers_are_numbers(alloys, tmp_path):
     """As grids make them: the files of the run, its checkpoints and its model are read again."""
     recipe = Recipe(epochs=np.int64(1), lr=np.logspace(-3, -2, 2)[1], milestones=tuple(np.arange(1, 2)))

@@ -16,6 +16,7 @@ import torch
 from srcgcnn_fast import SRCGCNN, InputError
 from srcgcnn_fast.graph import GraphStore
 from srcgcnn_fast.training import (
+    Evaluation,
     GraphDataModule,
     Recipe,
     Split,
@@ -25,6 +26,7 @@ from srcgcnn_fast.training import (
     read_split,
     train_ensemble,
 )
+from srcgcnn_fast.training.several import CrossValidation
 
 PARTS = {"train": range(0, 100), "val": range(100, 120), "test": range(120, 150)}
 
@@ -62,6 +64,40 @@ def test_a_file_gives_the_ids_of_each_part(alloys, tmp_path, kind, caplog):
         assert getattr(split, part).tolist() == list(indices)
     assert "10 of 160 crystals are in no part" in caplog.text
     assert ("1 ids" in caplog.text) is (kind != "json")
+
+
+def test_the_table_of_all_folds_is_made_fold_by_fold(tmp_path, monkeypatch):
+    folds = [
+        Evaluation(
+            ["a", "b"], ("gap", "energy"), np.array([[1.0, 2.0], [3.0, np.nan]]) + k, np.eye(2), {"mae_scaled": 1.0}
+        )
+        for k in range(2)
+    ]
+    calls, stack = [], np.stack
+    monkeypatch.setattr(np, "stack", lambda *given, **options: calls.append(given) or stack(*given, **options))
+    text = CrossValidation(folds, tmp_path).write().read_text()
+    assert text.splitlines() == [
+        "id,fold,gap,gap_predicted,energy,energy_predicted",
+        "a,0,1.0,1.0,2.0,0.0", "b,0,3.0,0.0,nan,1.0", "a,1,2.0,1.0,3.0,0.0", "b,1,4.0,0.0,nan,1.0",
+    ]  # fmt: skip
+    assert len(calls) == len(folds)
+
+
+def test_of_a_data_set_that_is_the_split_file_two_columns_are_read(alloys, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    frame = table(alloys)
+    frame["lattice"] = [np.random.default_rng(0).normal(size=9)] * len(frame)
+    frame.to_parquet(tmp_path / "s.parquet", compression="gzip")
+    whole = read_split(tmp_path / "s.parquet", alloys)
+    column = parquet.read_metadata(tmp_path / "s.parquet").row_group(0).column(2)
+    data = bytearray((tmp_path / "s.parquet").read_bytes())
+    middle = column.dictionary_page_offset + column.total_compressed_size // 2
+    data[middle : middle + 16] = bytes(16)
+    (tmp_path / "s.parquet").write_bytes(data)
+    with pytest.raises(OSError):  # which may concern the page or its header
+        pd.read_parquet(tmp_path / "s.parquet")
+    split = read_split(tmp_path / "s.parquet", alloys)
+    assert all(np.array_equal(a, b) for a, b in zip(split, whole, strict=True))
 
 
 def test_crystals_without_a_target_leave_the_parts(alloys, tmp_path):
