@@ -2,8 +2,8 @@
 // threads are fibers, which meet at __syncthreads and at every operation of a warp. Included before the kernels.
 //
 // What it finds: wrong indices, layouts and orders (results), numbers that nobody wrote (shared memory begins as NaN),
-// overruns of shared memory (the page after it cannot be touched), vectors that are not aligned (a trap), lanes that do
-// not meet where they must (abort), and missing barriers (results that depend on the order of warps, see
+// overruns of shared memory (the pages around it cannot be touched, and what fills the first one must stay), vectors that
+// are not aligned (a trap), lanes that do not meet where they must (abort), and missing barriers (results that depend on the order of warps, see
 // emulated_order; every race, whatever the results, with races.h). What it does not: speed, and the rounding of the GPU's
 // approximate exponentials.
 #pragma once
@@ -202,7 +202,8 @@ inline void run_block(int n_threads) {
 
 inline void run_blocks(unsigned grid, int n_threads, int shared, void* stream, const std::function<void()>& kernel) {
   const size_t page = 4096, size = (size_t(shared) + page - 1) / page * page;
-  char* memory = static_cast<char*>(mmap(nullptr, size + page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  void* reserved = mmap(nullptr, size + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  char* memory = static_cast<char*>(reserved) + page;
   if (size) mprotect(memory, size, PROT_READ | PROT_WRITE);
   shared_memory = reinterpret_cast<float*>(memory + size - size_t(shared) / 16 * 16);
   shared_size = shared;
@@ -218,8 +219,10 @@ inline void run_blocks(unsigned grid, int n_threads, int shared, void* stream, c
     if (size) memset(memory, 0xff, size);
     races_block(blockIdx.x);
     run_block(n_threads);
+    for (const char* at = memory; at < reinterpret_cast<const char*>(shared_memory); ++at)
+      if (*at != '\xff') fail("a write before shared memory");
   }
-  munmap(memory, size + page);
+  munmap(reserved, size + 2 * page);
 }
 
 // A kernel as ptx.py wrote it, which takes its arguments as a GPU does: one after the other, each aligned.
