@@ -225,6 +225,24 @@ def test_a_training_step_of_a_model_in_one_node(pretend_gpu, monkeypatch, make_b
 
 
 @runs
+@pytest.mark.skipif(DEVICE == "cuda", reason="tests/gpu has whole models")
+@pytest.mark.parametrize("features", [False, True])
+def test_gradients_of_edges_through_several_layers(pretend_gpu, monkeypatch, make_batch, features):
+    batch, results = make_batch("isolated"), []
+    given = torch.rand(batch.num_edges, 41, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for name, dtype in (("reference", torch.float64), ("reference", torch.float32), ("triton", torch.float32)):
+        monkeypatch.setattr(registry, "select", lambda *_a, name=name, **_k: name)
+        model = convolution.small_model(dtype, sf.SRCGCNN, 12).eval()
+        batch.cache.clear()
+        batch.distance, batch.weight = batch.distance.detach().to(dtype), batch.weight.to(dtype)
+        batch.edge_features = given.to(dtype).requires_grad_() if features else None
+        edges = batch.edge_features if features else batch.distance.requires_grad_()
+        results.append(torch.autograd.grad(model(batch).sum(), edges)[0])
+    exact, plain, ours = results
+    assert relative(ours, exact) <= 2 * relative(plain, exact) + 5e-7
+
+
+@runs
 @pytest.mark.skipif(DEVICE == "cuda", reason="tests/gpu captures graphs")
 def test_captured_training_gives_the_steps_of_the_model(pretend_gpu, replayed, make_batch):
     convolution.captured_steps(make_batch, 8, [("isolated", 1), ("one crystal", 1), ("isolated", 2)])
