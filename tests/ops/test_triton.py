@@ -75,6 +75,14 @@ def test_convolution(kind, training):
 
 
 @runs
+def test_sums_of_more_programs_than_are_added_up_at_a_time(monkeypatch):
+    tiles = {k: t._replace(rows=2) if t.rows < 128 else t for k, t in backend.TILES.items()}
+    monkeypatch.setattr(backend, "TILES", tiles)
+    monkeypatch.setattr(backend, "_PROGRAMS", 3)
+    compare([Problem("isolated", 16, 41, seed=seed) for seed in range(6)], (True, True))
+
+
+@runs
 @pytest.mark.parametrize(("width", "n_features"), [(64, 41), (7, 41), (1, 3), (33, 5), (20, 70), (70, 5)])
 def test_any_width_and_number_of_gaussians(width, n_features):
     kind, seeds = ("weighted", range(6 if width == 1 else 2)) if width < 8 else ("isolated", range(12))
