@@ -317,7 +317,7 @@ def _backward_messages(
     launch = _Launch("backward_finish", n, share=True, BF=width)
     du, parts = torch.empty_like(h), h.new_empty(launch.programs, 2, width)
     launch(du, parts, grad, h, m, linear.scale2, linear.shift2, layer.mean2, linear.rstd2, n, F=width)
-    d_beta, d_gamma, c1, c2 = _norm_gradients(parts, layer.beta2, layer.gamma2, atoms)
+    d_beta, d_gamma, c1, c2 = _norm_gradients(parts[:, 0], parts[:, 1], atoms)
     if c1 is None:
         return du, du * linear.scale2, d_gamma, d_beta
     dm = torch.empty_like(h)
@@ -328,13 +328,17 @@ def _backward_messages(
 
 
 def _norm_gradients(
-    parts: Tensor, beta: Tensor, gamma: Tensor, count: Tensor | None
+    of_beta: Tensor, of_gamma: Tensor, count: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of a norm's shift and scale, and, of statistics over ``count`` values, both divided by it."""
-    d_beta, d_gamma = torch.empty_like(beta), torch.empty_like(gamma)
-    c1, c2 = (None, None) if count is None else parts.new_empty(2, parts.shape[2])
-    launch = _Launch("norm_gradients", 1, BF=parts.shape[2])
-    launch(d_beta, d_gamma, c1, c2, parts, count, len(parts), C=parts.shape[2])
+    """Gradients of a norm's shift and scale from their parts, (parts, C), and, of statistics over ``count`` values,
+    both divided by it."""
+    size = of_beta.shape[1]
+    d_beta, d_gamma = (of_beta.new_empty(size) for _ in range(2))
+    c1, c2 = (None, None) if count is None else of_beta.new_empty(2, size)
+    _Launch("norm_gradients", 1, BF=size)(
+        d_beta, d_gamma, c1, c2, of_beta, of_gamma, count, len(of_beta), len(of_gamma), C=size,
+        STRIDE=of_gamma.stride(0),
+    )  # fmt: skip
     return d_beta, d_gamma, c1, c2
 
 
@@ -350,20 +354,20 @@ def _correct_rows(
 
 def _backward_receivers(
     d_pq: Tensor, x_rows: Tensor | None, dy: Tensor | None, dm: Tensor, linear: _Linear, layer: Layer, edges: _Edges
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """sum_j dy into the first half of ``d_pq`` (N, 4F), sum_j x into ``x_rows`` (N, 2F), dy itself (E, 2F).
 
-    Returns parts of the sums of dy and dy x, (parts, 2, 2F), and the sum of e dy, (K, 2F).
+    Returns the sum of dy, (1, 2F), parts of that of dy x, (parts, 2F), and the sum of e dy, (K, 2F).
     """
     (n, width), k, graph = dm.shape, edges.n_features, edges.graph
     launch = _Launch("backward_rows", n, share=True, BF=width, BK=k)
-    parts, d_filter = (dm.new_empty(launch.programs, rows, 2 * width) for rows in (2, k))
+    d_gamma, d_filter = (dm.new_empty(launch.programs, *shape) for shape in ((2 * width,), (k, 2 * width)))
     launch(
-        d_pq, x_rows, parts, d_filter, dy, linear.pq, dm, linear.of_edges, linear.table, graph.features,
+        d_pq, x_rows, d_gamma, d_filter, dy, linear.pq, dm, linear.of_edges, linear.table, graph.features,
         layer.gamma1, layer.beta1, edges.distance, graph.sender, graph.row_ptr, n, edges.n_edges, *edges.basis,
         **_filter("backward_rows", width, edges),
     )  # fmt: skip
-    return parts, d_filter.sum(0)
+    return d_pq[:, : 2 * width].sum(0, keepdim=True), d_gamma, d_filter.sum(0)
 
 
 def _backward_senders(
@@ -706,13 +710,13 @@ def _layer_backward(
     x_rows = h.new_empty(n, 2 * width) if layer.train1 else None
     dy = h.new_empty(edges.n_edges, 2 * width) if edge_grad else None
     du, dm, d_gamma2, d_beta2 = _backward_messages(grad, h, m, layer, moments.row_weight, linear, atoms)
-    parts, d_filter = _backward_receivers(d_pq, x_rows, dy, dm, linear, layer, edges)
+    of_beta1, of_gamma1, d_filter = _backward_receivers(d_pq, x_rows, dy, dm, linear, layer, edges)
     correction: tuple[Tensor | None, ...] = (None,) * 4
     of_batch: tuple[Tensor | None, ...] = (None,) * 5
     if layer.train1:
         assert gram is not None
         count, of_batch = gram.edges, (*gram[:2], moments.gram, moments.sum, gram.edges)
-    d_beta1, d_gamma1, c1, c2 = _norm_gradients(parts, layer.beta1, layer.gamma1, count)
+    d_beta1, d_gamma1, c1, c2 = _norm_gradients(of_beta1, of_gamma1, count)
     d_weight = torch.empty_like(weight)
     _Launch("filter_gradient", 2 * width, each=True, BK=k)(
         d_weight, d_filter, *of_batch, weight, linear.rstd1, linear.a1, c1, c2, F=width, K=k

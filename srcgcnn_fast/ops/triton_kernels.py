@@ -223,12 +223,12 @@ def finish(out, h, m, scale2, shift2, n_rows, F: tl.constexpr, ROWS: tl.constexp
 
 
 @triton.jit
-def backward_rows(d_rows, x_rows, parts, d_filter, d_edge, pq, d_m, w_e, table, features, gamma1, beta1, distance,
+def backward_rows(d_rows, x_rows, d_gamma, d_filter, d_edge, pq, d_m, w_e, table, features, gamma1, beta1, distance,
                   sender, row_ptr, n_rows, n_edges, dmin, inverse_step, F: tl.constexpr, K: tl.constexpr,
                   WINDOW: tl.constexpr, ROWS: tl.constexpr, DEG: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr,
                   PRECISION: tl.constexpr):  # fmt: skip
     """With dy the gradient at y and x = p_i + q_j + r_ij: sum_j dy (rows of 4F), sum_j x (2F, or None), and of each
-    program sum dy and sum dy x (2, 2F), and sum e dy (K, 2F). ``d_edge`` (E, 2F), or None, takes dy itself."""
+    program sum dy x (2F) and sum e dy (K, 2F). ``d_edge`` (E, 2F), or None, takes dy itself."""
     first_cols, first_ks = tl.program_id(1) * BF, tl.program_id(2) * BK
     cols, ks = first_cols + tl.arange(0, BF), first_ks + tl.arange(0, BK)
     cols_ok = cols < F
@@ -237,8 +237,6 @@ def backward_rows(d_rows, x_rows, parts, d_filter, d_edge, pq, d_m, w_e, table, 
     gamma_c = tl.load(gamma1 + F + cols, mask=cols_ok, other=0.0)[None, None, :] * LOG2E
     beta_f = tl.load(beta1 + cols, mask=cols_ok, other=0.0)[None, None, :] * -LOG2E
     beta_c = tl.load(beta1 + F + cols, mask=cols_ok, other=0.0)[None, None, :] * LOG2E
-    db_f = tl.zeros([ROWS, BF], tl.float32)
-    db_c = tl.zeros([ROWS, BF], tl.float32)
     dg_f = tl.zeros([ROWS, BF], tl.float32)
     dg_c = tl.zeros([ROWS, BF], tl.float32)
     dw_f = tl.zeros([BK, BF], tl.float32)
@@ -284,18 +282,14 @@ def backward_rows(d_rows, x_rows, parts, d_filter, d_edge, pq, d_m, w_e, table, 
                                     [ROWS * DEG, BK]))  # fmt: skip
             dw_f = tl.dot(v, tl.reshape(dy_f, [ROWS * DEG, BF]), dw_f, input_precision=PRECISION)
             dw_c = tl.dot(v, tl.reshape(dy_c, [ROWS * DEG, BF]), dw_c, input_precision=PRECISION)
-        db_f += dp_f
-        db_c += dp_c
         tl.store(d_rows + row * (4 * F) + cols[None, :], dp_f, mask=ok)  # every block of K writes the same
         tl.store(d_rows + row * (4 * F) + F + cols[None, :], dp_c, mask=ok)
         if x_rows is not None:
             tl.store(x_rows + row * (2 * F) + cols[None, :], sx_f, mask=ok)
             tl.store(x_rows + row * (2 * F) + F + cols[None, :], sx_c, mask=ok)
-    part = parts + tl.program_id(0) * (4 * F) + cols
-    tl.store(part, tl.sum(db_f, axis=0), mask=cols_ok)
-    tl.store(part + F, tl.sum(db_c, axis=0), mask=cols_ok)
-    tl.store(part + 2 * F, tl.sum(dg_f, axis=0), mask=cols_ok)
-    tl.store(part + 3 * F, tl.sum(dg_c, axis=0), mask=cols_ok)
+    part = d_gamma + tl.program_id(0) * (2 * F) + cols
+    tl.store(part, tl.sum(dg_f, axis=0), mask=cols_ok)
+    tl.store(part + F, tl.sum(dg_c, axis=0), mask=cols_ok)
     at = (tl.program_id(0) * K + ks)[:, None] * (2 * F) + cols[None, :]
     ok = (ks < K)[:, None] & cols_ok[None, :]
     tl.store(d_filter + at, dw_f, mask=ok)
@@ -360,27 +354,31 @@ def backward_senders(dq, pq, d_m, w_e, table, gamma1, beta1, a1, c1, c2, row_wei
 
 
 @triton.jit
-def norm_gradients(
-    d_beta, d_gamma, c1, c2, parts, count, n_parts, C: tl.constexpr, ROWS: tl.constexpr, BF: tl.constexpr
-):
-    """Sums of the ``parts`` (n_parts, 2, C), and, of statistics of the batch (else None), these over ``count``."""
-    cols = tl.program_id(1) * BF + tl.arange(0, BF)
-    ok = cols < C
-    beta = tl.zeros([ROWS, BF], tl.float64)
-    gamma = tl.zeros([ROWS, BF], tl.float64)
+def sum_of_parts(parts, n_parts, stride, cols, ok, ROWS: tl.constexpr):
+    """In float64."""
+    total = tl.zeros([ROWS, cols.shape[0]], tl.float64)
     for k in range(0, n_parts, ROWS):
         part = k + tl.arange(0, ROWS)
-        at = parts + part[:, None] * (2 * C) + cols[None, :]
         there = (part < n_parts)[:, None] & ok[None, :]
-        beta += tl.load(at, mask=there, other=0.0).to(tl.float64)
-        gamma += tl.load(at + C, mask=there, other=0.0).to(tl.float64)
-    of_beta, of_gamma = tl.sum(beta, axis=0), tl.sum(gamma, axis=0)
-    tl.store(d_beta + cols, of_beta.to(tl.float32), mask=ok)
-    tl.store(d_gamma + cols, of_gamma.to(tl.float32), mask=ok)
+        total += tl.load(parts + part[:, None] * stride + cols[None, :], mask=there, other=0.0).to(tl.float64)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def norm_gradients(d_beta, d_gamma, c1, c2, of_beta, of_gamma, count, n_beta, n_gamma, C: tl.constexpr,
+                   STRIDE: tl.constexpr, ROWS: tl.constexpr, BF: tl.constexpr):  # fmt: skip
+    """Sums of the parts of both gradients, with rows of STRIDE, and, of statistics of the batch (else None), these over
+    ``count``."""
+    cols = tl.program_id(1) * BF + tl.arange(0, BF)
+    ok = cols < C
+    beta = sum_of_parts(of_beta, n_beta, STRIDE, cols, ok, ROWS)
+    gamma = sum_of_parts(of_gamma, n_gamma, STRIDE, cols, ok, ROWS)
+    tl.store(d_beta + cols, beta.to(tl.float32), mask=ok)
+    tl.store(d_gamma + cols, gamma.to(tl.float32), mask=ok)
     if c1 is not None:
         total = tl.load(count).to(tl.float64)
-        tl.store(c1 + cols, (of_beta / total).to(tl.float32), mask=ok)
-        tl.store(c2 + cols, (of_gamma / total).to(tl.float32), mask=ok)
+        tl.store(c1 + cols, (beta / total).to(tl.float32), mask=ok)
+        tl.store(c2 + cols, (gamma / total).to(tl.float32), mask=ok)
 
 
 @triton.jit
