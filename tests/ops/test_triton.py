@@ -85,7 +85,7 @@ def test_sums_of_more_programs_than_are_added_up_at_a_time(monkeypatch):
 @runs
 @pytest.mark.parametrize(("width", "n_features"), [(64, 41), (7, 41), (1, 3), (33, 5), (20, 70), (70, 5)])
 def test_any_width_and_number_of_gaussians(width, n_features):
-    kind, seeds = ("weighted", range(6 if width == 1 else 2)) if width < 8 else ("isolated", range(12))
+    kind, seeds = ("weighted", range(20 if width == 1 else 2)) if width < 8 else ("isolated", range(12))
     if width >= 64:
         kind, seeds = "twelve", range(2)
     compare([Problem(kind, width, n_features, seed=seed) for seed in seeds], (True, True))
