@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import srcgcnn_fast as sf
 from srcgcnn_fast import capture
-from srcgcnn_fast.ops import reference, triton
+from srcgcnn_fast.ops import fused, reference, registry, triton
 from srcgcnn_fast.ops.cpu import Graph, Layer, Moments
 from srcgcnn_fast.ops.reference import BatchNorm, Edges
 
@@ -363,6 +363,14 @@ def rounded_rows(problem: Problem) -> Any:
     m = (m - layer.mean2.double()) / (layer.var2.double() + 1e-5).sqrt() * layer.gamma2.double() + layer.beta2.double()
     assert relative(out, torch.nn.functional.softplus(h.double() + m).cpu()) < 1e-6
     return linear
+
+
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
+    """Calls on tensors of the CPU go where those on a GPU's go, with the compiled kernels or without."""
+    monkeypatch.setattr(fused, "is_eager", lambda _h, device="cpu": device == "cuda")
+    monkeypatch.setattr(fused, "shells", lambda _edges: (None, None, None))
+    monkeypatch.setattr(fused, "missing_channels", lambda _h: 0)
+    monkeypatch.setattr(registry, "trains_compiled", lambda _h: compiled)
 
 
 def small_model(dtype: torch.dtype, kind: type, width: int = 40) -> sf.SRCGCNN:

@@ -277,11 +277,7 @@ def test_the_gate_is_right_at_both_ends():
 
 @pytest.fixture
 def pretend_gpu(monkeypatch):
-    """Calls on tensors of the CPU go where those on a GPU's go."""
-    monkeypatch.setattr(fused, "is_eager", lambda _h, device="cpu": device == "cuda")
-    monkeypatch.setattr(fused, "shells", lambda _edges: (None, None, None))
-    monkeypatch.setattr(fused, "missing_channels", lambda _h: 0)
-    monkeypatch.setattr(registry, "trains_compiled", lambda _h: True)
+    convolution.pretend_gpu(monkeypatch, compiled=True)
 
 
 def layers_of(dtype: torch.dtype, width: int, training: tuple[bool, bool], n_features: int = 41):

@@ -21,7 +21,7 @@ from convolution import TRAINING, arguments, compare, kinds_and_modes, relative
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 import srcgcnn_fast as sf
-from srcgcnn_fast.ops import fused, precision, reference, registry
+from srcgcnn_fast.ops import precision, reference, registry
 from srcgcnn_fast.ops import triton as backend
 from srcgcnn_fast.ops.cpu import Graph, Layer
 from srcgcnn_fast.ops.reference import BatchNorm, Edges
@@ -193,11 +193,7 @@ def test_whole_stack(shared):
 
 @pytest.fixture
 def pretend_gpu(monkeypatch):
-    """Calls on tensors of the CPU go where those on a GPU's go without the compiled kernels."""
-    monkeypatch.setattr(fused, "is_eager", lambda _h, device="cpu": device == "cuda")
-    monkeypatch.setattr(fused, "shells", lambda _edges: (None, None, None))
-    monkeypatch.setattr(fused, "missing_channels", lambda _h: 0)
-    monkeypatch.setattr(registry, "trains_compiled", lambda _h: False)
+    convolution.pretend_gpu(monkeypatch, compiled=False)
     monkeypatch.setattr(registry, "select", lambda *_a, **_k: "triton")
 
 
