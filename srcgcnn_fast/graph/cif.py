@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import gzip
 import logging
@@ -68,9 +69,11 @@ _FORMULA_TOLERANCE = 0.01
 
 
 def read_text(path: Path) -> str:
-    """The text of a (gzipped) file in UTF-8, or in marked UTF-16 as Windows writes; other bytes are replaced."""
+    """The text of a (compressed) file in UTF-8, or in marked UTF-16 as Windows writes; other bytes are replaced."""
     with open(path, "rb", buffering=0) as file:
         data = file.read()
+    if path.suffix.lower() == ".bz2":
+        data = bz2.decompress(data)
     if path.suffix.lower() == ".gz":
         try:
             data = gzip.decompress(data)

@@ -47,12 +47,18 @@ __all__ = ["Crystal", "Record", "as_crystal", "read_inputs"]
 STRUCTURE_COLUMNS = ("lattice", "frac_coords", "atomic_numbers")
 ID_COLUMNS = ("material_id", "id")
 """What a table or an entry calls its crystals by: the first that it has."""
-_NOT_TARGETS = {*STRUCTURE_COLUMNS, *ID_COLUMNS, "formula", "n_sites", "structure"}
+_ENTRY_IDS = ("mat_id", "entry_id")
+"""What entries of pymatgen and of Alexandria are called by, where they have none of those."""
+_NOT_TARGETS = {*STRUCTURE_COLUMNS, *ID_COLUMNS, *_ENTRY_IDS, "formula", "n_sites", "structure"}
+_STRUCTURES = ("structure", "initial_structure", "computed_structure_entry")
+"""The columns that hold them in tables of pandas, of Matbench Discovery for instance."""
 _PANDAS_INDEX = re.compile(r"__index_level_\d+__$")
 """What pandas calls the rows' numbers in a Parquet file."""
 _PAIR = re.compile(r"""(\w+)\s*=\s*("(?:\\.|[^"\\])*"|'[^']*'|\{[^}]*\}|\[[^]]*\]|\S+)""")
 """A name and its value in the second line of a frame of extended XYZ."""
 _SPACE = re.compile(r"[ \t\n\r]*")
+_ENTRIES = re.compile(r'[ \t\n\r]*\{[ \t\n\r]*"entries"[ \t\n\r]*:')
+"""How a file of Alexandria begins, whose entries are a list."""
 _DECODER = json.JSONDecoder()
 _DEUTERIUM = re.compile(r"(?<!\S)[Dd](?!\S)")
 _ATOM_INIT = "atom_init.json"
@@ -132,8 +138,9 @@ def read_inputs(
 
     Args:
         source: the path of a CIF, POSCAR/CONTCAR (``*.vasp``), extended XYZ, pymatgen JSON (``.json``,
-            ``.json.gz``; also matbench's tables), ASE database (``.db``) or Parquet file (columns ``material_id``
-            or ``id``, ``lattice`` (9), ``frac_coords`` (3n), ``atomic_numbers`` (n), and numbers as targets); a folder
+            ``.json.gz``, ``.json.bz2``; also tables of pandas, as matbench's, and Alexandria's entries), ASE database
+            (``.db``) or Parquet file (columns ``material_id`` or ``id``, ``lattice`` (9), ``frac_coords`` (3n),
+            ``atomic_numbers`` (n), and numbers as targets); a folder
             with ``id_prop.csv`` (rows ``id,target``, files ``id.cif``; a first row ``id,name,...`` names the targets)
             or without (every structure file, by name); one object that :func:`as_crystal` takes, or a dictionary of
             such a ``structure`` with its id and numbers; an iterable of them, or a dictionary id -> object. Records of
@@ -462,9 +469,11 @@ def _finish(item: _Item) -> Iterator[Record]:
 def _entry_record(id: str, entry: Any, name: str) -> Record:
     """A structure object or dictionary, or a dictionary of a ``structure``, perhaps its id, and its targets."""
     if _has(entry, "structure"):
-        given = [entry[key] for key in ID_COLUMNS if entry.get(key) is not None]
+        data = entry.get("data")  # where pymatgen's entries hold what they were given beside the energy
+        known = {**data, **{k: x for k, x in entry.items() if x is not None}} if isinstance(data, Mapping) else entry
+        given = [known[key] for key in (*ID_COLUMNS, *_ENTRY_IDS) if known.get(key) is not None]
         id = name = str(given[0]) if given else id
-        targets, entry = _numbers_of(entry), entry["structure"]
+        targets, entry = _numbers_of(known), entry["structure"]
         if isinstance(entry, str) and entry.lstrip().startswith("{"):  # some exports keep a structure as JSON text
             entry = _json_or_none(entry)
     else:
@@ -688,7 +697,7 @@ def file_kind(value: Any) -> str | None:
     plain = name.removesuffix(".gz")
     if plain.endswith((".cif", ".mcif")):
         return "cif"
-    if plain.endswith(".json"):
+    if plain.endswith(".json") or name.endswith(".json.bz2"):
         return "json"
     if name.startswith(("poscar", "contcar")) or name.endswith((".vasp", ".poscar")):
         return "poscar"
@@ -700,7 +709,7 @@ def file_kind(value: Any) -> str | None:
 
 
 def _stem(path: Path) -> str:
-    name = path.name.removesuffix(".gz")
+    name = path.name.removesuffix(".gz").removesuffix(".bz2")
     stem, _, suffix = name.rpartition(".")
     known = suffix.lower() in ("cif", "mcif", "json", "vasp", "poscar", "xyz", "extxyz", "db", "parquet", "pq")
     return stem if stem and known else name
@@ -710,7 +719,8 @@ def _read_file(path: Path, wanted: list[str] | None, *, is_part: bool = False) -
     kind = file_kind(path)
     if kind is None:
         raise InputError(
-            f"{path.name} is of no known kind; name it *.cif, POSCAR, *.vasp, *.extxyz, *.json(.gz), *.db or *.parquet."
+            f"{path.name} is of no known kind; "
+            "name it *.cif, POSCAR, *.vasp, *.extxyz, *.json(.gz, .bz2), *.db or *.parquet."
         )
     if kind == "parquet":
         return _read_parquet(path, wanted, is_part=is_part)
@@ -929,24 +939,37 @@ def _read_json(path: Path) -> Iterator[Record]:
     if isinstance(content, Mapping) and ("sites" in content or _is_entry(content)):
         entries: Iterable[tuple[str, Any]] = [(stem, content)]
     elif isinstance(content, Mapping) and {"columns", "data"} <= content.keys():
-        entries = _matbench_entries(content, stem)
+        entries = _rows_of_split(content, stem)
+    elif isinstance(content, Mapping) and _is_by_columns(content):
+        entries = _rows_of_columns(content, stem)
+    elif is_list or (isinstance(content, Mapping) and isinstance(content.get("entries"), list)):
+        rows = _json_list(text) if content is None else content["entries"]
+        entries = ((f"{stem}-{i}", entry) for i, entry in enumerate(rows))
     elif isinstance(content, Mapping):
         entries = content.items()
-    elif is_list:
-        entries = ((f"{stem}-{i}", entry) for i, entry in enumerate(_json_list(text)))
     else:
         entries = []
     first = next(iter(entries := iter(entries)), None)
     if first is None:
         yield Record(stem, None, {}, f"{path.name} holds no structures; give a pymatgen Structure or a list of them.")
         return
-    for id, entry in chain([first], entries):
+    for id, given in chain([first], entries):
+        entry = _named_structure(given)
         held = entry.get("structure") if isinstance(entry, Mapping) else None
         if isinstance(entry, Mapping) and not (isinstance(held, str) and not held.lstrip().startswith("{")):
             yield _entry_record(str(id), entry, f"{id} ({path.name})")
         else:
             message = f"{id} ({path.name}) is not a pymatgen Structure dictionary; give one with lattice and sites."
             yield Record(str(id), None, {}, message)
+
+
+def _named_structure(row: Any) -> Any:
+    """The row of a table with what it holds as ``structure``, and beside it what an entry of pymatgen knows."""
+    name = next((x for x in _STRUCTURES if isinstance(row, Mapping) and x in row), None)
+    if name is None or (name == "structure" and not _has(row[name], "structure")):
+        return row
+    held, others = row[name], {key: x for key, x in row.items() if key != name}
+    return {**held, **others} if _has(held, "structure") else {**others, "structure": held}
 
 
 def _is_json_list(text: str) -> bool:
@@ -957,12 +980,13 @@ def _is_json_list(text: str) -> bool:
 
 
 def _json_list(text: str) -> Iterator[Any]:
-    """The entries of a list, one at a time: all of them take some five times the room of the text.
+    """The entries of a list, perhaps Alexandria's, one at a time: all take some five times the room of the text.
 
     Raises:
         ValueError: the text is something else.
     """
-    at = _behind_space(text, 0)
+    head = _ENTRIES.match(text)
+    at = _behind_space(text, head.end() if head else 0)
     if not text.startswith("[", at):
         raise ValueError
     at = _behind_space(text, at + 1)
@@ -976,7 +1000,12 @@ def _json_list(text: str) -> Iterator[Any]:
                 raise ValueError
         elif not text.startswith("]", at):
             raise ValueError
-    if _behind_space(text, at + 1) < len(text):
+    at = _behind_space(text, at + 1)
+    if head:
+        if not text.startswith("}", at):
+            raise ValueError
+        at = _behind_space(text, at + 1)
+    if at < len(text):
         raise ValueError
 
 
@@ -985,25 +1014,32 @@ def _behind_space(text: str, at: int) -> int:
 
 
 def _other_table(content: Mapping[str, Any]) -> str:
-    """What ASE and pandas write where nobody asks for another form, and what to do; empty for anything else."""
-    if {"ids", "nextid"} <= content.keys():
-        return "an ASE database in JSON; write it as *.extxyz or *.db"
-    columns = list(content.values())
-    rows = content.get("structure")
-    if not isinstance(rows, Mapping) or {"structure", "sites"} & rows.keys() or not rows:
-        return ""
-    if all(isinstance(x, Mapping) and x.keys() == rows.keys() for x in columns) and all(
+    """What ASE writes where nobody asks for another form, and what to do; empty for anything else."""
+    return "an ASE database in JSON; write it as *.extxyz or *.db" if {"ids", "nextid"} <= content.keys() else ""
+
+
+def _is_by_columns(content: Mapping[str, Any]) -> bool:
+    """Is it a table as pandas writes it by default, a dictionary label -> value for each column?"""
+    rows = next((content[name] for name in _STRUCTURES if name in content), None)
+    if not isinstance(rows, Mapping) or {"structure", "sites"} & rows.keys():
+        return False
+    return all(isinstance(x, Mapping) and x.keys() == rows.keys() for x in content.values()) and any(
         map(_holds_sites, rows.values())
-    ):
-        return 'a table of pandas by columns; write it by to_json(…, orient="records")'
-    return ""
+    )
 
 
 def _holds_sites(value: Any) -> bool:
-    return _has(value, "sites") or (isinstance(value, str) and _has(_json_or_none(value), "sites"))
+    held = _json_or_none(value) if isinstance(value, str) else value
+    return _has(held, "sites") or (_has(held, "structure") and _has(held["structure"], "sites"))
 
 
-def _matbench_entries(content: Mapping[str, Any], stem: str) -> Iterator[tuple[str, Any]]:
+def _rows_of_columns(content: Mapping[str, Any], stem: str) -> Iterator[tuple[str, Any]]:
+    for label in next(iter(content.values())):
+        id = f"{stem}-{label}" if label.isdecimal() else label
+        yield id, {name: column[label] for name, column in content.items()}
+
+
+def _rows_of_split(content: Mapping[str, Any], stem: str) -> Iterator[tuple[str, Any]]:
     """Rows of a table in pandas' "split" form, as matbench's files are: index, columns, data."""
     columns, rows = content["columns"], content["data"]
     for index, row in zip(content.get("index", range(len(rows))), rows, strict=False):

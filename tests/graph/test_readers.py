@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import json
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -188,9 +190,10 @@ def test_rows_of_an_ase_database_are_read_some_at_a_time(
         assert records[0].id == "t" and "has no rows" in records[0].error
 
 
-def test_entries_of_a_json_list_are_read_one_at_a_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["%s", ' {\n"entries" : %s }\n'])
+def test_entries_of_a_json_list_are_read_one_at_a_time(tmp_path: Path, form: str) -> None:
     structure = Structure(CELL, [38, 22, 8] * 9, np.random.default_rng(0).random((27, 3))).as_dict()
-    text = json.dumps([{"structure": structure, "gap": float(k)} for k in range(200)])
+    text = form % json.dumps([{"structure": structure, "gap": float(k)} for k in range(200)])
     (tmp_path / "t.json").write_text(text)
     tracemalloc.start()
     try:
@@ -201,7 +204,9 @@ def test_entries_of_a_json_list_are_read_one_at_a_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["[", "[1,", "[1 2]", "[1,]", "[,]", "[] 1", "[1]]", '[{"a": 1}', "[1", "]", "[" * 10**5]
+    "text",
+    ["[", "[1,", "[1 2]", "[1,]", "[,]", "[] 1", "[1]]", '[{"a": 1}', "[1", "]", "[" * 10**5]
+    + [f'{{"entries": {x}' for x in ("[1", "[1]", "[1]] }", "[]}}", "[],}")],
 )
 def test_a_list_that_is_not_json_is_one_row(tmp_path: Path, text: str) -> None:
     (tmp_path / "t.json").write_text(text)
@@ -210,7 +215,7 @@ def test_a_list_that_is_not_json_is_one_row(tmp_path: Path, text: str) -> None:
     assert f"t.json is not a JSON file ({one_line(caught.value)[:60]}" in only_error(tmp_path / "t.json")
 
 
-@pytest.mark.parametrize("text", ["[]", " [\n] ", "null", "3"])
+@pytest.mark.parametrize("text", ["[]", " [\n] ", "null", "3", '{"entries": []}', '{"a": 1, "entries": []}'])
 def test_a_json_file_without_structures(tmp_path: Path, text: str) -> None:
     (tmp_path / "t.json").write_text(text)
     assert "t.json holds no structures" in only_error(tmp_path / "t.json")
@@ -293,9 +298,11 @@ def test_extended_xyz_with_a_wrong_number_of_atoms(tmp_path: Path, count: str) -
     assert good.error is None and "x.xyz cannot be read from frame 2 on (" in bad.error
 
 
-@pytest.mark.parametrize("zipped", [False, True])
-def test_json_collections(tmp_path: Path, zipped: bool) -> None:
+@pytest.mark.parametrize(("suffix", "packed"), [("", bytes), (".gz", gzip.compress), (".bz2", bz2.compress)])
+def test_json_collections(tmp_path: Path, suffix: str, packed: Callable[[bytes], bytes]) -> None:
     made = structure().as_dict()
+    computed = {"@class": "ComputedStructureEntry", "structure": made, "energy": -8.0, "entry_id": None}
+    alexandria = computed | {"data": {"mat_id": "agm001", "e_form": -2.5, "energy": 0.0, "spg": "P1"}}
     forms = {
         "list": ([made, made], ["list-0", "list-1"], {}),
         "dict": ({"a": made, "b": made}, ["a", "b"], {}),
@@ -303,12 +310,15 @@ def test_json_collections(tmp_path: Path, zipped: bool) -> None:
         "entry": ({"material_id": "mp-1", "structure": made, "gap": 1.5, "x": None}, ["mp-1"], {"gap": 1.5}),
         "unnamed": ({"structure": made, "energy": -1.0, "data": {}}, ["unnamed"], {"energy": -1.0}),
         "ids": ({"structure": made, "other": made}, ["structure", "other"], {}),
+        "computed": (computed | {"entry_id": "mp-3-GGA", "data": None}, ["mp-3-GGA"], {"energy": -8.0}),
+        "alexandria": ({"entries": [alexandria]}, ["agm001"], {"energy": -8.0, "e_form": -2.5}),
+        "entries": ({"entries": [made], "more": 1}, ["entries-0"], {}),
         "text": ([{"material_id": "mp-1", "structure": json.dumps(made), "gap": 2.5}], ["mp-1"], {"gap": 2.5}),
     }
     for name, (content, ids, targets) in forms.items():
         text = json.dumps(content).encode()
-        path = tmp_path / f"{name}.json{'.gz' if zipped else ''}"
-        path.write_bytes(gzip.compress(text) if zipped else text)
+        path = tmp_path / f"{name}.json{suffix}"
+        path.write_bytes(packed(text))
         records = list(read_inputs(path))
         assert [r.id for r in records] == ids
         for record in records:
@@ -695,20 +705,40 @@ def test_any_file_name_is_an_id(tmp_path: Path) -> None:
     assert list(store.ids) == [r"caf\xe9", r"\ud800", "b", "ü"]
 
 
-def test_json_that_others_write_by_default_is_named(tmp_path: Path) -> None:
-    held = structure().as_dict()
+def test_json_of_ase_is_named(tmp_path: Path) -> None:
     pytest.importorskip("ase.io").write(tmp_path / "ase.json", pytest.importorskip("ase.build").bulk("Cu"))
-    (tmp_path / "columns.json").write_text(json.dumps({"structure": {"0": held, "1": held}, "gap": {"0": 1, "1": 2}}))
+    assert only_error(tmp_path / "ase.json") == "ase.json is an ASE database in JSON; write it as *.extxyz or *.db."
+
+
+@pytest.mark.parametrize("orient", ["columns", "index", "records", "split"])
+@pytest.mark.parametrize("column", ["structure", "initial_structure", "computed_structure_entry"])
+def test_tables_that_pandas_writes(tmp_path: Path, orient: str, column: str) -> None:
+    made = structure().as_dict()
+    held = {"structure": made, "energy": -8.0, "entry_id": "e", "data": {}} if column.endswith("entry") else made
+    targets = {"e_form": 0.5} | ({"energy": -8.0} if column.endswith("entry") else {})
+    frame = pd.DataFrame({"material_id": ["wbm-1", "wbm-2"], column: [held, None], "e_form": [0.5, 1.5]})
+    frame.to_json(tmp_path / "wbm.json.bz2", orient=orient)
+    good, bad = read_inputs(tmp_path / "wbm.json.bz2")
+    assert (good.id, good.targets) == ("wbm-1", targets)
+    assert_same(good.crystal)
+    assert bad.id == "wbm-2" and bad.error.startswith("wbm-2 is not a crystal;")
+    unnamed = frame.drop(columns="material_id")
+    unnamed.to_json(tmp_path / "t.json", orient=orient)
+    unnamed.set_index(pd.Index(["a", "b"])).to_json(tmp_path / "u.json", orient=orient)
+    ids = {"index": ["0", "1", "a", "b"], "records": ["t-0", "t-1", "u-0", "u-1"]}.get(orient, ["t-0", "t-1", "a", "b"])
+    if column.endswith("entry"):
+        ids = ["e" if k % 2 == 0 else id for k, id in enumerate(ids)]
+    assert [r.id for name in "tu" for r in read_inputs(tmp_path / f"{name}.json")] == ids
+
+
+def test_structures_by_names_of_columns(tmp_path: Path) -> None:
+    held = structure().as_dict()
     (tmp_path / "texts.json").write_text(json.dumps({"structure": {"0": json.dumps(held)}, "gap": {"0": 1}}))
     (tmp_path / "names.json").write_text(json.dumps({"structure": {"structure": held}, "b": {"structure": held}}))
-    said = [(r.id, r.error) for r in read_inputs(tmp_path)]
-    assert said == [
-        ("ase", "ase.json is an ASE database in JSON; write it as *.extxyz or *.db."),
-        ("columns", 'columns.json is a table of pandas by columns; write it by to_json(…, orient="records").'),
-        ("structure", None),
-        ("b", None),
-        ("texts", 'texts.json is a table of pandas by columns; write it by to_json(…, orient="records").'),
-    ]
+    (tmp_path / "two.json").write_text(json.dumps({"initial_structure": held, "structure": held}))
+    said = [(r.id, r.targets, r.error) for r in read_inputs(tmp_path)]
+    named = [("structure", {}, None), ("b", {}, None)]
+    assert said == [*named, ("texts-0", {"gap": 1.0}, None), ("initial_structure", {}, None), ("structure", {}, None)]
 
 
 @pytest.mark.parametrize(
