@@ -179,6 +179,15 @@ def _own_activation(model):
     model.convs[0].__class__ = ConvLayer
 
 
+def _own_prediction(model):
+    class ConvLayer(type(model.convs[0])):
+        def forward(self, atom_in_fea, nbr_fea, nbr_fea_idx):
+            out = super().forward(atom_in_fea, nbr_fea, nbr_fea_idx)
+            return out if self.training else out.tanh()
+
+    model.convs[0].__class__ = ConvLayer
+
+
 def _own_attribute(model):
     model.convs[0].forward = lambda atom_in_fea, nbr_fea, nbr_fea_idx: atom_in_fea
 
@@ -187,6 +196,7 @@ def _own_attribute(model):
     ("change", "word"),
     [
         (_own_activation, "differs from the published formula"),
+        (_own_prediction, "differs from the published formula"),
         (_own_attribute, "was replaced on the object"),
         (lambda m: setattr(m.convs[0], "sigmoid", nn.Tanh()), "its sigmoid is Tanh"),
         (lambda m: setattr(m.convs[0], "softplus1", nn.Softplus(beta=2)), "beta"),

@@ -383,10 +383,15 @@ def small_model(dtype: torch.dtype, kind: type, width: int = 40) -> sf.SRCGCNN:
     return model
 
 
-def captured_steps(make_batch: Callable[..., sf.GraphBatch], width: int, kinds: list[tuple[str, int]]) -> None:
+def captured_steps(
+    make_batch: Callable[..., sf.GraphBatch], width: int, kinds: list[tuple[str, int]], features: bool = False
+) -> None:
     """Outputs, weights and running statistics over batches of other sizes, padded with rows that have no weight, are
-    those of the model's own steps; ``kinds`` are the batches' kinds and seeds, three."""
+    those of the model's own steps; ``kinds`` are the batches' kinds and seeds, three. ``features``: they bring them."""
     models, batches = [], [make_batch(kind, seed) for kind, seed in kinds]
+    for batch in batches if features else ():
+        batch.atom_features = torch.rand(batch.num_rows, 92)
+        batch.edge_features = torch.rand(batch.num_edges, 41)
     for captured in (False, True):
         model = small_model(torch.float32, sf.SRCGCNN, width)
         call = capture.CapturedTraining(model) if captured else model

@@ -385,9 +385,10 @@ def test_gradients_that_are_asked_for_twice(pretend_gpu, monkeypatch, pooled):
     assert torch.equal(upstream, kept) and torch.equal(h, given)
 
 
-def test_captured_training_gives_the_steps_of_the_model(pretend_gpu, replayed, monkeypatch, make_batch):
+@pytest.mark.parametrize("features", [False, True])
+def test_captured_training_gives_the_steps_of_the_model(pretend_gpu, replayed, monkeypatch, make_batch, features):
     monkeypatch.setattr(registry, "select", lambda *_a, **_k: "cuda")
-    convolution.captured_steps(make_batch, 20, [("weighted", 1), ("isolated", 1), ("weighted", 2)])
+    convolution.captured_steps(make_batch, 20, [("weighted", 1), ("isolated", 1), ("weighted", 2)], features)
     assert replayed == [2]
 
 

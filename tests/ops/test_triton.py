@@ -70,7 +70,8 @@ class Problem(convolution.Problem):
 @runs
 @kinds_and_modes(["twelve", "weighted", "ragged", "isolated", "one atom", "no edges"])
 def test_convolution(kind, training):
-    seeds = range(1) if kind in ("weighted", "ragged") else range(5)  # few numbers say little about roundings
+    # Few edges say little about roundings; those of p are the same for all edges of a row, and two rows have some.
+    seeds = range({"weighted": 2, "ragged": 1, "isolated": 12}.get(kind, 5))
     compare([Problem(kind, 16, 41, seed=seed) for seed in seeds], training)
 
 
@@ -79,16 +80,14 @@ def test_sums_of_more_programs_than_are_added_up_at_a_time(monkeypatch):
     tiles = {k: t._replace(rows=2) if t.rows < 128 else t for k, t in backend.TILES.items()}
     monkeypatch.setattr(backend, "TILES", tiles)
     monkeypatch.setattr(backend, "_PROGRAMS", 3)
-    compare([Problem("isolated", 16, 41, seed=seed) for seed in range(6)], (True, True))
+    compare([Problem("weighted", 16, 41)], (True, True))
 
 
 @runs
 @pytest.mark.parametrize(("width", "n_features"), [(64, 41), (7, 41), (1, 3), (33, 5), (20, 70), (70, 5)])
 def test_any_width_and_number_of_gaussians(width, n_features):
-    kind, seeds = ("weighted", range(20 if width == 1 else 2)) if width < 8 else ("isolated", range(12))
-    if width >= 64:
-        kind, seeds = "twelve", range(2)
-    compare([Problem(kind, width, n_features, seed=seed) for seed in seeds], (True, True))
+    kind, seeds = ("weighted", {1: 20, 7: 2}.get(width, 1)) if width < 64 else ("twelve", 2)
+    compare([Problem(kind, width, n_features, seed=seed) for seed in range(seeds)], (True, True))
 
 
 @runs

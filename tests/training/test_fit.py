@@ -18,6 +18,7 @@ import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import numpy as np
@@ -29,7 +30,7 @@ from srcgcnn_fast import CGCNN, SRCGCNN, InputError, load_model
 from srcgcnn_fast.graph import GraphStore
 from srcgcnn_fast.ops.precision import tf32_is_allowed
 from srcgcnn_fast.training import GraphDataModule, Recipe, Split, TrainingModule, compare, evaluate, fit
-from srcgcnn_fast.training.callbacks import RunFiles, write_table
+from srcgcnn_fast.training.callbacks import RunBar, RunFiles, write_table
 from srcgcnn_fast.training.fit import check_trainable
 from srcgcnn_fast.training.module import _Losses, normalizer
 from srcgcnn_fast.training.optimizers import make_optimizer
@@ -620,6 +621,23 @@ def test_a_job_of_many_tasks_trains_in_one_process(alloys, tmp_path, monkeypatch
 
 
 QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+
+
+def test_the_bar_says_how_many_crystals_a_second(monkeypatch):
+    clock = [10.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    trainer = SimpleNamespace(num_training_batches=2, max_epochs=3, current_epoch=1, callback_metrics={"val_mae": 0.25})
+    bar = RunBar("SR-CGCNN", "val_mae", "eV")
+    bar.on_train_start(trainer, None)
+    for postfix in ("epoch 2/3, 600 crystals/s", "epoch 2/3, 600 crystals/s, val_mae 0.25 eV"):
+        bar.on_train_epoch_start(trainer, None)
+        for _ in range(2):
+            clock[0] += 0.5
+            bar.on_train_batch_end(trainer, None, None, (None, torch.zeros(300)), 0)
+        assert bar._bar.postfix == postfix
+        bar.on_train_epoch_end(trainer, None)
+    assert bar._bar.n == 6
+    bar.on_train_end(trainer, None)
 
 
 @pytest.mark.parametrize("batches", [0, 1])
