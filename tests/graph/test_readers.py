@@ -887,6 +887,19 @@ def test_bad_arrays(lattice: object, coords: object, numbers: object, said: str)
     assert "Structure 0" in only_error([Crystal(lattice, coords, numbers)])
 
 
+def test_a_flat_lattice_is_refused_in_any_orientation() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        turn, sheared = np.linalg.qr(rng.normal(size=(3, 3)))[0], np.tril(rng.uniform(-1, 1, (3, 3)), -1)
+        for height, is_flat in ((0.009, True), (0.011, False)):
+            cell = rng.permutation((sheared + np.diag([5.0, 4.0, height])) @ turn)
+            if is_flat:
+                with pytest.raises(InputError, match="singular lattice"):
+                    as_crystal((cell, COORDS, NUMBERS))
+            else:
+                assert np.array_equal(as_crystal((cell, COORDS, NUMBERS)).lattice, cell)
+
+
 def test_bad_objects() -> None:
     assert "is disordered (site 1 holds" in only_error(Structure(CELL, [{"Sr": 0.5}, "Ti", "O"], COORDS))
     assert "is disordered" in only_error(Structure(CELL, [{"Sr": 0.5, "Ba": 0.5}, "Ti", "O"], COORDS))

@@ -701,7 +701,7 @@ def test_divergence_is_a_sentence(alloys, tmp_path):
         run(alloys, tmp_path, recipe=Recipe(epochs=3, lr=1e30, optimizer="sgd"))
 
 
-def test_bad_requests_are_sentences(alloys, tmp_path):
+def test_bad_requests_are_sentences(alloys, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="optimizer 'lion'"):
         Recipe(optimizer="lion")
     for wrong in ({"epochs": 2.5}, {"epochs": float("nan")}, {"epochs": "3"}, {"epochs": True}, {"patience": 1.5},
@@ -766,8 +766,10 @@ def test_bad_requests_are_sentences(alloys, tmp_path):
     poor.element_table[:60] = 0
     with pytest.raises(InputError, match=r"^\d+, one of \d+ such crystals, has \w+, which .* lacks; leave it out"):
         TrainingModule(poor, GraphDataModule(alloys, "energy"), Recipe())
-    with pytest.raises(InputError, match="needs a CUDA GPU; leave captured out"):
-        fit(SRCGCNN(), GraphDataModule(alloys, "energy"), tmp_path / "run", accelerator="cpu", captured=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for accelerator in ("cpu", "auto"):
+        with pytest.raises(InputError, match="needs a CUDA GPU; leave captured out"):
+            fit(SRCGCNN(), GraphDataModule(alloys, "energy"), tmp_path / "run", accelerator=accelerator, captured=True)
 
 
 def test_a_run_leaves_the_process_as_it_was(alloys, tmp_path, monkeypatch):
