@@ -95,6 +95,15 @@ def test_expanding_the_quotient_keeps_the_output(kind, make_batch):
         torch.testing.assert_close(model(full), model(batch), rtol=1e-10, atol=1e-12)
 
 
+def test_an_atom_that_has_itself_alone_as_a_neighbor():
+    """One crystal of one row, whose least and greatest index are the same."""
+    fea, nbr_fea, idx = torch.rand(1, 92), torch.rand(1, 4, 41), torch.zeros(1, 4, dtype=torch.long)
+    batch = from_upstream(fea, nbr_fea, idx, [torch.tensor([0])])
+    assert batch.sender.tolist() == [0] * 4 and torch.equal(batch.edge_features, nbr_fea[0])
+    data = SimpleNamespace(x=fea, edge_index=torch.zeros(2, 4, dtype=torch.long), edge_attr=nbr_fea[0])
+    assert torch.equal(from_pyg(data).edge_features, nbr_fea[0])
+
+
 @pytest.mark.parametrize("kind", ["plain", "weighted", "ragged"])
 def test_pyg_round_trip(kind, make_batch):
     batch = make_batch(kind)
