@@ -68,9 +68,9 @@ def test_the_innermost_setting_counts(tmp_path):
     assert two.variants[0].recipe == Recipe(epochs=9, lr=1e-3)
     changed = read_study(tmp_path / "s.yaml").changed(["x"], [3], 1)
     assert changed.targets == ("x",) and changed.sections[1].seeds == (3,)
+    assert {v.recipe.epochs for s in changed.sections for v in s.variants} == {1}
     (tmp_path / "s.yaml").write_text(TEXT.replace("seeds: [0, 1]", ""))
     assert [section.seeds for section in read_study(tmp_path / "s.yaml").sections] == [(0,), (5,)]
-    assert {v.recipe.epochs for s in changed.sections for v in s.variants} == {1}
     precise = TEXT.replace("{lr: 0.5", "{precision: tf32, lr: 0.5")
     (tmp_path / "s.yaml").write_text(precise)
     given = read_study(tmp_path / "s.yaml")
